@@ -1,0 +1,141 @@
+"""The DoRA linear layer as one `autograd.Function`: what is saved, and the hand-written backward's place in autograd.
+
+Saved for the backward, beside parameters: x, h ``[M, r]``, the base product ``[M, N]`` where the magnitude's
+gradient needs it, and this call's own g and norm. The output is never saved: consumers may overwrite it in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dora_kernels import linear, ops, reference
+from dora_kernels.backends import UnsupportedError, warn_once
+from dora_kernels.linear import Needs
+from dora_kernels.reference import accumulation_dtype
+
+
+class BackwardListener(Protocol):
+    """Whoever must know that gradients of lora_A or lora_B now exist (a kept norm may go stale unseen after that)."""
+
+    backward_seen: bool
+
+
+class _DoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor | None,
+        bias: Tensor | None,
+        divisor: Tensor | None,
+        scaling: float,
+        magnitude_axis: str,
+        detach_norm: bool,
+        backend: str,
+        named: bool,
+        listener: BackwardListener | None,
+    ) -> Tensor:
+        needs = Needs(*ctx.needs_input_grad[:6])
+        g = None
+        if magnitude is not None:
+            assert divisor is not None
+            divisor = divisor.to(accumulation_dtype(x))
+            g = magnitude / divisor
+        keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude is not None, needs)
+        with _no_autocast(x):
+            y, h, base = ops.linear_forward(
+                x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
+            )
+        ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base)
+        ctx.settings = (scaling, magnitude_axis, detach_norm, backend, named)
+        ctx.listener = listener
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
+        scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
+        needs = Needs(*ctx.needs_input_grad[:6])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_backward(ctx, dy), *[None] * 7
+        with _no_autocast(dy):
+            grads = ops.linear_backward(
+                dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, needs, backend
+            )
+        if ctx.listener is not None and (needs.lora_A or needs.lora_B):
+            ctx.listener.backward_seen = True
+        d_magnitude = None if grads.magnitude is None else grads.magnitude.to(magnitude.dtype)
+        d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
+        return grads.x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    divisor: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    backend: str,
+    named: bool,
+    listener: BackwardListener | None = None,
+) -> Tensor:
+    """The layer on ``x [M, K]``, already in the compute dtype; `divisor` is the norm, infinite where it is 0.
+
+    `named`: the backend was asked for by name, so a second differentiation raises instead of using the reference.
+    """
+    return _DoRALinear.apply(
+        x, weight, lora_A, lora_B, magnitude, bias, divisor, scaling, magnitude_axis, detach_norm, backend, named, listener
+    )
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """First derivatives that can be differentiated again (``create_graph=True``): the reference's own."""
+    x, weight, lora_A, lora_B, magnitude, bias, _, divisor, _, _ = ctx.saved_tensors
+    scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
+    if named:
+        raise UnsupportedError(
+            f"backend={backend!r} has no second derivative, and create_graph=True asks for one; "
+            "use backend='reference', or 'auto', which takes the reference there"
+        )
+    warn_once("create_graph=True: the gradients of dora_linear are taken from the dense reference, which is slow")
+    inputs = [x, weight, lora_A, lora_B, magnitude, bias]
+    aliases = [t.view_as(t) if need else t for t, need in zip(inputs, ctx.needs_input_grad[:6], strict=True)]
+    x, weight, lora_A, lora_B, magnitude, bias = aliases
+    norm = None
+    if divisor is not None:
+        norm = divisor.masked_fill(torch.isinf(divisor), 0.0)
+    y = reference.dora_linear(
+        x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, norm, x.dtype
+    )
+    wanted = [t for t, need in zip(aliases, ctx.needs_input_grad[:6], strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in ctx.needs_input_grad[:6]]
+
+
+class _no_autocast:
+    """Turn autocast off inside, at no cost where it is off already: every cast here is explicit."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        device = tensor.device.type
+        self._context = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*exc)

@@ -1,0 +1,154 @@
+"""The functional interface: `dora_linear`, `dora_weight_norm` and `merge_dora`. Formulas: docs/math.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dora_kernels import autograd, ops, reference, torch_backend, validation
+from dora_kernels.backends import resolve
+from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    magnitude_axis: str = "out",
+    detach_norm: bool = True,
+    weight_norm: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``.
+
+    ``V = weight + scaling * lora_B @ lora_A`` and ``g = magnitude / ||V||``; V is never formed.
+    (DoRA, arXiv 2402.09353, equation 5; with the defaults, the computation of PEFT's ``use_dora=True``.)
+
+    Args:
+        x: ``[..., in_features]``, any number of leading dimensions, also none and empty ones.
+        weight: base weight ``[out_features, in_features]``; any strides.
+        lora_A: ``[rank, in_features]``.
+        lora_B: ``[out_features, rank]``.
+        magnitude: ``[out_features]`` (axis "out") or ``[in_features]`` ("in"); None is plain LoRA.
+        bias: ``[out_features]``, never scaled.
+        scaling: factor of the low-rank product: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        magnitude_axis: "out", a norm per output feature (PEFT), or "in", a norm per input feature (several tutorials).
+        detach_norm: treat the norm as a constant in the backward (section 4.3 of the paper; PEFT).
+        weight_norm: the norm, if it is at hand: equal to what `dora_weight_norm` returns. Gets no gradient.
+        backend: "auto", "reference", "torch" or "triton". A backend asked for by name never falls back.
+
+    Returns:
+        ``[..., out_features]`` in the compute dtype: autocast's if it is on, else x's. Parameters may have other
+        dtypes; their gradients come in their own, unrounded from float32 accumulation (float64 for float64). A row
+        of V with norm 0 has g = 0: the output there is the bias.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, device, `scaling`, axis or backend name does not fit, or `weight_norm` requires grad.
+        UnsupportedError: the backend asked for by name is not available or cannot do this (a `RuntimeError`).
+    """
+    validation.check_layer(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, weight_norm, backend)
+    return run_layer(
+        x, weight, lora_A, lora_B, magnitude, bias, float(scaling), magnitude_axis, detach_norm, weight_norm, backend
+    )
+
+
+def run_layer(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    weight_norm: Tensor | None = None,
+    backend: str = "auto",
+    cache: NormCache | None = None,
+    training: bool = True,
+) -> Tensor:
+    """`dora_linear` without its checks, for layers that made them once; `cache` keeps the norm between calls."""
+    chosen = resolve(backend, (x, weight, lora_A, lora_B, magnitude, bias, weight_norm))
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if chosen == "reference":
+        return reference.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype
+        )
+    divisor, listener = None, None
+    if magnitude is not None:
+        if weight_norm is not None:
+            divisor = safe_divisor(weight_norm)
+        elif cache is None or torch.compiler.is_compiling():
+            divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
+        else:
+            divisor, listener = cache.divisor(
+                weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen
+            )
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.dtype != dtype:
+        tokens = tokens.to(dtype)
+    y = autograd.apply(
+        tokens, weight, lora_A, lora_B, magnitude, bias, divisor,
+        scaling, magnitude_axis, detach_norm, chosen, backend != "auto", listener,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def dora_weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    magnitude_axis: str = "out",
+    backend: str = "auto",
+) -> Tensor:
+    """Norm of every row ("out") or column ("in") of ``weight + scaling * lora_B @ lora_A``: the fresh magnitude.
+
+    Shapes as in `dora_linear`. float32 ``[out_features]`` or ``[in_features]`` (float64 if an input is float64),
+    computed from the factors as stored, unrounded, in float32 accuracy. Constant to autograd.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `dora_linear`.
+    """
+    validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
+    chosen = resolve(backend, (weight, lora_A, lora_B))
+    with torch.no_grad():
+        if chosen == "reference":
+            return reference.weight_norm(weight, lora_A, lora_B, float(scaling), magnitude_axis)
+        return ops.weight_norm(weight, lora_A, lora_B, float(scaling), magnitude_axis, chosen)
+
+
+def merge_dora(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    *,
+    scaling: float = 1.0,
+    magnitude_axis: str = "out",
+) -> Tensor:
+    """The merged weight ``g * (weight + scaling * lora_B @ lora_A)``, ``[out_features, in_features]``.
+
+    Computed in float32 (float64 for float64 input) in blocks and rounded once to weight's dtype; ``magnitude=None``
+    merges plain LoRA. Not differentiable. Keep the original weight to undo it: dividing back is not exact.
+
+    Raises:
+        TypeError, ValueError: as `dora_linear`.
+    """
+    validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, "auto")
+    validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
+    with torch.no_grad():
+        g = None
+        if magnitude is not None:
+            norm = dora_weight_norm(weight, lora_A, lora_B, scaling=scaling, magnitude_axis=magnitude_axis)
+            g = reference.magnitude_scale(magnitude, norm)
+        rows, columns = (g, None) if magnitude_axis == "out" else (None, g)
+        return torch_backend.merge(weight, lora_A, lora_B, float(scaling), rows, columns)

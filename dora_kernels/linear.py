@@ -1,0 +1,240 @@
+"""Forward and backward of the DoRA linear layer on flattened tokens, in terms of a backend's primitives.
+
+Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_A [r, K]``, ``lora_B [N, r]``; ``g`` is the magnitude over the norm,
+``[N]`` (axis "out") or ``[K]`` ("in"), None for plain LoRA. The derivation is in docs/math.md. The large products
+go to the vendor BLAS in x's dtype; a backend supplies what surrounds them: `compose` and `scale_reduce`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels import torch_backend
+from dora_kernels.reference import accumulation_dtype
+from dora_kernels.torch_backend import mm_accumulate, mm_wide, scaled_product
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for."""
+
+    x: bool
+    weight: bool
+    lora_A: bool
+    lora_B: bool
+    magnitude: bool
+    bias: bool
+
+
+class Grads(NamedTuple):
+    x: Tensor | None
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    magnitude: Tensor | None
+    bias: Tensor | None
+
+
+def primitives(backend: str) -> ModuleType:
+    """The module of the named backend. The kernels are imported here, on first use, since they import triton."""
+    if backend == "torch":
+        return torch_backend
+    from dora_kernels import kernels
+
+    return kernels
+
+
+def keeps_base(magnitude_axis: str, detach_norm: bool, has_magnitude: bool, needs: Needs) -> bool:
+    """Whether the backward reads the base product: for the magnitude's gradient along "out", and nothing else."""
+    return has_magnitude and magnitude_axis == "out" and _needs_dm(detach_norm, needs)
+
+
+def _needs_dm(detach_norm: bool, needs: Needs) -> bool:
+    """dm is also the factor of the gradient through an undetached norm, even where the magnitude is frozen."""
+    return needs.magnitude or (not detach_norm and (needs.lora_A or needs.lora_B or needs.weight))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    keep_base: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(y [M, N], h = x Aᵀ [M, r], base [M, N] or None)``, all in x's dtype.
+
+    Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
+    """
+    dtype = x.dtype
+    if g is not None and magnitude_axis == "in":
+        x, g = torch.mul(x, g, out=torch.empty_like(x)), None
+    h = x @ lora_A.to(dtype).t()
+    base = F.linear(x, weight.to(dtype))
+    y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base)
+    return y, h, base if keep_base else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    divisor: Tensor | None,
+    h: Tensor,
+    base: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    needs: Needs,
+    backend: str,
+) -> Grads:
+    """Gradients of `forward`, each in its parameter's dtype (dm and db in float32), None where not needed.
+
+    `divisor` is the norm with infinity in place of 0, so that a zero row has g = dm = 0.
+    """
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()
+    axis_in = g is not None and magnitude_axis == "in"
+    side = _backward_in if axis_in else _backward_out
+    grads = side(dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, detach_norm, needs, primitives(backend))
+    if g is not None and not detach_norm and (needs.weight or needs.lora_A or needs.lora_B):
+        assert grads.magnitude is not None and divisor is not None
+        c = -grads.magnitude * g / divisor
+        grads = _add_norm_gradient(grads, weight, lora_A, lora_B, c, scaling, axis_in, needs)
+    return Grads(
+        grads.x,
+        _as_parameter(grads.weight, weight),
+        _as_parameter(grads.lora_A, lora_A),
+        _as_parameter(grads.lora_B, lora_B),
+        grads.magnitude if needs.magnitude else None,
+        grads.bias,
+    )
+
+
+def _backward_out(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    divisor: Tensor | None,
+    h: Tensor,
+    base: Tensor | None,
+    scaling: float,
+    detach_norm: bool,
+    needs: Needs,
+    kernels: ModuleType,
+) -> Grads:
+    """Rows scaled by g; plain LoRA is g = 1."""
+    scaled = g is not None and (needs.x or needs.weight)
+    dg, dot, total = dy, None, None
+    if scaled or base is not None or needs.bias:
+        out, dot, total = kernels.scale_reduce(dy, base, g, scaled, needs.bias)
+        dg = out if scaled else dy
+
+    d_low = scaled_product(dy, lora_B, g, scaling) if needs.x or needs.lora_A else None
+    d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
+    d_b, dm = None, None
+    if needs.lora_B or base is not None:
+        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
+        if base is not None:
+            dm = (dot + scaling * torch.einsum("nr,nr->n", lora_B.to(p.dtype), p)) / divisor
+        if needs.lora_B:
+            d_b = p.mul_(scaling if g is None else (g * scaling).unsqueeze(1))
+    dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
+    dx = None
+    if needs.x:
+        dx = d_low @ lora_A.to(dy.dtype)
+        dx.addmm_(dg, weight.to(dy.dtype))
+    return Grads(dx, dw, d_a, d_b, dm, total)
+
+
+def _backward_in(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor,
+    divisor: Tensor,
+    h: Tensor,
+    base: None,
+    scaling: float,
+    detach_norm: bool,
+    needs: Needs,
+    kernels: ModuleType,
+) -> Grads:
+    """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
+    need_dm = _needs_dm(detach_norm, needs)
+    d_low = scaled_product(dy, lora_B, None, scaling) if needs.x or need_dm or needs.lora_A else None
+    dx, dm = None, None
+    if needs.x or need_dm:
+        d_scaled = d_low @ lora_A.to(dy.dtype)
+        d_scaled.addmm_(dy, weight.to(dy.dtype))
+        dx, dot, _ = kernels.scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
+        dm = None if dot is None else dot / divisor
+    accumulate = accumulation_dtype(dy)
+    d_a = mm_accumulate(d_low.t(), x, accumulate).mul_(g) if needs.lora_A else None
+    d_b = mm_accumulate(dy.t(), h, accumulate).mul_(scaling) if needs.lora_B else None
+    dw = mm_accumulate(dy.t(), x, accumulate).mul_(g) if needs.weight else None
+    total = kernels.scale_reduce(dy, None, None, False, True)[2] if needs.bias else None
+    return Grads(dx, dw, d_a, d_b, dm, total)
+
+
+def _add_norm_gradient(
+    grads: Grads, weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor, scaling: float, axis_in: bool, needs: Needs
+) -> Grads:
+    """Add the gradient through an undetached norm, ``c * V`` with respect to V, without forming V.
+
+    Only where W itself trains is V formed, as its gradient has that size anyway. Along "in" this is the transposed
+    problem: W.T with lora_B.T in the place of lora_A.
+    """
+    dtype = c.dtype
+    rows, left, right = (weight.t(), lora_A.t(), lora_B.t()) if axis_in else (weight, lora_B, lora_A)
+    left, right = left.to(dtype), right.to(dtype)
+    c_left = c.unsqueeze(1) * left
+    need_left, need_right = (needs.lora_A, needs.lora_B) if axis_in else (needs.lora_B, needs.lora_A)
+    d_left = d_right = None
+    if need_left:
+        u = mm_wide(rows, right.t()).addmm_(left, right @ right.t(), alpha=scaling)
+        d_left = u.mul_((c * scaling).unsqueeze(1))
+    if need_right:
+        d_right = mm_wide(rows.t(), c_left).t().addmm(left.t() @ c_left, right, alpha=scaling).mul_(scaling)
+    d_weight = grads.weight
+    if needs.weight:
+        d_rows = torch.addmm(rows.to(dtype), left, right, alpha=scaling).mul_(c.unsqueeze(1))
+        d_weight = d_weight.to(dtype) + (d_rows.t() if axis_in else d_rows)
+    d_b, d_a = (_t(d_right), _t(d_left)) if axis_in else (d_left, d_right)
+    return grads._replace(weight=d_weight, lora_A=_sum(grads.lora_A, d_a), lora_B=_sum(grads.lora_B, d_b))
+
+
+def _t(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.t()
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return first if second is None else first.to(second.dtype) + second
+
+
+def _grad_dtype(parameter: Tensor, x: Tensor, final: bool) -> torch.dtype:
+    """What a product for this parameter's gradient comes out as: unrounded where more is added to it."""
+    return parameter.dtype if final and parameter.dtype == x.dtype else accumulation_dtype(parameter, x)
+
+
+def _as_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """In the parameter's dtype and strides, so that the gradient is accumulated without another copy."""
+    if grad is None or (grad.dtype == parameter.dtype and grad.stride() == parameter.stride()):
+        return grad
+    return torch.empty_like(parameter).copy_(grad)

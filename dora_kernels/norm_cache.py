@@ -1,0 +1,212 @@
+"""Reusing a layer's weight norm while nothing it depends on has changed. docs/design.md, "Reusing the norm".
+
+Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and writes through ``.data`` do not move
+them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
+those it was computed for, and either
+
+* *proof*: the layer is training, no optimizer has stepped since, and no gradient of lora_A or lora_B has been
+  produced since, or both are known to belong to an optimizer whose steps are seen; or
+* *comparison* (CPU): lora_A and lora_B equal, bit for bit, the copies taken then, and W's diagonal its copy.
+
+Everything else is a recomputation. A norm handed out is never written again, so a backward's saved norm is a snapshot.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import ops, torch_backend
+from dora_kernels.reference import accumulation_dtype
+
+_steps = 0
+_stepped: dict[int, weakref.ref[Tensor]] = {}
+_hooked = False
+_enabled = True
+
+
+def set_norm_reuse(enabled: bool) -> None:
+    """Turn the reuse of weight norms on (the default) or off in this process."""
+    global _enabled
+    _enabled = bool(enabled)
+
+
+def invalidate(module: nn.Module) -> None:
+    """Forget every kept norm in `module` and its children: for whoever writes weights in a way nothing can see."""
+    for cache in _caches(module):
+        cache.invalidate()
+
+
+def _caches(module: nn.Module) -> Iterator[NormCache]:
+    for child in module.modules():
+        for value in vars(child).values():
+            for cache in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(cache, NormCache):
+                    yield cache
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    global _steps
+    _steps += 1
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            key = id(parameter)
+            known = _stepped.get(key)
+            if known is None or known() is not parameter:
+                _stepped[key] = weakref.ref(parameter, lambda _, key=key: _stepped.pop(key, None))
+
+
+def _watch_optimizers() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        torch.optim.optimizer.register_optimizer_step_post_hook(_after_step)
+
+
+def _owned(parameter: Tensor) -> bool:
+    known = _stepped.get(id(parameter))
+    return known is not None and known() is parameter
+
+
+def safe_divisor(norm: Tensor) -> Tensor:
+    """The norm with infinity where it is 0, so that dividing by it gives 0 there."""
+    return norm.masked_fill(norm == 0, torch.inf)
+
+
+class NormEntry:
+    """One computed norm, and what it was computed from."""
+
+    __slots__ = ("__weakref__", "backward_seen", "copies", "divisor", "key", "refs", "steps", "weight_square")
+
+    divisor: Tensor
+    weight_square: tuple[Tensor, Tensor] | None
+
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> None:
+        self.refs = tuple(weakref.ref(t) for t in tensors)
+        self.key = key
+        self.steps = _steps
+        self.backward_seen = False
+        self.copies: tuple[Tensor, ...] | None = None
+        self.weight_square = None
+
+    def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
+        return self.key == key and all(ref() is t for ref, t in zip(self.refs, tensors, strict=True))
+
+    def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
+        if training and self.steps == _steps and self._unseen_writer_excluded(lora_A, lora_B):
+            return True
+        if self.copies is None:
+            return False
+        a, b, diagonal = self.copies
+        same = torch.equal(lora_A, a) and torch.equal(lora_B, b) and torch.equal(weight.diagonal(), diagonal)
+        if same:
+            self.steps = _steps
+            self.backward_seen = False
+        return same
+
+    def _unseen_writer_excluded(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+        if lora_A.device.type != "cpu" and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False  # a sharded parameter may be gathered anew at the same address
+        return not self.backward_seen or (_owned(lora_A) and _owned(lora_B))
+
+
+class NormCache:
+    """The kept norm of one layer and adapter, at most one entry per device. Copied and pickled empty."""
+
+    def __init__(self) -> None:
+        self._entries: dict[torch.device, NormEntry] = {}
+        self.computed = 0
+        self.reused = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple[Callable[[], NormCache], tuple[()]]:
+        return NormCache, ()
+
+    def invalidate(self) -> None:
+        self._entries = {}
+
+    @torch._dynamo.disable  # type: ignore[misc]
+    def divisor(
+        self,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        magnitude_axis: str,
+        training: bool,
+        backend: str,
+    ) -> tuple[Tensor, NormEntry | None]:
+        """``safe_divisor`` of the layer's norm, and the entry that wants to hear of a backward."""
+        tensors = (weight, lora_A, lora_B)
+        if not _enabled or _reuse_impossible(weight, lora_A, lora_B):
+            self.computed += 1
+            return compute_divisor(*tensors, scaling, magnitude_axis, backend), None
+        key = (
+            *((t.data_ptr(), t._version) for t in tensors),
+            weight.stride(), scaling, magnitude_axis, training, backend,
+        )  # fmt: skip
+        previous = self._entries.get(weight.device)
+        if previous is not None and previous.is_of(tensors, key) and previous.is_fresh(*tensors, training):
+            self.reused += 1
+            return previous.divisor, previous
+        self.computed += 1
+        _watch_optimizers()
+        entry = NormEntry(tensors, key)
+        with torch.inference_mode(False), torch.no_grad():
+            on_cpu = weight.device.type == "cpu"
+            if on_cpu:
+                entry.copies = (lora_A.clone(), lora_B.clone(), weight.diagonal().clone())
+            if on_cpu and backend == "torch":
+                entry.weight_square = _weight_square(previous, entry, tensors, magnitude_axis)
+            square = None if entry.weight_square is None else entry.weight_square[0]
+            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
+        self._entries = {**self._entries, weight.device: entry}
+        return entry.divisor, entry
+
+
+def compute_divisor(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    weight_square: Tensor | None = None,
+) -> Tensor:
+    """`safe_divisor` of a norm computed now."""
+    with torch.no_grad():
+        return safe_divisor(
+            ops.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend, weight_square)
+        )
+
+
+def _weight_square(
+    previous: NormEntry | None, entry: NormEntry, tensors: tuple[Tensor, Tensor, Tensor], magnitude_axis: str
+) -> tuple[Tensor, Tensor]:
+    """|W|² per row or column and the diagonal of the W it belongs to; the previous entry's while W is the same."""
+    weight = tensors[0]
+    assert entry.copies is not None
+    diagonal = entry.copies[2]
+    if (
+        previous is not None
+        and previous.weight_square is not None
+        and previous.refs[0]() is weight
+        and previous.key[0] == entry.key[0]
+        and previous.key[3:6:2] == entry.key[3:6:2]
+        and torch.equal(previous.weight_square[1], diagonal)
+    ):
+        return previous.weight_square
+    rows = weight if magnitude_axis == "out" else weight.t()
+    return torch_backend.row_square(rows, accumulation_dtype(*tensors)), diagonal
+
+
+def _reuse_impossible(*tensors: Tensor) -> bool:
+    if any(t.is_inference() for t in tensors):
+        return True
+    return tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()

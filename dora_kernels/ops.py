@@ -1,0 +1,192 @@
+"""The three operations as `torch.library` ops, for tracing; outside tracing the implementations are called directly.
+
+| op | result |
+|---|---|
+| `dora_kernels::weight_norm` | norm of every row or column of ``W + s B A`` |
+| `dora_kernels::linear_forward` | output, low-rank activation and base product |
+| `dora_kernels::linear_backward` | every gradient that is needed |
+
+The ops know nothing of autograd: `dora_kernels.autograd` joins the last two. A tensor that is absent from an op's
+result (ops cannot return None) is an empty one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dora_kernels import linear
+from dora_kernels.linear import Grads, Needs
+from dora_kernels.reference import accumulation_dtype
+
+
+def _axis_first(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The problem whose *row* norms are wanted."""
+    return (weight, lora_A, lora_B) if magnitude_axis == "out" else (weight.t(), lora_B.t(), lora_A.t())
+
+
+def weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    weight_square: Tensor | None = None,
+) -> Tensor:
+    """Norms in float32 (float64 for float64 input), no gradient. `weight_square` as in `torch_backend.weight_norm`."""
+    if torch.compiler.is_compiling():
+        return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
+    rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
+    return linear.primitives(backend).weight_norm(*rows, scaling, weight_square)
+
+
+@torch.library.custom_op("dora_kernels::weight_norm", mutates_args=())
+def weight_norm_op(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str
+) -> Tensor:
+    rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
+    return linear.primitives(backend).weight_norm(*rows, scaling, None)
+
+
+@weight_norm_op.register_fake
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str) -> Tensor:
+    length = weight.shape[0 if magnitude_axis == "out" else 1]
+    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    keep_base: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`linear.forward`."""
+    if torch.compiler.is_compiling():
+        y, h, base = linear_forward_op(
+            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
+        )
+        return y, h, base if keep_base else None
+    return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
+
+
+@torch.library.custom_op("dora_kernels::linear_forward", mutates_args=())
+def linear_forward_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    keep_base: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, base = linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
+    return y, h, x.new_empty(0) if base is None else base
+
+
+@linear_forward_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    keep_base: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, x.new_empty(x.shape[0], lora_A.shape[0]), torch.empty_like(y) if keep_base else x.new_empty(0)
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    divisor: Tensor | None,
+    h: Tensor,
+    base: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    needs: Needs,
+    backend: str,
+) -> Grads:
+    """`linear.backward`."""
+    args = (dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm)
+    if not torch.compiler.is_compiling():
+        return linear.backward(*args, needs, backend)
+    grads = linear_backward_op(*args, list(needs), backend)
+    return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+
+
+@torch.library.custom_op("dora_kernels::linear_backward", mutates_args=())
+def linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    divisor: Tensor | None,
+    h: Tensor,
+    base: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = linear.backward(
+        dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, Needs(*needs), backend
+    )
+    gx, gw, ga, gb, gm, gbias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return gx, gw, ga, gb, gm, gbias
+
+
+@linear_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    divisor: Tensor | None,
+    h: Tensor,
+    base: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need = Needs(*needs)
+    accumulate = accumulation_dtype(dy)
+    absent = x.new_empty(0)
+    return (
+        x.new_empty(x.shape) if need.x else absent,
+        torch.empty_like(weight) if need.weight else x.new_empty(0),
+        torch.empty_like(lora_A) if need.lora_A else x.new_empty(0),
+        torch.empty_like(lora_B) if need.lora_B else x.new_empty(0),
+        x.new_empty(g.shape, dtype=accumulate) if need.magnitude and g is not None else x.new_empty(0),
+        x.new_empty(dy.shape[1], dtype=accumulate) if need.bias else x.new_empty(0),
+    )

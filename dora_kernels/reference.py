@@ -1,0 +1,66 @@
+"""The dense form of DoRA in plain PyTorch: the specification, and the oracle of every test.
+
+``V = W + scaling * B @ A`` is formed whole, in float32 (float64 for float64 input), and autograd does the rest.
+Every other backend has to agree with this one; nothing here is fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of `tensors` is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str) -> Tensor:
+    """Norm of every row ("out") or column ("in") of ``W + scaling * B @ A``, differentiable."""
+    direction = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
+    return torch.linalg.vector_norm(direction, dim=1 if magnitude_axis == "out" else 0)
+
+
+def magnitude_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``g = magnitude / norm``, and 0 where the norm is 0 (stock PEFT gives NaN there: peft issue 2049)."""
+    zero = norm == 0
+    return torch.where(zero, torch.zeros_like(norm), magnitude.to(norm.dtype) / norm.masked_fill(zero, 1.0))
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    weight_norm: Tensor | None,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """``x @ (g * V).T + bias`` for x of any number of leading dimensions, rounded once to `compute_dtype`.
+
+    A norm handed in stands for the true one: its value is used, and with ``detach_norm=False`` the gradient
+    through the norm is the true norm's.
+    """
+    dtype = accumulation_dtype(x, weight, lora_A, lora_B)
+    with torch.autocast(x.device.type, enabled=False):
+        adapted = _direction(weight, lora_A, lora_B, scaling, dtype)
+        if magnitude is not None:
+            dim = 1 if magnitude_axis == "out" else 0
+            norm = torch.linalg.vector_norm(adapted, dim=dim)
+            if detach_norm:
+                norm = norm.detach()
+            if weight_norm is not None:
+                norm = norm + (weight_norm.to(dtype) - norm).detach()
+            adapted = adapted * magnitude_scale(magnitude, norm).unsqueeze(dim)
+        y = x.to(compute_dtype).to(dtype) @ adapted.transpose(0, 1)
+        if bias is not None:
+            y = y + bias.to(dtype)
+        return y.to(compute_dtype)

@@ -1,0 +1,211 @@
+"""The `torch` backend: the primitives of DoRA in plain PyTorch operations. Runs on every device; the CPU's path.
+
+The Triton kernels in `dora_kernels.kernels` offer the same primitives under the same names: `weight_norm`,
+`compose`, `scale_reduce`. Nothing here forms an ``[out_features, in_features]`` temporary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dora_kernels.reference import accumulation_dtype
+
+# One block of W in float32 is about 2 MB: it stays in a core's share of the cache between the two uses of it.
+_BLOCK_ELEMENTS = 1 << 19
+
+# Rows whose squared norm is below this fraction of the squared terms it is summed from have lost digits to
+# cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
+_CANCELLATION = 0.25
+
+
+def weight_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
+) -> Tensor:
+    """Row norms of ``W + s B A`` in float32 (float64 for float64 input), shape ``[out_features]``.
+
+    Column norms are the row norms of the transposed problem ``(W.T, B.T, A.T)``.
+
+    On the CPU the factored form is used, from matrices of rank r only:
+    ``n² = |w|² + 2s Σ_k B U + s² Σ_k (B G) B`` with ``U = W Aᵀ`` and ``G = A Aᵀ``;
+    `weight_square` is ``|w|²`` per row where the caller keeps it. Rows that suffer from cancellation are recomputed.
+    On other devices that recomputation would need the host to wait, so W is read in row blocks and the direct
+    form is taken.
+    """
+    dtype = accumulation_dtype(weight, lora_A, lora_B)
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    with _full_precision(weight.device):
+        if weight.device.type != "cpu":
+            return _direct_norm(weight, a, b, scaling)
+        if weight_square is None:
+            weight_square = row_square(weight, dtype)
+        gram = a @ a.t()
+        cross = torch.einsum("nr,nr->n", b, mm_wide(weight, a.t()))
+        quad = torch.einsum("nr,nr->n", b @ gram, b)
+        square = weight_square + (2.0 * scaling) * cross + (scaling * scaling) * quad
+        # `terms` bounds the size of the summands whatever cancels among them: duplicate rows of A included.
+        terms = weight_square + (scaling * scaling) * (b.square() @ gram.diagonal())
+        lost = ~(square >= _CANCELLATION * terms)
+        if bool(lost.any()):
+            rows = lost.nonzero().squeeze(1)
+            square[rows] = _direct_norm(weight.index_select(0, rows), a, b.index_select(0, rows), scaling).square_()
+        return square.clamp_(min=0.0).sqrt_()
+
+
+def _direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    norm = torch.empty(weight.shape[0], dtype=a.dtype, device=weight.device)
+    for rows in _blocks(weight.shape[0], weight.shape[1]):
+        direction = torch.addmm(weight[rows].to(a.dtype), b[rows], a, alpha=scaling)
+        torch.linalg.vector_norm(direction, dim=1, out=norm[rows])
+    return norm
+
+
+def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squared norm of every row of `weight`, ``[out_features]`` in `dtype`. Constant for a frozen weight."""
+    if _row_major(weight):
+        parts = [weight[rows].to(dtype).square().sum(1) for rows in _blocks(*weight.shape)]
+        return torch.cat(parts)
+    total = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device)
+    for columns in _blocks(weight.shape[1], weight.shape[0]):
+        total += weight[:, columns].to(dtype).square().sum(1)
+    return total
+
+
+def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
+    """``weight @ other`` in other's dtype, upcasting `weight` block by block: no copy of it is ever whole."""
+    if weight.dtype == other.dtype:
+        return weight @ other
+    if _row_major(weight):
+        out = other.new_empty(weight.shape[0], other.shape[1])
+        for rows in _blocks(*weight.shape):
+            torch.mm(weight[rows].to(other.dtype), other, out=out[rows])
+        return out
+    out = other.new_zeros(weight.shape[0], other.shape[1])
+    for columns in _blocks(weight.shape[1], weight.shape[0]):
+        out.addmm_(weight[:, columns].to(other.dtype), other[columns])
+    return out
+
+
+def merge(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, row_scale: Tensor | None, column_scale: Tensor | None
+) -> Tensor:
+    """``g * (W + s B A)`` with g per row or per column, computed in float32 and rounded once to weight's dtype."""
+    dtype = accumulation_dtype(weight, lora_A, lora_B)
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    merged = torch.empty_like(weight)
+    with _full_precision(weight.device):
+        for rows in _blocks(*weight.shape):
+            direction = torch.addmm(weight[rows].to(dtype), b[rows], a, alpha=scaling)
+            if row_scale is not None:
+                direction *= row_scale[rows].unsqueeze(1)
+            if column_scale is not None:
+                direction *= column_scale
+            merged[rows] = direction
+    return merged
+
+
+def compose(
+    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep_base: bool
+) -> Tensor:
+    """``y = g * (base + s h Bᵀ) + bias``, shape ``[tokens, out_features]``, in base's dtype.
+
+    `base` is left untouched if `keep_base`, and otherwise overwritten and returned.
+    """
+    dtype = base.dtype
+    if not keep_base:
+        base.addmm_(h, lora_B.to(dtype).t(), alpha=scaling)
+        if g is not None:
+            base.mul_(g)
+        return base if bias is None else base.add_(bias)
+    y = torch.empty_like(base)
+    if g is None:
+        y.copy_(base) if bias is None else torch.add(base, bias, out=y)
+        return y.addmm_(h, lora_B.to(dtype).t(), alpha=scaling)
+    if bias is None:
+        torch.mul(base, g, out=y)
+    else:
+        torch.addcmul(bias, base, g, out=y)
+    return y.addmm_(h, _scaled_rows(lora_B, g, scaling, dtype).t())
+
+
+def scale_reduce(
+    grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One pass over ``grad [tokens, features]``: ``(g * grad, Σ_t grad * other, Σ_t grad)``.
+
+    The scaled gradient is in grad's dtype, the two sums over tokens are ``[features]`` in float32 (float64 for
+    float64); each is None where it is not wanted (`other` is None: no dot).
+    """
+    scaled = torch.empty_like(grad) if want_scaled else None
+    accumulate = accumulation_dtype(grad)
+    dot = None
+    if other is not None:
+        if grad.dtype == accumulate:
+            product = torch.mul(grad, other, out=scaled) if scaled is not None else grad * other
+            dot = product.sum(0)
+        else:
+            dot = grad.new_zeros(grad.shape[1], dtype=accumulate)
+            for rows in _blocks(*grad.shape):
+                dot += (grad[rows].to(accumulate) * other[rows]).sum(0)
+    if scaled is not None:
+        torch.mul(grad, g, out=scaled)
+    return scaled, dot, grad.sum(0, dtype=accumulate) if want_sum else None
+
+
+def scaled_product(grad: Tensor, lora_B: Tensor, g: Tensor | None, scaling: float) -> Tensor:
+    """``D = grad (s g * B)``, ``[tokens, rank]`` in grad's dtype."""
+    if g is None:
+        return (grad @ lora_B.to(grad.dtype)).mul_(scaling)
+    return grad @ _scaled_rows(lora_B, g, scaling, grad.dtype)
+
+
+def _scaled_rows(lora_B: Tensor, g: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    rows = (g * scaling).unsqueeze(1)
+    return torch.mul(lora_B, rows, out=torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device))
+
+
+def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` in `dtype`, rounded at most once from its float32 accumulation.
+
+    A bfloat16 product rounds its output, so a float32 result of bfloat16 operands needs either the BLAS's mixed
+    output (CUDA) or operands that are upcast first.
+    """
+    if left.dtype == dtype:
+        return left @ right
+    if torch.finfo(dtype).bits < torch.finfo(left.dtype).bits:
+        return (left @ right).to(dtype)
+    if left.device.type == "cuda" and dtype == torch.float32 and _MM_OUT_DTYPE:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.to(dtype) @ right.to(dtype)
+
+
+_MM_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _row_major(weight: Tensor) -> bool:
+    return weight.stride(0) >= weight.stride(1)
+
+
+def _blocks(length: int, width: int) -> Iterator[slice]:
+    step = max(16, _BLOCK_ELEMENTS // max(width, 1))
+    for start in range(0, length, step):
+        yield slice(start, start + step)
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Keep float32 products in float32 on CUDA, whatever the user's TF32 setting: the norm is exact to float32."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

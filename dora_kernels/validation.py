@@ -1,0 +1,123 @@
+"""Checks of the public functions' arguments: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels.backends import BACKENDS
+
+AXES = ("out", "in")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_layer(
+    x: Any,
+    weight: Any,
+    lora_A: Any,
+    lora_B: Any,
+    magnitude: Any,
+    bias: Any,
+    scaling: Any,
+    magnitude_axis: Any,
+    weight_norm: Any,
+    backend: Any,
+) -> None:
+    """The arguments of `dora_linear`."""
+    _check_tensor(x, "x")
+    check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
+    in_features = weight.shape[1]
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected [..., {in_features}] for a weight of shape {_shape(weight)}, got {_shape(x)}")
+    check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
+    if bias is not None:
+        _check_tensor(bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected [{weight.shape[0]}] for a weight of shape {_shape(weight)}, got {_shape(bias)}")
+    if weight_norm is not None:
+        if magnitude is None:
+            raise ValueError("weight_norm: was given without a magnitude; plain LoRA (magnitude=None) uses no norm")
+        check_magnitude(weight_norm, weight, magnitude_axis, "weight_norm")
+        if weight_norm.requires_grad:
+            raise ValueError("weight_norm: requires grad, but it is a constant of the layer; pass weight_norm.detach()")
+    for name, tensor in (("x", x), ("magnitude", magnitude), ("bias", bias), ("weight_norm", weight_norm)):
+        _check_device(tensor, name, weight)
+
+
+def check_adapter(weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude_axis: Any, backend: Any) -> None:
+    """The arguments that describe the adapted weight."""
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_tensor(tensor, name)
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected two dimensions, got shape {_shape(tensor)}")
+    out_features, in_features = weight.shape
+    if out_features < 1 or in_features < 1:
+        raise ValueError(f"weight: expected at least one feature on each side, got shape {_shape(weight)}")
+    rank = lora_A.shape[0]
+    if rank < 1:
+        raise ValueError(f"lora_A: expected a rank of at least 1, got shape {_shape(lora_A)}")
+    if lora_A.shape[1] != in_features:
+        raise ValueError(
+            f"lora_A: expected [rank, {in_features}] for a weight of shape {_shape(weight)}, got {_shape(lora_A)}"
+        )
+    if lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_B: expected [{out_features}, {rank}] for a weight of shape {_shape(weight)} and a lora_A of shape "
+            f"{_shape(lora_A)}, got {_shape(lora_B)}"
+        )
+    _check_device(lora_A, "lora_A", weight)
+    _check_device(lora_B, "lora_B", weight)
+    check_scaling(scaling)
+    check_axis(magnitude_axis)
+    check_backend(backend)
+
+
+def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: str) -> None:
+    """A vector along `magnitude_axis`, or None."""
+    if magnitude is None:
+        return
+    _check_tensor(magnitude, name)
+    length = weight.shape[0 if magnitude_axis == "out" else 1]
+    if magnitude.shape != (length,):
+        raise ValueError(
+            f"{name}: expected [{length}] for magnitude_axis={magnitude_axis!r} and a weight of shape {_shape(weight)}, "
+            f"got {_shape(magnitude)}"
+        )
+    _check_device(magnitude, name, weight)
+
+
+def check_scaling(scaling: Any) -> None:
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling: expected a finite number, got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+
+
+def check_axis(magnitude_axis: Any) -> None:
+    if magnitude_axis not in AXES:
+        raise ValueError(f"magnitude_axis: expected 'out' or 'in', got {magnitude_axis!r}")
+
+
+def check_backend(backend: Any) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
+def _check_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def _check_device(tensor: Tensor | None, name: str, weight: Tensor) -> None:
+    if tensor is not None and tensor.device != weight.device:
+        raise ValueError(f"{name}: expected on the weight's device {weight.device}, got {tensor.device}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
