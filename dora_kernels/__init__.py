@@ -1,5 +1,36 @@
 """DoRA (weight-decomposed low-rank adaptation) at the price of LoRA. See README.md."""
 
+from typing import TYPE_CHECKING, Any
+
+from dora_kernels.backends import UnsupportedError
 from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
+from dora_kernels.modules import DoRALinear, LoRALinear
+from dora_kernels.norm_cache import invalidate, set_norm_reuse
+
+if TYPE_CHECKING:
+    from dora_kernels.peft_patch import PatchHandle, patch_peft, patch_peft_globally
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DoRALinear",
+    "LoRALinear",
+    "PatchHandle",
+    "UnsupportedError",
+    "dora_linear",
+    "dora_weight_norm",
+    "invalidate",
+    "merge_dora",
+    "patch_peft",
+    "patch_peft_globally",
+    "set_norm_reuse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # PEFT is optional and slow to import: only who asks for the patch loads it.
+    if name in ("PatchHandle", "patch_peft", "patch_peft_globally"):
+        from dora_kernels import peft_patch
+
+        return getattr(peft_patch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,6 +101,31 @@ def run_layer(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def layer_scale(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    backend: str,
+    cache: NormCache,
+    training: bool,
+) -> Tensor:
+    """``g = magnitude / ||V||`` as a differentiable vector, for layers that compose their product from modules.
+
+    With ``detach_norm=False`` the norm is the reference's, dense, since autograd has to go through it.
+    """
+    chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
+    if chosen == "reference" or not detach_norm:
+        norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+        return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
+    if torch.compiler.is_compiling():
+        return magnitude / compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
+    return magnitude / cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)[0]
+
+
 def dora_weight_norm(
     weight: Tensor,
     lora_A: Tensor,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels import ops, torch_backend
 from dora_kernels.reference import accumulation_dtype
@@ -64,7 +65,7 @@ def _watch_optimizers() -> None:
     global _hooked
     if not _hooked:
         _hooked = True
-        torch.optim.optimizer.register_optimizer_step_post_hook(_after_step)
+        register_optimizer_step_post_hook(_after_step)
 
 
 def _owned(parameter: Tensor) -> bool:
@@ -131,7 +132,6 @@ class NormCache:
     def invalidate(self) -> None:
         self._entries = {}
 
-    @torch._dynamo.disable  # type: ignore[misc]
     def divisor(
         self,
         weight: Tensor,
