@@ -1,0 +1,240 @@
+"""PEFT's LoRA layer on this package: the classes that `patch_peft` puts in the place of PEFT's own.
+
+All are subclasses of PEFT's, exchanged through ``__class__``, so that state dicts, deepcopy, pickle and isinstance are
+untouched. PEFT's contract, as of 0.16 to 0.21, is described in docs/integration.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from dora_kernels.functional import layer_scale, run_layer
+from dora_kernels.norm_cache import NormCache
+
+# The instance attribute that says "on": {adapter name: NormCache}. Deleting it turns a layer off, also where some
+# wrapper still holds the patched forward.
+SWITCH = "_dora_kernels_norms"
+
+
+class Weights(NamedTuple):
+    """A DoRA adapter's plain tensors, the base weight as ``[out_features, in_features]``."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    bias: Tensor | None
+
+
+class DoraLinearVariant(variants.DoraLinearVariant):
+    """PEFT's DoRA variant with this package's norm: every module is called once, as hooks and wrappers need."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``, active dropout on x in both terms."""
+        weights = read_weights(module, active_adapter)
+        if weights is None:
+            return variants.DoraLinearVariant.forward(
+                module, active_adapter=active_adapter, x=x, result=result, **kwargs
+            )
+        scaling = module.scaling[active_adapter]
+        g = layer_scale(
+            weights.weight, weights.lora_A, weights.lora_B, weights.magnitude,
+            scaling, "out", True, "auto", norm_cache(module, active_adapter), module.training,
+        )  # fmt: skip
+        if _dropout_active(module, active_adapter):
+            x = module.lora_dropout[active_adapter](x)
+            base = F.linear(x, weights.weight.to(x.dtype))
+        else:
+            base = result if weights.bias is None else result - weights.bias
+        low = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        return result + (g - 1) * base + (g * scaling) * low
+
+
+class DoraLinear(lora.Linear):
+    """PEFT's LoRA layer on an `nn.Linear` or `Conv1D` whose DoRA adapters run on this package.
+
+    With one active DoRA adapter and plain modules the whole layer is one function, so that the gradient of x is one
+    accumulation; otherwise PEFT's own forward calls the modules, and `DoraLinearVariant`.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = None if args or kwargs else _single_dora_adapter(self)
+        if name is not None and not _dropout_active(self, name):
+            weights = read_weights(self, name)
+            if weights is not None and _fusable(self, name, x, weights):
+                return run_layer(
+                    x, *weights, self.scaling[name], "out", True, None, "auto", norm_cache(self, name), self.training
+                )
+        # Not super(): a wrapper may call this after the layer's class has been restored.
+        return lora.Linear.forward(self, x, *args, **kwargs)
+
+    def resolve_lora_variant(self, **kwargs: Any) -> Any:
+        """PEFT's choice for a new adapter, with its DoRA variant replaced."""
+        return patched_variant(super().resolve_lora_variant(**kwargs))
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's merge; it writes the base weight through ``.data``, which no tensor version shows."""
+        _forget_norms(self)
+        lora.Linear.merge(self, *args, **kwargs)
+
+    def unmerge(self) -> None:
+        """PEFT's unmerge."""
+        lora.Linear.unmerge(self)
+        _forget_norms(self)
+
+
+class LoraModel(lora.LoraModel):
+    """PEFT's LoRA tuner; layers that a later adapter creates are patched as well."""
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, then the patch."""
+        super().inject_adapter(model, *args, **kwargs)
+        patch_layers(model)
+
+
+def patch_layers(model: nn.Module) -> None:
+    """Patch every layer of `model` that can be, DoRA adapters or not: one may be added later."""
+    for layer in model.modules():
+        if type(layer) is lora.Linear and unsupported(layer) is None:
+            layer.__class__ = DoraLinear
+        if type(layer) is DoraLinear and SWITCH not in vars(layer):
+            for name, variant in layer.lora_variant.items():
+                layer.lora_variant[name] = patched_variant(variant)
+            setattr(layer, SWITCH, {})
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `patch_layers`."""
+    for layer in model.modules():
+        if type(layer) is DoraLinear:
+            layer.__class__ = lora.Linear
+            for name, variant in layer.lora_variant.items():
+                if type(variant) is DoraLinearVariant:
+                    layer.lora_variant[name] = variants.DoraLinearVariant()
+            vars(layer).pop(SWITCH, None)
+
+
+def patched_variant(variant: Any) -> Any:
+    """This package's variant for PEFT's DoRA variant, anything else as it is."""
+    return DoraLinearVariant() if type(variant) is variants.DoraLinearVariant else variant
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Why `layer`, one of PEFT's LoRA layers, cannot be patched; None where it can."""
+    if type(layer) not in (lora.Linear, DoraLinear):
+        return f"{type(layer).__module__}.{type(layer).__name__}: only LoRA layers on nn.Linear and Conv1D are supported"
+    base = layer.base_layer
+    if not _is_linear(base) and not _is_conv1d(base):
+        return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not a plain nn.Linear or Conv1D"
+    if bool(layer.fan_in_fan_out) != _is_conv1d(base):
+        return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its base layer, a {type(base).__name__}"
+    if type(layer) is lora.Linear and "forward" in vars(layer):
+        return "it has a forward of its own (a hook of accelerate, for example): patch before that is installed"
+    return None
+
+
+def dora_adapters(layer: nn.Module) -> list[str]:
+    """Names of the adapters of `layer` with a magnitude."""
+    return list(getattr(layer, "lora_magnitude_vector", None) or ())
+
+
+def norm_cache(layer: Any, adapter: str) -> NormCache:
+    """The layer's kept norm for one adapter."""
+    caches: dict[str, NormCache] = getattr(layer, SWITCH)
+    cache = caches.get(adapter)
+    if cache is None:
+        cache = caches.setdefault(adapter, NormCache())
+    return cache
+
+
+def read_weights(layer: Any, adapter: str) -> Weights | None:
+    """The adapter's tensors, if they may be read outside their modules' calls; None if not, or if it is switched off.
+
+    Not under wrappers that leave them empty, flattened, sharded or elsewhere: FSDP1, DeepSpeed ZeRO-3, offloading.
+    """
+    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor):
+        return None
+    base, lora_A, lora_B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    magnitude = layer.lora_magnitude_vector[adapter]
+    if not (_is_linear(base) or _is_conv1d(base)) or not (_is_linear(lora_A) and _is_linear(lora_B)):
+        return None
+    if type(magnitude) is not DoraLinearLayer or lora_B.bias is not None:
+        return None
+    weight = base.weight
+    if layer.fan_in_fan_out:
+        if weight.dim() != 2:
+            return None
+        weight = weight.t()
+    a, b, m = lora_A.weight, lora_B.weight, magnitude.weight
+    shape = (layer.out_features, layer.in_features)
+    if weight.shape != shape or m.shape != shape[:1] or (b.shape[0], a.shape[1]) != shape:
+        return None
+    device = weight.device
+    if device.type == "meta" or a.device != device or b.device != device or m.device != device:
+        return None
+    if not torch.compiler.is_compiling():
+        for tensor in (weight, a, b, m):
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().size() == 0:
+                return None
+    return Weights(weight, a, b, m, base.bias)
+
+
+def _single_dora_adapter(layer: Any) -> str | None:
+    """The one active adapter, if it is a DoRA adapter of this package and nothing is merged or disabled."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or type(layer.lora_variant.get(active[0])) is not DoraLinearVariant:
+        return None
+    return active[0]
+
+
+def _fusable(layer: Any, adapter: str, x: Tensor, weights: Weights) -> bool:
+    """Whether the modules need not be called: nobody hooked them, and stock's base product would run on x as it is."""
+    if x.device != weights.weight.device:
+        return False
+    if x.dtype != weights.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    if nn_module._has_any_global_hook():
+        return False
+    dropout = layer.lora_dropout[adapter]
+    modules = (layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_magnitude_vector[adapter])
+    return type(dropout) in (nn.Identity, nn.Dropout) and not any(map(_hooked, (*modules, dropout)))
+
+
+def _dropout_active(layer: Any, adapter: str) -> bool:
+    """As PEFT decides it: any dropout module that is not an identity, while training."""
+    dropout = layer.lora_dropout[adapter]
+    return layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) != 0.0
+
+
+def _hooked(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _forget_norms(layer: Any) -> None:
+    for cache in vars(layer).get(SWITCH, {}).values():
+        cache.invalidate()

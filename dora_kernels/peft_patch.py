@@ -1,0 +1,174 @@
+"""`patch_peft`: one line that puts a PEFT model's DoRA layers on this package; `patch_peft_globally` for every model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    import peft
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import BaseTuner
+except ImportError as error:  # pragma: no cover - depends on the environment
+    raise ImportError(f"patch_peft needs the peft package: pip install 'dora-kernels[peft]' ({error})") from error
+
+if not hasattr(lora.layer, "LoraVariant"):
+    raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
+
+from dora_kernels.backends import resolve
+from dora_kernels.peft_layers import (
+    SWITCH,
+    DoraLinear,
+    LoraModel,
+    dora_adapters,
+    patch_layers,
+    restore_layers,
+    unsupported,
+)
+
+logger = logging.getLogger("dora_kernels")
+
+
+class PatchHandle:
+    """What a patch reached, and the way back. Both lists are read from the models at each access."""
+
+    def __init__(self) -> None:
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._restored = False
+
+    @property
+    def patched(self) -> list[str]:
+        """Names of the DoRA layers whose calls run on this package, those of adapters added later included."""
+        return [name for name, layer in self._dora_layers() if _reaches(layer)]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Names of the DoRA layers left to PEFT, each with the reason."""
+        layers = ((name, layer) for name, layer in self._dora_layers() if not _reaches(layer))
+        return {name: unsupported(layer) or "the patch was undone, or the layer made after it" for name, layer in layers}
+
+    def restore(self) -> None:
+        """Give every model back as it was. Calling it again does nothing."""
+        self._restored = True
+        for model in self._live_models():
+            restore_layers(model)
+            for module in model.modules():
+                if type(module) is LoraModel:
+                    module.__class__ = lora.LoraModel
+
+    def __repr__(self) -> str:
+        return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
+
+    def _add(self, model: nn.Module) -> None:
+        if not any(known is model for known in self._live_models()):
+            self._models.append(weakref.ref(model))
+
+    def _live_models(self) -> Iterator[nn.Module]:
+        for reference in list(self._models):
+            model = reference()
+            if model is not None:
+                yield model
+
+    def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for model in self._live_models():
+            for name, module in model.named_modules():
+                if isinstance(module, lora.LoraLayer) and dora_adapters(module):
+                    yield name, module
+
+
+def patch_peft(model: nn.Module) -> PatchHandle:
+    """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
+
+    Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`.
+    It is per model, and safe to call twice. Every DoRA layer on a plain `nn.Linear` or `Conv1D` is patched; other
+    kinds stay with PEFT and are listed in `PatchHandle.skipped`.
+
+    Args:
+        model: a `PeftModel`, or any module with PEFT adapters injected.
+
+    Returns:
+        A `PatchHandle`: `patched`, `skipped` and `restore()`.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: there is nothing to patch; the message says why. The model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_something_to_patch(model)
+    patch_layers(model)
+    for module in model.modules():
+        if type(module) is lora.LoraModel:
+            module.__class__ = LoraModel
+    handle = PatchHandle()
+    handle._add(model)
+    patched, skipped = handle.patched, handle.skipped
+    logger.info(
+        "patched %d DoRA layers of %s, skipped %d, backend %s",
+        len(patched), type(model).__name__, len(skipped), _backend(model),
+    )  # fmt: skip
+    return handle
+
+
+def patch_peft_globally() -> PatchHandle:
+    """Do what `patch_peft` does for every PEFT model made afterwards, for frameworks that build the model themselves.
+
+    All of PEFT's entrances (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the integrations of
+    transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
+    left alone. `PatchHandle.restore` undoes the wrapping and every model that is still alive.
+    """
+    handle = PatchHandle()
+    original = BaseTuner.inject_adapter
+
+    @functools.wraps(original)
+    def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, model, *args, **kwargs)
+        # A wrapper put on top of this one keeps it alive after restore().
+        if not handle._restored and isinstance(self, lora.LoraModel):
+            patch_layers(model)
+            handle._add(model)
+            logger.info("patched %d DoRA layers of %s, backend %s", len(handle.patched), type(model).__name__, _backend(model))
+
+    class GlobalHandle(PatchHandle):
+        def restore(self) -> None:
+            super().restore()
+            if BaseTuner.inject_adapter is inject_adapter:
+                BaseTuner.inject_adapter = original
+
+    handle.__class__ = GlobalHandle
+    BaseTuner.inject_adapter = inject_adapter
+    return handle
+
+
+def _check_something_to_patch(model: nn.Module) -> None:
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
+    if not layers:
+        raise ValueError(
+            "model: nothing to patch, it has no LoRA layers; "
+            "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
+        )
+    dora = [(name, layer) for name, layer in layers if dora_adapters(layer)]
+    if not dora:
+        raise ValueError(
+            f"model: nothing to patch, none of its {len(layers)} LoRA layers has a DoRA adapter; "
+            "set use_dora=True in the LoraConfig"
+        )
+    reasons = [(name, unsupported(layer)) for name, layer in dora]
+    if all(reason is not None for _, reason in reasons):
+        name, reason = reasons[0]
+        raise ValueError(f"model: nothing to patch, none of its {len(dora)} DoRA layers is supported; {name}: {reason}")
+
+
+def _reaches(layer: nn.Module) -> bool:
+    return type(layer) is DoraLinear and SWITCH in vars(layer) and unsupported(layer) is None
+
+
+def _backend(model: nn.Module) -> str:
+    parameter = next(model.parameters())
+    return resolve("auto", (torch.empty(0, device=parameter.device),)) if parameter.device.type != "meta" else "auto"
