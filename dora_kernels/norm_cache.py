@@ -73,6 +73,11 @@ def _owned(parameter: Tensor) -> bool:
     return known is not None and known() is parameter
 
 
+def _owner(tensor: Tensor) -> Tensor:
+    """The tensor that lives as long as the parameter: a transposed weight is a new view at every call."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def safe_divisor(norm: Tensor) -> Tensor:
     """The norm with infinity where it is 0, so that dividing by it gives 0 there."""
     return norm.masked_fill(norm == 0, torch.inf)
@@ -87,7 +92,7 @@ class NormEntry:
     weight_square: tuple[Tensor, Tensor] | None
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> None:
-        self.refs = tuple(weakref.ref(t) for t in tensors)
+        self.refs = tuple(weakref.ref(_owner(t)) for t in tensors)
         self.key = key
         self.steps = _steps
         self.backward_seen = False
@@ -95,7 +100,9 @@ class NormEntry:
         self.weight_square = None
 
     def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
-        return self.key == key and all(ref() is t for ref, t in zip(self.refs, tensors, strict=True))
+        return self.key == key and all(
+            ref() is _owner(t) for ref, t in zip(self.refs, tensors, strict=True)
+        )
 
     def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
         if training and self.steps == _steps and self._unseen_writer_excluded(lora_A, lora_B):
@@ -149,7 +156,7 @@ class NormCache:
             return compute_divisor(*tensors, scaling, magnitude_axis, backend), None
         key = (
             *((t.data_ptr(), t._version) for t in tensors),
-            weight.stride(), scaling, magnitude_axis, training, backend,
+            (weight.shape, weight.stride()), scaling, magnitude_axis, training, backend,
         )  # fmt: skip
         previous = self._entries.get(weight.device)
         if previous is not None and previous.is_of(tensors, key) and previous.is_fresh(*tensors, training):
@@ -196,7 +203,7 @@ def _weight_square(
     if (
         previous is not None
         and previous.weight_square is not None
-        and previous.refs[0]() is weight
+        and previous.refs[0]() is _owner(weight)
         and previous.key[0] == entry.key[0]
         and previous.key[3:6:2] == entry.key[3:6:2]
         and torch.equal(previous.weight_square[1], diagonal)
