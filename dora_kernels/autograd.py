@@ -42,11 +42,7 @@ class _DoRALinear(torch.autograd.Function):
         listener: BackwardListener | None,
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:6])
-        g = None
-        if magnitude is not None:
-            assert divisor is not None
-            divisor = divisor.to(accumulation_dtype(x))
-            g = magnitude / divisor
+        g, divisor = _scale(x, magnitude, divisor)
         keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude is not None, needs)
         with _no_autocast(x):
             y, h, base = ops.linear_forward(
@@ -62,14 +58,14 @@ class _DoRALinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
         scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
         needs = Needs(*ctx.needs_input_grad[:6])
+        if ctx.listener is not None and (needs.lora_A or needs.lora_B):
+            ctx.listener.backward_seen = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy), *[None] * 7
         with _no_autocast(dy):
             grads = ops.linear_backward(
                 dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, needs, backend
             )
-        if ctx.listener is not None and (needs.lora_A or needs.lora_B):
-            ctx.listener.backward_seen = True
         d_magnitude = None if grads.magnitude is None else grads.magnitude.to(magnitude.dtype)
         d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
         return grads.x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
@@ -94,9 +90,24 @@ def apply(
 
     `named`: the backend was asked for by name, so a second differentiation raises instead of using the reference.
     """
+    if not torch.is_grad_enabled():
+        g, _ = _scale(x, magnitude, divisor)
+        with _no_autocast(x):
+            return ops.linear_forward(
+                x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, False, backend
+            )[0]
     return _DoRALinear.apply(
-        x, weight, lora_A, lora_B, magnitude, bias, divisor, scaling, magnitude_axis, detach_norm, backend, named, listener
-    )
+        x, weight, lora_A, lora_B, magnitude, bias, divisor,
+        scaling, magnitude_axis, detach_norm, backend, named, listener,
+    )  # fmt: skip
+
+
+def _scale(x: Tensor, magnitude: Tensor | None, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``g = magnitude / norm`` and the divisor, in the dtype sums over x are accumulated in."""
+    if magnitude is None or divisor is None:
+        return None, None
+    divisor = divisor.to(accumulation_dtype(x))
+    return (magnitude / divisor).to(divisor.dtype), divisor
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_kernels import torch_backend
 from dora_kernels.reference import accumulation_dtype
-from dora_kernels.torch_backend import mm_accumulate, mm_wide, scaled_product
+from dora_kernels.torch_backend import mm_accumulate, mm_wide, scaled_rows
 
 
 class Needs(NamedTuple):
@@ -77,7 +77,7 @@ def forward(
     dtype = x.dtype
     if g is not None and magnitude_axis == "in":
         x, g = torch.mul(x, g, out=torch.empty_like(x)), None
-    h = x @ lora_A.to(dtype).t()
+    h = F.linear(x, lora_A.to(dtype))
     base = F.linear(x, weight.to(dtype))
     y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base)
     return y, h, base if keep_base else None
@@ -144,15 +144,16 @@ def _backward_out(
         out, dot, total = kernels.scale_reduce(dy, base, g, scaled, needs.bias)
         dg = out if scaled else dy
 
-    d_low = scaled_product(dy, lora_B, g, scaling) if needs.x or needs.lora_A else None
+    factor = scaling if g is None else g * scaling
+    d_low = _low_rank_gradient(dy, lora_B, factor) if needs.x or needs.lora_A else None
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     d_b, dm = None, None
     if needs.lora_B or base is not None:
         p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
         if base is not None:
-            dm = (dot + scaling * torch.einsum("nr,nr->n", lora_B.to(p.dtype), p)) / divisor
+            dm = torch.add(dot, (p * lora_B).sum(1), alpha=scaling).div_(divisor)
         if needs.lora_B:
-            d_b = p.mul_(scaling if g is None else (g * scaling).unsqueeze(1))
+            d_b = p.mul_(factor if g is None else factor.unsqueeze(1))
     dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
     dx = None
     if needs.x:
@@ -178,7 +179,7 @@ def _backward_in(
 ) -> Grads:
     """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
     need_dm = _needs_dm(detach_norm, needs)
-    d_low = scaled_product(dy, lora_B, None, scaling) if needs.x or need_dm or needs.lora_A else None
+    d_low = _low_rank_gradient(dy, lora_B, scaling) if needs.x or need_dm or needs.lora_A else None
     dx, dm = None, None
     if needs.x or need_dm:
         d_scaled = d_low @ lora_A.to(dy.dtype)
@@ -191,6 +192,13 @@ def _backward_in(
     dw = mm_accumulate(dy.t(), x, accumulate).mul_(g) if needs.weight else None
     total = kernels.scale_reduce(dy, None, None, False, True)[2] if needs.bias else None
     return Grads(dx, dw, d_a, d_b, dm, total)
+
+
+def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float) -> Tensor:
+    """``D = dy (factor * B)``, the gradient of ``x Aᵀ``: ``[M, r]`` in dy's dtype."""
+    if isinstance(factor, Tensor):
+        return dy @ scaled_rows(lora_B, factor, dy.dtype)
+    return (dy @ lora_B.to(dy.dtype)).mul_(factor)
 
 
 def _add_norm_gradient(

@@ -163,36 +163,43 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     """
     if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor):
         return None
-    base, lora_A, lora_B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
-    magnitude = layer.lora_magnitude_vector[adapter]
-    if not (_is_linear(base) or _is_conv1d(base)) or not (_is_linear(lora_A) and _is_linear(lora_B)):
-        return None
-    if type(magnitude) is not DoraLinearLayer or lora_B.bias is not None:
-        return None
-    weight = base.weight
-    if layer.fan_in_fan_out:
-        if weight.dim() != 2:
+    # Straight from the dictionaries: nn.Module's attribute look-up costs more than all the checks.
+    children = layer._modules
+    base = children["base_layer"]
+    lora_A, lora_B, magnitude = (
+        children[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_magnitude_vector")
+    )
+    if not (type(base) is type(lora_A) is type(lora_B) is nn.Linear):
+        if not (_is_conv1d(base) and type(lora_A) is type(lora_B) is nn.Linear):
             return None
+    if type(magnitude) is not DoraLinearLayer or lora_B._parameters["bias"] is not None:
+        return None
+    tensors = [module._parameters.get("weight") for module in (base, lora_A, lora_B, magnitude)]
+    if not torch.compiler.is_compiling() and not all(map(_materialised, tensors)):
+        return None
+    weight, a, b, m = tensors
+    if layer.fan_in_fan_out:
         weight = weight.t()
-    a, b, m = lora_A.weight, lora_B.weight, magnitude.weight
-    shape = (layer.out_features, layer.in_features)
-    if weight.shape != shape or m.shape != shape[:1] or (b.shape[0], a.shape[1]) != shape:
+    features = (layer.out_features, layer.in_features)
+    if weight.shape != features or a.shape[1:] != features[1:] or b.shape[:1] != features[:1] or m.dim() != 1:
         return None
     device = weight.device
-    if device.type == "meta" or a.device != device or b.device != device or m.device != device:
+    if a.device != device or b.device != device or m.device != device:
         return None
-    if not torch.compiler.is_compiling():
-        for tensor in (weight, a, b, m):
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().size() == 0:
-                return None
-    return Weights(weight, a, b, m, base.bias)
+    return Weights(weight, a, b, m, base._parameters["bias"])
+
+
+def _materialised(tensor: Any) -> bool:
+    """A plain tensor with storage: not sharded, not gathered away, not on meta."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.data_ptr() != 0 and tensor.dim() > 0
 
 
 def _single_dora_adapter(layer: Any) -> str | None:
     """The one active adapter, if it is a DoRA adapter of this package and nothing is merged or disabled."""
-    if layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged_adapters:
         return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors = layer._modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in factors]
     if len(active) != 1 or type(layer.lora_variant.get(active[0])) is not DoraLinearVariant:
         return None
     return active[0]
@@ -200,21 +207,32 @@ def _single_dora_adapter(layer: Any) -> str | None:
 
 def _fusable(layer: Any, adapter: str, x: Tensor, weights: Weights) -> bool:
     """Whether the modules need not be called: nobody hooked them, and stock's base product would run on x as it is."""
-    if x.device != weights.weight.device:
+    weight = weights.weight
+    if x.device != weight.device:
         return False
-    if x.dtype != weights.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return False
     if nn_module._has_any_global_hook():
         return False
-    dropout = layer.lora_dropout[adapter]
-    modules = (layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_magnitude_vector[adapter])
-    return type(dropout) in (nn.Identity, nn.Dropout) and not any(map(_hooked, (*modules, dropout)))
+    children = layer._modules
+    dropout = children["lora_dropout"]._modules[adapter]
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return False
+    return not (
+        _hooked(children["base_layer"])
+        or _hooked(children["lora_A"]._modules[adapter])
+        or _hooked(children["lora_B"]._modules[adapter])
+        or _hooked(children["lora_magnitude_vector"]._modules[adapter])
+        or _hooked(dropout)
+    )
 
 
 def _dropout_active(layer: Any, adapter: str) -> bool:
     """As PEFT decides it: any dropout module that is not an identity, while training."""
-    dropout = layer.lora_dropout[adapter]
-    return layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) != 0.0
+    if not layer.training:
+        return False
+    dropout = layer._modules["lora_dropout"]._modules[adapter]
+    return not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) != 0.0
 
 
 def _hooked(module: Any) -> bool:

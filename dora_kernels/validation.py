@@ -93,7 +93,7 @@ def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: s
 def check_scaling(scaling: Any) -> None:
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: expected a finite number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 
