@@ -29,7 +29,8 @@ def table(result: dict[str, Any]) -> str:
     """The markdown between the markers."""
     variants = result["variants"]
     lengths = list(variants["lora"]["step_seconds"])
-    head = ["", *(f"step, {length} tokens" for length in lengths), "generated token", "peak memory", "same losses as PEFT DoRA"]
+    steps = [f"step, {length} tokens" for length in lengths]
+    head = ["", *steps, "generated token", "peak memory", "same losses as PEFT DoRA"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"]]
     for kind, label in LABELS.items():
         variant = variants[kind]

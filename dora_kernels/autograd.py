@@ -44,10 +44,9 @@ class _DoRALinear(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:6])
         g, divisor = _scale(x, magnitude, divisor)
         keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude is not None, needs)
-        with _no_autocast(x):
-            y, h, base = ops.linear_forward(
-                x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
-            )
+        y, h, base = ops.linear_forward(
+            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
+        )
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base)
         ctx.settings = (scaling, magnitude_axis, detach_norm, backend, named)
         ctx.listener = listener
@@ -62,10 +61,9 @@ class _DoRALinear(torch.autograd.Function):
             ctx.listener.backward_seen = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy), *[None] * 7
-        with _no_autocast(dy):
-            grads = ops.linear_backward(
-                dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, needs, backend
-            )
+        grads = ops.linear_backward(
+            dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, needs, backend
+        )
         d_magnitude = None if grads.magnitude is None else grads.magnitude.to(magnitude.dtype)
         d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
         return grads.x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
@@ -92,10 +90,7 @@ def apply(
     """
     if not torch.is_grad_enabled():
         g, _ = _scale(x, magnitude, divisor)
-        with _no_autocast(x):
-            return ops.linear_forward(
-                x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, False, backend
-            )[0]
+        return ops.linear_forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, False, backend)[0]
     return _DoRALinear.apply(
         x, weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, backend, named, listener,
@@ -132,21 +127,3 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     wanted = [t for t, need in zip(aliases, ctx.needs_input_grad[:6], strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in ctx.needs_input_grad[:6]]
-
-
-class _no_autocast:
-    """Turn autocast off inside, at no cost where it is off already: every cast here is explicit."""
-
-    __slots__ = ("_context",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        device = tensor.device.type
-        self._context = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*exc)

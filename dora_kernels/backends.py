@@ -76,21 +76,16 @@ def _only_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+@functools.cache
 def triton_problem(device: torch.device) -> str | None:
     """Why the triton backend cannot run on `device`, or None where it can. The answer is kept per device."""
-    return _triton_problem(device.type, device.index)
-
-
-@functools.cache
-def _triton_problem(device_type: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     from dora_kernels import kernels
 
-    device = torch.device(device_type, index)
     if kernels.INTERPRETED:
         return None
-    if device_type != "cuda":
+    if device.type != "cuda":
         return f"it needs a GPU (or TRITON_INTERPRET=1), and the tensors are on {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
@@ -98,5 +93,6 @@ def _triton_problem(device_type: str, index: int | None) -> str | None:
     try:
         kernels.probe(device)
     except Exception as error:  # whatever stops a compiler or a driver: no C compiler, a full disk, an old driver
-        return f"a first kernel failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        message = str(error).strip() or "no message"
+        return f"a first kernel failed: {type(error).__name__}: {message.splitlines()[0]}"
     return None

@@ -8,7 +8,7 @@ go to the vendor BLAS in x's dtype; a backend supplies what surrounds them: `com
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,10 +128,10 @@ def _backward_out(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    g: Tensor | None,
-    divisor: Tensor | None,
+    g: Any,
+    divisor: Any,
     h: Tensor,
-    base: Tensor | None,
+    base: Any,
     scaling: float,
     detach_norm: bool,
     needs: Needs,
@@ -139,13 +139,15 @@ def _backward_out(
 ) -> Grads:
     """Rows scaled by g; plain LoRA is g = 1."""
     scaled = g is not None and (needs.x or needs.weight)
-    dg, dot, total = dy, None, None
+    dg: Any = dy
+    dot: Any = None
+    total = None
     if scaled or base is not None or needs.bias:
         out, dot, total = kernels.scale_reduce(dy, base, g, scaled, needs.bias)
         dg = out if scaled else dy
 
-    factor = scaling if g is None else g * scaling
-    d_low = _low_rank_gradient(dy, lora_B, factor) if needs.x or needs.lora_A else None
+    factor: Any = scaling if g is None else g * scaling
+    d_low: Any = _low_rank_gradient(dy, lora_B, factor) if needs.x or needs.lora_A else None
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     d_b, dm = None, None
     if needs.lora_B or base is not None:
@@ -168,10 +170,10 @@ def _backward_in(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    g: Tensor,
-    divisor: Tensor,
+    g: Any,
+    divisor: Any,
     h: Tensor,
-    base: None,
+    base: Any,
     scaling: float,
     detach_norm: bool,
     needs: Needs,
@@ -179,7 +181,7 @@ def _backward_in(
 ) -> Grads:
     """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
     need_dm = _needs_dm(detach_norm, needs)
-    d_low = _low_rank_gradient(dy, lora_B, scaling) if needs.x or need_dm or needs.lora_A else None
+    d_low: Any = _low_rank_gradient(dy, lora_B, scaling) if needs.x or need_dm or needs.lora_A else None
     dx, dm = None, None
     if needs.x or need_dm:
         d_scaled = d_low @ lora_A.to(dy.dtype)
@@ -220,7 +222,7 @@ def _add_norm_gradient(
         d_left = u.mul_((c * scaling).unsqueeze(1))
     if need_right:
         d_right = mm_wide(rows.t(), c_left).t().addmm(left.t() @ c_left, right, alpha=scaling).mul_(scaling)
-    d_weight = grads.weight
+    d_weight: Any = grads.weight
     if needs.weight:
         d_rows = torch.addmm(rows.to(dtype), left, right, alpha=scaling).mul_(c.unsqueeze(1))
         d_weight = d_weight.to(dtype) + (d_rows.t() if axis_in else d_rows)
@@ -232,7 +234,7 @@ def _t(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.t()
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def _sum(first: Any, second: Tensor | None) -> Tensor | None:
     return first if second is None else first.to(second.dtype) + second
 
 

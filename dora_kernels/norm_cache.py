@@ -13,6 +13,7 @@ Everything else is a recomputation. A norm handed out is never written again, so
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,7 +59,11 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             key = id(parameter)
             known = _stepped.get(key)
             if known is None or known() is not parameter:
-                _stepped[key] = weakref.ref(parameter, lambda _, key=key: _stepped.pop(key, None))
+                _stepped[key] = weakref.ref(parameter, functools.partial(_forget, key))
+
+
+def _forget(key: int, _: Any) -> None:
+    _stepped.pop(key, None)
 
 
 def _watch_optimizers() -> None:

@@ -13,6 +13,7 @@ result (ops cannot return None) is an empty one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +43,15 @@ def weight_norm(
     if torch.compiler.is_compiling():
         return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
-    return linear.primitives(backend).weight_norm(*rows, scaling, weight_square)
+    with _no_autocast(weight):
+        return linear.primitives(backend).weight_norm(*rows, scaling, weight_square)
 
 
 @torch.library.custom_op("dora_kernels::weight_norm", mutates_args=())
 def weight_norm_op(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str
 ) -> Tensor:
-    rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
-    return linear.primitives(backend).weight_norm(*rows, scaling, None)
+    return weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
 
 
 @weight_norm_op.register_fake
@@ -77,7 +78,8 @@ def linear_forward(
             x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
         )
         return y, h, base if keep_base else None
-    return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
+    with _no_autocast(x):
+        return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
 
 
 @torch.library.custom_op("dora_kernels::linear_forward", mutates_args=())
@@ -93,7 +95,7 @@ def linear_forward_op(
     keep_base: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, base = linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
+    y, h, base = linear_forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
     return y, h, x.new_empty(0) if base is None else base
 
 
@@ -133,7 +135,8 @@ def linear_backward(
     """`linear.backward`."""
     args = (dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm)
     if not torch.compiler.is_compiling():
-        return linear.backward(*args, needs, backend)
+        with _no_autocast(dy):
+            return linear.backward(*args, needs, backend)
     grads = linear_backward_op(*args, list(needs), backend)
     return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
@@ -155,7 +158,7 @@ def linear_backward_op(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = linear.backward(
+    grads = linear_backward(
         dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, Needs(*needs), backend
     )
     gx, gw, ga, gb, gm, gbias = (x.new_empty(0) if grad is None else grad for grad in grads)
@@ -190,3 +193,21 @@ def _(
         x.new_empty(g.shape, dtype=accumulate) if need.magnitude and g is not None else x.new_empty(0),
         x.new_empty(dy.shape[1], dtype=accumulate) if need.bias else x.new_empty(0),
     )
+
+
+class _no_autocast:
+    """Turn autocast off inside, at no cost where it is off already: every cast here is explicit."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        device = tensor.device.type
+        self._context = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*exc)

@@ -120,7 +120,7 @@ def restore_layers(model: nn.Module) -> None:
             for name, variant in layer.lora_variant.items():
                 if type(variant) is DoraLinearVariant:
                     layer.lora_variant[name] = variants.DoraLinearVariant()
-            vars(layer).pop(SWITCH, None)
+            layer.__dict__.pop(SWITCH, None)
 
 
 def patched_variant(variant: Any) -> Any:
@@ -128,10 +128,11 @@ def patched_variant(variant: Any) -> Any:
     return DoraLinearVariant() if type(variant) is variants.DoraLinearVariant else variant
 
 
-def unsupported(layer: nn.Module) -> str | None:
+def unsupported(layer: Any) -> str | None:
     """Why `layer`, one of PEFT's LoRA layers, cannot be patched; None where it can."""
     if type(layer) not in (lora.Linear, DoraLinear):
-        return f"{type(layer).__module__}.{type(layer).__name__}: only LoRA layers on nn.Linear and Conv1D are supported"
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        return f"{kind}: only LoRA layers on nn.Linear and Conv1D are supported"
     base = layer.base_layer
     if not _is_linear(base) and not _is_conv1d(base):
         return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not a plain nn.Linear or Conv1D"
@@ -174,7 +175,7 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
             return None
     if type(magnitude) is not DoraLinearLayer or lora_B._parameters["bias"] is not None:
         return None
-    tensors = [module._parameters.get("weight") for module in (base, lora_A, lora_B, magnitude)]
+    tensors: list[Any] = [module._parameters.get("weight") for module in (base, lora_A, lora_B, magnitude)]
     if not torch.compiler.is_compiling() and not all(map(_materialised, tensors)):
         return None
     weight, a, b, m = tensors
@@ -245,11 +246,11 @@ def _hooked(module: Any) -> bool:
     )
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: Any) -> bool:
     return type(module) is nn.Linear
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def _is_conv1d(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 

@@ -1,4 +1,4 @@
-"""`patch_peft`: one line that puts a PEFT model's DoRA layers on this package; `patch_peft_globally` for every model."""
+"""`patch_peft` puts a PEFT model's DoRA layers on this package; `patch_peft_globally` those of every later model."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class PatchHandle:
     @property
     def skipped(self) -> dict[str, str]:
         """Names of the DoRA layers left to PEFT, each with the reason."""
-        layers = ((name, layer) for name, layer in self._dora_layers() if not _reaches(layer))
-        return {name: unsupported(layer) or "the patch was undone, or the layer made after it" for name, layer in layers}
+        layers = [(name, layer) for name, layer in self._dora_layers() if not _reaches(layer)]
+        return {name: unsupported(layer) or "not patched: restored, or made after the patch" for name, layer in layers}
 
     def restore(self) -> None:
         """Give every model back as it was. Calling it again does nothing."""
@@ -133,7 +133,8 @@ def patch_peft_globally() -> PatchHandle:
         if not handle._restored and isinstance(self, lora.LoraModel):
             patch_layers(model)
             handle._add(model)
-            logger.info("patched %d DoRA layers of %s, backend %s", len(handle.patched), type(model).__name__, _backend(model))
+            count = sum(_reaches(layer) and bool(dora_adapters(layer)) for layer in model.modules())
+            logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     class GlobalHandle(PatchHandle):
         def restore(self) -> None:

@@ -21,8 +21,9 @@ def _direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, d
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str) -> Tensor:
     """Norm of every row ("out") or column ("in") of ``W + scaling * B @ A``, differentiable."""
-    direction = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
-    return torch.linalg.vector_norm(direction, dim=1 if magnitude_axis == "out" else 0)
+    with torch.autocast(weight.device.type, enabled=False):
+        direction = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
+        return torch.linalg.vector_norm(direction, dim=1 if magnitude_axis == "out" else 0)
 
 
 def magnitude_scale(magnitude: Tensor, norm: Tensor) -> Tensor:

@@ -49,10 +49,11 @@ def weight_norm(
     # `terms` bounds the size of the summands whatever cancels among them: duplicate rows of A included.
     terms = torch.addmv(weight_square, b.square(), gram.diagonal(), alpha=scaling * scaling)
     kept = square >= terms.mul_(_CANCELLATION)
-    lost = kept.logical_not_().nonzero().squeeze(1)
-    for part in _blocks(lost.shape[0], weight.shape[1]):
-        rows = lost[part]
-        square[rows] = _direct_norm(weight[rows], a, b[rows], scaling).square_()
+    if not bool(kept.all()):
+        lost = kept.logical_not_().nonzero().squeeze(1)
+        for part in _blocks(lost.shape[0], weight.shape[1]):
+            rows = lost[part]
+            square[rows] = _direct_norm(weight[rows], a, b[rows], scaling).square_()
     return square.sqrt_()
 
 
@@ -91,13 +92,18 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
 
 
 def merge(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, row_scale: Tensor | None, column_scale: Tensor | None
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
 ) -> Tensor:
     """``g * (W + s B A)`` with g per row or per column, computed in float32 and rounded once to weight's dtype."""
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     merged = torch.empty_like(weight)
-    with _full_precision(weight.device):
+    with torch.autocast(weight.device.type, enabled=False), _full_precision(weight.device):
         for rows in _blocks(*weight.shape):
             direction = torch.addmm(weight[rows].to(dtype), b[rows], a, alpha=scaling)
             if row_scale is not None:
@@ -113,7 +119,7 @@ def compose(
 ) -> Tensor:
     """``y = g * (base + s h Bᵀ) + bias``, shape ``[tokens, out_features]``, in base's dtype.
 
-    `base` is left untouched if `keep_base`, and otherwise overwritten and returned.
+    `base` is left untouched if `keep_base` (never for plain LoRA, g None), and otherwise overwritten and returned.
     """
     dtype = base.dtype
     if not keep_base:
@@ -121,15 +127,17 @@ def compose(
         if g is not None:
             base.mul_(g)
         return base if bias is None else base.add_(bias)
+    assert g is not None  # plain LoRA keeps nothing
     y = torch.empty_like(base)
-    if g is None:
-        y.copy_(base) if bias is None else torch.add(base, bias, out=y)
-        return y.addmm_(h, lora_B.to(dtype).t(), alpha=scaling)
-    if bias is None:
-        torch.mul(base, g, out=y)
-    else:
-        torch.addcmul(bias, base, g, out=y)
-    return y.addmm_(h, scaled_rows(lora_B, g, dtype).t(), alpha=scaling)
+    scaled_B = scaled_rows(lora_B, g, dtype).t()
+    for rows in _blocks(*base.shape):
+        part = y[rows]
+        if bias is None:
+            torch.mul(base[rows], g, out=part)
+        else:
+            torch.addcmul(bias, base[rows], g, out=part)
+        part.addmm_(h[rows], scaled_B, alpha=scaling)
+    return y
 
 
 def scale_reduce(
@@ -140,19 +148,22 @@ def scale_reduce(
     The scaled gradient is in grad's dtype, the two sums over tokens are ``[features]`` in float32 (float64 for
     float64); each is None where it is not wanted (`other` is None: no dot).
     """
-    scaled, dot = None, None
     accumulate = accumulation_dtype(grad)
-    if other is not None:
-        if grad.dtype == accumulate:
-            scaled = grad * other
-            dot = scaled.sum(0)
-        else:
-            dot = grad.new_zeros(grad.shape[1], dtype=accumulate)
-            for rows in _blocks(*grad.shape):
-                dot += (grad[rows].to(accumulate) * other[rows]).sum(0)
-    if want_scaled:
-        scaled = torch.mul(grad, g, out=torch.empty_like(grad) if scaled is None else scaled)
-    return scaled, dot, grad.sum(0, dtype=accumulate) if want_sum else None
+    scaled = torch.empty_like(grad) if want_scaled else None
+    dot = total = None
+    for rows in _blocks(*grad.shape):
+        part = grad[rows].to(accumulate)
+        if other is not None:
+            dot = _added(dot, (part * other[rows]).sum(0))
+        if want_sum:
+            total = _added(total, part.sum(0))
+        if scaled is not None and g is not None:
+            torch.mul(part, g, out=scaled[rows])
+    return scaled, dot, total
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,8 +197,9 @@ def _row_major(weight: Tensor) -> bool:
 
 
 def _blocks(length: int, width: int) -> Iterator[slice]:
+    """Slices of `length` whose product with `width` is about a block; at least one, also of nothing."""
     step = max(16, _BLOCK_ELEMENTS // max(width, 1))
-    for start in range(0, length, step):
+    for start in range(0, max(length, 1), step):
         yield slice(start, start + step)
 
 

@@ -37,7 +37,9 @@ def check_layer(
     if bias is not None:
         _check_tensor(bias, "bias")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected [{weight.shape[0]}] for a weight of shape {_shape(weight)}, got {_shape(bias)}")
+            raise ValueError(
+                f"bias: expected [{weight.shape[0]}] for a weight of shape {_shape(weight)}, got {_shape(bias)}"
+            )
     if weight_norm is not None:
         if magnitude is None:
             raise ValueError("weight_norm: was given without a magnitude; plain LoRA (magnitude=None) uses no norm")
@@ -84,8 +86,8 @@ def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: s
     length = weight.shape[0 if magnitude_axis == "out" else 1]
     if magnitude.shape != (length,):
         raise ValueError(
-            f"{name}: expected [{length}] for magnitude_axis={magnitude_axis!r} and a weight of shape {_shape(weight)}, "
-            f"got {_shape(magnitude)}"
+            f"{name}: expected [{length}] for magnitude_axis={magnitude_axis!r} and a weight of shape "
+            f"{_shape(weight)}, got {_shape(magnitude)}"
         )
     _check_device(magnitude, name, weight)
 
