@@ -43,9 +43,9 @@ def dora_linear(
         backend: "auto", "reference", "torch" or "triton". A backend asked for by name never falls back.
 
     Returns:
-        ``[..., out_features]`` in the compute dtype: autocast's if it is on, else x's. Parameters may have other
-        dtypes; their gradients come in their own, unrounded from float32 accumulation (float64 for float64). A row
-        of V with norm 0 has g = 0: the output there is the bias.
+        ``[..., out_features]`` in the compute dtype: autocast's if it is on (and x not float64), else x's.
+        Parameters may have other dtypes; their gradients come in their own, unrounded from float32 accumulation
+        (float64 for float64). A row of V with norm 0 has g = 0: the output there is the bias.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -75,8 +75,7 @@ def run_layer(
 ) -> Tensor:
     """`dora_linear` without its checks, for layers that made them once; `cache` keeps the norm between calls."""
     chosen = resolve(backend, (x, weight, lora_A, lora_B, magnitude, bias, weight_norm))
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _compute_dtype(x)
     if chosen == "reference":
         return reference.dora_linear(
             x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype
@@ -99,6 +98,13 @@ def run_layer(
         scaling, magnitude_axis, detach_norm, chosen, backend != "auto", listener,
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def layer_scale(

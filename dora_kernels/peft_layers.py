@@ -143,6 +143,21 @@ def unsupported(layer: Any) -> str | None:
     return None
 
 
+def out_of_reach(layer: Any) -> str | None:
+    """Why the calls of `layer` do not run on this package as things stand; None where they do."""
+    reason = unsupported(layer)
+    if reason is not None:
+        return reason
+    if type(layer) is not DoraLinear or SWITCH not in vars(layer):
+        return "not patched: restored, or made after the patch"
+    if all(read_weights(layer, name) is None for name in dora_adapters(layer)):
+        return (
+            "its weights cannot be read outside their modules' calls (parametrized, wrapped, sharded, offloaded, "
+            "a hook on the magnitude), or its scaling is a tensor"
+        )
+    return None
+
+
 def dora_adapters(layer: nn.Module) -> list[str]:
     """Names of the adapters of `layer` with a magnitude."""
     return list(getattr(layer, "lora_magnitude_vector", None) or ())
@@ -162,7 +177,7 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
     Not under wrappers that leave them empty, flattened, sharded or elsewhere: FSDP1, DeepSpeed ZeRO-3, offloading.
     """
-    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor):
+    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or _transformed():
         return None
     # Straight from the dictionaries: nn.Module's attribute look-up costs more than all the checks.
     children = layer._modules
@@ -173,10 +188,13 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     if not (type(base) is type(lora_A) is type(lora_B) is nn.Linear):
         if not (_is_conv1d(base) and type(lora_A) is type(lora_B) is nn.Linear):
             return None
-    if type(magnitude) is not DoraLinearLayer or lora_B._parameters["bias"] is not None:
+    # Nothing here calls the magnitude's module, so its hooks would not fire. A pruned bias is no parameter any more.
+    if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+        return None
+    if lora_B._parameters["bias"] is not None or "bias" not in base._parameters:
         return None
     tensors: list[Any] = [module._parameters.get("weight") for module in (base, lora_A, lora_B, magnitude)]
-    if not torch.compiler.is_compiling() and not all(map(_materialised, tensors)):
+    if not all(map(_materialised, tensors)):
         return None
     weight, a, b, m = tensors
     if layer.fan_in_fan_out:
@@ -192,7 +210,20 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
 def _materialised(tensor: Any) -> bool:
     """A plain tensor with storage: not sharded, not gathered away, not on meta."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.data_ptr() != 0 and tensor.dim() > 0
+    if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+        return False
+    return tensor.dim() > 0 and (torch.compiler.is_compiling() or tensor.data_ptr() != 0)
+
+
+def _transformed() -> bool:
+    """Whether `torch.func`, forward-mode AD or `torch.jit.trace` is at work: they need plain operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _single_dora_adapter(layer: Any) -> str | None:
@@ -209,9 +240,12 @@ def _single_dora_adapter(layer: Any) -> str | None:
 def _fusable(layer: Any, adapter: str, x: Tensor, weights: Weights) -> bool:
     """Whether the modules need not be called: nobody hooked them, and stock's base product would run on x as it is."""
     weight = weights.weight
-    if x.device != weight.device:
+    if x.device != weight.device or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return False
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves float64 alone
+            return False
+    elif x.dtype != weight.dtype:
         return False
     if nn_module._has_any_global_hook():
         return False
@@ -223,7 +257,6 @@ def _fusable(layer: Any, adapter: str, x: Tensor, weights: Weights) -> bool:
         _hooked(children["base_layer"])
         or _hooked(children["lora_A"]._modules[adapter])
         or _hooked(children["lora_B"]._modules[adapter])
-        or _hooked(children["lora_magnitude_vector"]._modules[adapter])
         or _hooked(dropout)
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ if not hasattr(lora.layer, "LoraVariant"):
 
 from dora_kernels.backends import resolve
 from dora_kernels.peft_layers import (
-    SWITCH,
     DoraLinear,
     LoraModel,
     dora_adapters,
+    out_of_reach,
     patch_layers,
     restore_layers,
     unsupported,
@@ -38,24 +38,27 @@ logger = logging.getLogger("dora_kernels")
 class PatchHandle:
     """What a patch reached, and the way back. Both lists are read from the models at each access."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: list[weakref.ref[nn.Module]] = []
+        self._undo = undo
         self._restored = False
 
     @property
     def patched(self) -> list[str]:
         """Names of the DoRA layers whose calls run on this package, those of adapters added later included."""
-        return [name for name, layer in self._dora_layers() if _reaches(layer)]
+        return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
 
     @property
     def skipped(self) -> dict[str, str]:
         """Names of the DoRA layers left to PEFT, each with the reason."""
-        layers = [(name, layer) for name, layer in self._dora_layers() if not _reaches(layer)]
-        return {name: unsupported(layer) or "not patched: restored, or made after the patch" for name, layer in layers}
+        reasons = ((name, out_of_reach(layer)) for name, layer in self._dora_layers())
+        return {name: reason for name, reason in reasons if reason is not None}
 
     def restore(self) -> None:
         """Give every model back as it was. Calling it again does nothing."""
         self._restored = True
+        if self._undo is not None:
+            self._undo()
         for model in self._live_models():
             restore_layers(model)
             for module in model.modules():
@@ -123,26 +126,26 @@ def patch_peft_globally() -> PatchHandle:
     transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
     left alone. `PatchHandle.restore` undoes the wrapping and every model that is still alive.
     """
-    handle = PatchHandle()
     original = BaseTuner.inject_adapter
+
+    def undo() -> None:
+        # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
+        if BaseTuner.inject_adapter is inject_adapter:
+            BaseTuner.inject_adapter = original
+
+    handle = PatchHandle(undo)
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, model, *args, **kwargs)
-        # A wrapper put on top of this one keeps it alive after restore().
-        if not handle._restored and isinstance(self, lora.LoraModel):
-            patch_layers(model)
-            handle._add(model)
-            count = sum(_reaches(layer) and bool(dora_adapters(layer)) for layer in model.modules())
-            logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
+        if handle._restored or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
+            return
+        patch_layers(model)
+        handle._add(model)
+        # The weights themselves may still be on meta: what counts is which layers the patch is on.
+        count = sum(type(m) is DoraLinear and bool(dora_adapters(m)) for m in model.modules())
+        logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
-    class GlobalHandle(PatchHandle):
-        def restore(self) -> None:
-            super().restore()
-            if BaseTuner.inject_adapter is inject_adapter:
-                BaseTuner.inject_adapter = original
-
-    handle.__class__ = GlobalHandle
     BaseTuner.inject_adapter = inject_adapter
     return handle
 
@@ -164,10 +167,6 @@ def _check_something_to_patch(model: nn.Module) -> None:
     if all(reason is not None for _, reason in reasons):
         name, reason = reasons[0]
         raise ValueError(f"model: nothing to patch, none of its {len(dora)} DoRA layers is supported; {name}: {reason}")
-
-
-def _reaches(layer: nn.Module) -> bool:
-    return type(layer) is DoraLinear and SWITCH in vars(layer) and unsupported(layer) is None
 
 
 def _backend(model: nn.Module) -> str:

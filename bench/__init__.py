@@ -1,0 +1,1 @@
+"""Benchmarks and the demo; nothing here is part of the installed package."""

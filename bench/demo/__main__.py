@@ -1,0 +1,69 @@
+"""Command line: `python -m bench.demo`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.demo.settings import DemoError, Settings
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Set what torch and the Hugging Face libraries read when they are imported."""
+    threads = str(min(2, os.cpu_count() or 1))
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
+    # Training and generation use thread pools of their own; pools that spin while idle
+    # starve each other on two cores.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["KMP_BLOCKTIME"] = "0"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
+    if settings.offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Causal model id or folder [default: SmolLM2-135M]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file to train on [default: Python's language reference]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps at each length, at least 20 [default: 24]")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW")] = 1e-3,
+    out: Annotated[Path, typer.Option(help="Folder for everything written")] = Path("demo-output"),
+    quick: Annotated[bool, typer.Option(help="128 tokens only, fewer steps and samples")] = False,
+) -> int:
+    """Fine-tune one model three ways side by side and compare speed, memory and numbers."""
+    settings = Settings(model, data, steps, rank, lr, out, quick)
+    prepare_environment(settings)
+    # Not at the top: torch must find the environment above when it is imported.
+    from bench.demo.run import run
+
+    return run(settings)
+
+
+def main() -> int:
+    """Run the command line; 0 all checks passed, 1 a check failed, 2 bad input."""
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except DemoError as error:
+        message = str(error)
+    except Exception as error:
+        # Usage errors come from the library typer carries; its name differs between releases.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

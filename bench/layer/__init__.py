@@ -1,0 +1,1 @@
+"""The norm, compose, scale_reduce and the whole layer, beside PEFT's layers and the frozen one: `python -m bench.layer`."""

@@ -1,0 +1,219 @@
+"""Time the kernels and the whole layer beside PEFT's, and check every one of them first.
+
+    python -m bench.layer --out results.json                    on a GPU
+    python -m bench.layer --out results.json --device cpu --hidden 256 --tokens 32 --ranks 4    a rehearsal
+    python -m bench.layer --show results.json                   the tables of a record
+
+The record is written after every stage, and a stage that fails leaves the others alone. Exit status 1 if anything
+failed: a stage, or a provider whose error exceeds its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.layer import kernels, report
+from bench.layer.problem import Case, beyond, errors, limits, make_problem, oracle, plain
+from bench.layer.providers import PROVIDERS, Provider, make_provider
+from bench.timing import Candidate
+
+_TRACE_LINES = 12
+
+
+class Run:
+    """One run: the record, and the stages that fill it."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.device = torch.device(given.device)
+        self.backend = given.backend or ("triton" if self.device.type == "cuda" else "torch")
+        names = ("device", "hidden", "ranks", "tokens", "rounds", "sample_ms")
+        settings = {**{name: getattr(given, name) for name in names}, "backend": self.backend}
+        self.record = report.new_record(self.device, settings)
+        self.start = time.perf_counter()
+
+    def stage(self, name: str, work: Callable[[], None]) -> None:
+        """Run one stage, or say why not, and write the record."""
+        begun = time.perf_counter()
+        if begun - self.start > self.given.limit_s:
+            self.fail(name, f"skipped: {self.given.limit_s} s were over")
+            return
+        print(f"[{begun - self.start:6.1f} s] {name}", file=sys.stderr, flush=True)
+        try:
+            work()
+        except Exception as error:
+            self.fail(name, f"{type(error).__name__}: {error}")
+            print("".join(traceback.format_exc().splitlines(True)[-_TRACE_LINES:]), file=sys.stderr, flush=True)
+        self.record["seconds"][name] = round(time.perf_counter() - begun, 1)
+        if self.given.out:
+            report.write(self.record, self.given.out)
+
+    def fail(self, stage: str, message: str) -> None:
+        """Note a failure."""
+        self.record["failures"].append({"stage": stage, "message": message.strip()[:600]})
+
+    def stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """All stages by name, the ceilings first."""
+        yield "ceilings", self.ceilings
+        for case in self.cases(tokens=self.given.tokens[:1]):
+            yield f"weight_norm: {case.label}", lambda case=case: self.kernel(kernels.norm_row(case, self.backend))
+        for case in self.cases():
+            yield f"compose: {case.label}", lambda case=case: self.kernel(kernels.compose_row(case, self.backend))
+        for tokens in self.given.tokens:
+            case = Case(self.given.hidden, self.given.ranks[0], tokens, torch.bfloat16, self.device)
+            yield f"scale_reduce: {tokens} tokens", lambda case=case: self.kernel(kernels.scale_reduce_row(case, self.backend))
+        for case in self.cases():
+            yield f"layer: {case.label}", lambda case=case: self.layer(case)
+
+    def cases(self, tokens: Sequence[int] | None = None) -> Iterator[Case]:
+        """Every combination of adapter dtype, tokens and rank."""
+        for adapters in (torch.bfloat16, torch.float32):
+            for count in tokens or self.given.tokens:
+                for rank in self.given.ranks:
+                    yield Case(self.given.hidden, rank, count, adapters, self.device)
+
+    def interleave(self, candidates: list[Candidate]) -> None:
+        """Time candidates with this run's settings."""
+        timing.interleave(
+            candidates, self.device, rounds=self.given.rounds, sample_seconds=self.given.sample_ms / 1e3, limit_seconds=8.0
+        )
+
+    def ceilings(self) -> None:
+        """The bandwidth and the matrix rate that everything else is held against."""
+        cuda = self.device.type == "cuda"
+        found = self.record["ceilings"]
+        found["copy_bytes_per_s"] = report.significant(timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26))
+        found["blas_flop_per_s"] = report.significant(timing.blas_rate(self.device, 8192 if cuda else 1024, torch.bfloat16))
+
+    def kernel(self, row: kernels.KernelRow) -> None:
+        """Time one kernel's providers and add a row for each."""
+        for provider, reason in row.absent.items():
+            self.fail(row.label, f"{provider}: {reason}")
+        candidates = []
+        for provider, calls in row.calls.items():
+            try:
+                candidates.append(timing.captured(provider, calls, self.device))
+            except Exception as error:
+                self.fail(row.label, f"{provider} could not be captured: {type(error).__name__}: {error}")
+        self.interleave(candidates)
+        ceilings = self.record["ceilings"]
+        floor = None
+        if len(ceilings) == 2:
+            floor = max(row.bytes / ceilings["copy_bytes_per_s"], row.flops / ceilings["blas_flop_per_s"])
+        ours = next((candidate for candidate in candidates if candidate.name == "ours"), None)
+        for candidate in candidates:
+            name = candidate.name
+            self.record["kernels"].append({
+                "kernel": row.kernel, "label": row.label, "rank": row.rank, "tokens": row.tokens, "dtypes": row.dtypes,
+                "provider": name, "us": report.significant(candidate.seconds * 1e6),
+                "spread": report.significant(candidate.spread, 2), "bytes": row.bytes, "flops": row.flops,
+                "floor_us": None if floor is None else report.significant(floor * 1e6),
+                "fraction": None if floor is None else report.significant(floor / candidate.seconds, 3),
+                "ratio_to_ours": report.significant(candidate.ratio(ours), 3) if ours else None,
+                "error": report.significant(row.errors[name], 3), "limit": report.significant(row.limits[name], 3),
+            })  # fmt: skip
+            for wrong in beyond({name: row.errors[name]}, row.limits):
+                self.fail(row.label, f"wrong result: {wrong}")
+
+    def layer(self, case: Case) -> None:
+        """Check and time every provider of the whole layer."""
+        first = make_problem(case, 0)
+        count = timing.copies_beyond(timing.cache_bytes(self.device), first.nbytes, most=8)
+        problems = [first, *(make_problem(case, seed) for seed in range(1, count))]
+        providers: dict[str, list[Provider]] = {}
+        for name in PROVIDERS:
+            try:
+                providers[name] = [make_provider(name, problem, case, self.backend) for problem in problems]
+            except Exception as error:
+                self.fail(case.label, f"{name}: {type(error).__name__}: {error}")
+        found, allowed = self.check(case, first, providers)
+        for name in [name for name in providers if name not in found]:
+            del providers[name]
+        rows: dict[str, dict[str, Any]] = {
+            name: {
+                "label": case.label, "rank": case.rank, "tokens": case.tokens,
+                "adapters": str(case.adapters).removeprefix("torch."), "provider": name,
+            }
+            for name in providers
+        }  # fmt: skip
+        for part, method in (("forward", Provider.run_forward), ("both", Provider.run_both)):
+            candidates = [
+                Candidate(name, [lambda copy=copy, method=method: method(copy) for copy in copies])
+                for name, copies in providers.items()
+            ]
+            self.interleave(candidates)
+            by_name = {candidate.name: candidate for candidate in candidates}
+            for name, candidate in by_name.items():
+                rows[name][part] = {
+                    "ms": report.significant(candidate.seconds * 1e3),
+                    "spread": report.significant(candidate.spread, 2),
+                }
+                for other, key in (("peft_lora", "ratio_to_lora"), ("frozen", "ratio_to_frozen")):
+                    if other in by_name:
+                        rows[name][part][key] = report.significant(candidate.ratio(by_name[other]), 3)
+        for name, row in rows.items():
+            row["errors"] = {key: report.significant(value, 3) for key, value in found[name].items()}
+            row["limits"] = {key: report.significant(value, 3) for key, value in allowed[name].items()}
+            self.record["layers"].append(row)
+
+    def check(self, case: Case, problem: Any, providers: dict[str, list[Provider]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Errors and limits of every provider that runs; the float64 oracle is the judge."""
+        found: dict[str, Any] = {}
+        allowed: dict[str, Any] = {}
+        judges: dict[str, Any] = {}
+        for name, copies in providers.items():
+            kind = copies[0].kind
+            if kind not in judges:
+                wanted = oracle(problem, kind)
+                judges[kind] = wanted, limits(plain(problem, kind), wanted)
+            wanted, allowed[name] = judges[kind]
+            try:
+                found[name] = errors(copies[0].results(), wanted)
+            except Exception as error:
+                self.fail(case.label, f"{name}: {type(error).__name__}: {error}")
+                continue
+            for wrong in beyond(found[name], allowed[name]):
+                self.fail(case.label, f"{name}: wrong result: {wrong}")
+        return found, allowed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.layer", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the record")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a record and stop")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", choices=["triton", "torch"], help="ours (default: triton on a GPU, else torch)")
+    parser.add_argument("--hidden", type=int, default=4096, help="in_features and out_features")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 384])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192])
+    parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
+    parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="no stage begins after this")
+    given = parser.parse_args(arguments)
+    if given.show:
+        print(report.text(json.loads(given.show.read_text(encoding="utf-8"))))
+        return 0
+    if given.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no GPU that torch can use; --device cpu rehearses the run")
+    run = Run(given)
+    for name, work in run.stages():
+        run.stage(name, work)
+    if given.out:
+        report.write(run.record, given.out)
+    print(report.text(run.record))
+    return 1 if run.record["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is known of the kernels without a GPU: which launches ship, and what each compiles to on every target."""

@@ -1,0 +1,151 @@
+"""Times taken side by side, so that a machine that drifts favours nobody.
+
+Every round times every candidate once, in an order that turns from round to round. What is compared is the median over
+rounds of the quotient of two times of one round. On a GPU the times are those of events around the work, with the
+device idle before, so that a candidate which keeps the device waiting for Python pays for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Work = Callable[[], Any]
+
+
+@dataclass
+class Candidate:
+    """Something to time: the same call on one or several copies of its inputs, taken in turn."""
+
+    name: str
+    copies: Sequence[Work]
+    calls: int = 0
+    """Calls made by one pass over the copies; more than their number where one of them is a captured graph."""
+    samples: list[float] = field(default_factory=list)
+    """Seconds per call, one for each round."""
+
+    def __post_init__(self) -> None:
+        self.calls = self.calls or len(self.copies)
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles, relative to the median: differences smaller than this are noise."""
+        if len(self.samples) < 4:
+            return math.nan
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.seconds
+
+    def ratio(self, other: Candidate) -> float:
+        """This one's time over `other`'s: the median of the quotients within each round."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.samples, other.samples))
+
+
+def elapsed(device: torch.device, work: Work) -> float:
+    """Seconds that `work` takes, the device idle before and after."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start_event.record()
+    work()
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def interleave(
+    candidates: Sequence[Candidate],
+    device: torch.device,
+    *,
+    rounds: int = 21,
+    sample_seconds: float = 4e-3,
+    limit_seconds: float = 10.0,
+) -> None:
+    """Fill the candidates' `samples`: at least 3 rounds, at most `rounds`, none begun after `limit_seconds`.
+
+    A sample repeats the pass over the copies until it lasts about `sample_seconds`.
+    """
+    start = time.perf_counter()
+    passes = {}
+    for candidate in candidates:
+        for work in candidate.copies:  # compiles, allocates, fills caches
+            work()
+        once = elapsed(device, lambda candidate=candidate: _run(candidate, 1))
+        passes[candidate.name] = max(1, min(1000, math.ceil(sample_seconds / max(once, 1e-7))))
+    orders = itertools.cycle([list(candidates), list(reversed(candidates))])
+    for index in range(rounds):
+        if index >= 3 and time.perf_counter() - start > limit_seconds:
+            break
+        order = next(orders)
+        turn = index // 2 % len(order)
+        for candidate in order[turn:] + order[:turn]:
+            count = passes[candidate.name]
+            seconds = elapsed(device, lambda candidate=candidate, count=count: _run(candidate, count))
+            candidate.samples.append(seconds / (count * candidate.calls))
+
+
+def _run(candidate: Candidate, passes: int) -> None:
+    for _ in range(passes):
+        for work in candidate.copies:
+            work()
+
+
+def captured(name: str, copies: Sequence[Work], device: torch.device) -> Candidate:
+    """A candidate whose calls are replayed from one CUDA graph, without Python between them; as it is on a CPU."""
+    if device.type != "cuda":
+        return Candidate(name, copies)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for work in copies:
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in copies:
+            work()
+    return Candidate(name, [graph.replay], calls=len(copies))
+
+
+def copies_beyond(cache_bytes: int, bytes_each: int, most: int = 64) -> int:
+    """How many copies of inputs of `bytes_each` make three times the cache, so that none is found in it."""
+    return max(2, min(most, math.ceil(3 * cache_bytes / max(bytes_each, 1)) + 1))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache: the GPU's L2; for a CPU, that of one core, about."""
+    if device.type == "cuda":
+        size: int = torch.cuda.get_device_properties(device).L2_cache_size
+        return size
+    return 2 * 2**20
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes per second, read plus written, of a large copy on the device."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    candidate = Candidate("copy", [lambda: target.copy_(source)])
+    interleave([candidate], device, rounds=11)
+    return 2 * source.nbytes / candidate.seconds
+
+
+def blas_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """Operations per second of a large square matrix product on random data."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    candidate = Candidate("product", [lambda: left @ right])
+    interleave([candidate], device, rounds=11)
+    return 2 * size**3 / candidate.seconds

@@ -1,0 +1,83 @@
+"""Where the tests run: each takes a `lane`, a backend on a device.
+
+    pytest                  the CPU: the torch backend, and the Triton kernels in Triton's interpreter
+    pytest -m gpu           the same tests on a GPU, with the compiled kernels
+    pytest --hypothesis-profile=search      a longer, random search of the property-based tests
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# Triton reads this when it is imported, so it is set before anything here can import it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# What cuBLAS wants before it promises the same bits twice; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest  # noqa: E402
+
+from dora_kernels import backends  # noqa: E402
+
+settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.register_profile("search", settings.get_profile("default"), derandomize=False, max_examples=1000)
+settings.load_profile("default")
+
+
+class Lane(NamedTuple):
+    backend: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
+
+LANES = [
+    pytest.param(Lane("torch", "cpu"), id="torch"),
+    pytest.param(Lane("triton", "cpu"), id="triton"),
+    pytest.param(Lane("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+    pytest.param(Lane("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="session", params=LANES)
+def lane(request: pytest.FixtureRequest) -> Lane:
+    lane: Lane = request.param
+    if lane.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if lane.backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if lane.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter is off: the compiled kernels are tested on the GPU")
+    return lane
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """Fill every fresh allocation with NaN, so that reading what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_per_worker():
+    """Several workers with a thread pool each would wait for one another's cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch: pytest.MonkeyPatch):
+    """The same random numbers for each test, and no warning held back because an earlier test met it."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(backends, "_warned", set())

@@ -1,0 +1,321 @@
+"""How `dora_linear` sits in autograd: who gets a gradient, what is saved, consumers, checkpoints, higher derivatives."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from helpers import NAMES, bf16, check, f32, f64, gradients, leaves_of, make_problem, ours, same_bits
+from torch.utils.checkpoint import checkpoint
+
+from dora_kernels import dora_linear, ops
+from dora_kernels.backends import UnsupportedError
+
+axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
+detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
+
+
+@axes
+@detachments
+def test_every_subset_of_gradients(lane, magnitude_axis, detach_norm, monkeypatch):
+    """Nobody unasked gets a gradient, none is computed in vain, and the others are right without it."""
+    computed = []
+    real = ops.linear_backward
+
+    def spy(*args):
+        computed.append(real(*args))
+        return computed[-1]
+
+    monkeypatch.setattr(ops, "linear_backward", spy)
+    problem = make_problem(
+        (6,), 20, 18, 3, magnitude_axis=magnitude_axis, detach_norm=detach_norm, device=lane.device
+    )
+    for size in range(len(NAMES) + 1):
+        for needs in itertools.combinations(NAMES, size):
+            leaves = leaves_of(problem, needs)
+            y = dora_linear(**leaves, **problem.options, backend=lane.backend)
+            assert y.requires_grad == bool(needs)
+            if needs:
+                y.backward(problem.dy)
+                unasked = {n for n, grad in computed.pop()._asdict().items() if grad is not None} - set(needs)
+                assert not unasked, f"computed for nobody: {unasked}"
+            assert {name for name in NAMES if leaves[name].grad is not None} == set(needs)
+            if size in (1, 2, 6):
+                check({"y": y.detach(), **{name: leaves[name].grad for name in needs}}, problem, needs)
+
+
+def saved_by(function):
+    """`function()`, and every tensor that its graph keeps for the backward."""
+    saved = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        return function(), saved
+
+
+@pytest.mark.parametrize(
+    ("magnitude_axis", "detach_norm", "needs", "kept"),
+    [
+        ("out", True, NAMES, True),
+        ("out", True, {"magnitude"}, True),
+        ("out", True, set(NAMES) - {"magnitude"}, False),  # a frozen magnitude
+        ("out", False, {"x", "bias"}, False),
+        ("out", False, {"lora_A"}, True),  # dm is a factor of the gradient through the norm
+        ("in", True, NAMES, False),  # dm comes from x and dx
+        ("in", False, NAMES, False),
+    ],
+)
+def test_the_base_product_is_kept_only_where_it_is_read(lane, magnitude_axis, detach_norm, needs, kept):
+    problem = make_problem(
+        (11,), 23, 37, 4, magnitude_axis=magnitude_axis, detach_norm=detach_norm, device=lane.device
+    )
+    leaves = leaves_of(problem, needs)
+    y, saved = saved_by(lambda: dora_linear(**leaves, **problem.options, backend=lane.backend))
+    outputs = [t for t in saved if t.shape == y.shape]
+    assert len(outputs) == kept
+    assert all(t.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for t in outputs)
+    assert not any(t.shape == problem.x.shape and t.data_ptr() != problem.x.data_ptr() for t in saved)
+
+
+def test_nothing_is_saved_without_grad(lane):
+    problem = make_problem(device=lane.device)
+    _, saved = saved_by(lambda: ours(problem, lane.backend, ()))
+    assert not saved
+    with torch.no_grad():
+        y = dora_linear(**leaves_of(problem), **problem.options, backend=lane.backend)
+    assert not y.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(dora_linear(**problem.tensors, **problem.options, backend=lane.backend), y)
+
+
+# In place, and the same out of place.
+CONSUMERS = [
+    (lambda y: y.mul_(3), lambda y: y * 3),
+    (lambda y: y.add_(1).mul_(y.detach().clone()), lambda y: (y + 1) * (y.detach() + 1)),
+    (torch.relu_, torch.relu),
+    (torch.sigmoid_, torch.sigmoid),
+    (lambda y: y.masked_fill_(y < 0, 0), lambda y: y.masked_fill(y < 0, 0)),
+]
+
+
+@pytest.mark.parametrize("overwriting", range(len(CONSUMERS)), ids=["mul", "add", "relu", "sigmoid", "masked_fill"])
+@pytest.mark.parametrize("recompute", ["plain", "reentrant", "non-reentrant"])
+@axes
+def test_consumers_that_overwrite_the_output(lane, overwriting, recompute, magnitude_axis):
+    problem = make_problem((9,), 21, 34, 4, magnitude_axis=magnitude_axis, device=lane.device)
+    results = []
+    for consume in CONSUMERS[overwriting]:
+        leaves = leaves_of(problem)
+
+        def layer(*tensors, consume=consume):
+            return consume(dora_linear(*tensors, **problem.options, backend=lane.backend))
+
+        if recompute == "plain":
+            y = layer(*leaves.values())
+        else:
+            y = checkpoint(layer, *leaves.values(), use_reentrant=recompute == "reentrant")
+        # The checkpoint that re-enters autograd wants .backward().
+        y.backward(problem.dy)
+        results.append({"y": y.detach(), **{name: t.grad for name, t in leaves.items()}})
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@axes
+@detachments
+def test_checkpointing(lane, use_reentrant, magnitude_axis, detach_norm):
+    problem = make_problem(
+        (2, 7), 21, 34, 4, (bf16, bf16, f32), magnitude_axis=magnitude_axis, detach_norm=detach_norm, device=lane.device
+    )
+    leaves = leaves_of(problem)
+
+    def layer(*tensors):
+        return dora_linear(*tensors, **problem.options, backend=lane.backend)
+
+    y = checkpoint(layer, *leaves.values(), use_reentrant=use_reentrant)
+    y.backward(problem.dy)
+    results = {"y": y.detach(), **{name: t.grad for name, t in leaves.items()}}
+    wanted = ours(problem, lane.backend)
+    check(results, problem)
+    if use_reentrant:
+        # Its first forward runs under no_grad, where no base product is kept and the output is rounded elsewhere.
+        del results["y"], wanted["y"]
+    assert same_bits(results, wanted)
+
+
+@axes
+@detachments
+def test_a_graph_may_be_walked_twice(lane, magnitude_axis, detach_norm):
+    problem = make_problem(
+        (9,), 21, 34, 4, magnitude_axis=magnitude_axis, detach_norm=detach_norm, device=lane.device
+    )
+    leaves = leaves_of(problem)
+    y = dora_linear(**leaves, **problem.options, backend=lane.backend)
+    before = y.detach().clone()
+    dy = problem.dy.clone()
+    first = gradients(y, leaves, dy, retain_graph=True)
+    second = gradients(y, leaves, dy, retain_graph=True)
+    assert same_bits(first, second)
+    assert torch.equal(y, before) and torch.equal(dy, problem.dy)
+    assert all(torch.equal(leaves[name], t) for name, t in problem.tensors.items())
+    check({"y": before, **second}, problem)
+
+
+def test_a_tensor_used_twice_gets_both_gradients(lane):
+    problem = make_problem((6,), 20, 20, 3, device=lane.device)
+    leaves = leaves_of(problem)
+    parameters = {name: t for name, t in leaves.items() if name != "x"}
+
+    def layer(x):
+        return dora_linear(x, **parameters, **problem.options, backend=lane.backend)
+
+    middle = layer(leaves["x"])
+    y = layer(middle)
+    total = gradients(y, leaves, problem.dy, retain_graph=True)
+    (d_middle,) = torch.autograd.grad(y, middle, problem.dy)
+    one = ours(problem.replace(dy=d_middle), lane.backend)
+    two = ours(problem.replace(x=middle.detach()), lane.backend)
+    for name in parameters:
+        torch.testing.assert_close(total[name], one[name] + two[name])
+
+
+# Higher derivatives: `auto` goes to the reference, a backend asked for by name says that it cannot.
+
+
+def small(**changes):
+    return make_problem((3,), 5, 4, 2, (f64, f64, f64), **changes)
+
+
+@axes
+@detachments
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(magnitude_axis, detach_norm, bias):
+    """Finite differences see the norm move: with a detached one, it is the layer with its norm given that agrees."""
+    problem = small(magnitude_axis=magnitude_axis, detach_norm=detach_norm, bias=bias)
+    norm = None
+    if detach_norm:
+        norm = problem.magnitude * 1.3
+
+    def layer(*tensors):
+        return dora_linear(*tensors, **problem.options, weight_norm=norm, backend="torch")
+
+    assert torch.autograd.gradcheck(layer, tuple(leaves_of(problem).values()))
+
+
+@axes
+@detachments
+def test_gradgradcheck(magnitude_axis, detach_norm):
+    problem = small(magnitude_axis=magnitude_axis, detach_norm=detach_norm)
+    norm = problem.magnitude * 1.3 if detach_norm else None
+
+    def layer(*tensors):
+        return dora_linear(*tensors, **problem.options, weight_norm=norm)
+
+    with pytest.warns(RuntimeWarning, match="reference"):
+        assert torch.autograd.gradgradcheck(layer, tuple(leaves_of(problem).values()))
+
+
+@axes
+@detachments
+def test_second_derivatives_are_the_references(magnitude_axis, detach_norm):
+    problem = small(magnitude_axis=magnitude_axis, detach_norm=detach_norm)
+    penalties = []
+    for backend in ("auto", "reference"):
+        leaves = leaves_of(problem)
+        y = dora_linear(**leaves, **problem.options, backend=backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            first = torch.autograd.grad(y.square().sum(), list(leaves.values()), create_graph=True)
+        penalty = sum(grad.square().sum() for grad in first)
+        penalties.append(torch.autograd.grad(penalty, list(leaves.values())))
+    for got, wanted in zip(*penalties, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_create_graph_warns_once():
+    problem = small()
+    with pytest.warns(RuntimeWarning, match="create_graph=True") as caught:
+        for _ in range(3):
+            leaves = leaves_of(problem)
+            y = dora_linear(**leaves, **problem.options)
+            torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)
+    assert len(caught) == 1
+
+
+def test_a_named_backend_has_no_second_derivative(lane):
+    problem = make_problem(device=lane.device)
+    leaves = leaves_of(problem)
+    y = dora_linear(**leaves, **problem.options, backend=lane.backend)
+    with pytest.raises(UnsupportedError, match=f"backend='{lane.backend}' has no second derivative.*create_graph=True"):
+        torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)
+
+
+def functional_calls(backend):
+    problem = small()
+
+    def loss(x, lora_A):
+        tensors = {**problem.tensors, "x": x, "lora_A": lora_A}
+        return dora_linear(**tensors, **problem.options, backend=backend).square().sum()
+
+    x, lora_A = problem.x, problem.lora_A
+    return {
+        "grad": lambda: torch.func.grad(loss, argnums=1)(x, lora_A),
+        "vmap": lambda: torch.func.vmap(loss, in_dims=(0, None))(x, lora_A),
+        "per-sample": lambda: torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None))(x, lora_A),
+        "jvp": lambda: torch.func.jvp(loss, (x, lora_A), (x, lora_A))[1],
+        "hessian": lambda: torch.func.hessian(loss, argnums=1)(x, lora_A),
+    }
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "per-sample", "jvp", "hessian"])
+def test_function_transforms(transform):
+    with pytest.warns(RuntimeWarning, match="torch.func.*reference") as caught:
+        got = functional_calls("auto")[transform]()
+        functional_calls("auto")[transform]()
+    assert sum(warning.category is RuntimeWarning for warning in caught) == 1
+    torch.testing.assert_close(got, functional_calls("reference")[transform]())
+    with pytest.raises(UnsupportedError, match="backend='torch' does not support torch.func transforms"):
+        functional_calls("torch")[transform]()
+
+
+def test_forward_mode():
+    problem = small()
+    tangent = torch.ones_like(problem.x)
+    results = {}
+    for backend in ("auto", "reference"):
+        with torch.autograd.forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            x = torch.autograd.forward_ad.make_dual(problem.x, tangent)
+            y = dora_linear(**{**problem.tensors, "x": x}, **problem.options, backend=backend)
+            results[backend] = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(results["auto"], results["reference"])
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that a hand-written backward cannot know."""
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "magnitude"])
+def test_tensor_subclasses(name):
+    problem = make_problem()
+    subclassed = {**problem.tensors, name: problem.tensors[name].as_subclass(Wrapped)}
+    with pytest.warns(RuntimeWarning, match="tensors of type Wrapped: using the dense reference"):
+        y = dora_linear(**subclassed, **problem.options)
+    assert type(y) is Wrapped
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), ours(problem, "reference")["y"])
+    with pytest.raises(UnsupportedError, match="backend='torch' does not support tensors of type Wrapped"):
+        dora_linear(**subclassed, **problem.options, backend="torch")
+
+
+def test_parameters_are_plain_tensors(lane):
+    problem = make_problem(device=lane.device)
+    parameters = {name: torch.nn.Parameter(t.clone()) for name, t in problem.tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = dora_linear(**parameters, **problem.options, backend=lane.backend)
+    assert torch.equal(y, ours(problem, lane.backend)["y"])

@@ -1,0 +1,172 @@
+"""`torch.compile(fullgraph=True)`: agreement with eager, and the contracts of the registered ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import NAMES, bf16, check, f32, gradients, leaves_of, make_problem, ours
+from torch.library import opcheck
+
+from dora_kernels import dora_linear, dora_weight_norm, linear, ops
+from dora_kernels.norm_cache import safe_divisor
+
+axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
+detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
+
+
+@pytest.fixture(autouse=True)
+def clean_compiler():
+    """No graph of one test is another's; and the compiler's own scratch memory needs no poison."""
+    torch._dynamo.reset()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def layer(leaves, options, backend):
+    return dora_linear(**leaves, **options, backend=backend)
+
+
+def compiled_results(problem, lane, compiler, needs=NAMES, **options):
+    leaves = leaves_of(problem, needs)
+    y = torch.compile(layer, backend=compiler, fullgraph=True, **options)(leaves, problem.options, lane.backend)
+    return {"y": y.detach(), **gradients(y, leaves, problem.dy)}
+
+
+@pytest.mark.parametrize("dtypes", [(f32, f32, f32), (bf16, bf16, f32)], ids=["f32", "bf16"])
+@axes
+@detachments
+def test_fullgraph(lane, dtypes, magnitude_axis, detach_norm):
+    problem = make_problem(
+        (3, 5), 37, 41, 4, dtypes, magnitude_axis=magnitude_axis, detach_norm=detach_norm, device=lane.device
+    )
+    check(compiled_results(problem, lane, "aot_eager"), problem)
+
+
+@pytest.mark.parametrize("needs", [{"lora_A", "lora_B", "magnitude"}, {"x", "lora_A", "lora_B"}, set(NAMES)], ids=len)
+@pytest.mark.parametrize("magnitude", [True, False], ids=["dora", "lora"])
+def test_fullgraph_of_frozen_parts(lane, needs, magnitude):
+    problem = make_problem((15,), 37, 41, 4, bias=False, magnitude=magnitude, device=lane.device)
+    needs = {name for name in needs if problem.tensors[name] is not None}
+    check(compiled_results(problem, lane, "aot_eager", needs), problem, needs)
+
+
+@pytest.mark.slow
+@axes
+def test_inductor(lane, magnitude_axis):
+    problem = make_problem((15,), 37, 41, 4, magnitude_axis=magnitude_axis, detach_norm=False, device=lane.device)
+    check(compiled_results(problem, lane, "inductor"), problem)
+
+
+@pytest.mark.slow
+def test_inductor_around_the_layer(lane):
+    """Consumers that the compiler fuses and may write in place, under autocast."""
+    problem = make_problem((6, 5), 24, 24, 4, device=lane.device)
+
+    def block(leaves):
+        x, parameters = leaves["x"], {name: t for name, t in leaves.items() if name != "x"}
+        with torch.autocast(lane.device, dtype=bf16):
+            hidden = torch.nn.functional.silu(dora_linear(x, **parameters, **problem.options, backend=lane.backend))
+            return dora_linear(hidden, **parameters, **problem.options, backend=lane.backend).float().square().mean()
+
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True)):
+        leaves = leaves_of(problem)
+        results.append(torch.autograd.grad(function(leaves), list(leaves.values())))
+    for name, got, wanted in zip(NAMES, *results, strict=True):
+        off = (got - wanted).norm() / wanted.norm()
+        # Two layers deep, each rounds to bfloat16 at about six places, in an order that the compiler may change.
+        assert off < 6 * torch.finfo(bf16).eps, f"{name} is off by {off:.1e}"
+
+
+@axes
+def test_any_number_of_tokens(lane, magnitude_axis):
+    torch._dynamo.utils.counters.clear()
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 8, 33, 2):
+        problem = make_problem((tokens,), 37, 41, 4, magnitude_axis=magnitude_axis, device=lane.device)
+        leaves = leaves_of(problem)
+        y = run(leaves, problem.options, lane.backend)
+        check({"y": y.detach(), **gradients(y, leaves, problem.dy)}, problem)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@axes
+def test_the_norm_compiles(lane, magnitude_axis):
+    problem = make_problem((1,), 37, 41, 4, magnitude_axis=magnitude_axis, device=lane.device)
+
+    def norm(weight, lora_A, lora_B):
+        return dora_weight_norm(weight, lora_A, lora_B, magnitude_axis=magnitude_axis, backend=lane.backend)
+
+    tensors = problem.weight, problem.lora_A, problem.lora_B
+    assert torch.equal(torch.compile(norm, backend="aot_eager", fullgraph=True)(*tensors), norm(*tensors))
+
+
+def test_eager_and_compiled_do_not_mix_up_their_graphs(lane):
+    problem = make_problem(device=lane.device)
+    for _ in range(2):
+        check(compiled_results(problem, lane, "aot_eager"), problem)
+        check(ours(problem, lane.backend), problem)
+
+
+# torch.library.opcheck: schema, fake tensors, autograd registration and tracing of every registered op.
+
+
+SUBSETS = [
+    linear.Needs(True, True, True, True, True, True),
+    linear.Needs(True, False, True, True, True, False),
+    linear.Needs(False, False, True, True, False, False),
+    linear.Needs(True, False, False, False, False, False),
+]
+
+
+@axes
+@pytest.mark.parametrize("dtypes", [(f32, f32, f32), (bf16, bf16, f32)], ids=["f32", "bf16"])
+def test_opcheck_weight_norm(lane, dtypes, magnitude_axis):
+    p = make_problem((1,), 20, 18, 3, dtypes, device=lane.device)
+    opcheck(ops.weight_norm_op, (p.weight, p.lora_A, p.lora_B, 0.5, magnitude_axis, lane.backend))
+    opcheck(ops.weight_norm_op, (p.weight.t(), p.lora_B.t(), p.lora_A.t(), 0.5, magnitude_axis, lane.backend))
+
+
+def g_and_divisor(p, backend):
+    if p.magnitude is None:
+        return None, None
+    norm = dora_weight_norm(
+        p.weight, p.lora_A, p.lora_B, scaling=p.scaling, magnitude_axis=p.magnitude_axis, backend=backend
+    )
+    return p.magnitude / norm, safe_divisor(norm)
+
+
+@axes
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("magnitude", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("dtypes", [(f32, f32, f32), (bf16, bf16, f32)], ids=["f32", "bf16"])
+def test_opcheck_linear_forward(lane, dtypes, magnitude_axis, bias, magnitude):
+    p = make_problem(
+        (5,), 20, 18, 3, dtypes, magnitude_axis=magnitude_axis, bias=bias, magnitude=magnitude, device=lane.device
+    )
+    g, _ = g_and_divisor(p, lane.backend)
+    for keep_base in {False, linear.keeps_base(magnitude_axis, True, magnitude, SUBSETS[0])}:
+        args = (p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, p.scaling, magnitude_axis, keep_base, lane.backend)
+        opcheck(ops.linear_forward_op, args)
+
+
+@axes
+@detachments
+@pytest.mark.parametrize("needs", SUBSETS, ids=["all", "adapter", "factors", "input"])
+@pytest.mark.parametrize("magnitude", [True, False], ids=["dora", "lora"])
+def test_opcheck_linear_backward(lane, needs, magnitude, magnitude_axis, detach_norm):
+    for dtypes in [(f32, f32, f32), (bf16, bf16, f32)]:
+        p = make_problem(
+            (5,), 20, 18, 3, dtypes,
+            magnitude_axis=magnitude_axis, detach_norm=detach_norm, magnitude=magnitude, device=lane.device,
+        )  # fmt: skip
+        needs = needs._replace(magnitude=needs.magnitude and magnitude)
+        g, divisor = g_and_divisor(p, lane.backend)
+        keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude, needs)
+        common = p.scaling, magnitude_axis
+        _, h, base = linear.forward(
+            p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, *common, keep_base, lane.backend
+        )
+        inputs = p.dy, p.x, p.weight, p.lora_A, p.lora_B, g, divisor, h, base
+        opcheck(ops.linear_backward_op, (*inputs, *common, detach_norm, list(needs), lane.backend))

@@ -1,0 +1,173 @@
+"""What importing does (nothing), what it needs (torch), and which way imports point: checked in fresh interpreters."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dora_kernels
+
+PACKAGE = Path(dora_kernels.__file__).parent
+
+
+def run(code, **environment):
+    """Standard output of `code` in a new interpreter, which must succeed and write nothing to standard error."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code],
+        env={**kept, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+BLOCKED = """
+import sys
+for name in ("triton", "peft", "transformers", "numpy", "typer", "rich"):
+    sys.modules[name] = None     # import raises ModuleNotFoundError
+"""
+
+LAYER = """
+import torch, dora_kernels
+x, w, a, b = torch.randn(3, 5), torch.randn(4, 5), torch.randn(2, 5, requires_grad=True), torch.randn(4, 2)
+m = dora_kernels.dora_weight_norm(w, a, b)
+"""
+
+
+def test_without_triton_peft_or_transformers():
+    out, _ = run(BLOCKED + LAYER + """
+y = dora_kernels.dora_linear(x, w, a, b, m)
+y.sum().backward()
+torch.testing.assert_close(y, x @ (w + b @ a).T)
+torch.testing.assert_close(dora_kernels.merge_dora(w, a, b, m), w + b @ a)
+assert a.grad is not None
+print("done")
+""")
+    assert out == "done\n"
+
+
+def test_triton_by_name_where_there_is_none():
+    out, _ = run(BLOCKED + LAYER + """
+try:
+    dora_kernels.dora_linear(x, w, a, b, m, backend="triton")
+except RuntimeError as error:
+    print(type(error).__name__, error)
+""")
+    assert out.startswith("UnsupportedError backend='triton' was asked for")
+    assert "triton is not installed" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_triton_by_name_on_the_cpu():
+    pytest.importorskip("triton")
+    out, _ = run(LAYER + """
+try:
+    dora_kernels.dora_linear(x, w, a, b, m, backend="triton")
+except RuntimeError as error:
+    print(type(error).__name__, error)
+""")
+    assert out.startswith("UnsupportedError backend='triton' was asked for")
+    assert "needs a GPU" in out and "cpu" in out
+
+
+def test_importing_does_nothing():
+    """Beyond what importing torch does: no optional package, no environment, no filters, no hooks, no output."""
+    out, err = run("""
+import os, sys, warnings
+import torch
+before = set(sys.modules), dict(os.environ), list(warnings.filters), torch.get_default_dtype(), torch.is_grad_enabled()
+optimizer = sys.modules["torch.optim.optimizer"]
+hooks = len(optimizer._global_optimizer_post_hooks)
+import dora_kernels
+assert dict(os.environ) == before[1], "the environment changed"
+assert list(warnings.filters) == before[2], "the warning filters changed"
+assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before[3:]
+assert len(optimizer._global_optimizer_post_hooks) == hooks, "a hook was registered"
+assert not torch.cuda.is_initialized()
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before[0]}
+wanted = {"triton", "peft", "transformers", "accelerate", "numpy", "typer", "rich"}
+assert not loaded & wanted, f"imported {loaded & wanted}"
+assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
+""")
+    assert (out, err) == ("", "")
+
+
+# Which way imports point. A module may import only from layers above its own line; kernels from nothing but
+# themselves. What is not listed stands at the end: public surfaces and integrations.
+LAYERS = [
+    ["reference", "kernels"],
+    ["torch_backend", "backends"],
+    ["linear", "validation"],
+    ["ops"],
+    ["autograd", "norm_cache"],
+    ["functional"],
+    ["modules"],
+]
+
+
+def layer_of(module):
+    return next((i for i, names in enumerate(LAYERS) if module in names), len(LAYERS))
+
+
+def imports_of(path):
+    """Absolute names of everything a file imports, also inside functions; `from package import name` gives both."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide their direction"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_imported(path):
+    """The package's modules among them, by the first name below the package."""
+    known = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    names = (name.split(".")[1] for name in imports_of(path) if name.startswith("dora_kernels."))
+    return {name for name in names if name in known}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_import_direction(path):
+    inside_kernels = path.parent.name == "kernels"
+    own = "kernels" if inside_kernels else path.stem
+    imported = modules_imported(path)
+    if inside_kernels:
+        assert imported <= {"kernels"}, f"a kernel file imports {imported - {'kernels'}}"
+        return
+    if own == "__init__":
+        return
+    for module in imported - {own}:
+        below = layer_of(module) < layer_of(own)
+        at_the_end = layer_of(module) == layer_of(own) == len(LAYERS)
+        assert below or at_the_end, f"{own} imports {module}, which stands beside or after it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_kernels_import_triton(path):
+    if path.parent.name != "kernels":
+        assert not {name for name in imports_of(path) if name.split(".")[0] == "triton"}
+
+
+def test_the_reference_imports_torch_alone():
+    roots = {name.split(".")[0] for name in imports_of(PACKAGE / "reference.py")} - set(sys.stdlib_module_names)
+    assert roots == {"torch"}
+
+
+def test_the_layers_name_modules_that_exist():
+    """A renamed module must not slip out of the check."""
+    for names in LAYERS:
+        for name in names:
+            assert (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir(), f"no module {name}"

@@ -1,0 +1,368 @@
+"""The kept norm is never stale, whoever writes the weights and however, and is reused where that is known.
+
+A result with the kept norm must have the very bits of one computed afresh: both take the same path to the norm.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_kernels import dora_linear, norm_cache
+from dora_kernels.functional import run_layer
+from dora_kernels.norm_cache import NormCache, invalidate, set_norm_reuse
+
+IN, OUT, RANK = 24, 20, 3
+
+
+class Layer(nn.Module):
+    """The least that a layer does: parameters, a scaling, and a cache."""
+
+    def __init__(self, lane, magnitude_axis="out"):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape, trains=True):
+            values = torch.randn(*shape, generator=generator) * 0.3
+            return nn.Parameter(values.to(lane.device), requires_grad=trains)
+
+        self.lane, self.magnitude_axis, self.scaling = lane, magnitude_axis, 0.8
+        self.weight = parameter(OUT, IN, trains=False)
+        self.lora_A, self.lora_B = parameter(RANK, IN), parameter(OUT, RANK)
+        self.magnitude = parameter(OUT if magnitude_axis == "out" else IN)
+        self.cache = NormCache()
+
+    @property
+    def arguments(self):
+        return self.weight, self.lora_A, self.lora_B, self.magnitude
+
+    def forward(self, x):
+        return run_layer(
+            x, *self.arguments, None, self.scaling, self.magnitude_axis, True,
+            backend=self.lane.backend, cache=self.cache, training=self.training,
+        )  # fmt: skip
+
+    def fresh(self, x):
+        with torch.no_grad() if not torch.is_grad_enabled() else torch.enable_grad():
+            return dora_linear(
+                x, *self.arguments,
+                scaling=self.scaling, magnitude_axis=self.magnitude_axis, backend=self.lane.backend,
+            )  # fmt: skip
+
+    def is_right(self, x):
+        return torch.equal(self(x), self.fresh(x))
+
+
+@pytest.fixture
+def x(lane):
+    return torch.randn(6, IN, generator=torch.Generator().manual_seed(1)).to(lane.device)
+
+
+@pytest.fixture(params=["out", "in"])
+def layer(request, lane):
+    return Layer(lane, request.param)
+
+
+class ThroughData(torch.optim.Optimizer):
+    """Writes as 8-bit optimizers do: no version moves."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad, alpha=0.1)
+
+
+OPTIMIZERS = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=False),
+    "AdamW-foreach": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=True),
+    "AdamW-fused": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
+    "through-data": ThroughData,
+}
+
+
+def counted(cache, function):
+    """How many norms `function` computed, and how many it reused."""
+    before = cache.computed, cache.reused
+    function()
+    return cache.computed - before[0], cache.reused - before[1]
+
+
+def accumulate(layer, x, micro_batches):
+    for i in range(micro_batches):
+        assert layer.is_right(x + i), "a stale norm"
+        layer(x + i).square().mean().backward()
+
+
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_optimizers(layer, x, make_optimizer):
+    optimizer = make_optimizer([layer.lora_A, layer.lora_B, layer.magnitude])
+    for step in range(4):
+        before = layer.lora_A.detach().clone()
+        computed, reused = counted(layer.cache, lambda: accumulate(layer, x, 3))
+        if step > 0 or layer.lane.device == "cpu":
+            # Six forwards. Before the optimizer's first step only a comparison can know, and the GPU makes none.
+            assert (computed, reused) == (1, 5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(layer.lora_A, before)
+    assert layer.is_right(x)
+
+
+def test_a_closure_that_steps_several_times(layer, x):
+    optimizer = torch.optim.LBFGS([layer.lora_A, layer.lora_B], lr=0.1, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        assert layer.is_right(x)
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert layer.is_right(x)
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_hand_written_update(layer, x, through_data, create_graph):
+    """No optimizer, so nothing tells of a step; what counts is that gradients were produced."""
+    if create_graph and layer.lane.backend == "triton":
+        pytest.skip("a backend asked for by name has no second derivative")
+    if create_graph:
+        layer.lane = layer.lane._replace(backend="auto")
+    for _ in range(4):
+        assert layer.is_right(x), "a stale norm"
+        grads = torch.autograd.grad(layer(x).square().mean(), [layer.lora_A, layer.lora_B], create_graph=create_graph)
+        for parameter, grad in zip([layer.lora_A, layer.lora_B], grads, strict=True):
+            if through_data:
+                parameter.data.sub_(grad.detach(), alpha=0.1)
+            else:
+                with torch.no_grad():
+                    parameter.sub_(grad, alpha=0.1)
+
+
+def test_a_second_layer_is_not_vouched_for_by_the_first_ones_optimizer(layer, x):
+    """One layer's parameters belong to an optimizer, the other's are updated by hand."""
+    other = copy.deepcopy(layer)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    for _ in range(3):
+        assert layer.is_right(x) and other.is_right(x)
+        (layer(x).square().mean() + other(x).square().mean()).backward()
+        optimizer.step()
+        for parameter in (other.lora_A, other.lora_B):
+            parameter.data.sub_(parameter.grad, alpha=0.1)
+        layer.zero_grad()
+        other.zero_grad()
+
+
+def test_a_gradient_of_one_factor_alone(layer, x):
+    layer.lora_A.requires_grad_(False)
+    for _ in range(3):
+        assert layer.is_right(x)
+        layer(x).square().mean().backward()
+        layer.lora_B.data.sub_(layer.lora_B.grad, alpha=0.1)
+        layer.lora_B.grad = None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_changes_that_show(layer, x, training):
+    layer.train(training)
+    assert layer.is_right(x)
+    layer.scaling = 0.3
+    assert layer.is_right(x), "stale after a changed scaling"
+    for name in ("weight", "lora_A", "lora_B"):
+        parameter = getattr(layer, name)
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        assert layer.is_right(x), f"stale after {name} was written in place"
+        parameter.data = parameter.data * 1.5
+        assert layer.is_right(x), f"stale after {name}.data was replaced"
+        setattr(layer, name, nn.Parameter(parameter.detach() * 1.5))
+        assert layer.is_right(x), f"stale after {name} was replaced"
+    layer.load_state_dict({name: t * 0.7 for name, t in layer.state_dict().items()})
+    assert layer.is_right(x), "stale after load_state_dict"
+    layer.double().float()
+    assert layer.is_right(x)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_writes_through_data_in_evaluation(layer, x, name):
+    """As EMA swaps and hotswaps write: neither a version nor a step moves."""
+    layer.eval()
+    assert layer.is_right(x)
+    kept = getattr(layer, name).detach().clone()
+    getattr(layer, name).data.mul_(1.5)
+    assert layer.is_right(x), "a stale norm"
+    getattr(layer, name).data.copy_(kept)
+    assert layer.is_right(x), "a stale norm"
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_writes_through_data_between_training_and_evaluation(layer, x, name):
+    layer(x)
+    for training in (False, True, False, True):
+        getattr(layer, name).data.mul_(1.5)
+        layer.train(training)
+        assert layer.is_right(x), "a stale norm"
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_writes_through_data_after_an_optimizer_step(layer, x, name):
+    """As merging an adapter into its base during training does, after the step."""
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=True)
+    for _ in range(3):
+        accumulate(layer, x, 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        getattr(layer, name).data.mul_(1.1)
+    assert layer.is_right(x)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_invalidate(layer, x, name):
+    """The one case that nothing can see: written through .data in training, with no step and no gradient."""
+    model = nn.Sequential(nn.Identity(), layer)
+    model(x)
+    getattr(layer, name).data.mul_(1.5)
+    invalidate(model)
+    assert layer.is_right(x)
+
+
+def test_invalidate_finds_caches_in_dictionaries(lane, x):
+    layer = Layer(lane)
+    layer(x)
+    layer.caches = {"default": layer.cache}
+    del layer.cache
+    invalidate(layer)
+    layer.cache = layer.caches["default"]
+    assert counted(layer.cache, lambda: layer(x)) == (1, 0)
+
+
+def test_evaluation_reuses(layer, x):
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+        computed, reused = counted(layer.cache, lambda: [layer(x) for _ in range(10)])
+        assert layer.is_right(x)
+    if layer.lane.device == "cpu":
+        assert (computed, reused) == (0, 10)
+
+
+def test_training_without_gradients_reuses(layer, x):
+    with torch.no_grad():
+        layer(x)
+        assert counted(layer.cache, lambda: [layer(x) for _ in range(10)]) == (0, 10)
+
+
+def test_the_switch(layer, x):
+    layer(x)
+    set_norm_reuse(False)
+    try:
+        assert counted(layer.cache, lambda: [layer(x) for _ in range(3)]) == (3, 0)
+        assert layer.is_right(x)
+    finally:
+        set_norm_reuse(True)
+    assert counted(layer.cache, lambda: [layer(x) for _ in range(3)])[1] >= 2
+
+
+def test_inference_mode_then_training(layer, x):
+    with torch.inference_mode():
+        assert torch.equal(layer(x), layer.fresh(x))
+    layer.eval()
+    with torch.inference_mode():
+        layer(x)
+    for training in (True, False):
+        layer.train(training)
+        assert layer.is_right(x)
+        layer(x).sum().backward()
+    assert layer.lora_A.grad is not None
+
+
+def test_parameters_made_in_inference_mode(lane, x):
+    with torch.inference_mode():
+        layer = Layer(lane)
+        for _ in range(2):
+            assert layer.is_right(x)
+            layer.lora_A.mul_(1.5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_copies_come_empty(layer, x, copied):
+    layer(x)
+    twin = copied(layer)
+    assert twin.cache is not layer.cache and (twin.cache.computed, twin.cache.reused) == (0, 0)
+    assert counted(twin.cache, lambda: twin(x)) == (1, 0)
+    twin.lora_A.data.mul_(2)
+    twin.cache.invalidate()
+    assert twin.is_right(x) and layer.is_right(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoints_recomputation_reuses(layer, x, use_reentrant):
+    x = x.requires_grad_()
+
+    def step():
+        checkpoint(layer, x, use_reentrant=use_reentrant).square().mean().backward()
+
+    assert counted(layer.cache, step) == (1, 1)
+    kept = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    layer(x).square().mean().backward()
+    if layer.lane.backend != "torch" or not use_reentrant or layer.magnitude_axis == "in":
+        assert torch.equal(layer.lora_A.grad, kept)
+    else:  # the first forward ran under no_grad and was rounded elsewhere, and so was the gradient made from it
+        torch.testing.assert_close(layer.lora_A.grad, kept)
+
+
+def test_a_norm_in_use_is_never_written_again(layer, x):
+    """A backward must find the norm of its own forward, though the parameters have moved since."""
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=True)
+    settings = layer.scaling, layer.magnitude_axis, True, layer.lane.backend
+    handed_out = []
+    for _ in range(3):
+        divisor, _ = layer.cache.divisor(layer.weight, layer.lora_A, layer.lora_B, *settings)
+        handed_out.append((divisor, divisor.clone()))
+        layer(x).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(divisor, then) for divisor, then in handed_out)
+    assert not torch.equal(handed_out[0][0], handed_out[1][0])
+
+
+def test_an_address_used_again(lane, x):
+    """New tensors where old ones were: addresses, versions and ids may all be the same."""
+    layer = Layer(lane)
+    for i in range(20):
+        assert layer.is_right(x), "a stale norm"
+        del layer.lora_B
+        layer.lora_B = nn.Parameter(torch.full((OUT, RANK), 0.1 * (i + 1), device=lane.device))
+
+
+def test_layers_share_nothing(lane, x):
+    one, two = Layer(lane), Layer(lane)
+    two.lora_A.data.mul_(3)
+    for _ in range(3):
+        assert one.is_right(x) and two.is_right(x)
+
+
+def test_the_registry_of_parameters_does_not_keep_them(lane, x):
+    layer = Layer(lane)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).sum().backward()
+    optimizer.step()
+    known = id(layer.lora_A)
+    assert known in norm_cache._stepped
+    del layer, optimizer
+    gc.collect()
+    assert known not in norm_cache._stepped
