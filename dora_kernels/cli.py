@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import typer
     from rich.console import Console
 
-_EXTRA = "pip install 'dora-kernels[cli]'"
 _TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
 _CHECKED_DTYPES = ("float32", "bfloat16", "mixed")
 
@@ -41,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import rich.console  # noqa: F401
         import typer  # noqa: F401
     except ImportError as error:
-        print(f"dora-kernels: the command line needs {error.name or 'typer and rich'}: {_EXTRA}", file=sys.stderr)
+        missing = (error.name or "typer and rich").partition(".")[0]
+        print(f"dora-kernels: the command line needs {missing}: pip install 'dora-kernels[cli]'", file=sys.stderr)
         return 2
     try:
         return int(build_app()(args=arguments, standalone_mode=False, prog_name="dora-kernels") or 0)
@@ -136,7 +136,9 @@ def build_app() -> "typer.Typer":
 def doctor() -> dict[str, Any]:
     """What `dora-kernels doctor` finds, ready for JSON."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
+        for category in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("always", category)
         versions = {
             "dora-kernels": dora_kernels.__version__,
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -225,7 +227,7 @@ def _examine(device: torch.device) -> dict[str, Any]:
         problem = triton_problem(device)
     except Exception as error:
         problem = f"importing it failed: {type(error).__name__}: {_one_line(error)}"
-    found["triton"] = problem or "available"
+    found["triton"] = problem or ("available" if device.type == "cuda" else "available in its interpreter, slowly")
     try:
         auto = resolve("auto", (torch.empty(1, device=device),))
     except Exception as error:
@@ -246,7 +248,8 @@ def _check(device: torch.device, backend: str) -> list[str]:
     for dtype in _CHECKED_DTYPES:
         case = Case((9, 40, 24), 4, dtype, "out")
         try:
-            cells = parity.measure(parity.prepare(case, device), backend)
+            with parity.threads_for(case):
+                cells = parity.measure(parity.prepare(case, device), backend)
         except Exception as error:  # the device itself fails, or plain PyTorch on it
             problems.append(f"{dtype}: {type(error).__name__}: {_one_line(error)}")
         else:

@@ -18,9 +18,10 @@ computes it in float32 too.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -190,10 +191,8 @@ def settings(
 def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, backend: None) -> list[Cell]:
     """Every cell, case by case; `advance` hears of each case and backend once it is done."""
     cells = []
-    threads = torch.get_num_threads()
-    try:
-        for case in options.cases:
-            torch.set_num_threads(1 if _is_small(case) else threads)
+    for case in options.cases:
+        with threads_for(case):
             try:
                 yardstick = prepare(case, options.device, options.seed, options.weight_gradient)
             except (RuntimeError, MemoryError) as error:
@@ -201,9 +200,18 @@ def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, b
             for backend in options.backends:
                 cells += measure(yardstick, backend)
                 advance(case, backend)
-    finally:
-        torch.set_num_threads(threads)
     return cells
+
+
+@contextlib.contextmanager
+def threads_for(case: Case) -> Iterator[None]:
+    """One thread for a small case."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if _is_small(case) else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(case: Case, device: torch.device, seed: int = 0, weight_gradient: bool = False) -> Yardstick:

@@ -47,15 +47,19 @@ def norm_config(rank: int, products: int) -> NormConfig:
     """Up to rank 64 B's rows are held across the loop over K; above, both factors go through in chunks."""
     block_r = _rank_block(rank, 64)
     if products > 1:
-        return NormConfig(32, 64, 16, 8, 1)
+        # 32 rows spill one or two registers on sm_90 and sm_100, whatever BLOCK_K, BLOCK_R and the warps.
+        return NormConfig(64, 64, 16, 8, 1)
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
 
 
 def compose_config(tokens: int, rank: int, products: int) -> ComposeConfig:
-    block_m = 16 if tokens <= 16 else 64
+    few = tokens <= 16
     if products > 1:
-        return ComposeConfig(min(block_m, 32), 64, min(_rank_block(rank, 64), 32), 4, 1)
-    return ComposeConfig(block_m, 128, _rank_block(rank, 64), 4 if block_m == 16 else 8, 2)
+        return ComposeConfig(16, 64, 16, 4, 1) if few else ComposeConfig(32, 64, _rank_block(rank, 32), 4, 1)
+    if few:
+        return ComposeConfig(16, 128, _rank_block(rank, 64), 4, 2)
+    # With 2 stages and a float32 B, sm_100 and sm_120 spill a few registers.
+    return ComposeConfig(64, 128, _rank_block(rank, 64), 8, 1)
 
 
 def scale_reduce_config(tokens: int) -> ScaleReduceConfig:
