@@ -76,9 +76,18 @@ def _only_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-@functools.cache
 def triton_problem(device: torch.device) -> str | None:
     """Why the triton backend cannot run on `device`, or None where it can. The answer is kept per device."""
+    return _triton_problem(device)
+
+
+# torch.compile takes the answer and does not trace how it was found. This is what
+# torch.compiler.assume_constant_result sets, which cannot be called here: it imports the compiler.
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _triton_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     from dora_kernels import kernels

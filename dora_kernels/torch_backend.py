@@ -60,6 +60,7 @@ def weight_norm(
 
 def _gram(a: Tensor) -> Tensor:
     """``a aᵀ``, in parts: over a long row the BLAS's float32 sums of squares drift, by 8e-6 at 20 000 features."""
+    a = a.contiguous()  # of a transposed one the BLAS adds up one long sum again, whatever the parts
     part = a[:, :_GRAM_FEATURES]
     gram = torch.mm(part, part.t())
     for start in range(_GRAM_FEATURES, a.shape[1], _GRAM_FEATURES):

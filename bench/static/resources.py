@@ -20,7 +20,7 @@ class Target:
     matrix: str
     """The matrix instruction of small tiles."""
     matrix_large: str | None = None
-    """That of 16-bit tiles of at least 64 rows, where it is another."""
+    """That of tiles of at least 64 rows, where it is another."""
 
     @property
     def cuda(self) -> bool:
@@ -82,9 +82,7 @@ def expected_matrix(launch: Compiled) -> str | None:
     rows = {"weight_norm": "BLOCK_N", "compose": "BLOCK_M"}.get(launch.kernel)
     if rows is None:
         return None
-    if target.matrix_large is not None and launch.config["PRODUCTS"] == 1 and launch.config[rows] >= 64:
-        return target.matrix_large
-    return target.matrix
+    return target.matrix_large if target.matrix_large and launch.config[rows] >= 64 else target.matrix
 
 
 def problems(launch: Compiled) -> list[str]:

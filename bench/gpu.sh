@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Tests and first tables on a GPU machine that can install nothing: it needs torch, triton, peft, pytest, hypothesis.
+#
+#   bash bench/gpu.sh OUTDIR [options of `python -m bench.layer`]
+#
+# Writes tests.log, layer.json, layer.txt and layer.log to OUTDIR, in under five minutes, and ends with the table.
+# Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
+# PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
+#
+#   bash bench/gpu.sh /tmp/rehearsal --device cpu --hidden 256 --tokens 32 --ranks 4
+set -uo pipefail
+
+TESTS_SECONDS=${TESTS_SECONDS:-145}
+TABLES_SECONDS=${TABLES_SECONDS:-120}
+
+if [ $# -lt 1 ]; then
+    echo "usage: bash bench/gpu.sh OUTDIR [options of python -m bench.layer]" >&2
+    exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+status=0
+
+# Most of the tests' time is compilation, which more processes share out where pytest-xdist is at hand.
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+    workers=(-n 4)
+fi
+echo "== GPU tests, at most $TESTS_SECONDS s: $out/tests.log"
+# Interrupted rather than killed, so that pytest still writes what it found.
+timeout --signal=INT --kill-after=10 "$TESTS_SECONDS" \
+    "$python" -m pytest tests -m gpu -q --tb=short -p no:cacheprovider "${workers[@]}" >"$out/tests.log" 2>&1
+code=$?
+if [ "$code" -ne 0 ]; then
+    echo "   failed: exit status $code$([ "$code" -eq 124 ] && echo ', out of time')"
+    grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -n 20
+    status=1
+fi
+tail -n 1 "$out/tests.log"
+
+echo "== tables, at most $TABLES_SECONDS s: $out/layer.json"
+rm -f "$out/layer.json" "$out/layer.txt"
+timeout --kill-after=10 $((TABLES_SECONDS + 15)) \
+    "$python" -m bench.layer --out "$out/layer.json" --limit-s "$TABLES_SECONDS" "$@" >/dev/null 2>"$out/layer.log"
+code=$?
+if [ "$code" -ne 0 ]; then
+    echo "   failed: exit status $code"
+    status=1
+fi
+# From the record, which is written stage by stage: a run that was killed has its table too.
+if [ -s "$out/layer.json" ]; then
+    "$python" -m bench.layer --show "$out/layer.json" | tee "$out/layer.txt" || status=1
+else
+    tail -n 15 "$out/layer.log"
+fi
+exit "$status"
