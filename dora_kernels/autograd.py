@@ -18,7 +18,7 @@ from dora_kernels.reference import accumulation_dtype
 
 
 class BackwardListener(Protocol):
-    """Whoever must know that gradients of lora_A or lora_B now exist (a kept norm may go stale unseen after that)."""
+    """Whoever must know that gradients of what a norm depends on now exist: it may go stale unseen after that."""
 
     backward_seen: bool
 
@@ -45,28 +45,30 @@ class _DoRALinear(torch.autograd.Function):
         g, divisor = _scale(x, magnitude, divisor)
         keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude is not None, needs)
         y, h, base = ops.linear_forward(
-            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
+            _flat(x), weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
         )
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base)
         ctx.settings = (scaling, magnitude_axis, detach_norm, backend, named)
         ctx.listener = listener
-        return y
+        return _unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
         scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
         needs = Needs(*ctx.needs_input_grad[:6])
-        if ctx.listener is not None and (needs.lora_A or needs.lora_B):
+        if ctx.listener is not None and (needs.lora_A or needs.lora_B or needs.weight):
             ctx.listener.backward_seen = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy), *[None] * 7
         grads = ops.linear_backward(
-            dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, needs, backend
-        )
+            _flat(dy), _flat(x), weight, lora_A, lora_B, g, divisor, h, base,
+            scaling, magnitude_axis, detach_norm, needs, backend,
+        )  # fmt: skip
+        d_x = None if grads.x is None else grads.x.view(x.shape)
         d_magnitude = None if grads.magnitude is None else grads.magnitude.to(magnitude.dtype)
         d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
+        return d_x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
 
 
 def apply(
@@ -84,17 +86,29 @@ def apply(
     named: bool,
     listener: BackwardListener | None = None,
 ) -> Tensor:
-    """The layer on ``x [M, K]``, already in the compute dtype; `divisor` is the norm, infinite where it is 0.
+    """The layer on ``x [..., K]``, already in the compute dtype; `divisor` is the norm, infinite where it is 0.
 
     `named`: the backend was asked for by name, so a second differentiation raises instead of using the reference.
     """
     if not torch.is_grad_enabled():
         g, _ = _scale(x, magnitude, divisor)
-        return ops.linear_forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, False, backend)[0]
+        y, _, _ = ops.linear_forward(
+            _flat(x), weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, False, backend
+        )
+        return _unflat(y, x)
     return _DoRALinear.apply(
         x, weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, backend, named, listener,
     )  # fmt: skip
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unflat(y: Tensor, x: Tensor) -> Tensor:
+    """y with x's leading dimensions, and no view to autograd: consumers may overwrite it in place."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _scale(x: Tensor, magnitude: Tensor | None, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

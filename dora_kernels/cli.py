@@ -154,7 +154,7 @@ def doctor() -> dict[str, Any]:
         "versions": versions,
         "c_compiler": _c_compiler(),
         "triton_interpreter": _interpreted(),
-        "norm_reuse": norm_cache._enabled,
+        "norm_reuse": norm_cache.norm_reuse(),
         "devices": devices,
         "warnings": list(first),
         "ok": all(device["works"] for device in devices),

@@ -90,14 +90,10 @@ def run_layer(
             divisor, listener = cache.divisor(
                 weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen
             )
-    tokens = x.reshape(-1, x.shape[-1])
-    if tokens.dtype != dtype:
-        tokens = tokens.to(dtype)
-    y = autograd.apply(
-        tokens, weight, lora_A, lora_B, magnitude, bias, divisor,
+    return autograd.apply(
+        x if x.dtype == dtype else x.to(dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, chosen, backend != "auto", listener,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,8 +4,8 @@ Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and
 them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
 those it was computed for, and either
 
-* *proof*: the layer is training, no optimizer has stepped since, and no gradient of lora_A or lora_B has been
-  produced since, or both are known to belong to an optimizer whose steps are seen; or
+* *proof*: the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has been
+  produced since, or all that train are known to belong to an optimizer whose steps are seen; or
 * *comparison* (CPU): lora_A and lora_B equal, bit for bit, the copies taken then, and W's diagonal its copy.
 
 Everything else is a recomputation. A norm handed out is never written again, so a backward's saved norm is a snapshot.
@@ -29,6 +29,11 @@ _steps = 0
 _stepped: dict[int, weakref.ref[Tensor]] = {}
 _hooked = False
 _enabled = True
+
+
+def norm_reuse() -> bool:
+    """Whether weight norms are reused in this process."""
+    return _enabled
 
 
 def set_norm_reuse(enabled: bool) -> None:
@@ -110,7 +115,7 @@ class NormEntry:
         )
 
     def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
-        if training and self.steps == _steps and self._unseen_writer_excluded(lora_A, lora_B):
+        if training and self.steps == _steps and self._unseen_writer_excluded(weight, lora_A, lora_B):
             return True
         if self.copies is None:
             return False
@@ -121,10 +126,10 @@ class NormEntry:
             self.backward_seen = False
         return same
 
-    def _unseen_writer_excluded(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+    def _unseen_writer_excluded(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         if lora_A.device.type != "cpu" and torch.distributed.is_available() and torch.distributed.is_initialized():
             return False  # a sharded parameter may be gathered anew at the same address
-        return not self.backward_seen or (_owned(lora_A) and _owned(lora_B))
+        return not self.backward_seen or all(_owned(t) for t in (weight, lora_A, lora_B) if t.requires_grad)
 
 
 class NormCache:
