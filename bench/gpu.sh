@@ -25,22 +25,26 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 status=0
 
-# Most of the tests' time is compilation, which more processes share out where pytest-xdist is at hand.
-workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then
-    workers=(-n 4)
-fi
+has() {
+    "$python" -c "import $1" 2>/dev/null
+}
+options=(-m gpu -v --tb=short -p no:cacheprovider)
+# Most of the tests' time is compilation, which several processes share out. The session's own limit ends it in
+# good order; without pytest-timeout the log still has a line for every test that ended in time.
+has xdist && options+=(-n 4)
+has pytest_timeout && options+=(--session-timeout "$TESTS_SECONDS")
 echo "== GPU tests, at most $TESTS_SECONDS s: $out/tests.log"
-# Interrupted rather than killed, so that pytest still writes what it found.
-timeout --signal=INT --kill-after=10 "$TESTS_SECONDS" \
-    "$python" -m pytest tests -m gpu -q --tb=short -p no:cacheprovider "${workers[@]}" >"$out/tests.log" 2>&1
+timeout --kill-after=5 $((TESTS_SECONDS + 15)) "$python" -m pytest tests "${options[@]}" >"$out/tests.log" 2>&1
 code=$?
 if [ "$code" -ne 0 ]; then
-    echo "   failed: exit status $code$([ "$code" -eq 124 ] && echo ', out of time')"
-    grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -n 20
+    echo "   failed: exit status $code"
+    grep -E '^(FAILED|ERROR|E  )|session-timeout' "$out/tests.log" | cut -c1-180 | head -n 25
     status=1
 fi
-tail -n 1 "$out/tests.log"
+for word in PASSED FAILED ERROR SKIPPED; do
+    printf '   %s %s' "$(grep -cE "^(\[gw[0-9]+\] .*$word |tests/[^ ]+ $word)" "$out/tests.log")" "$word"
+done
+echo
 
 echo "== tables, at most $TABLES_SECONDS s: $out/layer.json"
 rm -f "$out/layer.json" "$out/layer.txt"

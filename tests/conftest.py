@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,9 +18,10 @@ if not torch.cuda.is_available():
 # What cuBLAS wants before it promises the same bits twice; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest  # noqa: E402
+import pytest
+from helpers import LANES, Lane, usable
 
-from dora_kernels import backends  # noqa: E402
+from dora_kernels import backends
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -31,33 +30,9 @@ settings.register_profile("search", settings.get_profile("default"), derandomize
 settings.load_profile("default")
 
 
-class Lane(NamedTuple):
-    backend: str
-    device: str
-
-    @property
-    def interpreted(self) -> bool:
-        return self.backend == "triton" and self.device == "cpu"
-
-
-LANES = [
-    pytest.param(Lane("torch", "cpu"), id="torch"),
-    pytest.param(Lane("triton", "cpu"), id="triton"),
-    pytest.param(Lane("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
-    pytest.param(Lane("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
-]
-
-
 @pytest.fixture(scope="session", params=LANES)
 def lane(request: pytest.FixtureRequest) -> Lane:
-    lane: Lane = request.param
-    if lane.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if lane.backend == "triton" and importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if lane.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("the interpreter is off: the compiled kernels are tested on the GPU")
-    return lane
+    return usable(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Problems, the float64 oracle, and the error that a result may have.
+"""Lanes, problems, the float64 oracle, and the error that a result may have.
 
 **The budget.** The distance of a result from the oracle, in the Frobenius norm, may be twice the largest of
 
@@ -18,9 +18,12 @@ norm of a few elements scatters by nearly that factor. In float64 the oracle err
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +33,36 @@ from dora_kernels import dora_linear, reference
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
+
+
+class Lane(NamedTuple):
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
+
+LANES = [
+    pytest.param(Lane("torch", "cpu"), id="torch"),
+    pytest.param(Lane("triton", "cpu"), id="triton"),
+    pytest.param(Lane("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+    pytest.param(Lane("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+def usable(lane: Lane) -> Lane:
+    """The lane, or a skip where this machine lacks it. A GPU that triton refuses is not skipped: that is a failure."""
+    if lane.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if lane.backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if lane.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter is off: the compiled kernels are tested on the GPU")
+    return lane
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +148,9 @@ def leaves_of(problem: Problem, needs: Iterable[str] = NAMES) -> dict[str, Tenso
     return {n: None if t is None else t.detach().requires_grad_(n in needs) for n, t in problem.tensors.items()}
 
 
-def solve(function: Callable[..., Tensor], problem: Problem, needs: Iterable[str] = NAMES, **extra: Any) -> dict[str, Any]:
+def solve(
+    function: Callable[..., Tensor], problem: Problem, needs: Iterable[str] = NAMES, **extra: Any
+) -> dict[str, Any]:
     """The output "y" and the gradient of every needed input, by name."""
     leaves = leaves_of(problem, needs)
     y = function(**leaves, **problem.options, **extra)

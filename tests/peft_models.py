@@ -3,7 +3,8 @@
 **The budget.** The oracle is a float64 copy of the stock PEFT model, in which also those intermediate results that a
 model forces into float32 are float64. A patched model's distance from it, in the Frobenius norm, may be twice the
 largest of that of the stock model in the same dtypes, and those of three copies of it whose weights have moved by up
-to one eps each: what rounding does to the problem, by chance a little more or less.
+to one eps each: what rounding does to the problem, by chance a little more or less (and of one eps of the result's own
+norm: a single number may be exact by luck).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
@@ -33,6 +35,16 @@ import dora_kernels
 from dora_kernels import peft_layers
 
 VOCAB = 61
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For whoever imports it. Models this small spend their time waking threads, on a busy machine above all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 _MAKERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "llama": (
@@ -99,6 +111,38 @@ def peft_model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, **opt
     """A stock PEFT model, its adapter moved far from where it starts."""
     model = get_peft_model(base_model(kind).to(dtype), config(kind, **options))
     return move_adapter(model)
+
+
+class Toy(nn.Module):
+    """A net of two linear layers, and three that only PEFT can adapt."""
+
+    def __init__(self, others: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 8)
+        if others:
+            self.embedding, self.conv, self.special = nn.Embedding(9, 12), nn.Conv2d(1, 2, 3), Special(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Special(nn.Linear):
+    """A subclass of nn.Linear, as quantised layers are: PEFT takes it for one."""
+
+
+def toy(*, others: bool = False, **options: Any) -> nn.Module:
+    """A stock PEFT model of `Toy`, its adapter moved."""
+    torch.manual_seed(1)
+    targets = ["first", "second"] + (["embedding", "conv", "special"] if others else [])
+    values = {"r": 3, "lora_alpha": 4, "use_dora": True, "target_modules": targets, **options}
+    return move_adapter(get_peft_model(Toy(others), LoraConfig(**values)))
+
+
+def toy_twins(**options: Any) -> tuple[nn.Module, nn.Module, dora_kernels.PatchHandle]:
+    """A stock PEFT model, a copy that is patched, and its handle."""
+    stock = toy(**options)
+    ours = copy.deepcopy(stock)
+    return stock, ours, dora_kernels.patch_peft(ours)
 
 
 def twins(kind: str = "llama", **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -168,14 +212,14 @@ def exact(stock: nn.Module) -> nn.Module:
     return copy.deepcopy(stock).double()
 
 
-def moved(stock: nn.Module, seed: int) -> nn.Module:
-    """A copy whose every weight has moved by a random relative amount of up to one eps of its dtype."""
+def moved(stock: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A copy whose every weight has moved by a random relative amount of up to one eps of `dtype`."""
     model = copy.deepcopy(stock)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             step = 2 * torch.rand(p.shape, generator=generator, dtype=torch.float64) - 1
-            p.copy_(p.double() * (1 + torch.finfo(p.dtype).eps * step))
+            p.copy_(p.double() * (1 + torch.finfo(dtype).eps * step))
     return model
 
 
@@ -183,23 +227,26 @@ def check(
     run: Callable[[nn.Module], dict[str, Tensor]],
     stock: nn.Module,
     ours: nn.Module,
+    dtype: torch.dtype = torch.float32,
     context: Callable[[], Any] = contextlib.nullcontext,
 ) -> None:
     """All of `run`'s results on our model within their budget, of stock's dtypes and shapes.
 
-    `context` (autocast) is entered for all models but the oracle.
+    `dtype` is the one computed in; `context` (autocast) is entered for all models but the oracle.
     """
     with Float64():
         wanted = run(exact(stock))
+    copies = [moved(stock, dtype, seed) for seed in (4, 5, 6)]
     with context():
-        results, theirs = run(ours), [run(model) for model in (stock, *(moved(stock, seed) for seed in (4, 5, 6)))]
+        results, theirs = run(ours), [run(model) for model in (stock, *copies)]
     assert results.keys() == theirs[0].keys() == wanted.keys()
     failures = []
     for name, want in wanted.items():
         assert want.dtype == torch.float64, name
         assert results[name].dtype == theirs[0][name].dtype, name
         assert results[name].shape == theirs[0][name].shape, name
-        off, allowed = distance(results[name], want), 2 * max(distance(each[name], want) for each in theirs)
+        own_rounding = torch.finfo(results[name].dtype).eps * want.norm().item()
+        off, allowed = distance(results[name], want), 2 * max(own_rounding, *(distance(t[name], want) for t in theirs))
         if not off <= allowed:
             failures.append(f"{name} of norm {want.norm():.2e} is off by {off:.2e}, allowed {allowed:.2e}")
     assert not failures, "; ".join(failures)
@@ -222,6 +269,47 @@ def check_logits(stock: nn.Module, ours: nn.Module, inputs: dict[str, Tensor], *
         return {"logits": model(**inputs).logits}
 
     check(logits, stock, ours, **options)
+
+
+def anatomy(model: nn.Module) -> list[Any]:
+    """All that a patch could have changed, but for the norms that PEFT keeps."""
+    return [
+        (name, type(module), list(vars(module)), [(k, type(v)) for k, v in getattr(module, "lora_variant", {}).items()])
+        for name, module in model.named_modules()
+    ]
+
+
+def parts(model: nn.Module) -> dict[str, Any]:
+    """The modules of a toy's first adapted layer."""
+    layer: Any = model.get_submodule("base_model.model.first")
+    return {
+        "base": layer.base_layer,
+        "A": layer.lora_A["default"],
+        "B": layer.lora_B["default"],
+        "magnitude": layer.lora_magnitude_vector["default"],
+        "dropout": layer.lora_dropout["default"],
+        "layer": layer,
+    }
+
+
+def toy_input() -> Tensor:
+    return torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+
+
+def toy_solve(model: nn.Module) -> dict[str, Tensor]:
+    """Output and every gradient of a toy, with the same dropout each time."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    x = toy_input().to(next(model.parameters()).dtype).requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    grads = {n.removeprefix("_orig_mod."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def agree(stock: nn.Module, ours: nn.Module) -> None:
+    """Two toys have the same results."""
+    check(toy_solve, stock, ours)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How `dora_linear` sits in autograd: who gets a gradient, what is saved, consumers, checkpoints, higher derivatives."""
+"""`dora_linear` in autograd: who gets a gradient, what is saved, consumers, checkpoints, higher derivatives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_subset_of_gradients(lane, magnitude_axis, detach_norm, monkeypatc
     problem = make_problem(
         (6,), 20, 18, 3, magnitude_axis=magnitude_axis, detach_norm=detach_norm, device=lane.device
     )
-    for size in range(len(NAMES) + 1):
+    for size in (0, 1, 5, 6) if lane.interpreted else range(7):
         for needs in itertools.combinations(NAMES, size):
             leaves = leaves_of(problem, needs)
             y = dora_linear(**leaves, **problem.options, backend=lane.backend)
@@ -42,7 +42,7 @@ def test_every_subset_of_gradients(lane, magnitude_axis, detach_norm, monkeypatc
                 unasked = {n for n, grad in computed.pop()._asdict().items() if grad is not None} - set(needs)
                 assert not unasked, f"computed for nobody: {unasked}"
             assert {name for name in NAMES if leaves[name].grad is not None} == set(needs)
-            if size in (1, 2, 6):
+            if size != 3:
                 check({"y": y.detach(), **{name: leaves[name].grad for name in needs}}, problem, needs)
 
 
@@ -107,6 +107,8 @@ CONSUMERS = [
 @pytest.mark.parametrize("recompute", ["plain", "reentrant", "non-reentrant"])
 @axes
 def test_consumers_that_overwrite_the_output(lane, overwriting, recompute, magnitude_axis):
+    if lane.interpreted and recompute != "plain" and overwriting > 0:
+        pytest.skip("once is enough in the slow interpreter")
     problem = make_problem((9,), 21, 34, 4, magnitude_axis=magnitude_axis, device=lane.device)
     results = []
     for consume in CONSUMERS[overwriting]:
@@ -316,6 +318,6 @@ def test_parameters_are_plain_tensors(lane):
     problem = make_problem(device=lane.device)
     parameters = {name: torch.nn.Parameter(t.clone()) for name, t in problem.tensors.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         y = dora_linear(**parameters, **problem.options, backend=lane.backend)
     assert torch.equal(y, ours(problem, lane.backend)["y"])

@@ -96,7 +96,11 @@ MAGNITUDE_CASES = [
         TypeError,
         "magnitude: expected float32, bfloat16, float16 or float64, got torch.int64",
     ),
-    ({"magnitude": torch.rand(4, device="meta")}, ValueError, "magnitude: expected on the weight's device cpu, got meta"),
+    (
+        {"magnitude": torch.rand(4, device="meta")},
+        ValueError,
+        "magnitude: expected on the weight's device cpu, got meta",
+    ),
 ]
 
 LAYER_CASES = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import bf16, error, f16, f32, f64, make_problem, norm_bound, ours
+from helpers import Lane, bf16, f16, f32, f64, make_problem, norm_bound, ours
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,8 +75,6 @@ def test_dtypes_and_ranks(lane, dtypes, magnitude_axis):
 
 @axes
 def test_float64(magnitude_axis):
-    from conftest import Lane
-
     lane = Lane("torch", "cpu")
     for dtypes in [(f64, f64, f64), (f64, f32, f32), (bf16, f64, f32)]:
         check_norm(lane, factors(lane, 40, 60, 5, dtypes), magnitude_axis=magnitude_axis)
@@ -242,8 +240,6 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=name_of)
 @pytest.mark.parametrize("case", ["plain", "transposed", "cancelling"])
 def test_no_temporary_of_the_weights_size(dtypes, magnitude_axis, case):
-    from conftest import Lane
-
     weight, lora_A, lora_B = factors(Lane("torch", "cpu"), 2048, 2048, 16, dtypes)
     if case == "transposed":
         weight = weight.t()

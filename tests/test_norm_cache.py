@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import LANES, usable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,12 @@ from dora_kernels.functional import run_layer
 from dora_kernels.norm_cache import NormCache, invalidate, set_norm_reuse
 
 IN, OUT, RANK = 24, 20, 3
+
+
+@pytest.fixture(scope="module", params=[lane for lane in LANES if lane.id != "triton"])
+def lane(request):
+    """Without the interpreter: which backend computes a norm is nothing to the cache."""
+    return usable(request.param)
 
 
 class Layer(nn.Module):
@@ -167,13 +174,23 @@ def test_a_second_layer_is_not_vouched_for_by_the_first_ones_optimizer(layer, x)
         other.zero_grad()
 
 
-def test_a_gradient_of_one_factor_alone(layer, x):
-    layer.lora_A.requires_grad_(False)
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+@pytest.mark.parametrize("others", ["frozen", "owned"])
+def test_one_tensor_is_updated_by_hand(layer, x, name, others):
+    """The base weight too may train; the others are frozen, or in the hands of an optimizer that is seen."""
+    tensors = {n: getattr(layer, n) for n in ("weight", "lora_A", "lora_B")}
+    tensor = tensors.pop(name).requires_grad_()
+    for other in tensors.values():
+        other.requires_grad_(others == "owned")
+    optimizer = torch.optim.SGD(tensors.values(), lr=0.01)
     for _ in range(3):
-        assert layer.is_right(x)
-        layer(x).square().mean().backward()
-        layer.lora_B.data.sub_(layer.lora_B.grad, alpha=0.1)
-        layer.lora_B.grad = None
+        for _ in range(2):
+            assert layer.is_right(x), "a stale norm"
+            layer(x).square().mean().backward()
+            tensor.data.sub_(tensor.grad, alpha=0.1)
+            tensor.grad = None
+        if others == "owned":
+            optimizer.step()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -21,6 +21,7 @@ from peft_models import (
     counted,
     lora_layers,
     move_adapter,
+    one_thread,  # noqa: F401
     peft_model,
     solve,
     twins,
@@ -164,24 +165,11 @@ def test_mixed_precision(base, adapter, dropout, context, monkeypatch):
         torch.manual_seed(0)
         return solve(model, batch())
 
-    check(seeded, stock, ours, context)
+    check(seeded, stock, ours, bf16, context)
     with counted(monkeypatch) as counts, context():
         seeded(ours)
     name = "norm" if dropout else "layer"
     assert counts[name] == len(lora_layers(ours)) and sum(counts.values()) == counts[name]
-
-
-def test_float64_under_autocast_stays_float64():
-    stock, ours = twins()
-    stock.double(), ours.double()
-    x = torch.randn(5, 32, dtype=torch.float64)
-    with autocast():
-        theirs, result = (model.get_submodule(NAME)(x) for model in (stock, ours))
-    assert result.dtype == theirs.dtype == torch.float64
-    torch.testing.assert_close(result, theirs, rtol=1e-12, atol=1e-12)
-
-
-NAME = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -192,22 +180,18 @@ def test_gradient_checkpointing(kind, dropout, use_reentrant):
 
     def checkpointed(model):
         model.train()
+        if next(model.parameters()).dtype != torch.float64:  # the oracle's `Float64` does not reach into a backward
+            model.enable_input_require_grads()
+            model.config.use_cache = False
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         torch.manual_seed(0)
         return solve(model, batch(kind))
 
-    plain = checkpointed(ours)
-    for model in (stock, ours):
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        model.config.use_cache = False
     check(checkpointed, stock, ours)
-    results = checkpointed(ours)
-    assert all(torch.equal(results[name], plain[name]) for name in plain)
-    if dropout == 0.0:
-        computed = [cache.computed for cache in caches(ours)]
-        checkpointed(ours)
-        # The recomputation of a forward takes the norm of that forward.
-        assert all(cache.computed <= before + 1 for cache, before in zip(caches(ours), computed, strict=True))
+    before = [cache.computed for cache in caches(ours)]
+    checkpointed(ours)
+    # The recomputation of a forward takes the norm of that forward.
+    assert [cache.computed for cache in caches(ours)] == before
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
@@ -228,94 +212,6 @@ def test_generation_with_a_cache(kind):
     check(scores, stock, ours)
     assert torch.equal(generate(ours).sequences, generate(stock).sequences)
     assert {cache.computed for cache in caches(ours)} == {1}, "a norm was computed again"
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
-def test_compiled_in_one_graph(dropout, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    stock, ours = twins(lora_dropout=dropout)
-    stock.config.use_cache = ours.config.use_cache = False
-    stock.eval(), ours.eval()
-    ours.compile(fullgraph=True, backend="aot_eager")
-    check_parity(stock, ours, batch())
-    for model in (stock, ours):
-        for layer in lora_layers(model):
-            layer.set_scale("default", 0.3)
-            layer.lora_B["default"].weight.data.mul_(1.2)
-    check_parity(stock, ours, batch(tokens=(3, 7)))
-    if dropout == 0.0:
-        for model in (stock, ours):
-            model.train()
-        check_parity(stock, ours, batch())
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
-@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
-def test_no_tokens(kind, shape, dropout):
-    for model in twins(kind, lora_dropout=dropout):
-        layer = lora_layers(model)[0]
-        x = torch.randn(*shape, layer.in_features, requires_grad=True)
-        y = layer(x)
-        assert y.shape == (*shape, layer.out_features)
-        y.sum().backward()
-        assert x.grad.shape == x.shape
-        assert all((p.grad == 0).all() for name, p in layer.named_parameters() if "lora_" in name)
-
-
-def test_one_token_without_leading_dimensions():
-    """Stock PEFT gives [1, out_features] here."""
-    stock, ours = (lora_layers(model)[0] for model in twins())
-    x = torch.randn(32)
-    assert ours(x).shape == (32,)
-    torch.testing.assert_close(ours(x), stock(x)[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other"])
-def test_layouts_of_the_input(layout):
-    stock, ours = (lora_layers(model)[0] for model in twins())
-    x = {
-        "transposed": torch.randn(32, 5, 4).transpose(0, 2),
-        "expanded": torch.randn(32).expand(4, 5, 32),
-        "every other": torch.randn(4, 5, 64)[..., ::2],
-    }[layout]
-    torch.testing.assert_close(ours(x), stock(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "trace"])
-def test_function_transforms(transform):
-    """PEFT's plain operations run under them."""
-    x = torch.randn(4, 32)
-    results = []
-    for layer in (lora_layers(model)[0] for model in twins()):
-        parameters = {name: p.detach() for name, p in layer.named_parameters()}
-
-        def call(parameters, x, layer=layer):
-            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
-
-        if transform == "grad":
-            results.append(torch.func.grad(call)(parameters, x)["lora_A.default.weight"])
-        elif transform == "vmap":
-            results.append(torch.func.vmap(call, in_dims=(None, 0))(parameters, x))
-        elif transform == "jvp":
-            results.append(torch.func.jvp(lambda x, call=call, p=parameters: call(p, x), (x,), (x,))[1])
-        else:
-            with torch.no_grad():
-                results.append(torch.jit.trace(layer, (x,))(x + 1))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
-
-
-def test_zero_rows_are_not_nan():
-    """Stock PEFT divides by zero: peft issue 2049."""
-    _, ours = twins()
-    layer = lora_layers(ours)[0]
-    with torch.no_grad():
-        layer.base_layer.weight[5] = 0
-        layer.lora_B["default"].weight[5] = 0
-        layer.lora_magnitude_vector["default"].weight[5] = 0
-    assert all(t.isfinite().all() for t in solve(ours, batch()).values())
 
 
 def test_a_new_adapter_is_the_identity_to_float32():

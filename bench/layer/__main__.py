@@ -26,6 +26,7 @@ from bench.layer import kernels, report
 from bench.layer.problem import Case, beyond, errors, limits, make_problem, oracle, plain
 from bench.layer.providers import PROVIDERS, Provider, make_provider
 from bench.timing import Candidate
+from dora_kernels.backends import resolve, triton_problem
 
 _TRACE_LINES = 12
 
@@ -64,6 +65,7 @@ class Run:
 
     def stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """All stages by name, the ceilings first."""
+        yield "backend", self.automatic
         yield "ceilings", self.ceilings
         for case in self.cases(tokens=self.given.tokens[:1]):
             yield f"weight_norm: {case.label}", lambda case=case: self.kernel(kernels.norm_row(case, self.backend))
@@ -87,6 +89,13 @@ class Run:
         timing.interleave(
             candidates, self.device, rounds=self.given.rounds, sample_seconds=self.given.sample_ms / 1e3, limit_seconds=8.0
         )
+
+    def automatic(self) -> None:
+        """What patched layers run on: their backend is always "auto"'s choice."""
+        chosen = resolve("auto", (torch.empty(0, device=self.device),))
+        self.record["settings"]["auto"] = chosen
+        if self.device.type == "cuda" and chosen != "triton":
+            raise RuntimeError(f"patched layers run on {chosen!r} here: {triton_problem(self.device)}")
 
     def ceilings(self) -> None:
         """The bandwidth and the matrix rate that everything else is held against."""
@@ -122,8 +131,8 @@ class Run:
                 "ratio_to_ours": report.significant(candidate.ratio(ours), 3) if ours else None,
                 "error": report.significant(row.errors[name], 3), "limit": report.significant(row.limits[name], 3),
             })  # fmt: skip
-            for wrong in beyond({name: row.errors[name]}, row.limits):
-                self.fail(row.label, f"wrong result: {wrong}")
+            if wrong := beyond({name: row.errors[name]}, row.limits):
+                self.fail(row.label, f"wrong result: {wrong[0]}")
 
     def layer(self, case: Case) -> None:
         """Check and time every provider of the whole layer."""
@@ -182,8 +191,8 @@ class Run:
             except Exception as error:
                 self.fail(case.label, f"{name}: {type(error).__name__}: {error}")
                 continue
-            for wrong in beyond(found[name], allowed[name]):
-                self.fail(case.label, f"{name}: wrong result: {wrong}")
+            if wrong := beyond(found[name], allowed[name]):
+                self.fail(case.label, f"{name}: wrong result: {'; '.join(wrong)}")
         return found, allowed
 
 

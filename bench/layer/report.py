@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -105,9 +106,9 @@ def write(record: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def significant(figure: float, digits: int = 4) -> float:
-    """Rounded for the record."""
-    return float(f"{figure:.{digits}g}")
+def significant(figure: float, digits: int = 4) -> float | None:
+    """Rounded for the record; None for what JSON has no number for."""
+    return float(f"{figure:.{digits}g}") if math.isfinite(figure) else None
 
 
 def text(record: dict[str, Any]) -> str:
@@ -124,7 +125,7 @@ def text(record: dict[str, Any]) -> str:
         lines += _table(["kernel", "provider", "µs", "floor µs", "floor/time", "x ours", "error/limit"], [
             [
                 row["label"], row["provider"], f"{row['us']:.1f}", _number(row["floor_us"]), _number(row["fraction"]),
-                f"{row['ratio_to_ours']:.2f}", f"{row['error']:.1e}/{row['limit']:.1e}",
+                _number(row["ratio_to_ours"]), f"{_number(row['error'])}/{_number(row['limit'])}",
             ]
             for row in record["kernels"]
         ])  # fmt: skip
@@ -136,7 +137,7 @@ def text(record: dict[str, Any]) -> str:
                 row["label"], PROVIDERS[row["provider"]],
                 *(_cell(row, "forward", key) for key in ("ms", "ratio_to_lora")),
                 *(_cell(row, "both", key) for key in ("ms", "ratio_to_lora", "ratio_to_frozen")),
-                f"{max(row['errors'][name] / row['limits'][name] for name in row['errors']):.2f}",
+                _worst(row),
             ]
             for row in record["layers"]
         ])  # fmt: skip
@@ -148,6 +149,14 @@ def text(record: dict[str, Any]) -> str:
 
 def _number(figure: float | None) -> str:
     return "-" if figure is None else f"{figure:.3g}"
+
+
+def _worst(row: dict[str, Any]) -> str:
+    """The largest error as a fraction of its limit."""
+    errors, limits = row["errors"], row["limits"]
+    if any(value is None for value in errors.values()):
+        return "not finite"
+    return f"{max(errors[name] / limits[name] for name in errors):.2f}"
 
 
 def _cell(row: dict[str, Any], part: str, key: str) -> str:

@@ -1,0 +1,271 @@
+"""`patch_peft`: what it reaches, what its handle says, the way back, and its errors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import nn
+from torch.nn.utils import prune
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import peft
+from helpers import same_bits
+from peft import LoraConfig, get_peft_model
+from peft_models import (
+    Toy,
+    anatomy,
+    batch,
+    counted,
+    one_thread,  # noqa: F401
+    solve,
+    toy,
+    toy_input,
+    toy_solve,
+    toy_twins,
+    twins,
+)
+
+import dora_kernels
+
+FIRST, SECOND = "base_model.model.first", "base_model.model.second"
+
+
+def test_the_handle():
+    stock, ours, handle = toy_twins(others=True)
+    assert handle.patched == [FIRST, SECOND]
+    assert list(handle.skipped) == [f"base_model.model.{name}" for name in ("embedding", "conv", "special")]
+    embedding, conv, special = handle.skipped.values()
+    assert "Embedding" in embedding and "only LoRA layers on nn.Linear and Conv1D" in embedding
+    assert "Conv2d" in conv
+    assert special == "its base layer is a peft_models.Special, not a plain nn.Linear or Conv1D"
+    assert repr(handle) == "PatchHandle(patched=2, skipped=3)"
+    # What is skipped is untouched.
+    for name in ("embedding", "conv", "special"):
+        assert type(ours.get_submodule(f"base_model.model.{name}")) is type(
+            stock.get_submodule(f"base_model.model.{name}")
+        )
+
+
+def test_names_are_those_of_the_model_that_was_given():
+    model = toy()
+    assert dora_kernels.patch_peft(model.base_model.model).patched == ["first", "second"]
+
+
+@pytest.mark.parametrize("kind", ["toy", "llama", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+def test_restore_gives_the_model_back_as_it_was(kind, dropout):
+    if kind == "toy":
+        stock, ours, handle = toy_twins(others=True, lora_dropout=dropout)
+        run = toy_solve
+    else:
+        stock, ours = twins(kind, lora_dropout=dropout)
+        handle = dora_kernels.patch_peft(ours)
+
+        def run(model):
+            torch.manual_seed(0)
+            return solve(model, batch(kind))
+
+    before = copy.deepcopy(stock)
+    assert anatomy(ours) != anatomy(before)
+    run(ours)
+    handle.restore()
+    assert handle.patched == [] and handle.skipped[next(iter(handle.skipped))]
+    assert anatomy(ours) == anatomy(before)
+    assert same_bits(run(ours), run(stock)), "not stock's bits"
+    handle.restore()
+    assert anatomy(ours) == anatomy(before)
+    # And patched again, by a handle of its own.
+    again = dora_kernels.patch_peft(ours)
+    assert again.patched == handle.patched != []
+    run(ours)
+    again.restore()
+    assert anatomy(ours) == anatomy(before) and same_bits(run(ours), run(stock))
+
+
+def test_adapters_added_while_patched_are_stock_after_restore():
+    stock, ours, handle = toy_twins()
+    other = LoraConfig(r=2, use_dora=True, target_modules=["first", "second"], init_lora_weights=False)
+    for model in (stock, ours):
+        torch.manual_seed(0)
+        model.add_adapter("other", other)
+    handle.restore()
+    assert anatomy(ours) == anatomy(stock)
+    for model in (stock, ours):
+        model.set_adapter("other")
+    assert same_bits(toy_solve(ours), toy_solve(stock))
+
+
+def test_patched_twice():
+    stock, ours, handle = toy_twins()
+    patched = anatomy(ours)
+    second = dora_kernels.patch_peft(ours)
+    assert anatomy(ours) == patched
+    assert second.patched == handle.patched == [FIRST, SECOND]
+    handle.restore()
+    assert anatomy(ours) == anatomy(stock) and second.patched == []
+    second.restore()
+    assert anatomy(ours) == anatomy(stock)
+
+
+def test_restored_while_merged():
+    stock, ours, handle = toy_twins()
+    for model in (stock, ours):
+        model.merge_adapter()
+    handle.restore()
+    for model in (stock, ours):
+        model.unmerge_adapter()
+    assert same_bits(toy_solve(ours), toy_solve(stock))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+def test_calls_reach_this_package(dropout, monkeypatch):
+    """Once for every layer that is listed, and for no other."""
+    stock, ours, handle = toy_twins(lora_dropout=dropout)
+    with counted(monkeypatch) as counts:
+        ours(toy_input())
+        assert counts == ({"layer": 0, "norm": 2} if dropout else {"layer": 2, "norm": 0})
+        ours.eval()(toy_input())
+        assert counts == ({"layer": 2, "norm": 2} if dropout else {"layer": 4, "norm": 0})
+        with ours.disable_adapter():
+            ours(toy_input())
+        handle.restore()
+        ours(toy_input())
+        stock(toy_input())
+        assert sum(counts.values()) == 4
+
+
+def test_one_line_is_logged(caplog):
+    caplog.set_level(logging.INFO)
+    _, ours, _ = toy_twins(others=True)
+    ours(toy_input())
+    records = [record for record in caplog.records if record.name.startswith("dora_kernels")]
+    assert [(record.levelname, record.getMessage()) for record in records] == [
+        ("INFO", "patched 2 DoRA layers of PeftModel, skipped 3, backend torch")
+    ]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def freed(layer):
+    layer.lora_A["default"].weight.untyped_storage().resize_(0)
+
+
+ELSEWHERE = {
+    "parametrized base": lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", Doubled()),
+    "parametrized A": lambda layer: parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled()),
+    "pruned base": lambda layer: prune.random_unstructured(layer.base_layer, "weight", 0.5),
+    "pruned bias": lambda layer: prune.random_unstructured(layer.base_layer, "bias", 0.5),
+    "pruned B": lambda layer: prune.random_unstructured(layer.lora_B["default"], "weight", 0.5),
+    "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer.lora_B["default"]),
+    "a wrapped magnitude": lambda layer: layer.lora_magnitude_vector.__setattr__("default", Wrapper(layer)),
+    "a base of another class": lambda layer: setattr(layer.base_layer, "__class__", type("Mine", (nn.Linear,), {})),
+}
+AWAY = {
+    "base on meta": lambda layer: layer.base_layer.to("meta"),
+    "A on meta": lambda layer: layer.lora_A.to("meta"),
+    "A's storage freed": freed,
+    "W gathered away": lambda layer: setattr(layer.base_layer.weight, "data", torch.empty(0)),
+}
+
+
+class Wrapper(nn.Module):
+    """As FSDP puts one around PEFT's small modules."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.module = layer.lora_magnitude_vector["default"]
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("change", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+def test_weights_that_may_not_be_read(change, dropout, monkeypatch):
+    """The layer is left to PEFT from then on, and the handle says so."""
+    stock, ours, handle = toy_twins(lora_dropout=dropout)
+    for model in (stock, ours):
+        torch.manual_seed(0)
+        change(model.base_model.model.first)
+    assert handle.patched == [SECOND] and list(handle.skipped) == [FIRST]
+    with counted(monkeypatch) as counts:
+        torch.testing.assert_close(toy_solve(ours), toy_solve(stock))
+    assert sum(counts.values()) == 1
+
+
+@pytest.mark.parametrize("change", AWAY.values(), ids=AWAY.keys())
+def test_weights_that_are_away(change):
+    """Stock PEFT raises there; at any rate nothing reads what is not there."""
+    _, ours, handle = toy_twins()
+    change(ours.base_model.model.first)
+    assert handle.patched == [SECOND]
+    assert "cannot be read" in handle.skipped[FIRST]
+
+
+def test_a_layer_comes_back_when_its_weights_do(monkeypatch):
+    _, ours, handle = toy_twins()
+    layer = ours.base_model.model.first
+    parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled())
+    assert handle.patched == [SECOND]
+    parametrize.remove_parametrizations(layer.lora_A["default"], "weight")
+    assert handle.patched == [FIRST, SECOND]
+    weight = layer.base_layer.weight.data
+    layer.base_layer.weight.data = torch.empty(0)
+    assert handle.patched == [SECOND]
+    layer.base_layer.weight.data = weight
+    assert handle.patched == [FIRST, SECOND]
+
+
+NOTHING = {
+    "no PEFT layers": (lambda: Toy(False), "it has no LoRA layers; call peft.get_peft_model"),
+    "plain LoRA": (lambda: toy(use_dora=False), "none of its 2 LoRA layers has a DoRA adapter; set use_dora=True"),
+    "all skipped": (
+        lambda: toy(others=True, target_modules=["special", "embedding"]),
+        r"none of its 2 DoRA layers is supported; base_model\.model\.embedding: .*Embedding: only LoRA layers on",
+    ),
+    "another method": (lambda: get_peft_model(Toy(False), peft.LoHaConfig(target_modules=["first"])), "no LoRA layers"),
+}
+
+
+@pytest.mark.parametrize("make, message", NOTHING.values(), ids=NOTHING.keys())
+def test_nothing_to_patch(make, message):
+    model = make()
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=f"^model: nothing to patch, .*{message}"):
+        dora_kernels.patch_peft(model)
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("model", [None, "llama", {}, Toy])
+def test_not_a_model(model):
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got (NoneType|str|dict|type)$"):
+        dora_kernels.patch_peft(model)
+
+
+def test_importing_changes_nothing():
+    script = """
+import sys
+import dora_kernels
+assert "peft" not in sys.modules, "PEFT was imported"
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTuner
+def state():
+    classes = BaseTuner, lora.LoraModel, lora.Linear, lora.layer, variants.DoraLinearVariant
+    return [dict(vars(each)) for each in classes]
+before = state()
+dora_kernels.patch_peft, dora_kernels.patch_peft_globally, dora_kernels.PatchHandle
+assert state() == before, "importing patched PEFT"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
