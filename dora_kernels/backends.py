@@ -90,8 +90,10 @@ triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _triton_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    from dora_kernels import kernels
-
+    try:
+        from dora_kernels import kernels
+    except Exception as error:  # a triton of another platform, or broken
+        return f"triton cannot be imported: {_first_line(error)}"
     if kernels.INTERPRETED:
         return None
     if device.type != "cuda":
@@ -102,6 +104,10 @@ def _triton_problem(device: torch.device) -> str | None:
     try:
         kernels.probe(device)
     except Exception as error:  # whatever stops a compiler or a driver: no C compiler, a full disk, an old driver
-        message = str(error).strip() or "no message"
-        return f"a first kernel failed: {type(error).__name__}: {message.splitlines()[0]}"
+        return f"a first kernel failed: {_first_line(error)}"
     return None
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {message.splitlines()[0]}"

@@ -125,7 +125,10 @@ def layer_scale(
         return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
     if torch.compiler.is_compiling():
         return magnitude / compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
-    return magnitude / cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)[0]
+    divisor, entry = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
+    if entry is not None and torch.is_grad_enabled():
+        entry.backward_seen = True  # autograd runs the backward here and will not say when
+    return magnitude / divisor
 
 
 def dora_weight_norm(

@@ -80,6 +80,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.utils.skip_init(nn.Linear, base_layer.in_features, rank, **factory)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **factory)
         self._unmerged: Tensor | None = None
+        self._register_state_dict_hook(_save_unmerged)
         self._reset_factors()
 
     @classmethod
@@ -144,14 +145,21 @@ class LoRALinear(nn.Module):
             return self.base_layer(x)
         if self.training and self.dropout.p > 0.0:
             low = self.lora_B(self.lora_A(self.dropout(x).to(self.lora_A.weight.dtype)))
-            base = self.base_layer(x)
-            return base + (self.scaling * low).to(base.dtype)
+            base = self._base(x)
+            y = base + self.scaling * low
+            return (y if self.base_layer.bias is None else y + self.base_layer.bias).to(base.dtype)
         return run_layer(
             x, self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, None, self.base_layer.bias,
             self.scaling, "out", True, None, self.backend,
         )  # fmt: skip
 
+    def _base(self, x: Tensor) -> Tensor:
+        """The base product without the bias, in x's dtype (or autocast's) whatever the weight's."""
+        return F.linear(x, self.base_layer.weight.to(x.dtype))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise RuntimeError("the layer is merged: call unmerge() before loading a state dict into it")
         for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
             target = f"{prefix}{name}" if name == "lora_magnitude_vector" else f"{prefix}{name}.weight"
             named = [key for key in state_dict if key.startswith(f"{prefix}{name}.") and key.endswith(".weight")]
@@ -254,7 +262,7 @@ class DoRALinear(LoRALinear):
         dropped = self.dropout(x)
         if self.magnitude_axis == "in":
             x, dropped = (x * g).to(x.dtype), (dropped * g).to(x.dtype)
-        base = F.linear(x, weight)
+        base = self._base(x)
         low = self.lora_B(self.lora_A(dropped.to(lora_A.dtype)))
         y = base + self.scaling * low
         if self.magnitude_axis == "out":
@@ -265,6 +273,13 @@ class DoRALinear(LoRALinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, magnitude_axis={self.magnitude_axis!r}, detach_norm={self.detach_norm}"
+
+
+def _save_unmerged(layer: LoRALinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict holds the base weight without the adapter, which it holds as well."""
+    key = f"{prefix}base_layer.weight"
+    if layer._unmerged is not None and key in state_dict:
+        state_dict[key] = layer._unmerged
 
 
 def _check_options(rank: Any, dropout: float, backend: Any) -> None:

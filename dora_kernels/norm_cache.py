@@ -4,9 +4,9 @@ Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and
 them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
 those it was computed for, and either
 
-* *proof*: the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has been
-  produced since, or all that train are known to belong to an optimizer whose steps are seen; or
-* *comparison* (CPU): lora_A and lora_B equal, bit for bit, the copies taken then, and W's diagonal its copy.
+* *comparison* (CPU, W frozen): lora_A, lora_B and W's diagonal equal, bit for bit, the copies taken then; or
+* *proof* (elsewhere): the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has
+  been produced since, or all that train are known to belong to a live optimizer whose steps are seen.
 
 Everything else is a recomputation. A norm handed out is never written again, so a backward's saved norm is a snapshot.
 """
@@ -26,7 +26,9 @@ from dora_kernels import ops, torch_backend
 from dora_kernels.reference import accumulation_dtype
 
 _steps = 0
-_stepped: dict[int, weakref.ref[Tensor]] = {}
+# Parameters whose optimizer was seen to step, with that optimizer; None for good once a step was captured in a graph,
+# whose replays run nothing in Python.
+_stepped: dict[int, tuple[weakref.ref[Tensor], weakref.ref[torch.optim.Optimizer] | None]] = {}
 _hooked = False
 _enabled = True
 
@@ -59,12 +61,16 @@ def _caches(module: nn.Module) -> Iterator[NormCache]:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     global _steps
     _steps += 1
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    owner = None if captured else weakref.ref(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             key = id(parameter)
             known = _stepped.get(key)
-            if known is None or known() is not parameter:
-                _stepped[key] = weakref.ref(parameter, functools.partial(_forget, key))
+            if known is None or known[0]() is not parameter:
+                _stepped[key] = (weakref.ref(parameter, functools.partial(_forget, key)), owner)
+            elif known[1] is not None and (owner is None or known[1]() is not optimizer):
+                _stepped[key] = (known[0], owner)
 
 
 def _forget(key: int, _: Any) -> None:
@@ -80,7 +86,7 @@ def _watch_optimizers() -> None:
 
 def _owned(parameter: Tensor) -> bool:
     known = _stepped.get(id(parameter))
-    return known is not None and known() is parameter
+    return known is not None and known[0]() is parameter and known[1] is not None and known[1]() is not None
 
 
 def _owner(tensor: Tensor) -> Tensor:
@@ -115,16 +121,10 @@ class NormEntry:
         )
 
     def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
-        if training and self.steps == _steps and self._unseen_writer_excluded(weight, lora_A, lora_B):
-            return True
-        if self.copies is None:
-            return False
+        if self.copies is None or weight.requires_grad:
+            return training and self.steps == _steps and self._unseen_writer_excluded(weight, lora_A, lora_B)
         a, b, diagonal = self.copies
-        same = torch.equal(lora_A, a) and torch.equal(lora_B, b) and torch.equal(weight.diagonal(), diagonal)
-        if same:
-            self.steps = _steps
-            self.backward_seen = False
-        return same
+        return torch.equal(lora_A, a) and torch.equal(lora_B, b) and torch.equal(weight.diagonal(), diagonal)
 
     def _unseen_writer_excluded(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         if lora_A.device.type != "cpu" and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -166,7 +166,7 @@ class NormCache:
             return compute_divisor(*tensors, scaling, magnitude_axis, backend), None
         key = (
             *((t.data_ptr(), t._version) for t in tensors),
-            (weight.shape, weight.stride()), scaling, magnitude_axis, training, backend,
+            (weight.shape, weight.stride()), scaling, magnitude_axis, training, backend, _stream(weight.device),
         )  # fmt: skip
         previous = self._entries.get(weight.device)
         if previous is not None and previous.is_of(tensors, key) and previous.is_fresh(*tensors, training):
@@ -213,6 +213,7 @@ def _weight_square(
     if (
         previous is not None
         and previous.weight_square is not None
+        and not weight.requires_grad
         and previous.refs[0]() is _owner(weight)
         and previous.key[0] == entry.key[0]
         and previous.key[3:6:2] == entry.key[3:6:2]
@@ -221,6 +222,11 @@ def _weight_square(
         return previous.weight_square
     rows = weight if magnitude_axis == "out" else weight.t()
     return torch_backend.row_square(rows, accumulation_dtype(*tensors)), diagonal
+
+
+def _stream(device: torch.device) -> int:
+    """A norm computed on one stream is not there yet for another."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _reuse_impossible(*tensors: Tensor) -> bool:

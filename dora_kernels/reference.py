@@ -6,6 +6,9 @@ Every other backend has to agree with this one; nothing here is fast.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ def _direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, d
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str) -> Tensor:
     """Norm of every row ("out") or column ("in") of ``W + scaling * B @ A``, differentiable."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False), full_precision(weight.device):
         direction = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
         return torch.linalg.vector_norm(direction, dim=1 if magnitude_axis == "out" else 0)
 
@@ -51,7 +54,7 @@ def dora_linear(
     through the norm is the true norm's.
     """
     dtype = accumulation_dtype(x, weight, lora_A, lora_B)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_precision(x.device):
         adapted = _direction(weight, lora_A, lora_B, scaling, dtype)
         if magnitude is not None:
             dim = 1 if magnitude_axis == "out" else 0
@@ -65,3 +68,19 @@ def dora_linear(
         if bias is not None:
             y = y + bias.to(dtype)
         return y.to(compute_dtype)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keep float32 products in float32 on CUDA, whatever the user's TF32 setting."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

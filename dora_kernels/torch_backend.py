@@ -6,13 +6,12 @@ The Triton kernels in `dora_kernels.kernels` offer the same primitives under the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dora_kernels.reference import accumulation_dtype
+from dora_kernels.reference import accumulation_dtype, full_precision
 
 # One block of W in float32 is about 2 MB: it stays in a core's share of the cache between the two uses of it.
 _BLOCK_ELEMENTS = 1 << 19
@@ -40,7 +39,7 @@ def weight_norm(
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     if weight.device.type != "cpu":
-        with _full_precision(weight.device):
+        with full_precision(weight.device):
             return _direct_norm(weight, a, b, scaling)
     if weight_square is None:
         weight_square = row_square(weight, dtype)
@@ -115,7 +114,7 @@ def merge(
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     merged = torch.empty_like(weight)
-    with torch.autocast(weight.device.type, enabled=False), _full_precision(weight.device):
+    with torch.autocast(weight.device.type, enabled=False), full_precision(weight.device):
         for rows in _blocks(*weight.shape):
             direction = torch.addmm(weight[rows].to(dtype), b[rows], a, alpha=scaling)
             if row_scale is not None:
@@ -213,19 +212,3 @@ def _blocks(length: int, width: int) -> Iterator[slice]:
     step = max(16, _BLOCK_ELEMENTS // max(width, 1))
     for start in range(0, max(length, 1), step):
         yield slice(start, start + step)
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Keep float32 products in float32 on CUDA, whatever the user's TF32 setting: the norm is exact to float32."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
