@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections import Counter
 
@@ -12,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import aot  # noqa: E402
-from bench.static import launches  # noqa: E402
-from bench.static.resources import TARGETS, Compiled, problems  # noqa: E402
+from bench import aot
+from bench.static import launches
+from bench.static.resources import TARGETS, Compiled, problems
 
 
 @functools.cache

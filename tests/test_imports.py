@@ -17,8 +17,12 @@ PACKAGE = Path(dora_kernels.__file__).parent
 
 
 def run(code, **environment):
-    """Standard output of `code` in a new interpreter, which must succeed and write nothing to standard error."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """Output of `code`, standard and error, in a new interpreter, which must succeed.
+
+    It inherits only what finds programs and libraries: what importing the package wrote into the environment here would
+    hide there that it is written again.
+    """
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     result = subprocess.run(
         [sys.executable, "-W", "default", "-c", code],
         env={**kept, "PYTHONPATH": str(PACKAGE.parent), **environment},

@@ -63,6 +63,17 @@ def test_against_the_oracle(lane, dtypes, magnitude_axis, detach_norm):
             check(ours(problem, lane.backend), problem)
 
 
+@pytest.mark.parametrize("full_grid", [1, 10])
+@axes
+def test_kernels_that_loop_over_many_tiles(lane, full_grid, magnitude_axis, monkeypatch):
+    """Problems as small as these fill no GPU, so each program would have a single tile: say that few fill it."""
+    if lane.backend != "triton":
+        pytest.skip("about the kernels")
+    monkeypatch.setattr("dora_kernels.kernels.config._FULL_GRID", full_grid)
+    problem = make_problem((140,), 330, 150, 20, magnitude_axis=magnitude_axis, device=lane.device)
+    check(ours(problem, lane.backend), problem)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES[:4], ids=name_of)
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_a_magnitude_it_is_lora(lane, dtypes, bias):

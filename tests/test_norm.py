@@ -83,10 +83,10 @@ def test_float64(magnitude_axis):
 @axes
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=name_of)
 def test_a_long_row(lane, dtypes, magnitude_axis):
-    """Sums of many squares: accumulated one after another in float32 they would drift."""
+    """Sums of many squares, the adapter's above all: accumulated one after another in float32 they would drift."""
     length = 2048 if lane.interpreted else 20_000
     shape = (9, length) if magnitude_axis == "out" else (length, 9)
-    check_norm(lane, factors(lane, *shape, 4, dtypes), magnitude_axis=magnitude_axis)
+    check_norm(lane, factors(lane, *shape, 4, dtypes), scaling=8.0, magnitude_axis=magnitude_axis)
 
 
 @axes

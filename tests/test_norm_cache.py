@@ -294,14 +294,14 @@ def test_the_switch(layer, x):
     assert counted(layer.cache, lambda: [layer(x) for _ in range(3)])[1] >= 2
 
 
-def test_inference_mode_then_training(layer, x):
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode_then_gradients(layer, x, training):
+    """A norm kept in inference mode is no inference tensor: a graph may save it."""
+    layer.train(training)
     with torch.inference_mode():
         assert torch.equal(layer(x), layer.fresh(x))
-    layer.eval()
-    with torch.inference_mode():
-        layer(x)
-    for training in (True, False):
-        layer.train(training)
+    for mode in (training, not training):
+        layer.train(mode)
         assert layer.is_right(x)
         layer(x).sum().backward()
     assert layer.lora_A.grad is not None

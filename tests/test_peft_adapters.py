@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -227,7 +228,10 @@ def test_scaling(dropout):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The bytes of each file; of the configuration, where PEFT writes a set in any order, the content."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adapter = json.loads(contents["adapter_config.json"])
+    return {**contents, "adapter_config.json": {**adapter, "target_modules": sorted(adapter["target_modules"])}}
 
 
 @both_layouts

@@ -1,1 +1,1 @@
-"""The norm, compose, scale_reduce and the whole layer, beside PEFT's layers and the frozen one: `python -m bench.layer`."""
+"""The three kernels and the whole layer, timed beside PEFT's and the frozen one: `python -m bench.layer`."""

@@ -23,7 +23,7 @@ import torch
 
 from bench import timing
 from bench.layer import kernels, report
-from bench.layer.problem import Case, beyond, errors, limits, make_problem, oracle, plain
+from bench.layer.problem import Case, Problem, beyond, errors, limits, make_problem, oracle, plain
 from bench.layer.providers import PROVIDERS, Provider, make_provider
 from bench.timing import Candidate
 from dora_kernels.backends import resolve, triton_problem
@@ -73,7 +73,8 @@ class Run:
             yield f"compose: {case.label}", lambda case=case: self.kernel(kernels.compose_row(case, self.backend))
         for tokens in self.given.tokens:
             case = Case(self.given.hidden, self.given.ranks[0], tokens, torch.bfloat16, self.device)
-            yield f"scale_reduce: {tokens} tokens", lambda case=case: self.kernel(kernels.scale_reduce_row(case, self.backend))
+            row = kernels.scale_reduce_row
+            yield f"scale_reduce: {tokens} tokens", lambda case=case, row=row: self.kernel(row(case, self.backend))
         for case in self.cases():
             yield f"layer: {case.label}", lambda case=case: self.layer(case)
 
@@ -86,9 +87,8 @@ class Run:
 
     def interleave(self, candidates: list[Candidate]) -> None:
         """Time candidates with this run's settings."""
-        timing.interleave(
-            candidates, self.device, rounds=self.given.rounds, sample_seconds=self.given.sample_ms / 1e3, limit_seconds=8.0
-        )
+        seconds = self.given.sample_ms / 1e3
+        timing.interleave(candidates, self.device, rounds=self.given.rounds, sample_seconds=seconds, limit_seconds=8.0)
 
     def automatic(self) -> None:
         """What patched layers run on: their backend is always "auto"'s choice."""
@@ -101,8 +101,10 @@ class Run:
         """The bandwidth and the matrix rate that everything else is held against."""
         cuda = self.device.type == "cuda"
         found = self.record["ceilings"]
-        found["copy_bytes_per_s"] = report.significant(timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26))
-        found["blas_flop_per_s"] = report.significant(timing.blas_rate(self.device, 8192 if cuda else 1024, torch.bfloat16))
+        copied = timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26)
+        found["copy_bytes_per_s"] = report.significant(copied)
+        product = timing.blas_rate(self.device, 8192 if cuda else 1024, torch.bfloat16)
+        found["blas_flop_per_s"] = report.significant(product)
 
     def kernel(self, row: kernels.KernelRow) -> None:
         """Time one kernel's providers and add a row for each."""
@@ -175,7 +177,9 @@ class Run:
             row["limits"] = {key: report.significant(value, 3) for key, value in allowed[name].items()}
             self.record["layers"].append(row)
 
-    def check(self, case: Case, problem: Any, providers: dict[str, list[Provider]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def check(
+        self, case: Case, problem: Problem, providers: dict[str, list[Provider]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Errors and limits of every provider that runs; the float64 oracle is the judge."""
         found: dict[str, Any] = {}
         allowed: dict[str, Any] = {}

@@ -7,7 +7,7 @@ operations and the same dtypes. PEFT's norm is rounded to the adapter's dtype, w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -102,10 +102,8 @@ NAMES = {"frozen": ("x",), "lora": ("x", "lora_A", "lora_B"), "dora": ("x", "lor
 def oracle(problem: Problem, kind: str) -> dict[str, Tensor]:
     """Output and gradients in float64 of a layer of a kind: "frozen", "lora" or "dora"."""
     f64 = torch.float64
-    exact = Problem(
-        *(t.to(f64) for t in (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.dy)),
-        problem.scaling,
-    )
+    names = ("x", "weight", "lora_A", "lora_B", "magnitude", "dy")
+    exact = replace(problem, **{name: getattr(problem, name).to(f64) for name in names})
 
     def dense(x: Tensor, *adapter: Tensor) -> Tensor:
         if kind == "frozen":
@@ -141,4 +139,5 @@ def limits(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, f
 
 def beyond(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
     """Which errors exceed their limits; NaN always does."""
-    return [f"{name} off by {found[name]:.1e}, allowed {allowed[name]:.1e}" for name in found if not found[name] <= allowed[name]]
+    wrong = [name for name in found if not found[name] <= allowed[name]]
+    return [f"{name} off by {found[name]:.1e}, allowed {allowed[name]:.1e}" for name in wrong]
