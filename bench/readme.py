@@ -60,7 +60,7 @@ def _timed(seconds: float, ratio: float) -> str:
 def _same(difference: float | None) -> str:
     if difference is None:
         return ""
-    return f"{'yes' if difference <= 1e-5 else 'no'}, within {difference:.1e}"
+    return f"yes, within {difference:.1e}" if difference <= 1e-5 else f"**no**, off by {difference:.1e}"
 
 
 def rendered(text: str) -> str:
