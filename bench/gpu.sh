@@ -7,7 +7,7 @@
 # Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
 #
-#   bash bench/gpu.sh /tmp/rehearsal --device cpu --hidden 256 --tokens 32 --ranks 4
+#   bash bench/gpu.sh rehearsal --device cpu --hidden 256 --tokens 32 --ranks 4
 set -uo pipefail
 
 TESTS_SECONDS=${TESTS_SECONDS:-145}

@@ -15,7 +15,7 @@ try:
     import peft
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTuner
-except ImportError as error:  # pragma: no cover - depends on the environment
+except ImportError as error:
     raise ImportError(f"patch_peft needs the peft package: pip install 'dora-kernels[peft]' ({error})") from error
 
 if not hasattr(lora.layer, "LoraVariant"):
