@@ -15,6 +15,7 @@ from dora_kernels import linear, ops, reference
 from dora_kernels.backends import UnsupportedError, warn_once
 from dora_kernels.linear import Needs
 from dora_kernels.reference import accumulation_dtype
+from dora_kernels.torch_backend import cast
 
 
 class BackwardListener(Protocol):
@@ -66,8 +67,8 @@ class _DoRALinear(torch.autograd.Function):
             scaling, magnitude_axis, detach_norm, needs, backend,
         )  # fmt: skip
         d_x = None if grads.x is None else grads.x.view(x.shape)
-        d_magnitude = None if grads.magnitude is None else grads.magnitude.to(magnitude.dtype)
-        d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
+        d_magnitude = None if grads.magnitude is None else cast(grads.magnitude, magnitude.dtype)
+        d_bias = None if grads.bias is None else cast(grads.bias, bias.dtype)
         return d_x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
 
 
@@ -115,8 +116,8 @@ def _scale(x: Tensor, magnitude: Tensor | None, divisor: Tensor | None) -> tuple
     """``g = magnitude / norm`` and the divisor, in the dtype sums over x are accumulated in."""
     if magnitude is None or divisor is None:
         return None, None
-    divisor = divisor.to(accumulation_dtype(x))
-    return (magnitude / divisor).to(divisor.dtype), divisor
+    divisor = cast(divisor, accumulation_dtype(x))
+    return cast(magnitude / divisor, divisor.dtype), divisor
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_kernels import torch_backend
 from dora_kernels.reference import accumulation_dtype
-from dora_kernels.torch_backend import mm_accumulate, mm_wide, scaled_rows
+from dora_kernels.torch_backend import cast, mm_accumulate, mm_wide, scaled_rows
 
 
 class Needs(NamedTuple):
@@ -72,13 +72,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(y [M, N], h = x Aᵀ [M, r], base [M, N] or None)``, all in x's dtype.
 
+    What `base` holds is the backend's: the base product, or (`KEEPS_SUM`) its sum with the low-rank product.
     Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
     """
     dtype = x.dtype
     if g is not None and magnitude_axis == "in":
         x, g = torch.mul(x, g, out=torch.empty_like(x)), None
-    h = F.linear(x, lora_A.to(dtype))
-    base = F.linear(x, weight.to(dtype))
+    h = F.linear(x, cast(lora_A, dtype))
+    base = F.linear(x, cast(weight, dtype))
     y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base)
     return y, h, base if keep_base else None
 
@@ -150,17 +151,20 @@ def _backward_out(
     d_low: Any = _low_rank_gradient(dy, lora_B, factor) if needs.x or needs.lora_A else None
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     d_b, dm = None, None
-    if needs.lora_B or base is not None:
+    dot_lacks_low_rank = base is not None and not kernels.KEEPS_SUM
+    if needs.lora_B or dot_lacks_low_rank:
         p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
-        if base is not None:
-            dm = torch.add(dot, (p * lora_B).sum(1), alpha=scaling).div_(divisor)
+        if dot_lacks_low_rank:
+            dot.add_((p * lora_B).sum(1), alpha=scaling)
         if needs.lora_B:
             d_b = p.mul_(factor if g is None else factor.unsqueeze(1))
+    if base is not None:
+        dm = dot.div_(divisor)
     dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
     dx = None
     if needs.x:
-        dx = d_low @ lora_A.to(dy.dtype)
-        dx.addmm_(dg, weight.to(dy.dtype))
+        dx = d_low @ cast(lora_A, dy.dtype)
+        dx.addmm_(dg, cast(weight, dy.dtype))
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 
@@ -184,8 +188,8 @@ def _backward_in(
     d_low: Any = _low_rank_gradient(dy, lora_B, scaling) if needs.x or need_dm or needs.lora_A else None
     dx, dm = None, None
     if needs.x or need_dm:
-        d_scaled = d_low @ lora_A.to(dy.dtype)
-        d_scaled.addmm_(dy, weight.to(dy.dtype))
+        d_scaled = d_low @ cast(lora_A, dy.dtype)
+        d_scaled.addmm_(dy, cast(weight, dy.dtype))
         dx, dot, _ = kernels.scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
         dm = None if dot is None else dot / divisor
     accumulate = accumulation_dtype(dy)
@@ -200,7 +204,7 @@ def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float) -> Te
     """``D = dy (factor * B)``, the gradient of ``x Aᵀ``: ``[M, r]`` in dy's dtype."""
     if isinstance(factor, Tensor):
         return dy @ scaled_rows(lora_B, factor, dy.dtype)
-    return (dy @ lora_B.to(dy.dtype)).mul_(factor)
+    return (dy @ cast(lora_B, dy.dtype)).mul_(factor)
 
 
 def _add_norm_gradient(

@@ -4,9 +4,10 @@ Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and
 them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
 those it was computed for, and either
 
-* *comparison* (CPU, W frozen): lora_A, lora_B and W's diagonal equal, bit for bit, the copies taken then; or
-* *proof* (elsewhere): the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has
-  been produced since, or all that train are known to belong to a live optimizer whose steps are seen.
+* *proof*: the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has been
+  produced since, or all that train are known to belong to a live optimizer whose steps are seen; or
+* *comparison* (on the CPU, W frozen; instead of proof unless lora_A and lora_B have such an optimizer): lora_A,
+  lora_B and W's diagonal equal, bit for bit, the copies taken then.
 
 Everything else is a recomputation. A norm handed out is never written again, so a backward's saved norm is a snapshot.
 """
@@ -22,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_kernels import ops, torch_backend
-from dora_kernels.reference import accumulation_dtype
+from dora_kernels import ops
 
 _steps = 0
 # Parameters whose optimizer was seen to step, with that optimizer; None for good once a step was captured in a graph,
@@ -102,10 +102,9 @@ def safe_divisor(norm: Tensor) -> Tensor:
 class NormEntry:
     """One computed norm, and what it was computed from."""
 
-    __slots__ = ("__weakref__", "backward_seen", "copies", "divisor", "key", "refs", "steps", "weight_square")
+    __slots__ = ("__weakref__", "backward_seen", "copies", "divisor", "key", "refs", "steps")
 
     divisor: Tensor
-    weight_square: tuple[Tensor, Tensor] | None
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> None:
         self.refs = tuple(weakref.ref(_owner(t)) for t in tensors)
@@ -113,7 +112,6 @@ class NormEntry:
         self.steps = _steps
         self.backward_seen = False
         self.copies: tuple[Tensor, ...] | None = None
-        self.weight_square = None
 
     def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
         return self.key == key and all(
@@ -176,13 +174,9 @@ class NormCache:
         _watch_optimizers()
         entry = NormEntry(tensors, key)
         with torch.inference_mode(False), torch.no_grad():
-            on_cpu = weight.device.type == "cpu"
-            if on_cpu:
+            if weight.device.type == "cpu" and not (training and _owned(lora_A) and _owned(lora_B)):
                 entry.copies = (lora_A.clone(), lora_B.clone(), weight.diagonal().clone())
-            if on_cpu and backend == "torch":
-                entry.weight_square = _weight_square(previous, entry, tensors, magnitude_axis)
-            square = None if entry.weight_square is None else entry.weight_square[0]
-            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
+            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend)
         self._entries = {**self._entries, weight.device: entry}
         return entry.divisor, entry
 
@@ -194,34 +188,10 @@ def compute_divisor(
     scaling: float,
     magnitude_axis: str,
     backend: str,
-    weight_square: Tensor | None = None,
 ) -> Tensor:
     """`safe_divisor` of a norm computed now."""
     with torch.no_grad():
-        return safe_divisor(
-            ops.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend, weight_square)
-        )
-
-
-def _weight_square(
-    previous: NormEntry | None, entry: NormEntry, tensors: tuple[Tensor, Tensor, Tensor], magnitude_axis: str
-) -> tuple[Tensor, Tensor]:
-    """|W|² per row or column and the diagonal of the W it belongs to; the previous entry's while W is the same."""
-    weight = tensors[0]
-    assert entry.copies is not None
-    diagonal = entry.copies[2]
-    if (
-        previous is not None
-        and previous.weight_square is not None
-        and not weight.requires_grad
-        and previous.refs[0]() is _owner(weight)
-        and previous.key[0] == entry.key[0]
-        and previous.key[3:6:2] == entry.key[3:6:2]
-        and torch.equal(previous.weight_square[1], diagonal)
-    ):
-        return previous.weight_square
-    rows = weight if magnitude_axis == "out" else weight.t()
-    return torch_backend.row_square(rows, accumulation_dtype(*tensors)), diagonal
+        return safe_divisor(ops.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend))
 
 
 def _stream(device: torch.device) -> int:

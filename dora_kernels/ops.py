@@ -31,20 +31,14 @@ def _axis_first(
 
 
 def weight_norm(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    magnitude_axis: str,
-    backend: str,
-    weight_square: Tensor | None = None,
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str
 ) -> Tensor:
-    """Norms in float32 (float64 for float64 input), no gradient. `weight_square` as in `torch_backend.weight_norm`."""
+    """Norms in float32 (float64 for float64 input), no gradient."""
     if torch.compiler.is_compiling():
         return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
     with _no_autocast(weight):
-        return linear.primitives(backend).weight_norm(*rows, scaling, weight_square)
+        return linear.primitives(backend).weight_norm(*rows, scaling)
 
 
 @torch.library.custom_op("dora_kernels::weight_norm", mutates_args=())

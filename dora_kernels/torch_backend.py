@@ -7,84 +7,42 @@ The Triton kernels in `dora_kernels.kernels` offer the same primitives under the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_kernels.reference import accumulation_dtype, full_precision
 
-# One block of W in float32 is about 2 MB: it stays in a core's share of the cache between the two uses of it.
-_BLOCK_ELEMENTS = 1 << 19
+# What `compose` keeps holds the low-rank product too, so that `scale_reduce`'s dot is all of the magnitude's gradient.
+KEEPS_SUM = True
 
-_GRAM_FEATURES = 1024
-
-# Rows whose squared norm is below this fraction of the squared terms it is summed from have lost digits to
-# cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
-_CANCELLATION = 0.25
+# Elements of one block: 4 MB in float32. For the norm of 576x576 to 4096x4096 weights at rank 16 to 384, on two cores,
+# twice to a quarter of that took up to 1.2 times as long.
+_BLOCK_ELEMENTS = 1 << 20
 
 
-def weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
-) -> Tensor:
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Row norms of ``W + s B A`` in float32 (float64 for float64 input), shape ``[out_features]``.
 
-    Column norms are the row norms of the transposed problem ``(W.T, B.T, A.T)``.
-
-    On the CPU the factored form is used, from matrices of rank r only:
-    ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)`` with ``U = W Aᵀ`` and ``G = A Aᵀ``;
-    `weight_square` is ``|w|²`` per row where the caller keeps it. Rows that suffer from cancellation are recomputed.
-    On other devices that recomputation would need the host to wait, so W is read in row blocks and the direct
-    form is taken.
+    Column norms are the row norms of the transposed problem ``(W.T, B.T, A.T)``. A block of the sum at a time, along
+    the rows of W as it lies in memory, at most half of it, through one buffer.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
-    a, b = lora_A.to(dtype), lora_B.to(dtype)
-    if weight.device.type != "cpu":
-        with full_precision(weight.device):
-            return _direct_norm(weight, a, b, scaling)
-    if weight_square is None:
-        weight_square = row_square(weight, dtype)
-    gram = _gram(a)
-    u = mm_wide(weight, a.t()).addmm_(b, gram, alpha=0.5 * scaling)
-    square = torch.add(weight_square, u.mul_(b).sum(1), alpha=2.0 * scaling)
-    # `terms` bounds the size of the summands whatever cancels among them: duplicate rows of A included.
-    terms = torch.addmv(weight_square, b.square(), gram.diagonal(), alpha=scaling * scaling)
-    kept = square >= terms.mul_(_CANCELLATION)
-    if not bool(kept.all()):
-        lost = kept.logical_not_().nonzero().squeeze(1)
-        for part in _blocks(lost.shape[0], weight.shape[1]):
-            rows = lost[part]
-            square[rows] = _direct_norm(weight[rows], a, b[rows], scaling).square_()
-    return square.sqrt_()
-
-
-def _gram(a: Tensor) -> Tensor:
-    """``a aᵀ``, in parts: over a long row the BLAS's float32 sums of squares drift, by 8e-6 at 20 000 features."""
-    a = a.contiguous()  # of a transposed one the BLAS adds up one long sum again, whatever the parts
-    part = a[:, :_GRAM_FEATURES]
-    gram = torch.mm(part, part.t())
-    for start in range(_GRAM_FEATURES, a.shape[1], _GRAM_FEATURES):
-        part = a[:, start : start + _GRAM_FEATURES]
-        gram.addmm_(part, part.t())
-    return gram
-
-
-def _direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    norm = torch.empty(weight.shape[0], dtype=a.dtype, device=weight.device)
-    for rows in _blocks(weight.shape[0], weight.shape[1]):
-        direction = torch.addmm(weight[rows].to(a.dtype), b[rows], a, alpha=scaling)
-        torch.linalg.vector_norm(direction, dim=1, out=norm[rows])
-    return norm
-
-
-def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Squared norm of every row of `weight`, ``[out_features]`` in `dtype`. Constant for a frozen weight."""
-    if _row_major(weight):
-        parts = [weight[rows].to(dtype).square().sum(1) for rows in _blocks(*weight.shape)]
-        return torch.cat(parts)
-    total = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device)
-    for columns in _blocks(weight.shape[1], weight.shape[0]):
-        total += weight[:, columns].to(dtype).square().sum(1)
-    return total
+    row_major = _row_major(weight)
+    rows, left, right = (weight, lora_B, lora_A) if row_major else (weight.t(), lora_A.t(), lora_B.t())
+    left, right = left.to(dtype), right.to(dtype)
+    length, width = rows.shape
+    step = max(1, min(_block_rows(width), (length + 1) // 2))
+    buffer = torch.empty(step, width, dtype=dtype, device=weight.device)
+    norms = []
+    with full_precision(weight.device):
+        for start in range(0, length, step):
+            part = slice(start, start + step)
+            block = buffer[: min(step, length - start)].copy_(rows[part])
+            block.addmm_(left[part], right, alpha=scaling)
+            norms.append(torch.linalg.vector_norm(block, dim=1 if row_major else 0))
+    return torch.cat(norms) if row_major else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
@@ -93,12 +51,12 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
         return weight @ other
     if _row_major(weight):
         out = other.new_empty(weight.shape[0], other.shape[1])
-        for rows in _blocks(*weight.shape):
-            torch.mm(weight[rows].to(other.dtype), other, out=out[rows])
+        for rows, target in _blocks(weight, out):
+            torch.mm(rows.to(other.dtype), other, out=target)
         return out
     out = other.new_zeros(weight.shape[0], other.shape[1])
-    for columns in _blocks(weight.shape[1], weight.shape[0]):
-        out.addmm_(weight[:, columns].to(other.dtype), other[columns])
+    for columns, rows in _blocks(weight.t(), other):
+        out.addmm_(columns.t().to(other.dtype), rows)
     return out
 
 
@@ -115,39 +73,33 @@ def merge(
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     merged = torch.empty_like(weight)
     with torch.autocast(weight.device.type, enabled=False), full_precision(weight.device):
-        for rows in _blocks(*weight.shape):
-            direction = torch.addmm(weight[rows].to(dtype), b[rows], a, alpha=scaling)
-            if row_scale is not None:
-                direction *= row_scale[rows].unsqueeze(1)
+        for target, rows, left, scale in _blocks(merged, weight, b, row_scale):
+            direction = torch.addmm(rows.to(dtype), left, a, alpha=scaling)
+            if scale is not None:
+                direction *= scale.unsqueeze(1)
             if column_scale is not None:
                 direction *= column_scale
-            merged[rows] = direction
+            target.copy_(direction)
     return merged
 
 
 def compose(
-    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep_base: bool
+    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep: bool
 ) -> Tensor:
     """``y = g * (base + s h Bᵀ) + bias``, shape ``[tokens, out_features]``, in base's dtype.
 
-    `base` is left untouched if `keep_base` (never for plain LoRA, g None), and otherwise overwritten and returned.
+    `base` is overwritten: with the sum in the bracket if `keep` (never for plain LoRA, g None), else with y itself.
     """
-    dtype = base.dtype
-    if not keep_base:
-        base.addmm_(h, lora_B.to(dtype).t(), alpha=scaling)
-        if g is not None:
-            base.mul_(g)
-        return base if bias is None else base.add_(bias)
-    assert g is not None  # plain LoRA keeps nothing
-    y = torch.empty_like(base)
-    scaled_B = scaled_rows(lora_B, g, dtype).t()
-    for rows in _blocks(*base.shape):
-        part = y[rows]
-        if bias is None:
-            torch.mul(base[rows], g, out=part)
-        else:
-            torch.addcmul(bias, base[rows], g, out=part)
-        part.addmm_(h[rows], scaled_B, alpha=scaling)
+    right = cast(lora_B, base.dtype).t()
+    y = torch.empty_like(base) if keep else base
+    for total, low, target in _blocks(base, h, y):
+        total.addmm_(low, right, alpha=scaling)
+        if bias is not None and g is not None:
+            torch.addcmul(bias, total, g, out=target)
+        elif g is not None:
+            torch.mul(total, g, out=target)
+        elif bias is not None:
+            target.add_(bias)
     return y
 
 
@@ -161,20 +113,26 @@ def scale_reduce(
     """
     accumulate = accumulation_dtype(grad)
     scaled = torch.empty_like(grad) if want_scaled else None
+    scratch = scaled if grad.dtype == accumulate else None
     dot = total = None
-    for rows in _blocks(*grad.shape):
-        part = grad[rows].to(accumulate)
-        if other is not None:
-            dot = _added(dot, (part * other[rows]).sum(0))
+    for part, partner, target, product in _blocks(grad, other, scaled, scratch):
+        part = cast(part, accumulate)
+        if partner is not None:
+            dot = _added(dot, torch.mul(part, partner, out=product).sum(0))
         if want_sum:
             total = _added(total, part.sum(0))
-        if scaled is not None and g is not None:
-            torch.mul(part, g, out=scaled[rows])
+        if target is not None:
+            torch.mul(part, g, out=target)
     return scaled, dot, total
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes a microsecond to do nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,8 +165,16 @@ def _row_major(weight: Tensor) -> bool:
     return weight.stride(0) >= weight.stride(1)
 
 
-def _blocks(length: int, width: int) -> Iterator[slice]:
-    """Slices of `length` whose product with `width` is about a block; at least one, also of nothing."""
-    step = max(16, _BLOCK_ELEMENTS // max(width, 1))
-    for start in range(0, max(length, 1), step):
-        yield slice(start, start + step)
+def _blocks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors in blocks of the rows they share, of about `_BLOCK_ELEMENTS` of the first; at least one block."""
+    step = _block_rows(first.shape[1])
+    if first.shape[0] <= step:
+        yield first, *others
+        return
+    for start in range(0, first.shape[0], step):
+        rows = slice(start, start + step)
+        yield first[rows], *(None if other is None else other[rows] for other in others)
+
+
+def _block_rows(width: int) -> int:
+    return max(16, _BLOCK_ELEMENTS // max(width, 1))

@@ -14,4 +14,7 @@ from dora_kernels.kernels.launch import INTERPRETED, probe
 from dora_kernels.kernels.norm import weight_norm
 from dora_kernels.kernels.scale_reduce import scale_reduce
 
-__all__ = ["INTERPRETED", "compose", "probe", "scale_reduce", "weight_norm"]
+# `compose` keeps the base product itself: writing the sum back would be another pass.
+KEEPS_SUM = False
+
+__all__ = ["INTERPRETED", "KEEPS_SUM", "compose", "probe", "scale_reduce", "weight_norm"]

@@ -69,10 +69,8 @@ def weight_norm_kernel(
     tl.store(norm_ptr + split.to(tl.int64) * N + offs_n, tl.sqrt(total), mask=mask_n)
 
 
-def weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
-) -> Tensor:
-    """Row norms of ``W + s B A``, float32 ``[N]``. `weight_square` is the torch backend's and not read here."""
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Row norms of ``W + s B A``, float32 ``[N]``."""
     (N, K), R = weight.shape, lora_A.shape[0]
     wide = lora_A.dtype == torch.float32 or lora_A.dtype != lora_B.dtype
     count = products(wide, weight.dtype == torch.float32)
