@@ -96,7 +96,7 @@ def _owner(tensor: Tensor) -> Tensor:
 
 def safe_divisor(norm: Tensor) -> Tensor:
     """The norm with infinity where it is 0, so that dividing by it gives 0 there."""
-    return norm.masked_fill(norm == 0, torch.inf)
+    return torch.threshold(norm, 0.0, torch.inf)  # keeps NaN
 
 
 class NormEntry:
