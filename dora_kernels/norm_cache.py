@@ -114,8 +114,12 @@ class NormEntry:
         self.copies: tuple[Tensor, ...] | None = None
 
     def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
-        return self.key == key and all(
-            ref() is _owner(t) for ref, t in zip(self.refs, tensors, strict=True)
+        weight, lora_A, lora_B = self.refs
+        return (
+            self.key == key
+            and weight() is _owner(tensors[0])
+            and lora_A() is _owner(tensors[1])
+            and lora_B() is _owner(tensors[2])
         )
 
     def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
@@ -162,11 +166,12 @@ class NormCache:
         if not _enabled or _reuse_impossible(weight, lora_A, lora_B):
             self.computed += 1
             return compute_divisor(*tensors, scaling, magnitude_axis, backend), None
+        device = weight.device
         key = (
-            *((t.data_ptr(), t._version) for t in tensors),
-            (weight.shape, weight.stride()), scaling, magnitude_axis, training, backend, _stream(weight.device),
+            weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
+            weight.shape, weight.stride(), scaling, magnitude_axis, training, backend, _stream(device),
         )  # fmt: skip
-        previous = self._entries.get(weight.device)
+        previous = self._entries.get(device)
         if previous is not None and previous.is_of(tensors, key) and previous.is_fresh(*tensors, training):
             self.reused += 1
             return previous.divisor, previous
@@ -174,10 +179,10 @@ class NormCache:
         _watch_optimizers()
         entry = NormEntry(tensors, key)
         with torch.inference_mode(False), torch.no_grad():
-            if weight.device.type == "cpu" and not (training and _owned(lora_A) and _owned(lora_B)):
+            if device.type == "cpu" and not (training and _owned(lora_A) and _owned(lora_B)):
                 entry.copies = (lora_A.clone(), lora_B.clone(), weight.diagonal().clone())
             entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend)
-        self._entries = {**self._entries, weight.device: entry}
+        self._entries = {**self._entries, device: entry}
         return entry.divisor, entry
 
 
@@ -199,7 +204,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _reuse_impossible(*tensors: Tensor) -> bool:
-    if any(t.is_inference() for t in tensors):
+def _reuse_impossible(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    if weight.is_inference() or lora_A.is_inference() or lora_B.is_inference():
         return True
-    return tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()

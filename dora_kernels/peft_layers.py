@@ -179,40 +179,39 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     """
     if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or _transformed():
         return None
-    # Straight from the dictionaries: nn.Module's attribute look-up costs more than all the checks.
+    # Straight from the dictionaries, and spelled out: nn.Module's attribute look-up costs more than all the checks.
     children = layer._modules
     base = children["base_layer"]
-    lora_A, lora_B, magnitude = (
-        children[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_magnitude_vector")
-    )
-    if not (type(base) is type(lora_A) is type(lora_B) is nn.Linear):
-        if not (_is_conv1d(base) and type(lora_A) is type(lora_B) is nn.Linear):
-            return None
+    lora_A = children["lora_A"]._modules[adapter]
+    lora_B = children["lora_B"]._modules[adapter]
+    magnitude = children["lora_magnitude_vector"]._modules[adapter]
+    if not (type(lora_A) is type(lora_B) is nn.Linear and (type(base) is nn.Linear or _is_conv1d(base))):
+        return None
     # Nothing here calls the magnitude's module, so its hooks would not fire. A pruned bias is no parameter any more.
     if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
         return None
-    if lora_B._parameters["bias"] is not None or "bias" not in base._parameters:
+    of_base = base._parameters
+    if lora_B._parameters["bias"] is not None or "bias" not in of_base:
         return None
-    tensors: list[Any] = [module._parameters.get("weight") for module in (base, lora_A, lora_B, magnitude)]
-    if not all(map(_materialised, tensors)):
-        return None
-    weight, a, b, m = tensors
+    weight: Any = of_base.get("weight")
+    a: Any = lora_A._parameters.get("weight")
+    b: Any = lora_B._parameters.get("weight")
+    m: Any = magnitude._parameters.get("weight")
+    compiling = torch.compiler.is_compiling()
+    for tensor in (weight, a, b, m):
+        # A plain tensor with storage: not sharded, not gathered away, not on meta.
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return None
+        if tensor.dim() == 0 or not (compiling or tensor.data_ptr()) or tensor.device != weight.device:
+            return None
     if layer.fan_in_fan_out:
         weight = weight.t()
-    features = (layer.out_features, layer.in_features)
-    if weight.shape != features or a.shape[1:] != features[1:] or b.shape[:1] != features[:1] or m.dim() != 1:
+    out_features, in_features = weight.shape if weight.dim() == 2 else (None, None)
+    if out_features != layer.out_features or in_features != layer.in_features:
         return None
-    device = weight.device
-    if a.device != device or b.device != device or m.device != device:
+    if a.shape[1:] != (in_features,) or b.shape[:1] != (out_features,) or m.dim() != 1:
         return None
-    return Weights(weight, a, b, m, base._parameters["bias"])
-
-
-def _materialised(tensor: Any) -> bool:
-    """A plain tensor with storage: not sharded, not gathered away, not on meta."""
-    if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-        return False
-    return tensor.dim() > 0 and (torch.compiler.is_compiling() or tensor.data_ptr() != 0)
+    return Weights(weight, a, b, m, of_base["bias"])
 
 
 def _transformed() -> bool:

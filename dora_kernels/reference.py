@@ -15,7 +15,10 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of `tensors` is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

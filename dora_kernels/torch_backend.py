@@ -121,7 +121,7 @@ def scale_reduce(
             dot = _added(dot, torch.mul(part, partner, out=product).sum(0))
         if want_sum:
             total = _added(total, part.sum(0))
-        if target is not None:
+        if target is not None and g is not None:
             torch.mul(part, g, out=target)
     return scaled, dot, total
 

@@ -62,7 +62,10 @@ def compose_kernel(
 def compose(
     base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep: bool
 ) -> Tensor:
-    """`torch_backend.compose`, but for `base`, which stays as it is if `keep`. base and h are row-major, as the products before leave them."""
+    """`torch_backend.compose`, but `base` stays as it is if `keep`.
+
+    base and h are row-major, as the products before leave them.
+    """
     y = torch.empty_like(base) if keep else base
     M, N = base.shape
     if M == 0:
