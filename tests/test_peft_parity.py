@@ -53,7 +53,9 @@ def train(model, kind, fused):
     """The losses of six steps, and the parameters after them. The model is trained in place."""
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=3e-3, fused=fused, foreach=False)
+    # At 3e-3 and the default eps, with which a gradient that is all rounding moves its parameter as far as any other,
+    # one of 13 roundings of stock's own T5 ran away from the others.
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, eps=1e-3, fused=fused, foreach=False)
     results = {}
     for step in range(6):
         loss = model(**batch(kind, seed=step)).loss
