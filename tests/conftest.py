@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -28,6 +30,13 @@ settings.register_profile(
 )
 settings.register_profile("search", settings.get_profile("default"), derandomize=False, max_examples=1000)
 settings.load_profile("default")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped and why: a line for each reason, where ``-rs`` would print one for each test function."""
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session", params=LANES)
