@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_kernels import ops
+from dora_kernels import ops, torch_backend
+from dora_kernels.reference import accumulation_dtype
 
 _steps = 0
 # Parameters whose optimizer was seen to step, with that optimizer; None for good once a step was captured in a graph,
@@ -139,6 +140,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._entries: dict[torch.device, NormEntry] = {}
+        self._weight_square: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor, Tensor] | None = None
         self.computed = 0
         self.reused = 0
 
@@ -150,6 +152,7 @@ class NormCache:
 
     def invalidate(self) -> None:
         self._entries = {}
+        self._weight_square = None
 
     def divisor(
         self,
@@ -181,9 +184,23 @@ class NormCache:
         with torch.inference_mode(False), torch.no_grad():
             if device.type == "cpu" and not (training and _owned(lora_A) and _owned(lora_B)):
                 entry.copies = (lora_A.clone(), lora_B.clone(), weight.diagonal().clone())
-            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend)
+            square = None
+            if backend == "torch" and device.type == "cpu" and not weight.requires_grad:
+                square = self._row_square(weight, magnitude_axis, accumulation_dtype(*tensors))
+            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
         self._entries = {**self._entries, device: entry}
         return entry.divisor, entry
+
+    def _row_square(self, weight: Tensor, magnitude_axis: str, dtype: torch.dtype) -> Tensor:
+        """|W|² per row or column, kept while W is the same and its diagonal equal, bit for bit."""
+        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), magnitude_axis, dtype)
+        diagonal = weight.diagonal()
+        kept = self._weight_square
+        if kept is None or kept[0]() is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], diagonal):
+            rows = weight if magnitude_axis == "out" else weight.t()
+            square = torch_backend.row_square(rows, dtype)
+            kept = self._weight_square = (weakref.ref(_owner(weight)), key, diagonal.clone(), square)
+        return kept[3]
 
 
 def compute_divisor(
@@ -193,10 +210,11 @@ def compute_divisor(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    weight_square: Tensor | None = None,
 ) -> Tensor:
     """`safe_divisor` of a norm computed now."""
     with torch.no_grad():
-        return safe_divisor(ops.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend))
+        return safe_divisor(ops.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend, weight_square))
 
 
 def _stream(device: torch.device) -> int:

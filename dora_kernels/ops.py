@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels import linear
+from dora_kernels import linear, torch_backend
 from dora_kernels.linear import Grads, Needs
 from dora_kernels.reference import accumulation_dtype
 
@@ -31,13 +31,21 @@ def _axis_first(
 
 
 def weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    weight_square: Tensor | None = None,
 ) -> Tensor:
-    """Norms in float32 (float64 for float64 input), no gradient."""
+    """Norms in float32 (float64 for float64 input), no gradient. `weight_square` is `torch_backend.weight_norm`'s."""
     if torch.compiler.is_compiling():
         return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
     with _no_autocast(weight):
+        if weight_square is not None:
+            return torch_backend.weight_norm(*rows, scaling, weight_square)
         return linear.primitives(backend).weight_norm(*rows, scaling)
 
 
