@@ -1,7 +1,8 @@
 """The DoRA linear layer as one `autograd.Function`: what is saved, and the hand-written backward's place in autograd.
 
-Saved for the backward, beside parameters: x, h ``[M, r]``, the base product ``[M, N]`` where the magnitude's
-gradient needs it, and this call's own g and norm. The output is never saved: consumers may overwrite it in place.
+Saved for the backward, beside parameters: x, h ``[M, r]``, what the backend's `compose` keeps ``[M, N]`` where the
+magnitude's gradient needs it, and this call's own g and norm.
+The output is never saved: consumers may overwrite it in place.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from torch import Tensor
 from dora_kernels import autograd, ops, reference, torch_backend, validation
 from dora_kernels.backends import resolve
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor
+from dora_kernels.reference import autocast_enabled
 
 
 def dora_linear(
@@ -97,9 +98,8 @@ def run_layer(
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and autocast_enabled(x.device):  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

@@ -49,7 +49,7 @@ def primitives(backend: str) -> ModuleType:
 
 
 def keeps_base(magnitude_axis: str, detach_norm: bool, has_magnitude: bool, needs: Needs) -> bool:
-    """Whether the backward reads the base product: for the magnitude's gradient along "out", and nothing else."""
+    """Whether the backward reads what `compose` keeps: for the magnitude's gradient along "out", and nothing else."""
     return has_magnitude and magnitude_axis == "out" and _needs_dm(detach_norm, needs)
 
 

@@ -4,32 +4,33 @@ Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and
 them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
 those it was computed for, and either
 
-* *proof*: the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has been
-  produced since, or all that train are known to belong to a live optimizer whose steps are seen; or
-* *comparison* (on the CPU, W frozen; instead of proof unless lora_A and lora_B have such an optimizer): lora_A,
-  lora_B and W's diagonal equal, bit for bit, the copies taken then.
+* *comparison* (CPU, W frozen): lora_A, lora_B and a sample of W equal, bit for bit, the copies taken then; or
+* *proof* (elsewhere): the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has
+  been produced since, or all that train are known to belong to a live optimizer whose steps are seen.
 
-Everything else is a recomputation. A norm handed out is never written again, so a backward's saved norm is a snapshot.
+Everything else is a recomputation, on the CPU from a |W|² per row that is kept by the same comparison of W.
+A norm handed out is never written again, so a backward's saved norm is a snapshot.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dora_kernels import ops, torch_backend
 from dora_kernels.reference import accumulation_dtype
 
 _steps = 0
-# Parameters whose optimizer was seen to step, with that optimizer; None for good once a step was captured in a graph,
-# whose replays run nothing in Python.
-_stepped: dict[int, tuple[weakref.ref[Tensor], weakref.ref[torch.optim.Optimizer] | None]] = {}
+# Live optimizers that were seen to step, each with the ids of its parameters, which it keeps alive, and whether a step
+# was captured in a graph, whose replays run nothing in Python.
+_stepped: dict[int, tuple[weakref.ref[torch.optim.Optimizer], frozenset[int], bool]] = {}
 _hooked = False
 _enabled = True
 
@@ -59,19 +60,22 @@ def _caches(module: nn.Module) -> Iterator[NormCache]:
                     yield cache
 
 
+def _before_step(*_: Any) -> None:
+    """A step that is interrupted half-way has written too."""
+    global _steps
+    _steps += 1
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     global _steps
     _steps += 1
+    key = id(optimizer)
+    known = _stepped.get(key)
     captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    owner = None if captured else weakref.ref(optimizer)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            key = id(parameter)
-            known = _stepped.get(key)
-            if known is None or known[0]() is not parameter:
-                _stepped[key] = (weakref.ref(parameter, functools.partial(_forget, key)), owner)
-            elif known[1] is not None and (owner is None or known[1]() is not optimizer):
-                _stepped[key] = (known[0], owner)
+    if known is not None and known[0]() is optimizer:
+        captured = captured or known[2]
+    ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    _stepped[key] = (weakref.ref(optimizer, functools.partial(_forget, key)), ids, captured)
 
 
 def _forget(key: int, _: Any) -> None:
@@ -82,16 +86,29 @@ def _watch_optimizers() -> None:
     global _hooked
     if not _hooked:
         _hooked = True
+        register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
 
 
 def _owned(parameter: Tensor) -> bool:
-    known = _stepped.get(id(parameter))
-    return known is not None and known[0]() is parameter and known[1] is not None and known[1]() is not None
+    key = id(parameter)
+    captured = [captured for _, ids, captured in list(_stepped.values()) if key in ids]
+    return bool(captured) and not any(captured)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Elements of W in every row and every column, as many as its longer side: a view."""
+    rows = weight if weight.is_contiguous() else weight.t()
+    if not rows.is_contiguous():
+        return weight.diagonal()
+    stride = min(rows.shape)
+    while math.gcd(stride, rows.shape[1]) > 1:
+        stride -= 1
+    return rows.view(-1)[::stride]
 
 
 def _owner(tensor: Tensor) -> Tensor:
-    """The tensor that lives as long as the parameter: a transposed weight is a new view at every call."""
+    """The tensor that stays: a transposed weight is a new view at every call."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -101,33 +118,40 @@ def safe_divisor(norm: Tensor) -> Tensor:
 
 
 class NormEntry:
-    """One computed norm, and what it was computed from."""
+    """One computed norm, and what it was computed from.
 
-    __slots__ = ("__weakref__", "backward_seen", "copies", "divisor", "key", "refs", "steps")
+    It keeps these tensors alive, until the layer's next call: `torch.utils.swap_tensors` refuses one with a weak
+    reference.
+    """
+
+    __slots__ = ("backward_seen", "copies", "divisor", "key", "steps", "tensors")
 
     divisor: Tensor
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> None:
-        self.refs = tuple(weakref.ref(_owner(t)) for t in tensors)
+        self.tensors = tuple(_owner(t) for t in tensors)
         self.key = key
         self.steps = _steps
         self.backward_seen = False
         self.copies: tuple[Tensor, ...] | None = None
 
     def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
-        weight, lora_A, lora_B = self.refs
+        weight, lora_A, lora_B = self.tensors
         return (
             self.key == key
-            and weight() is _owner(tensors[0])
-            and lora_A() is _owner(tensors[1])
-            and lora_B() is _owner(tensors[2])
+            and weight is _owner(tensors[0])
+            and lora_A is _owner(tensors[1])
+            and lora_B is _owner(tensors[2])
         )
 
     def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
-        if self.copies is None or weight.requires_grad:
-            return training and self.steps == _steps and self._unseen_writer_excluded(weight, lora_A, lora_B)
-        a, b, diagonal = self.copies
-        return torch.equal(lora_A, a) and torch.equal(lora_B, b) and torch.equal(weight.diagonal(), diagonal)
+        if self.copies is not None:
+            a, b, sample = self.copies
+            if not (torch.equal(lora_A, a) and torch.equal(lora_B, b) and torch.equal(_sample(weight), sample)):
+                return False
+            if not weight.requires_grad:
+                return True
+        return training and self.steps == _steps and self._unseen_writer_excluded(weight, lora_A, lora_B)
 
     def _unseen_writer_excluded(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         if lora_A.device.type != "cpu" and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -140,7 +164,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._entries: dict[torch.device, NormEntry] = {}
-        self._weight_square: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor, Tensor] | None = None
+        self._weight_square: tuple[Tensor, tuple[Any, ...], Tensor, Tensor] | None = None
         self.computed = 0
         self.reused = 0
 
@@ -182,8 +206,8 @@ class NormCache:
         _watch_optimizers()
         entry = NormEntry(tensors, key)
         with torch.inference_mode(False), torch.no_grad():
-            if device.type == "cpu" and not (training and _owned(lora_A) and _owned(lora_B)):
-                entry.copies = (lora_A.clone(), lora_B.clone(), weight.diagonal().clone())
+            if device.type == "cpu":
+                entry.copies = (lora_A.clone(), lora_B.clone(), _sample(weight).clone())
             square = None
             if backend == "torch" and device.type == "cpu" and not weight.requires_grad:
                 square = self._row_square(weight, magnitude_axis, accumulation_dtype(*tensors))
@@ -192,14 +216,14 @@ class NormCache:
         return entry.divisor, entry
 
     def _row_square(self, weight: Tensor, magnitude_axis: str, dtype: torch.dtype) -> Tensor:
-        """|W|² per row or column, kept while W is the same and its diagonal equal, bit for bit."""
+        """|W|² per row or column, kept while W is the same and a sample of it equal, bit for bit."""
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), magnitude_axis, dtype)
-        diagonal = weight.diagonal()
+        sample = _sample(weight)
         kept = self._weight_square
-        if kept is None or kept[0]() is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], diagonal):
+        if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], sample):
             rows = weight if magnitude_axis == "out" else weight.t()
             square = torch_backend.row_square(rows, dtype)
-            kept = self._weight_square = (weakref.ref(_owner(weight)), key, diagonal.clone(), square)
+            kept = self._weight_square = (_owner(weight), key, sample.clone(), square)
         return kept[3]
 
 
@@ -224,5 +248,7 @@ def _stream(device: torch.device) -> int:
 
 def _reuse_impossible(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     if weight.is_inference() or lora_A.is_inference() or lora_B.is_inference():
+        return True
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace
         return True
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()

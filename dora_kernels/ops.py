@@ -3,7 +3,7 @@
 | op | result |
 |---|---|
 | `dora_kernels::weight_norm` | norm of every row or column of ``W + s B A`` |
-| `dora_kernels::linear_forward` | output, low-rank activation and base product |
+| `dora_kernels::linear_forward` | output, low-rank activation and what `compose` keeps |
 | `dora_kernels::linear_backward` | every gradient that is needed |
 
 The ops know nothing of autograd: `dora_kernels.autograd` joins the last two. A tensor that is absent from an op's
@@ -13,14 +13,13 @@ result (ops cannot return None) is an empty one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_kernels import linear, torch_backend
+from dora_kernels import linear
 from dora_kernels.linear import Grads, Needs
-from dora_kernels.reference import accumulation_dtype
+from dora_kernels.reference import accumulation_dtype, no_autocast
 
 
 def _axis_first(
@@ -43,10 +42,10 @@ def weight_norm(
     if torch.compiler.is_compiling():
         return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
-    with _no_autocast(weight):
-        if weight_square is not None:
-            return torch_backend.weight_norm(*rows, scaling, weight_square)
-        return linear.primitives(backend).weight_norm(*rows, scaling)
+    with no_autocast(weight.device):
+        # Only the torch backend has a use for it, and only its callers keep it.
+        kept = () if weight_square is None else (weight_square,)
+        return linear.primitives(backend).weight_norm(*rows, scaling, *kept)
 
 
 @torch.library.custom_op("dora_kernels::weight_norm", mutates_args=())
@@ -80,7 +79,7 @@ def linear_forward(
             x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
         )
         return y, h, base if keep_base else None
-    with _no_autocast(x):
+    with no_autocast(x.device):
         return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
 
 
@@ -137,7 +136,7 @@ def linear_backward(
     """`linear.backward`."""
     args = (dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm)
     if not torch.compiler.is_compiling():
-        with _no_autocast(dy):
+        with no_autocast(dy.device):
             return linear.backward(*args, needs, backend)
     grads = linear_backward_op(*args, list(needs), backend)
     return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
@@ -195,21 +194,3 @@ def _(
         x.new_empty(g.shape, dtype=accumulate) if need.magnitude and g is not None else x.new_empty(0),
         x.new_empty(dy.shape[1], dtype=accumulate) if need.bias else x.new_empty(0),
     )
-
-
-class _no_autocast:
-    """Turn autocast off inside, at no cost where it is off already: every cast here is explicit."""
-
-    __slots__ = ("_context",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        device = tensor.device.type
-        self._context = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*exc)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def _direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, d
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str) -> Tensor:
     """Norm of every row ("out") or column ("in") of ``W + scaling * B @ A``, differentiable."""
-    with torch.autocast(weight.device.type, enabled=False), full_precision(weight.device):
+    with no_autocast(weight.device), full_precision(weight.device):
         direction = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
         return torch.linalg.vector_norm(direction, dim=1 if magnitude_axis == "out" else 0)
 
@@ -57,7 +58,7 @@ def dora_linear(
     through the norm is the true norm's.
     """
     dtype = accumulation_dtype(x, weight, lora_A, lora_B)
-    with torch.autocast(x.device.type, enabled=False), full_precision(x.device):
+    with no_autocast(x.device), full_precision(x.device):
         adapted = _direction(weight, lora_A, lora_B, scaling, dtype)
         if magnitude is not None:
             dim = 1 if magnitude_axis == "out" else 0
@@ -75,15 +76,39 @@ def dora_linear(
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Keep float32 products in float32 on CUDA, whatever the user's TF32 setting."""
-    if device.type != "cuda":
+    """Keep float32 products in float32, whatever the user's setting: TF32 on CUDA, bfloat16 on the CPU."""
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else None
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = exact if matmul is None else getattr(matmul, name)
+    if before == exact or (before == "none" and device.type == "cpu"):
         yield
         return
-    matmul = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    setattr(matmul, name, exact)
     try:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on there; asking so of the meta device raises."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+class no_autocast:
+    """Turn autocast off inside, at no cost where it is off already: every cast here is explicit."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, device: torch.device) -> None:
+        self._context = torch.autocast(device.type, enabled=False) if autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*exc)

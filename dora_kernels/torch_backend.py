@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.reference import accumulation_dtype, full_precision
+from dora_kernels.reference import accumulation_dtype, full_precision, no_autocast
 
 # What `compose` keeps holds the low-rank product too, so that `scale_reduce`'s dot is all of the magnitude's gradient.
 KEEPS_SUM = True
@@ -23,8 +23,8 @@ _GRAM_FEATURES = 1024
 # cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
 _CANCELLATION = 0.25
 
-# Elements of one block: 4 MB in float32. For the norm of 576x576 to 4096x4096 weights at rank 16 to 384, on two cores,
-# a quarter to a half of that took up to 1.2 times as long.
+# Elements of one block: 4 MB in float32. Blocks of half and a quarter of it took the direct norm of 576x576 to
+# 4096x4096 weights, ranks 16 to 384, on two cores up to 1.2 times as long.
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -42,10 +42,15 @@ def weight_norm(
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
-    if weight.device.type != "cpu":
-        return _direct_norm(weight, a, b, scaling)
-    if weight_square is None:
-        weight_square = row_square(weight, dtype)
+    with full_precision(weight.device):
+        if weight.device.type != "cpu":
+            return _direct_norm(weight, a, b, scaling)
+        if weight_square is None:
+            weight_square = row_square(weight, dtype)
+        return _factored_norm(weight, a, b, scaling, weight_square)
+
+
+def _factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
     gram = _gram(a)
     u = mm_wide(weight, a.t()).addmm_(b, gram, alpha=0.5 * scaling)
     square = torch.add(weight_square, u.mul_(b).sum(1), alpha=2.0 * scaling)
@@ -80,12 +85,11 @@ def _direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor
     step = max(1, min(_block_rows(width), (length + 1) // 2))
     buffer = torch.empty(step, width, dtype=a.dtype, device=weight.device)
     norms = []
-    with full_precision(weight.device):
-        for start in range(0, length, step):
-            part = slice(start, start + step)
-            block = buffer[: min(step, length - start)].copy_(rows[part])
-            block.addmm_(left[part], right, alpha=scaling)
-            norms.append(torch.linalg.vector_norm(block, dim=1 if row_major else 0))
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        block = buffer[: min(step, length - start)].copy_(rows[part])
+        block.addmm_(left[part], right, alpha=scaling)
+        norms.append(torch.linalg.vector_norm(block, dim=1 if row_major else 0))
     return torch.cat(norms) if row_major else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
@@ -123,7 +127,7 @@ def merge(
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     merged = torch.empty_like(weight)
-    with torch.autocast(weight.device.type, enabled=False), full_precision(weight.device):
+    with no_autocast(weight.device), full_precision(weight.device):
         for target, rows, left, scale in _blocks(merged, weight, b, row_scale):
             direction = torch.addmm(rows.to(dtype), left, a, alpha=scaling)
             if scale is not None:

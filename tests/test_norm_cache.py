@@ -248,8 +248,72 @@ def test_writes_through_data_after_an_optimizer_step(layer, x, name):
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_writes_through_data_within_a_step(layer, x, name):
+    """As SAM and average swaps in training mode write, beside the optimizer that owns the parameters."""
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=True)
+    for _ in range(2):
+        accumulate(layer, x, 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    layer(x).sum().backward()
+    kept = getattr(layer, name).detach().clone()
+    getattr(layer, name).data.mul_(1.5)
+    if layer.lane.device != "cpu":
+        invalidate(layer)  # nothing can see it there
+    assert layer.is_right(x), "a stale norm"
+    getattr(layer, name).data.copy_(kept)
+    if layer.lane.device != "cpu":
+        invalidate(layer)
+    assert layer.is_right(x), "a stale norm"
+
+
+def test_some_rows_of_a_tall_weight_written(lane, x):
+    """Not on its diagonal, and over steps that renew the norm but not what is kept of W."""
+    layer = Layer(lane)
+    layer.weight = nn.Parameter(torch.randn(3 * IN, IN, device=lane.device), requires_grad=False)
+    layer.lora_B = nn.Parameter(torch.randn(3 * IN, RANK, device=lane.device))
+    layer.magnitude = nn.Parameter(torch.ones(3 * IN, device=lane.device))
+    layer.eval()
+    for row in range(3 * IN):
+        assert layer.is_right(x)
+        layer.weight.data[row].mul_(2)
+    layer.lora_B.data.mul_(1.1)
+    assert layer.is_right(x)
+
+
+def test_an_interrupted_step(layer, x):
+    """It has written, though it never ends."""
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=True)
+    accumulate(layer, x, 2)
+    optimizer.step()
+    accumulate(layer, x, 2)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()
+    assert layer.is_right(x), "a stale norm"
+
+
+def test_swapped_tensors(layer, x):
+    """`torch.utils.swap_tensors`, which modules may use to change dtype, refuses tensors with weak references."""
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    layer(x).sum().backward()
+    optimizer.step()
+    layer(x)
+    layer.zero_grad()
+    for name in ("weight", "lora_A", "lora_B"):
+        old = getattr(layer, name)
+        torch.utils.swap_tensors(old, nn.Parameter(2 * old.detach(), requires_grad=old.requires_grad))
+        assert layer.is_right(x), "a stale norm"
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
 def test_invalidate(layer, x, name):
-    """The one case that nothing can see: written through .data in training, with no step and no gradient."""
+    """A case that nothing on a GPU can see: written through .data in training, with no step and no gradient."""
     model = nn.Sequential(nn.Identity(), layer)
     model(x)
     getattr(layer, name).data.mul_(1.5)
@@ -373,12 +437,12 @@ def test_layers_share_nothing(lane, x):
         assert one.is_right(x) and two.is_right(x)
 
 
-def test_the_registry_of_parameters_does_not_keep_them(lane, x):
+def test_the_registry_of_optimizers_does_not_keep_them(lane, x):
     layer = Layer(lane)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(x).sum().backward()
     optimizer.step()
-    known = id(layer.lora_A)
+    known = id(optimizer)
     assert known in norm_cache._stepped
     del layer, optimizer
     gc.collect()
