@@ -25,6 +25,9 @@ class LoRALinear(nn.Module):
     PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``; names with an
     adapter's name in them (``lora_A.default.weight``) load as well.
 
+    The layer runs as one function, so hooks on the modules inside it do not fire. It has no `weight` of its own: code
+    that reads a linear layer's weight, as `nn.TransformerEncoderLayer` in evaluation does, would leave out the adapter.
+
     Args:
         in_features, out_features, bias: of the base layer.
         rank: at least 1.
@@ -91,7 +94,8 @@ class LoRALinear(nn.Module):
         magnitude_axis and detach_norm.
         """
         if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+            kind = type(linear).__name__
+            raise TypeError(f"linear: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
         has_bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, has_bias, rank=rank, base_layer=linear, **options)
         return layer.train(linear.training)
@@ -124,7 +128,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Write the adapted weight into the base layer, keeping the original on the CPU for `unmerge`."""
         if self.merged:
-            warnings.warn("the layer is merged already: nothing to do", stacklevel=2)
+            warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
             return
         merged = self._merged_weight()
         self._unmerged = self.base_layer.weight.detach().to("cpu", copy=True)
@@ -134,13 +138,18 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Put the base layer's original weight back, bit for bit."""
         if self._unmerged is None:
-            warnings.warn("the layer is not merged: nothing to do", stacklevel=2)
+            warnings.warn("the layer is not merged: nothing to do", stacklevel=3)
             return
         self.base_layer.weight.copy_(self._unmerged)
         self._unmerged = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """``[..., in_features]`` to ``[..., out_features]``.
+
+        Raises:
+            TypeError, ValueError: x is not a floating-point tensor of that shape.
+        """
+        validation.check_features(x, self.in_features)
         if self.merged:
             return self.base_layer(x)
         if self.training and self.dropout.p > 0.0:
@@ -243,7 +252,12 @@ class DoRALinear(LoRALinear):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """``[..., in_features]`` to ``[..., out_features]``.
+
+        Raises:
+            TypeError, ValueError: x is not a floating-point tensor of that shape.
+        """
+        validation.check_features(x, self.in_features)
         if self.merged:
             return self.base_layer(x)
         if self.training and self.dropout.p > 0.0:
@@ -287,6 +301,8 @@ def _check_options(rank: Any, dropout: float, backend: Any) -> None:
         raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     validation.check_backend(backend)

@@ -153,7 +153,7 @@ def out_of_reach(layer: Any) -> str | None:
     if all(read_weights(layer, name) is None for name in dora_adapters(layer)):
         return (
             "its weights cannot be read outside their modules' calls (parametrized, wrapped, sharded, offloaded, "
-            "a hook on the magnitude), or its scaling is a tensor"
+            "on meta, a hook on the magnitude), or its scaling is a tensor"
         )
     return None
 
@@ -240,6 +240,8 @@ def _fusable(layer: Any, adapter: str, x: Tensor, weights: Weights) -> bool:
     """Whether the modules need not be called: nobody hooked them, and stock's base product would run on x as it is."""
     weight = weights.weight
     if x.device != weight.device or (type(x) is not Tensor and type(x) is not nn.Parameter):
+        return False
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:  # PEFT's own error is the better one
         return False
     if torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves float64 alone

@@ -36,7 +36,10 @@ logger = logging.getLogger("dora_kernels")
 
 
 class PatchHandle:
-    """What a patch reached, and the way back. Both lists are read from the models at each access."""
+    """What a patch reached, and the way back. Both lists are read from the models at each access.
+
+    Names are those of `named_modules`, after the model's class and number where there are several models.
+    """
 
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: list[weakref.ref[nn.Module]] = []
@@ -79,10 +82,12 @@ class PatchHandle:
                 yield model
 
     def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        for model in self._live_models():
+        models = list(self._live_models())
+        for number, model in enumerate(models):
+            prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
                 if isinstance(module, lora.LoraLayer) and dora_adapters(module):
-                    yield name, module
+                    yield prefix + name, module
 
 
 def patch_peft(model: nn.Module) -> PatchHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -28,11 +29,9 @@ def check_layer(
     backend: Any,
 ) -> None:
     """The arguments of `dora_linear`."""
-    _check_tensor(x, "x")
     check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     in_features = weight.shape[1]
-    if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"x: expected [..., {in_features}] for a weight of shape {_shape(weight)}, got {_shape(x)}")
+    check_features(x, in_features)
     check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
     if bias is not None:
         _check_tensor(bias, "bias")
@@ -48,6 +47,13 @@ def check_layer(
             raise ValueError("weight_norm: requires grad, but it is a constant of the layer; pass weight_norm.detach()")
     for name, tensor in (("x", x), ("magnitude", magnitude), ("bias", bias), ("weight_norm", weight_norm)):
         _check_device(tensor, name, weight)
+
+
+def check_features(x: Any, in_features: int) -> None:
+    """The input of a layer."""
+    _check_tensor(x, "x")
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected [..., {in_features}], got {_shape(x)}")
 
 
 def check_adapter(weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude_axis: Any, backend: Any) -> None:
@@ -93,9 +99,10 @@ def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: s
 
 
 def check_scaling(scaling: Any) -> None:
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+    if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real):
         raise TypeError(f"scaling: expected a finite number, got {type(scaling).__name__}")
-    if not -math.inf < scaling < math.inf:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
+    value: Any = scaling
+    if not -math.inf < value < math.inf:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 

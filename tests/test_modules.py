@@ -249,7 +249,7 @@ def test_bad_options(options, error, message):
 
 @pytest.mark.parametrize("linear", [None, nn.Conv1d(1, 1, 1), type("Quantised", (nn.Linear,), {})(2, 2)])
 def test_from_something_else(linear):
-    with pytest.raises(TypeError, match=r"linear: expected a torch\.nn\.Linear, got (NoneType|Conv1d|Quantised)"):
+    with pytest.raises(TypeError, match=r"linear: expected a torch\.nn\.Linear itself, whose forward is known, got (NoneType|Conv1d|Quantised)"):
         LoRALinear.from_linear(linear, rank=2)
 
 
@@ -324,3 +324,29 @@ def test_nothing_warns():
         layer(torch.randn(2, 9)).sum().backward()
         layer.eval().merge()
         layer.unmerge()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(3, 5), ValueError, r"x: expected \[..., 8\], got \[3, 5\]"),
+        (torch.tensor(1.0), ValueError, r"x: expected \[..., 8\], got \[\]"),
+        (torch.ones(3, 8, dtype=torch.long), TypeError, "x: expected float32, .* got torch.int64"),
+        ([1.0] * 8, TypeError, "x: expected a torch.Tensor, got list"),
+    ],
+)
+@kinds
+def test_bad_x(kind, x, error, message, dropout):
+    with warnings.catch_warnings(), pytest.raises(error, match=message):
+        warnings.simplefilter("error")
+        kind(8, 6, rank=2, dropout=dropout)(x)
+
+
+@axes
+def test_on_meta(magnitude_axis):
+    """Shapes alone, as for counting and for loading weights later."""
+    layer = DoRALinear(8, 6, rank=2, magnitude_axis=magnitude_axis, device="meta")
+    x = torch.randn(3, 8, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert layer(x).shape == (3, 6) and x.grad.shape == x.shape and layer.lora_A.weight.grad.is_meta

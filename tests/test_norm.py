@@ -265,3 +265,28 @@ def test_the_measure_of_temporaries_sees_one():
     with Largest() as largest:
         reference.weight_norm(weight, lora_A, lora_B, 1.0, "out")
     assert largest.elements == 64 * 48
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch 2.9 has the setting to be undone")
+@axes
+def test_reduced_precision_is_not_for_the_norm(magnitude_axis):
+    """On a CPU with bfloat16 products the user's setting would round W, A and B."""
+    seen = []
+
+    class Settings(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in func.name():
+                seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    tensors = factors(Lane("torch", "cpu"), 30, 40, 4, (f32, f32, f32))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with Settings():
+            for backend in ("torch", "reference"):
+                dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=backend)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert len(seen) >= 3 and set(seen) == {"ieee"}

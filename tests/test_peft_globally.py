@@ -159,3 +159,9 @@ def test_globally_and_locally(everywhere):
     everywhere.restore()
     local.restore()
     assert type(model.base_model) is LoraModel and not dora(model)
+
+
+def test_layers_of_several_models_have_several_names(everywhere):
+    one, two = (get_peft_model(Toy(False), LoraConfig(r=2, use_dora=True, target_modules=["first"])) for _ in range(2))
+    assert len(set(everywhere.patched)) == len(lora_layers(one)) + len(lora_layers(two)) == len(everywhere.patched)
+    assert everywhere.patched[0].endswith("first")
