@@ -249,7 +249,8 @@ def test_bad_options(options, error, message):
 
 @pytest.mark.parametrize("linear", [None, nn.Conv1d(1, 1, 1), type("Quantised", (nn.Linear,), {})(2, 2)])
 def test_from_something_else(linear):
-    with pytest.raises(TypeError, match=r"linear: expected a torch\.nn\.Linear itself, whose forward is known, got (NoneType|Conv1d|Quantised)"):
+    message = r"linear: expected a torch\.nn\.Linear itself, .* got (NoneType|Conv1d|Quantised)"
+    with pytest.raises(TypeError, match=message):
         LoRALinear.from_linear(linear, rank=2)
 
 
