@@ -209,7 +209,7 @@ class NormCache:
             if device.type == "cpu":
                 entry.copies = (lora_A.clone(), lora_B.clone(), _sample(weight).clone())
             square = None
-            if backend == "torch" and device.type == "cpu" and not weight.requires_grad:
+            if backend == "torch" and torch_backend.is_factored(weight) and not weight.requires_grad:
                 square = self._row_square(weight, magnitude_axis, accumulation_dtype(*tensors))
             entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
         self._entries = {**self._entries, device: entry}

@@ -11,21 +11,29 @@ import pickle
 
 import pytest
 import torch
-from helpers import LANES, usable
+from helpers import LANES, Lane, usable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_kernels import dora_linear, norm_cache
+from dora_kernels import dora_linear, norm_cache, torch_backend
 from dora_kernels.functional import run_layer
 from dora_kernels.norm_cache import NormCache, invalidate, set_norm_reuse
 
 IN, OUT, RANK = 24, 20, 3
 
 
-@pytest.fixture(scope="module", params=[lane for lane in LANES if lane.id != "triton"])
+@pytest.fixture(
+    scope="module",
+    params=[*(lane for lane in LANES if lane.id != "triton"), pytest.param(None, id="torch-factored")],
+)
 def lane(request):
-    """Without the interpreter: which backend computes a norm is nothing to the cache."""
-    return usable(request.param)
+    """Without the interpreter: which backend computes a norm is nothing to the cache. But |W|² is its own to keep."""
+    if request.param is not None:
+        yield usable(request.param)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_backend, "_FACTORED_ELEMENTS", 0)
+        yield Lane("torch", "cpu")
 
 
 class Layer(nn.Module):
