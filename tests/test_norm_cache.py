@@ -275,16 +275,21 @@ def test_writes_through_data_within_a_step(layer, x, name):
     assert layer.is_right(x), "a stale norm"
 
 
-def test_some_rows_of_a_tall_weight_written(lane, x):
-    """Not on its diagonal, and over steps that renew the norm but not what is kept of W."""
-    layer = Layer(lane)
-    layer.weight = nn.Parameter(torch.randn(3 * IN, IN, device=lane.device), requires_grad=False)
-    layer.lora_B = nn.Parameter(torch.randn(3 * IN, RANK, device=lane.device))
-    layer.magnitude = nn.Parameter(torch.ones(3 * IN, device=lane.device))
+@pytest.mark.parametrize("shape", [(40 * OUT, IN), (OUT, 40 * IN)], ids=["tall", "wide"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_part_of_the_weight_written(lane, shape, transposed):
+    """A hundredth of it in one piece, wherever; and over steps that renew the norm but not what is kept of W."""
+    layer, x = Layer(lane), torch.randn(2, shape[1], device=lane.device)
+    values = torch.randn(shape[::-1] if transposed else shape, device=lane.device)
+    layer.weight = nn.Parameter(values.t() if transposed else values, requires_grad=False)
+    layer.lora_A = nn.Parameter(torch.randn(RANK, shape[1], device=lane.device))
+    layer.lora_B = nn.Parameter(torch.randn(shape[0], RANK, device=lane.device))
+    layer.magnitude = nn.Parameter(torch.ones(shape[0], device=lane.device))
     layer.eval()
-    for row in range(3 * IN):
+    pieces = values.view(100, -1)
+    for piece in range(100):
         assert layer.is_right(x)
-        layer.weight.data[row].mul_(2)
+        pieces.data[piece].mul_(2)
     layer.lora_B.data.mul_(1.1)
     assert layer.is_right(x)
 
