@@ -27,8 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from dora_kernels import ops, torch_backend
 from dora_kernels.reference import accumulation_dtype
 
-# Whoever writes more than 1/256 of W in one piece is seen. An element of each row of a 1536x576 weight instead, each from
-# another page of memory, made a generated token 2 to 4 % dearer.
+# Whoever writes more than 1/256 of W in one piece is seen. An element of each row of a 1536x576 weight instead, each
+# from another page of memory, made a generated token 2 to 4 % dearer.
 _SAMPLES = 256
 
 _steps = 0
