@@ -93,7 +93,7 @@ def _triton_problem(device: torch.device) -> str | None:
     try:
         from dora_kernels import kernels
     except Exception as error:  # a triton of another platform, or broken
-        return f"triton cannot be imported: {_first_line(error)}"
+        return f"triton cannot be imported: {type(error).__name__}: {first_line(error)}"
     if kernels.INTERPRETED:
         return None
     if device.type != "cuda":
@@ -104,10 +104,10 @@ def _triton_problem(device: torch.device) -> str | None:
     try:
         kernels.probe(device)
     except Exception as error:  # whatever stops a compiler or a driver: no C compiler, a full disk, an old driver
-        return f"a first kernel failed: {_first_line(error)}"
+        return f"a first kernel failed: {type(error).__name__}: {first_line(error)}"
     return None
 
 
-def _first_line(error: Exception) -> str:
-    message = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {message.splitlines()[0]}"
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or ["no message"])[0]

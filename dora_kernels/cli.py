@@ -23,7 +23,7 @@ import torch
 
 import dora_kernels
 from dora_kernels import norm_cache, parity
-from dora_kernels.backends import BACKENDS, resolve, triton_problem
+from dora_kernels.backends import BACKENDS, first_line, resolve, triton_problem
 from dora_kernels.parity import Case, Cell, OptionError, Settings
 
 if TYPE_CHECKING:
@@ -226,12 +226,12 @@ def _examine(device: torch.device) -> dict[str, Any]:
     try:
         problem = triton_problem(device)
     except Exception as error:
-        problem = f"importing it failed: {type(error).__name__}: {_one_line(error)}"
+        problem = f"importing it failed: {type(error).__name__}: {first_line(error)}"
     found["triton"] = problem or ("available" if device.type == "cuda" else "available in its interpreter, slowly")
     try:
         auto = resolve("auto", (torch.empty(1, device=device),))
     except Exception as error:
-        return {**found, "auto": None, "why": _one_line(error), "works": False, "check": "auto finds no backend"}
+        return {**found, "auto": None, "why": first_line(error), "works": False, "check": "auto finds no backend"}
     if auto == "triton":
         why = "a GPU that triton's kernels run on"
     elif device.type == "cuda":
@@ -251,7 +251,7 @@ def _check(device: torch.device, backend: str) -> list[str]:
             with parity.threads_for(case):
                 cells = parity.measure(parity.prepare(case, device), backend)
         except Exception as error:  # the device itself fails, or plain PyTorch on it
-            problems.append(f"{dtype}: {type(error).__name__}: {_one_line(error)}")
+            problems.append(f"{dtype}: {type(error).__name__}: {first_line(error)}")
         else:
             problems += [str(cell) for cell in cells if not cell.ok]
     return problems
@@ -267,10 +267,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return device.type
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -9,6 +9,7 @@ from dora_kernels import autograd, ops, reference, torch_backend, validation
 from dora_kernels.backends import resolve
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor
 from dora_kernels.reference import autocast_enabled
+from dora_kernels.torch_backend import cast
 
 
 def dora_linear(
@@ -92,7 +93,7 @@ def run_layer(
                 weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen
             )
     return autograd.apply(
-        x if x.dtype == dtype else x.to(dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
+        cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, chosen, backend != "auto", listener,
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ those it was computed for, and either
 * *proof* (elsewhere): the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has
   been produced since, or all that train are known to belong to a live optimizer whose steps are seen.
 
-Everything else is a recomputation, on the CPU from a |W|² per row that is kept by the same comparison of W.
+Everything else is a recomputation, for large weights on the CPU from a |W|² per row that is kept by the same comparison
+of W.
 A norm handed out is never written again, so a backward's saved norm is a snapshot.
 """
 
@@ -210,24 +211,24 @@ class NormCache:
         _watch_optimizers()
         entry = NormEntry(tensors, key)
         with torch.inference_mode(False), torch.no_grad():
-            if device.type == "cpu":
-                entry.copies = (lora_A.clone(), lora_B.clone(), _sample(weight).clone())
             square = None
-            if backend == "torch" and torch_backend.is_factored(weight) and not weight.requires_grad:
-                square = self._row_square(weight, magnitude_axis, accumulation_dtype(*tensors))
+            if device.type == "cpu":
+                sample = _sample(weight).clone()
+                entry.copies = (lora_A.clone(), lora_B.clone(), sample)
+                if backend == "torch" and torch_backend.is_factored(weight) and not weight.requires_grad:
+                    square = self._row_square(weight, sample, magnitude_axis, accumulation_dtype(*tensors))
             entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
         self._entries = {**self._entries, device: entry}
         return entry.divisor, entry
 
-    def _row_square(self, weight: Tensor, magnitude_axis: str, dtype: torch.dtype) -> Tensor:
-        """|W|² per row or column, kept while W is the same and a sample of it equal, bit for bit."""
+    def _row_square(self, weight: Tensor, sample: Tensor, magnitude_axis: str, dtype: torch.dtype) -> Tensor:
+        """|W|² per row or column, kept while W is the same and its sample equal, bit for bit."""
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), magnitude_axis, dtype)
-        sample = _sample(weight)
         kept = self._weight_square
         if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], sample):
             rows = weight if magnitude_axis == "out" else weight.t()
             square = torch_backend.row_square(rows, dtype)
-            kept = self._weight_square = (_owner(weight), key, sample.clone(), square)
+            kept = self._weight_square = (_owner(weight), key, sample, square)
         return kept[3]
 
 

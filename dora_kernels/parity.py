@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import reference
-from dora_kernels.backends import BACKENDS, triton_problem
+from dora_kernels.backends import BACKENDS, first_line, triton_problem
 from dora_kernels.functional import dora_linear, dora_weight_norm
 from dora_kernels.validation import AXES
 
@@ -196,7 +196,7 @@ def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, b
             try:
                 yardstick = prepare(case, options.device, options.seed, options.weight_gradient)
             except (RuntimeError, MemoryError) as error:
-                raise OptionError(f"--shape: {case} failed on {options.device}: {_one_line(error)}") from error
+                raise OptionError(f"--shape: {case} failed on {options.device}: {first_line(error)}") from error
             for backend in options.backends:
                 cells += measure(yardstick, backend)
                 advance(case, backend)
@@ -254,7 +254,7 @@ def measure(yardstick: Yardstick, backend: str) -> list[Cell]:
         errors = {name: _error(result, exact[name]) for name, result in results.items()}
         errors["norm"] = _norm_error(norm, exact["norm"])
     except Exception as error:  # a compiler's, a driver's or our own: the table goes on and says so
-        return [Cell(case, backend, "call", math.inf, note=f"{type(error).__name__}: {_one_line(error)}")]
+        return [Cell(case, backend, "call", math.inf, note=f"{type(error).__name__}: {first_line(error)}")]
     peft, budget = yardstick.peft, yardstick.budget
     return [Cell(case, backend, name, off, peft[name], budget[name]) for name, off in errors.items()]
 
@@ -361,10 +361,6 @@ def _norm_error(norm: Tensor, exact: Tensor) -> float:
     return ((norm.to(exact.device).to(exact.dtype) - exact) / exact).abs().max().item()
 
 
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
 def _parse_shape(text: str) -> tuple[int, int, int]:
     parts = text.split(",")
     try:
@@ -392,7 +388,7 @@ def _find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # also refuses "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"--device: {name!r} is not available: {_one_line(error)}") from None
+        raise OptionError(f"--device: {name!r} is not available: {first_line(error)}") from None
     return device
 
 

@@ -134,7 +134,7 @@ def unsupported(layer: Any) -> str | None:
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         return f"{kind}: only LoRA layers on nn.Linear and Conv1D are supported"
     base = layer.base_layer
-    if not _is_linear(base) and not _is_conv1d(base):
+    if type(base) is not nn.Linear and not _is_conv1d(base):
         return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not a plain nn.Linear or Conv1D"
     if bool(layer.fan_in_fan_out) != _is_conv1d(base):
         return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its base layer, a {type(base).__name__}"
@@ -278,10 +278,6 @@ def _hooked(module: Any) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
-
-
-def _is_linear(module: Any) -> bool:
-    return type(module) is nn.Linear
 
 
 def _is_conv1d(module: Any) -> bool:

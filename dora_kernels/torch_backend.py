@@ -1,7 +1,7 @@
 """The `torch` backend: the primitives of DoRA in plain PyTorch operations. Runs on every device; the CPU's path.
 
 The Triton kernels in `dora_kernels.kernels` offer the same primitives under the same names: `weight_norm`,
-`compose`, `scale_reduce`. Nothing here forms an ``[out_features, in_features]`` temporary.
+`compose`, `scale_reduce`. No temporary holds more of the weight than a block of 4 MB.
 """
 
 from __future__ import annotations
@@ -68,11 +68,9 @@ def _factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_
     kept = square >= torch.addmv(weight_square, b.square(), gram.diagonal(), beta=_CANCELLATION, alpha=terms)
     if bool(kept.all()):
         return square.sqrt_()
-    lost = kept.logical_not_().nonzero().squeeze(1)
-    if lost.shape[0] > weight.shape[0] // 8:
-        return _direct_norm(weight, a, b, scaling)
     norm = square.sqrt_()
-    norm[lost] = _direct_norm(weight[lost], a, b[lost], scaling)
+    for rows in kept.logical_not_().nonzero().squeeze(1).split(_block_rows(weight.shape[1])):
+        norm[rows] = _direct_norm(weight[rows], a, b[rows], scaling)
     return norm
 
 
@@ -134,7 +132,7 @@ def merge(
 ) -> Tensor:
     """``g * (W + s B A)`` with g per row or per column, computed in float32 and rounded once to weight's dtype."""
     dtype = accumulation_dtype(weight, lora_A, lora_B)
-    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     merged = torch.empty_like(weight)
     with no_autocast(weight.device), full_precision(weight.device):
         for target, rows, left, scale in _blocks(merged, weight, b, row_scale):

@@ -30,8 +30,7 @@ def check_layer(
 ) -> None:
     """The arguments of `dora_linear`."""
     check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
-    in_features = weight.shape[1]
-    check_features(x, in_features)
+    check_features(x, weight.shape[1])
     check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
     if bias is not None:
         _check_tensor(bias, "bias")

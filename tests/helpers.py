@@ -17,10 +17,11 @@ norm of a few elements scatters by nearly that factor. In float64 the oracle err
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import dora_linear, reference
+from dora_kernels import dora_linear, reference, torch_backend
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -63,6 +64,21 @@ def usable(lane: Lane) -> Lane:
     if lane.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the interpreter is off: the compiled kernels are tested on the GPU")
     return lane
+
+
+# A lane of its own: the CPU's other form of the norm, which it takes for large weights only.
+FACTORED = pytest.param(None, id="torch-factored")
+
+
+@contextlib.contextmanager
+def norm_lane(lane: Lane | None) -> Iterator[Lane]:
+    """`usable`, and for `FACTORED` the torch backend with every weight taken for a large one."""
+    if lane is not None:
+        yield usable(lane)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_backend, "_FACTORED_ELEMENTS", 0)
+        yield Lane("torch", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)

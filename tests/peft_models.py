@@ -112,6 +112,9 @@ def peft_model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, **opt
     model = get_peft_model(base_model(kind).to(dtype), config(kind, **options))
     return move_adapter(model)
 
+# The layers of a `Toy` in a PEFT model, as a handle names them.
+FIRST, SECOND = "base_model.model.first", "base_model.model.second"
+
 
 class Toy(nn.Module):
     """A net of two linear layers, and three that only PEFT can adapt."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import LANES, Lane, bf16, f16, f32, f64, make_problem, norm_bound, ours, usable
+from helpers import FACTORED, LANES, Lane, bf16, f16, f32, f64, make_problem, norm_bound, norm_lane, ours
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dora_kernels import dora_weight_norm, reference, torch_backend
+from dora_kernels import dora_weight_norm, reference
 
 # (base, lora_A, lora_B)
 DTYPES = [
@@ -25,15 +25,10 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[*LANES, pytest.param(None, id="torch-factored")])
+@pytest.fixture(scope="module", params=[*LANES, FACTORED])
 def lane(request):
-    """Besides all lanes, the CPU's other form of the norm, which it takes for large weights only."""
-    if request.param is not None:
-        yield usable(request.param)
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "_FACTORED_ELEMENTS", 0)
-        yield Lane("torch", "cpu")
+    with norm_lane(request.param) as lane:
+        yield lane
 
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])

@@ -11,29 +11,22 @@ import pickle
 
 import pytest
 import torch
-from helpers import LANES, Lane, usable
+from helpers import FACTORED, LANES, norm_lane
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_kernels import dora_linear, norm_cache, torch_backend
+from dora_kernels import dora_linear, norm_cache
 from dora_kernels.functional import run_layer
 from dora_kernels.norm_cache import NormCache, invalidate, set_norm_reuse
 
 IN, OUT, RANK = 24, 20, 3
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*(lane for lane in LANES if lane.id != "triton"), pytest.param(None, id="torch-factored")],
-)
+@pytest.fixture(scope="module", params=[*(lane for lane in LANES if lane.id != "triton"), FACTORED])
 def lane(request):
     """Without the interpreter: which backend computes a norm is nothing to the cache. But |W|² is its own to keep."""
-    if request.param is not None:
-        yield usable(request.param)
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "_FACTORED_ELEMENTS", 0)
-        yield Lane("torch", "cpu")
+    with norm_lane(request.param) as lane:
+        yield lane
 
 
 class Layer(nn.Module):

@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft_models import (
+    FIRST,
+    SECOND,
     Toy,
     anatomy,
     base_model,
@@ -30,8 +32,6 @@ from peft_models import (
 
 import dora_kernels
 from dora_kernels.peft_layers import DoraLinear
-
-FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 
 
 @pytest.fixture

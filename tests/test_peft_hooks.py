@@ -10,6 +10,8 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft_models import (
+    FIRST,
+    SECOND,
     agree,
     counted,
     one_thread,  # noqa: F401
@@ -18,7 +20,6 @@ from peft_models import (
     toy_twins,
 )
 
-FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 with_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 
 

@@ -18,6 +18,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from accelerate.state import AcceleratorState, PartialState
 from helpers import same_bits
 from peft_models import (
+    FIRST,
+    SECOND,
     agree,
     batch,
     check_parity,
@@ -35,7 +37,6 @@ from peft_models import (
 import dora_kernels
 from dora_kernels.peft_layers import DoraLinear
 
-FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 with_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 
 

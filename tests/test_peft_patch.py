@@ -20,6 +20,8 @@ import peft
 from helpers import same_bits
 from peft import LoraConfig, get_peft_model
 from peft_models import (
+    FIRST,
+    SECOND,
     Toy,
     anatomy,
     batch,
@@ -34,8 +36,6 @@ from peft_models import (
 )
 
 import dora_kernels
-
-FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 
 
 def test_the_handle():
