@@ -165,21 +165,21 @@ def merge_dora(
     *,
     scaling: float = 1.0,
     magnitude_axis: str = "out",
+    backend: str = "auto",
 ) -> Tensor:
     """The merged weight ``g * (weight + scaling * lora_B @ lora_A)``, ``[out_features, in_features]``.
 
-    Computed in float32 (float64 for float64 input) in blocks and rounded once to weight's dtype; ``magnitude=None``
-    merges plain LoRA. Not differentiable. Keep the original weight to undo it: dividing back is not exact.
+    Computed in float32 (float64 for float64 input) tile by tile and rounded once to weight's dtype;
+    ``magnitude=None`` merges plain LoRA. Not differentiable. Keep the original weight to undo it: dividing back is not
+    exact.
 
     Raises:
-        TypeError, ValueError: as `dora_linear`.
+        TypeError, ValueError, UnsupportedError: as `dora_linear`.
     """
-    validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, "auto")
+    validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
+    chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
     with torch.no_grad():
-        g = None
-        if magnitude is not None:
-            norm = dora_weight_norm(weight, lora_A, lora_B, scaling=scaling, magnitude_axis=magnitude_axis)
-            g = reference.magnitude_scale(magnitude, norm)
-        rows, columns = (g, None) if magnitude_axis == "out" else (None, g)
-        return torch_backend.merge(weight, lora_A, lora_B, float(scaling), rows, columns)
+        if chosen == "reference":
+            return reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
+        return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen)

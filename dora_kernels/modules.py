@@ -122,7 +122,8 @@ class LoRALinear(nn.Module):
         return self._unmerged is not None
 
     def _merged_weight(self) -> Tensor:
-        return merge_dora(self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, None, scaling=self.scaling)
+        weight, lora_A, lora_B = self.base_layer.weight, self.lora_A.weight, self.lora_B.weight
+        return merge_dora(weight, lora_A, lora_B, None, scaling=self.scaling, backend=self.backend)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -248,7 +249,7 @@ class DoRALinear(LoRALinear):
     def _merged_weight(self) -> Tensor:
         return merge_dora(
             self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, self.magnitude,
-            scaling=self.scaling, magnitude_axis=self.magnitude_axis,
+            scaling=self.scaling, magnitude_axis=self.magnitude_axis, backend=self.backend,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

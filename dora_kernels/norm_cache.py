@@ -4,13 +4,14 @@ Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and
 them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
 those it was computed for, and either
 
-* *comparison* (CPU, W frozen): lora_A, lora_B and a sample of W equal, bit for bit, the copies taken then; or
+* *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W equal, bit for bit, the copies
+  taken then; or
 * *proof* (elsewhere): the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has
   been produced since, or all that train are known to belong to a live optimizer whose steps are seen.
 
-Everything else is a recomputation, for large weights on the CPU from a |W|² per row that is kept by the same comparison
-of W.
-A norm handed out is never written again, so a backward's saved norm is a snapshot.
+Where neither knows, the triton backend asks the device (`kernels.KeptNorm`), which compares fingerprints and computes
+the norm only if they differ. Everything else is a recomputation, in the factored form from a |W|² per row that is kept
+by the same means. A norm handed out is never written again, so a backward's saved norm is a snapshot.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dora_kernels import ops, torch_backend
+from dora_kernels import linear, ops, torch_backend
 from dora_kernels.reference import accumulation_dtype
 
 # Whoever writes more than 1/256 of W in one piece is seen. An element of each row of a 1536x576 weight instead, each
@@ -170,8 +171,11 @@ class NormCache:
     def __init__(self) -> None:
         self._entries: dict[torch.device, NormEntry] = {}
         self._weight_square: tuple[Tensor, tuple[Any, ...], Tensor, Tensor] | None = None
+        self._on_device: dict[tuple[torch.device, int], tuple[tuple[Any, ...], Any]] = {}
         self.computed = 0
         self.reused = 0
+        self.asked = 0
+        """Calls in which the device decides; only it knows which way."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
         return NormCache()
@@ -182,6 +186,7 @@ class NormCache:
     def invalidate(self) -> None:
         self._entries = {}
         self._weight_square = None
+        self._on_device = {}
 
     def divisor(
         self,
@@ -207,22 +212,38 @@ class NormCache:
         if previous is not None and previous.is_of(tensors, key) and previous.is_fresh(*tensors, training):
             self.reused += 1
             return previous.divisor, previous
-        self.computed += 1
         _watch_optimizers()
         entry = NormEntry(tensors, key)
+        # A step is the end of what was kept: there is nothing to ask.
+        stepped = training and (previous is None or previous.steps != _steps)
         with torch.inference_mode(False), torch.no_grad():
-            square = None
-            if device.type == "cpu":
-                sample = _sample(weight).clone()
-                entry.copies = (lora_A.clone(), lora_B.clone(), sample)
-                if backend == "torch" and torch_backend.is_factored(weight) and not weight.requires_grad:
-                    square = self._row_square(weight, sample, magnitude_axis, accumulation_dtype(*tensors))
-            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
+            if backend == "triton" and not stepped and linear.primitives(backend).is_worth_keeping(weight):
+                self.asked += 1
+                entry.divisor = safe_divisor(self._ask_device(weight, lora_A, lora_B, scaling, magnitude_axis))
+            else:
+                self.computed += 1
+                square = None
+                sample = _sample(weight)
+                if backend == "torch" and device.type == "cpu":
+                    sample = sample.clone()
+                    entry.copies = (lora_A.clone(), lora_B.clone(), sample)
+                if not weight.requires_grad:
+                    square = self._row_square(*tensors, magnitude_axis, backend, sample)
+                entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
         self._entries = {**self._entries, device: entry}
         return entry.divisor, entry
 
-    def _row_square(self, weight: Tensor, sample: Tensor, magnitude_axis: str, dtype: torch.dtype) -> Tensor:
-        """|W|² per row or column, kept while W is the same and its sample equal, bit for bit."""
+    def _row_square(
+        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str, backend: str, sample: Tensor
+    ) -> Tensor | None:
+        """|W|² per row or column where the norm is factored, kept while W is the same and its sample equal."""
+        if not linear.primitives(backend).is_factored(*ops.axis_first(weight, lora_A, lora_B, magnitude_axis)):
+            return None
+        if backend == "triton":
+            return self._ask_device(weight, lora_A[:0], lora_B[:, :0], 0.0, magnitude_axis).square_()
+        if weight.device.type != "cpu":
+            return None
+        dtype = accumulation_dtype(weight, lora_A, lora_B)
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), magnitude_axis, dtype)
         kept = self._weight_square
         if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], sample):
@@ -230,6 +251,23 @@ class NormCache:
             square = torch_backend.row_square(rows, dtype)
             kept = self._weight_square = (_owner(weight), key, sample, square)
         return kept[3]
+
+    def _ask_device(
+        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str
+    ) -> Tensor:
+        """The norm, computed again if the device finds A, B or W's sample changed since this was last asked."""
+        rows = ops.axis_first(weight, lora_A, lora_B, magnitude_axis)
+        device, rank = weight.device, lora_A.shape[0]
+        key = (
+            weight.shape, weight.stride(), weight.dtype, lora_A.dtype, lora_B.dtype,
+            scaling, magnitude_axis, _stream(device),
+        )  # fmt: skip
+        known = self._on_device.get((device, rank))
+        if known is None or known[0] != key:
+            known = key, linear.primitives("triton").KeptNorm(rows[0].shape[0], device)
+            self._on_device = {**self._on_device, (device, rank): known}
+        norm: Tensor = known[1].norm(rows[0], _sample(weight), *rows[1:], scaling)
+        return norm
 
 
 def compute_divisor(

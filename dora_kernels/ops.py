@@ -1,8 +1,9 @@
-"""The three operations as `torch.library` ops, for tracing; outside tracing the implementations are called directly.
+"""The four operations as `torch.library` ops, for tracing; outside tracing the implementations are called directly.
 
 | op | result |
 |---|---|
 | `dora_kernels::weight_norm` | norm of every row or column of ``W + s B A`` |
+| `dora_kernels::merge` | ``g * (W + s B A)`` |
 | `dora_kernels::linear_forward` | output, low-rank activation and what `compose` keeps |
 | `dora_kernels::linear_backward` | every gradient that is needed |
 
@@ -22,7 +23,7 @@ from dora_kernels.linear import Grads, Needs
 from dora_kernels.reference import accumulation_dtype, no_autocast
 
 
-def _axis_first(
+def axis_first(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The problem whose *row* norms are wanted."""
@@ -38,14 +39,12 @@ def weight_norm(
     backend: str,
     weight_square: Tensor | None = None,
 ) -> Tensor:
-    """Norms in float32 (float64 for float64 input), no gradient. `weight_square` is `torch_backend.weight_norm`'s."""
+    """Norms in float32 (float64 for float64 input), no gradient. `weight_square`: ``|W|²`` where somebody keeps it."""
     if torch.compiler.is_compiling():
         return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
-    rows = _axis_first(weight, lora_A, lora_B, magnitude_axis)
+    rows = axis_first(weight, lora_A, lora_B, magnitude_axis)
     with no_autocast(weight.device):
-        # Only the torch backend has a use for it, and only its callers keep it.
-        kept = () if weight_square is None else (weight_square,)
-        return linear.primitives(backend).weight_norm(*rows, scaling, *kept)
+        return linear.primitives(backend).weight_norm(*rows, scaling, weight_square)
 
 
 @torch.library.custom_op("dora_kernels::weight_norm", mutates_args=())
@@ -59,6 +58,50 @@ def weight_norm_op(
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str) -> Tensor:
     length = weight.shape[0 if magnitude_axis == "out" else 1]
     return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+) -> Tensor:
+    """``g * (W + s B A)`` in weight's dtype, no gradient."""
+    if torch.compiler.is_compiling():
+        return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend)
+    rows = axis_first(weight, lora_A, lora_B, magnitude_axis)
+    with no_autocast(weight.device):
+        merged: Tensor = linear.primitives(backend).merge(*rows, magnitude, scaling)
+    return merged if magnitude_axis == "out" else merged.t()
+
+
+@torch.library.custom_op("dora_kernels::merge", mutates_args=())
+def merge_op(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+) -> Tensor:
+    return merge(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend)
+
+
+@merge_op.register_fake
+def _(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(weight)
 
 
 def linear_forward(

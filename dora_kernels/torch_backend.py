@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.reference import accumulation_dtype, full_precision, no_autocast
+from dora_kernels.reference import accumulation_dtype, full_precision, magnitude_scale
 
 # What `compose` keeps holds the low-rank product too, so that `scale_reduce`'s dot is all of the magnitude's gradient.
 KEEPS_SUM = True
@@ -47,14 +47,14 @@ def weight_norm(
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     with full_precision(weight.device):
-        if not is_factored(weight):
+        if not is_factored(weight, lora_A, lora_B):
             return _direct_norm(weight, a, b, scaling)
         if weight_square is None:
             weight_square = row_square(weight, dtype)
         return _factored_norm(weight, a, b, scaling, weight_square)
 
 
-def is_factored(weight: Tensor) -> bool:
+def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether `weight_norm` takes the factored form, and so has a use for `row_square`."""
     return weight.device.type == "cpu" and weight.numel() >= _FACTORED_ELEMENTS
 
@@ -113,8 +113,10 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
         return weight @ other
     if _row_major(weight):
         out = other.new_empty(weight.shape[0], other.shape[1])
+        other = other.contiguous()
+        buffer = other.new_empty(min(_block_rows(weight.shape[1]), weight.shape[0]), weight.shape[1])
         for rows, target in _blocks(weight, out):
-            torch.mm(rows.to(other.dtype), other, out=target)
+            torch.mm(buffer[: rows.shape[0]].copy_(rows), other, out=target)
         return out
     out = other.new_zeros(weight.shape[0], other.shape[1])
     for columns, rows in _blocks(weight.t(), other):
@@ -122,27 +124,32 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-def merge(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    row_scale: Tensor | None,
-    column_scale: Tensor | None,
-) -> Tensor:
-    """``g * (W + s B A)`` with g per row or per column, computed in float32 and rounded once to weight's dtype."""
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+    """``g * (W + s B A)`` with ``g = magnitude / norm`` per row, 0 where the norm is 0; without a magnitude g is 1.
+
+    Computed in float32 (float64 for float64 input) and rounded once to weight's dtype. Along "in" the problem is the
+    transposed one.
+    """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
+    g = None
+    if magnitude is not None:
+        g = magnitude_scale(magnitude, weight_norm(weight, lora_A, lora_B, scaling)).unsqueeze(1)
     merged = torch.empty_like(weight)
-    with no_autocast(weight.device), full_precision(weight.device):
-        for target, rows, left, scale in _blocks(merged, weight, b, row_scale):
-            direction = torch.addmm(rows.to(dtype), left, a, alpha=scaling)
-            if scale is not None:
-                direction *= scale.unsqueeze(1)
-            if column_scale is not None:
-                direction *= column_scale
-            target.copy_(direction)
+    with full_precision(weight.device):
+        if _row_major(weight):
+            for target, rows, left, scale in _blocks(merged, weight, b, g):
+                _merge_block(target, rows, left, a, scale, scaling)
+        else:
+            scale = None if g is None else g.t()
+            for target, columns, left in _blocks(merged.t(), weight.t(), a.t()):
+                _merge_block(target, columns, left, b.t(), scale, scaling)
     return merged
+
+
+def _merge_block(target: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: Tensor | None, scaling: float) -> None:
+    direction = torch.addmm(w.to(left.dtype), left, right, alpha=scaling)
+    target.copy_(direction if scale is None else direction.mul_(scale))
 
 
 def compose(

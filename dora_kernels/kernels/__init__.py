@@ -2,7 +2,9 @@
 
 | primitive | file | reads and writes |
 |---|---|---|
-| `weight_norm` | norm.py | W once |
+| `weight_norm` | norm.py; at high rank factored.py | W once |
+| `KeptNorm` | kept.py | A and B once; W once where they changed |
+| `merge` | merge.py | W once, the merged weight once |
 | `compose` | compose.py | base result once, output once |
 | `scale_reduce` | scale_reduce.py | gradient and its partner once, scaled gradient once |
 
@@ -10,11 +12,25 @@ This folder alone imports triton; it is imported on first use of the backend.
 """
 
 from dora_kernels.kernels.compose import compose
+from dora_kernels.kernels.config import is_factored, is_worth_keeping
+from dora_kernels.kernels.kept import KeptNorm
 from dora_kernels.kernels.launch import INTERPRETED, probe
+from dora_kernels.kernels.merge import merge
 from dora_kernels.kernels.norm import weight_norm
 from dora_kernels.kernels.scale_reduce import scale_reduce
 
 # `compose` keeps the base product itself: writing the sum back would be another pass.
 KEEPS_SUM = False
 
-__all__ = ["INTERPRETED", "KEEPS_SUM", "compose", "probe", "scale_reduce", "weight_norm"]
+__all__ = [
+    "INTERPRETED",
+    "KEEPS_SUM",
+    "KeptNorm",
+    "compose",
+    "is_factored",
+    "is_worth_keeping",
+    "merge",
+    "probe",
+    "scale_reduce",
+    "weight_norm",
+]

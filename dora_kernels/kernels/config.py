@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 # Programs that fill a large GPU a few times over (132 multiprocessors on an H100, 304 compute units on an MI300X).
 _FULL_GRID = 1024
 
@@ -36,6 +39,37 @@ class ScaleReduceConfig(NamedTuple):
     num_stages: int
 
 
+class FactoredConfig(NamedTuple):
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+class VectorConfig(NamedTuple):
+    """Of kernels that walk along a vector."""
+
+    BLOCK: int
+    num_warps: int
+    num_stages: int
+
+
+# The fingerprints are one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. By count; not timed.
+_KEPT_BYTES = 1 << 23
+
+# A row's square has lost digits where it is below this fraction of the squared terms it is summed from; a quarter costs
+# at most two bits.
+CANCELLATION = 0.25
+# The most programs that share a tensor's fingerprint.
+_FINGERPRINTS = 256
+
+# The largest rank for which the direct norm is taken. By count, for an 8192x8192 bfloat16 weight: at rank 384 the
+# direct form moves 805 MB between L2 and the multiprocessors with the largest tiles that do not spill, the factored
+# form's matrix product about as much, but that is the vendor's, and U is 25 MB more; at rank 128 the direct form has
+# 268 MB to move, and W itself is 134 MB. Not timed.
+_DIRECT_RANK = 128
+
+
 def products(operands_wide: bool, result_wide: bool) -> int:
     """How many bfloat16 products make up one tile product (`dora_kernels.kernels.dot`)."""
     if not operands_wide:
@@ -43,13 +77,54 @@ def products(operands_wide: bool, result_wide: bool) -> int:
     return 6 if result_wide else 3
 
 
+def norm_products(weight: Tensor, lora_A: Tensor, lora_B: Tensor, exact: bool = False) -> int:
+    """`products` for a tile of ``B A``; `exact`: as if W were float32."""
+    wide = lora_A.dtype == torch.float32 or lora_A.dtype != lora_B.dtype
+    return products(wide, exact or weight.dtype == torch.float32)
+
+
+def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the norm is taken in the factored form: at high rank, of 16-bit operands or pieces that a BLAS takes."""
+    if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype == torch.float32 or lora_A.dtype != lora_B.dtype:
+        return False
+    # float16 has not the exponents for two pieces. torch 2.8 brought products with a wider result.
+    taken = lora_A.dtype == weight.dtype or (weight.dtype, lora_A.dtype) == (torch.bfloat16, torch.float32)
+    return taken and (weight.device.type != "cuda" or "dtype" in torch.ops.aten.mm.overloads())
+
+
+def is_worth_keeping(weight: Tensor) -> bool:
+    """Whether to ask on the device if the norm of such a weight has changed is cheaper than to compute it."""
+    return weight.numel() * weight.element_size() >= _KEPT_BYTES
+
+
 def norm_config(rank: int, products: int) -> NormConfig:
     """Up to rank 64 B's rows are held across the loop over K; above, both factors go through in chunks."""
-    block_r = _rank_block(rank, 64)
     if products > 1:
         # 32 rows spill a few registers on sm_90 and sm_100, 64 with 1 stage or a larger BLOCK_R on sm_120.
         return NormConfig(64, 64, 16, 8, 2)
+    if rank > 64:
+        # The factors are read once per tile from L2: large tiles. 128x256 spills; BLOCK_R 64 with 2 stages on sm_120.
+        return NormConfig(128, 128, 32, 8, 4)
+    block_r = _rank_block(rank, 64)
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
+
+
+def factored_config() -> FactoredConfig:
+    # BLOCK_R 64 spills with float32 adapters on sm_100, 32 rows with 4 warps on sm_120.
+    return FactoredConfig(64, 32, 8, 1)
+
+
+def combine_config() -> VectorConfig:
+    return VectorConfig(256, 4, 1)
+
+
+def fingerprint_config() -> VectorConfig:
+    return VectorConfig(2048, 8, 1)
+
+
+def fingerprints(elements: int) -> int:
+    """How many programs share a tensor's fingerprint."""
+    return min(-(-elements // fingerprint_config().BLOCK), _FINGERPRINTS)
 
 
 def compose_config(tokens: int, rank: int, products: int) -> ComposeConfig:

@@ -5,9 +5,10 @@ Shapes: W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; n ``[N]`` float32
 
 A program forms tiles of ``W + s B A`` for BLOCK_N rows in registers, the product on the matrix units, squares them and
 sums in float32: nothing cancels, and nothing of W's size is written. K is split among programs where N alone gives too
-few; each writes the norm of its part, and a second pass takes the norm of those: no atomics, the same bits every run.
+few; each writes the norm of its part, and a second kernel takes the norm of those: no atomics, the same bits every run.
 
-Bytes: N·K of W, plus B once per split and A once per block of rows (from the L2 cache), plus 4·N·splits.
+Bytes: N·K of W, plus A once per block of rows and B once per split, or once per tile where the rank exceeds BLOCK_R
+(both from the L2 cache), plus 8·N·splits. Above a rank the factored form is taken instead (factored.py).
 """
 
 from __future__ import annotations
@@ -17,33 +18,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import norm_config, products, splits
-from dora_kernels.kernels.dot import dot
+from dora_kernels.kernels.config import CANCELLATION, combine_config, is_factored, norm_config, norm_products, splits
+from dora_kernels.kernels.dot import cast, dot
+from dora_kernels.kernels.factored import factored_norm
 from dora_kernels.kernels.launch import INTERPRETED, on_device
 
 
 @triton.jit
-def weight_norm_kernel(
-    w_ptr, a_ptr, b_ptr, norm_ptr,
-    N, K, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    scaling, span,
-    HOLD_B: tl.constexpr, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+def sweep(
+    w_ptr, a_ptr, b_ptr, merged_ptr,
+    offs_n, mask_n, row_scale,
+    start, stop, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_mn, stride_mk,
+    scaling,
+    PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
 ):  # fmt: skip
-    """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows. HOLD_B: the rank fits in BLOCK_R."""
-    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_n = offs_n < N
-    split = tl.program_id(1)
-    b_rows = b_ptr + offs_n[:, None] * stride_bn
+    """``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows: each row's ``Σ_k V²``, ``Σ_k W²``.
+
+    Where `merged_ptr` is given, ``row_scale * V`` is written there. HOLD_B: the rank fits in BLOCK_R, and B's rows are
+    held across the loop.
+    """
     # 16-bit factors of one dtype are multiplied as they are, everything else as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty
+    offs_r = tl.arange(0, BLOCK_R)
+    b_rows = b_ptr + offs_n[:, None] * stride_bn
     if HOLD_B:
         b = tl.load(b_rows + offs_r[None, :] * stride_br, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0)
         b = b.to(wide)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for k in range(split * span, tl.minimum((split + 1) * span, K), BLOCK_K):
+    total_w = tl.zeros((BLOCK_N,), tl.float32)
+    for k in range(start, stop, BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < K
         mask_w = mask_n[:, None] & mask_k[None, :]
@@ -64,28 +69,163 @@ def weight_norm_kernel(
                 )
                 b = tl.load(b_rows + offs[None, :] * stride_br, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
                 acc = dot(b.to(wide), a.to(wide), acc, PRODUCTS, INTERPRETED)
-        v = w.to(tl.float32) + scaling * acc
+        w = w.to(tl.float32)
+        v = w + scaling * acc
         total += tl.sum(v * v, 1)
-    tl.store(norm_ptr + split.to(tl.int64) * N + offs_n, tl.sqrt(total), mask=mask_n)
+        total_w += tl.sum(w * w, 1)
+        if merged_ptr is not None:
+            merged = cast(row_scale[:, None] * v, merged_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(merged_ptr + offs_n[:, None] * stride_mn + offs_k[None, :] * stride_mk, merged, mask=mask_w)
+    return total, total_w
 
 
-def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Row norms of ``W + s B A``, float32 ``[N]``."""
-    (N, K), R = weight.shape, lora_A.shape[0]
-    wide = lora_A.dtype == torch.float32 or lora_A.dtype != lora_B.dtype
-    count = products(wide, weight.dtype == torch.float32)
-    config = norm_config(R, count)
+@triton.jit(do_not_specialize=["call"])
+def weight_norm_kernel(
+    w_ptr, a_ptr, b_ptr, norm_ptr, changed_ptr,
+    N, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    scaling, span, call,
+    REPAIR: tl.constexpr, CANCELLATION: tl.constexpr, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
+):  # fmt: skip
+    """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows.
+
+    A program has nothing to do, and does nothing, where `changed_ptr` is given and does not hold this call's number
+    (kept.py), or with REPAIR where none of its norms is negative (factored.py).
+    """
+    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    split = tl.program_id(1)
+    norm_ptrs = norm_ptr + split.to(tl.int64) * N + offs_n
+    start = split * span
+    stop = tl.minimum(start + span, K)
+    if changed_ptr is not None:
+        N = tl.where(tl.load(changed_ptr) == call, N, 0)
+    mask_n = offs_n < N
+    if REPAIR:
+        mask_n &= tl.load(norm_ptrs, mask=mask_n, other=0.0) < 0.0
+    if REPAIR or changed_ptr is not None:
+        stop = tl.where(tl.max(mask_n.to(tl.int32), 0) > 0, stop, start)
+    total, total_w = sweep(
+        w_ptr, a_ptr, b_ptr, None,
+        offs_n, mask_n, None,
+        start, stop, K, R,
+        stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, 0, 0,
+        scaling,
+        PRODUCTS, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
+    )  # fmt: skip
+    if PRODUCTS == 3:
+        # Where the product cancels most of W, its error counts: once more, in all pieces.
+        lost = mask_n & (total < CANCELLATION * total_w)
+        stop = tl.where(tl.max(lost.to(tl.int32), 0) > 0, stop, start)
+        exact, _ = sweep(
+            w_ptr, a_ptr, b_ptr, None,
+            offs_n, lost, None,
+            start, stop, K, R,
+            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, 0, 0,
+            scaling,
+            6, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
+        )  # fmt: skip
+        total = tl.where(lost, exact, total)
+    tl.store(norm_ptrs, tl.sqrt(total), mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["call"])
+def combine_kernel(
+    parts_ptr, kept_ptr, norm_ptr, changed_ptr,
+    N, parts, call,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The norm of `parts` rows of partial norms. What is kept is the answer unless this call changed it (kept.py)."""
+    offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    mask = offs < N
+    wanted = mask
+    if kept_ptr is not None:
+        wanted = offs < tl.where(tl.load(changed_ptr) == call, N, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, parts):
+        value = tl.load(parts_ptr + offs, mask=wanted, other=0.0)
+        total += value * value
+        parts_ptr += N
+    norm = tl.sqrt(total)
+    if kept_ptr is not None:
+        tl.store(kept_ptr + offs, norm, mask=wanted)
+        norm = tl.where(wanted, norm, tl.load(kept_ptr + offs, mask=mask, other=0.0))
+    tl.store(norm_ptr + offs, norm, mask=mask)
+
+
+def weight_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
+) -> Tensor:
+    """Row norms of ``W + s B A``, float32 ``[N]``. `weight_square`: ``|W|²`` per row, which the factored form needs."""
+    if not is_factored(weight, lora_A, lora_B):
+        return direct_norm(weight, lora_A, lora_B, scaling)
+    if weight_square is None:
+        weight_square = row_square(weight)
+    norm = factored_norm(weight, lora_A, lora_B, scaling, weight_square)
+    repair_norm(norm, weight, lora_A, lora_B, scaling)
+    return norm
+
+
+def direct_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    kept: tuple[Tensor, Tensor, int] | None = None,
+) -> Tensor:
+    """The norm in one read of W. `kept`: a norm, where the number of the call that changed it lies, and this call's."""
+    N, K = weight.shape
+    config = norm_config(lora_A.shape[0], norm_products(weight, lora_A, lora_B))
     steps = triton.cdiv(K, config.BLOCK_K)
-    blocks = triton.cdiv(N, config.BLOCK_N)
-    span = triton.cdiv(steps, splits(blocks, steps)) * config.BLOCK_K
-    parts = triton.cdiv(K, span)
-    norm = torch.empty(parts, N, dtype=torch.float32, device=weight.device)
+    span = triton.cdiv(steps, splits(triton.cdiv(N, config.BLOCK_N), steps)) * config.BLOCK_K
+    count = triton.cdiv(K, span)
+    parts = torch.empty(count, N, dtype=torch.float32, device=weight.device)
+    previous, changed, call = kept or (None, None, 0)
+    _launch(weight, lora_A, lora_B, parts, scaling, span, False, changed, call)
+    if count == 1 and kept is None:
+        return parts[0]
+    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    vector = combine_config()
     with on_device(weight):
-        weight_norm_kernel[(blocks, parts)](
-            weight, lora_A, lora_B, norm,
+        combine_kernel[(triton.cdiv(N, vector.BLOCK),)](
+            parts, previous, norm, changed, N, count, call, **vector._asdict()
+        )
+    return norm
+
+
+def repair_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Compute the negative ones among the norms, in place, without the host knowing which."""
+    _launch(weight, lora_A, lora_B, norm, scaling, weight.shape[1], True, None, 0)
+
+
+def row_square(weight: Tensor) -> Tensor:
+    """Squared norm of every row, float32 ``[N]``."""
+    nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return direct_norm(weight, nothing.view(0, weight.shape[1]), nothing.view(weight.shape[0], 0), 0.0).square_()
+
+
+def _launch(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    norm: Tensor,
+    scaling: float,
+    span: int,
+    repair: bool,
+    changed: Tensor | None,
+    call: int,
+) -> None:
+    N, K = weight.shape
+    R = lora_A.shape[0]
+    count = norm_products(weight, lora_A, lora_B, exact=repair)
+    config = norm_config(R, count)
+    with on_device(weight):
+        weight_norm_kernel[(triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, span))](
+            weight, lora_A, lora_B, norm, changed,
             N, K, R,
             *weight.stride(), *lora_A.stride(), *lora_B.stride(),
-            scaling, span,
-            HOLD_B=R <= config.BLOCK_R, PRODUCTS=count, INTERPRETED=INTERPRETED, **config._asdict(),
+            scaling, span, call,
+            REPAIR=repair, CANCELLATION=CANCELLATION, PRODUCTS=count, INTERPRETED=INTERPRETED,
+            HOLD_B=R <= config.BLOCK_R, **config._asdict(),
         )  # fmt: skip
-    return norm[0] if parts == 1 else torch.linalg.vector_norm(norm, dim=0)
+

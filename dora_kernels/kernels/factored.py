@@ -1,0 +1,98 @@
+"""Weight norm at high rank, from matrices of rank r: ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)``, U = W Aᵀ, G = A Aᵀ.
+
+Shapes: U ``[N, pieces * R]`` and G ``[pieces * R, pieces * R]`` float32 from the vendor's BLAS, whose operands are A, or
+for float32 adapters of a bfloat16 weight the two bfloat16 pieces of A; B ``[N, R]``; ``|w|²`` and n ``[N]`` float32.
+
+The kernel multiplies B G chunk by chunk and sums. Where what is left is a small part of what was summed, digits are
+lost: such a row's norm comes out as -1, and `norm.repair_norm` computes it directly.
+
+Bytes: U once, B twice for every chunk of the rank, G once per block of rows (from the L2 cache).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dora_kernels.kernels.config import CANCELLATION, factored_config
+from dora_kernels.kernels.dot import dot
+from dora_kernels.kernels.launch import INTERPRETED, on_device
+
+@triton.jit
+def factored_norm_kernel(
+    u_ptr, gram_ptr, b_ptr, square_ptr, norm_ptr,
+    N, R,
+    stride_un, stride_gr, stride_bn, stride_br,
+    scaling,
+    PIECES: tl.constexpr, CANCELLATION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Norms of BLOCK_N rows, -1 where the square is below CANCELLATION times what it is summed from, or NaN."""
+    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs = tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N
+    b_rows = b_ptr + offs_n[:, None] * stride_bn
+    cross = tl.zeros((BLOCK_N,), tl.float32)
+    low = tl.zeros((BLOCK_N,), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        offs_r = r + offs
+        mask_r = offs_r < R
+        mask = mask_n[:, None] & mask_r[None, :]
+        u = tl.load(u_ptr + offs_n[:, None] * stride_un + offs_r[None, :], mask=mask, other=0.0)
+        if PIECES == 2:
+            u += tl.load(u_ptr + offs_n[:, None] * stride_un + (R + offs_r)[None, :], mask=mask, other=0.0)
+        acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for q in range(0, R, BLOCK_R):
+            offs_q = q + offs
+            mask_q = offs_q < R
+            mask_g = mask_q[:, None] & mask_r[None, :]
+            left = tl.load(
+                b_rows + offs_q[None, :] * stride_br, mask=mask_n[:, None] & mask_q[None, :], other=0.0
+            ).to(tl.float32)
+            gram = tl.load(gram_ptr + offs_q[:, None] * stride_gr + offs_r[None, :], mask=mask_g, other=0.0)
+            acc = dot(left, gram, acc, 3, INTERPRETED)
+        b = tl.load(b_rows + offs_r[None, :] * stride_br, mask=mask, other=0.0).to(tl.float32)
+        diagonal = tl.load(gram_ptr + offs_r * (stride_gr + 1), mask=mask_r, other=0.0)
+        cross += tl.sum(b * (u + 0.5 * scaling * acc), 1)
+        low += tl.sum(b * b * diagonal[None, :], 1)
+    weight_square = tl.load(square_ptr + offs_n, mask=mask_n, other=0.0)
+    square = weight_square + 2.0 * scaling * cross
+    kept = square >= CANCELLATION * (weight_square + scaling * scaling * low)
+    tl.store(norm_ptr + offs_n, tl.where(kept, tl.sqrt(tl.maximum(square, 0.0)), -1.0), mask=mask_n)
+
+
+def factored_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
+    """Row norms of ``W + s B A``, float32 ``[N]``, -1 where they have to be computed directly."""
+    N, R = lora_B.shape
+    pieces = 1 if lora_A.dtype == weight.dtype else 2
+    operand = lora_A if pieces == 1 else _in_two_pieces(lora_A, weight.dtype)
+    u = _product(weight, operand.t())
+    gram = _product(operand, operand.t())
+    if pieces == 2:
+        gram = gram.view(2, R, 2, R).sum((0, 2))
+    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    config = factored_config()
+    with on_device(weight):
+        factored_norm_kernel[(triton.cdiv(N, config.BLOCK_N),)](
+            u, gram, lora_B, weight_square, norm,
+            N, R,
+            u.stride(0), gram.stride(0), *lora_B.stride(),
+            scaling,
+            PIECES=pieces, CANCELLATION=CANCELLATION, INTERPRETED=INTERPRETED, **config._asdict(),
+        )  # fmt: skip
+    return norm
+
+
+def _in_two_pieces(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[2R, K]``: A rounded, and the rest rounded, which together have A to about 2**-17."""
+    high = lora_A.to(dtype)
+    return torch.cat([high, (lora_A - high.to(lora_A.dtype)).to(dtype)])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of 16-bit operands, with the accumulator's float32 unrounded."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

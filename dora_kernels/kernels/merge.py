@@ -1,0 +1,74 @@
+"""Merge: ``g (W + s B A)`` with ``g = m / |W + s B A|`` per row, or without g, in W's dtype: one kernel.
+
+Shapes: W and the merged weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; m ``[N]``. Along "in" the problem is
+the transposed one, ``(W.T, B.T, A.T)``.
+
+A program sweeps over its rows twice (`norm.sweep`): for their norm, and to write them. Where there is no magnitude the
+second is all. Computed in float32, rounded once.
+
+Bytes: W read and written once in memory, and once more read, from the cache where a program's rows fit there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dora_kernels.kernels.config import norm_config, norm_products
+from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.norm import sweep
+
+
+@triton.jit
+def merge_kernel(
+    w_ptr, a_ptr, b_ptr, m_ptr, merged_ptr,
+    N, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_mn, stride_mk,
+    scaling,
+    PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of the merged weight; a row of zeros stays one."""
+    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_n = offs_n < N
+    g = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if m_ptr is not None:
+        square, _ = sweep(
+            w_ptr, a_ptr, b_ptr, None,
+            offs_n, mask_n, None,
+            0, K, K, R,
+            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, 0, 0,
+            scaling,
+            PRODUCTS, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
+        )  # fmt: skip
+        m = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        zero = square == 0.0
+        g = tl.where(zero, 0.0, m / tl.sqrt(tl.where(zero, 1.0, square)))
+    sweep(
+        w_ptr, a_ptr, b_ptr, merged_ptr,
+        offs_n, mask_n, g,
+        0, K, K, R,
+        stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_mn, stride_mk,
+        scaling,
+        PRODUCTS, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
+    )  # fmt: skip
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+    """`torch_backend.merge`."""
+    N, K = weight.shape
+    R = lora_A.shape[0]
+    merged = torch.empty_like(weight)
+    count = norm_products(weight, lora_A, lora_B, exact=True)
+    config = norm_config(R, count)
+    with on_device(weight):
+        merge_kernel[(triton.cdiv(N, config.BLOCK_N),)](
+            weight, lora_A, lora_B, None if magnitude is None else magnitude.contiguous(), merged,
+            N, K, R,
+            *weight.stride(), *lora_A.stride(), *lora_B.stride(), *merged.stride(),
+            scaling,
+            PRODUCTS=count, INTERPRETED=INTERPRETED, HOLD_B=R <= config.BLOCK_R, **config._asdict(),
+        )  # fmt: skip
+    return merged
