@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dora_kernels import autograd, ops, reference, torch_backend, validation
+from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor
 from dora_kernels.reference import autocast_enabled

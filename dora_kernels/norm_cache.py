@@ -171,7 +171,7 @@ class NormCache:
     def __init__(self) -> None:
         self._entries: dict[torch.device, NormEntry] = {}
         self._weight_square: tuple[Tensor, tuple[Any, ...], Tensor, Tensor] | None = None
-        self._on_device: dict[tuple[torch.device, int], tuple[tuple[Any, ...], Any]] = {}
+        self._on_device: dict[tuple[torch.device, int], tuple[Tensor, tuple[Any, ...], Any]] = {}
         self.computed = 0
         self.reused = 0
         self.asked = 0
@@ -258,15 +258,16 @@ class NormCache:
         """The norm, computed again if the device finds A, B or W's sample changed since this was last asked."""
         rows = ops.axis_first(weight, lora_A, lora_B, magnitude_axis)
         device, rank = weight.device, lora_A.shape[0]
+        # Of A and B the device sees every bit, of W only the sample.
         key = (
-            weight.shape, weight.stride(), weight.dtype, lora_A.dtype, lora_B.dtype,
-            scaling, magnitude_axis, _stream(device),
+            weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype,
+            lora_A.dtype, lora_B.dtype, scaling, magnitude_axis, _stream(device),
         )  # fmt: skip
         known = self._on_device.get((device, rank))
-        if known is None or known[0] != key:
-            known = key, linear.primitives("triton").KeptNorm(rows[0].shape[0], device)
+        if known is None or known[0] is not _owner(weight) or known[1] != key:
+            known = _owner(weight), key, linear.primitives("triton").KeptNorm(rows[0].shape[0], device)
             self._on_device = {**self._on_device, (device, rank): known}
-        norm: Tensor = known[1].norm(rows[0], _sample(weight), *rows[1:], scaling)
+        norm: Tensor = known[2].norm(rows[0], _sample(weight), *rows[1:], scaling)
         return norm
 
 

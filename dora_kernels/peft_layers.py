@@ -115,8 +115,9 @@ def patch_layers(model: nn.Module) -> None:
 def restore_layers(model: nn.Module) -> None:
     """Undo `patch_layers`."""
     for layer in model.modules():
-        if type(layer) is DoraLinear:
-            layer.__class__ = lora.Linear
+        if isinstance(layer, DoraLinear):
+            if type(layer) is DoraLinear:  # a class that FSDP2 derived from it stays, with the switch off
+                layer.__class__ = lora.Linear
             for name, variant in layer.lora_variant.items():
                 if type(variant) is DoraLinearVariant:
                     layer.lora_variant[name] = variants.DoraLinearVariant()

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import dora_linear, reference, torch_backend
+from dora_kernels import dora_linear, reference
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -66,19 +66,46 @@ def usable(lane: Lane) -> Lane:
     return lane
 
 
-# A lane of its own: the CPU's other form of the norm, which it takes for large weights only.
-FACTORED = pytest.param(None, id="torch-factored")
+def adamw_8bit(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+    """bitsandbytes' optimizer, its state in 8 bits for tensors of any size."""
+    optim = pytest.importorskip("bitsandbytes", reason="bitsandbytes, whose 8-bit optimizer this is, is missing").optim
+    return optim.AdamW8bit(parameters, lr=lr, min_8bit_size=1)
+
+
+class Forced(NamedTuple):
+    """A lane on which constants are changed, so that small problems take the path of large ones."""
+
+    lane: Lane
+    constants: tuple[tuple[str, int], ...]
+
+
+def _forced(name: str, lane: Lane, constant: str, value: int) -> Any:
+    marks = pytest.mark.gpu if lane.device == "cuda" else ()
+    return pytest.param(Forced(lane, ((f"dora_kernels.{constant}", value),)), id=name, marks=marks)
+
+
+# The other form of the norm, which the CPU takes for large weights only, and the kernels at high ranks.
+FACTORED = [
+    _forced("torch-factored", Lane("torch", "cpu"), "torch_backend._FACTORED_ELEMENTS", 0),
+    _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK", 0),
+    _forced("triton-cuda-factored", Lane("triton", "cuda"), "kernels.config._DIRECT_RANK", 0),
+]
+# The norm kept on the device, which is worth it for large weights only.
+KEPT = [
+    _forced("triton-kept", Lane("triton", "cpu"), "kernels.config._KEPT_BYTES", 0),
+    _forced("triton-cuda-kept", Lane("triton", "cuda"), "kernels.config._KEPT_BYTES", 0),
+]
 
 
 @contextlib.contextmanager
-def norm_lane(lane: Lane | None) -> Iterator[Lane]:
-    """`usable`, and for `FACTORED` the torch backend with every weight taken for a large one."""
-    if lane is not None:
-        yield usable(lane)
-        return
+def norm_lane(given: Lane | Forced) -> Iterator[Lane]:
+    """`usable`, with the constants of a `Forced` lane changed inside."""
+    lane, constants = given if isinstance(given, Forced) else (given, ())
+    usable(lane)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "_FACTORED_ELEMENTS", 0)
-        yield Lane("torch", "cpu")
+        for name, value in constants:
+            patch.setattr(name, value)
+        yield lane
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,6 +182,11 @@ def lora_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, lora.LoraLayer)]
 
 
+def kept_norms(model: nn.Module) -> list[Any]:
+    """The norm caches of a patched model."""
+    return [cache for layer in lora_layers(model) for cache in vars(layer)[peft_layers.SWITCH].values()]
+
+
 def batch(kind: str = "llama", tokens: tuple[int, int] = (2, 9), seed: int = 3) -> dict[str, Tensor]:
     ids = torch.randint(3, VOCAB, tokens, generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids.flip(1) if kind in ("bert", "t5") else ids}

@@ -11,23 +11,24 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import aot
 from bench.static import launches
+from bench.static.command import resources
 from bench.static.resources import TARGETS, Compiled, problems
+from bench.static.traffic import FORMULAS
 
 
 @functools.cache
 def compiled(target: str) -> list[Compiled]:
     """All launches for one target; the kernels of this process may be interpreted, so another compiles them."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return aot.records(target, jobs=max(1, (os.cpu_count() or 1) // workers), timeout=580.0)
+    return resources(target, jobs=max(1, (os.cpu_count() or 1) // workers), timeout=580.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_shipped_launch_fits_and_uses_the_matrix_units(target: str):
     found = compiled(target)
-    assert set(Counter(one.kernel for one in found)) == set(launches.KERNELS)
+    assert set(Counter(one.kernel for one in found)) == set(FORMULAS)
     dtypes = {one.dtypes for one in found if one.kernel == "weight_norm"}
     assert dtypes >= {"bf16", "bf16+fp32", "fp32"} | ({"fp16", "fp16+fp32"} if TARGETS[target].cuda else set())
 
@@ -44,10 +45,14 @@ def test_no_rank_launches_what_was_not_compiled():
     bf16, fp32 = torch.bfloat16, torch.float32
     known = {(one.kernel, one.config) for one in launches.shipped(every_dtype=False)}
     missing = {
-        launch.case
+        call.case
         for dtypes in ((bf16, bf16), (bf16, fp32), (fp32, fp32))
         for rank in range(1, launches.LARGEST_RANK + 1)
-        for launch in (launches.weight_norm(dtypes, rank), launches.compose(dtypes, 1 + 31 * rank % 500, rank))
+        for call in (
+            *(make(dtypes, rank) for make in (launches.weight_norm, launches.kept_norm, launches.merge)),
+            launches.compose(dtypes, 1 + 31 * rank % 500, rank),
+        )
+        for launch in call.launches
         if (launch.kernel, launch.config) not in known
     }
     assert not missing

@@ -11,7 +11,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import FACTORED, LANES, norm_lane
+from helpers import FACTORED, KEPT, LANES, Lane, adamw_8bit, norm_lane
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,11 +22,16 @@ from dora_kernels.norm_cache import NormCache, invalidate, set_norm_reuse
 IN, OUT, RANK = 24, 20, 3
 
 
-@pytest.fixture(scope="module", params=[*(lane for lane in LANES if lane.id != "triton"), FACTORED])
+@pytest.fixture(scope="module", params=[*(lane for lane in LANES if lane.id != "triton"), *FACTORED, *KEPT])
 def lane(request):
-    """Without the interpreter: which backend computes a norm is nothing to the cache. But |W|² is its own to keep."""
+    """Not plainly interpreted: how a norm is computed is nothing to the cache. But |W|² is its own to keep."""
     with norm_lane(request.param) as lane:
         yield lane
+
+
+def compares(lane):
+    """Whether the host looks at A and B; elsewhere what writes them has to be known, or the device is asked."""
+    return lane == Lane("torch", "cpu")
 
 
 class Layer(nn.Module):
@@ -95,8 +100,10 @@ OPTIMIZERS = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=False),
     "AdamW-foreach": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=True),
     "AdamW-fused": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
+    "AdamW8bit": lambda params: adamw_8bit(params, lr=0.1),
     "through-data": ThroughData,
 }
+UNSEEN = ("AdamW-fused", "AdamW8bit", "through-data")
 
 
 def counted(cache, function):
@@ -112,19 +119,22 @@ def accumulate(layer, x, micro_batches):
         layer(x + i).square().mean().backward()
 
 
-@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_optimizers(layer, x, make_optimizer):
-    optimizer = make_optimizer([layer.lora_A, layer.lora_B, layer.magnitude])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(layer, x, name):
+    optimizer = OPTIMIZERS[name]([layer.lora_A, layer.lora_B, layer.magnitude])
     for step in range(4):
-        before = layer.lora_A.detach().clone()
+        before, version = layer.lora_A.detach().clone(), layer.lora_A._version
         computed, reused = counted(layer.cache, lambda: accumulate(layer, x, 3))
-        if step > 0 or layer.lane.device == "cpu":
+        if step > 0 or compares(layer.lane):
             # Six forwards. Before the optimizer's first step only a comparison can know, and the GPU makes none.
             assert (computed, reused) == (1, 5)
         optimizer.step()
         optimizer.zero_grad()
         assert not torch.equal(layer.lora_A, before)
+        assert (layer.lora_A._version == version) == (name in UNSEEN)
     assert layer.is_right(x)
+    if name == "AdamW8bit":
+        assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
 
 
 def test_a_closure_that_steps_several_times(layer, x):
@@ -259,11 +269,11 @@ def test_writes_through_data_within_a_step(layer, x, name):
     layer(x).sum().backward()
     kept = getattr(layer, name).detach().clone()
     getattr(layer, name).data.mul_(1.5)
-    if layer.lane.device != "cpu":
+    if not compares(layer.lane):
         invalidate(layer)  # nothing can see it there
     assert layer.is_right(x), "a stale norm"
     getattr(layer, name).data.copy_(kept)
-    if layer.lane.device != "cpu":
+    if not compares(layer.lane):
         invalidate(layer)
     assert layer.is_right(x), "a stale norm"
 
@@ -285,6 +295,25 @@ def test_a_part_of_the_weight_written(lane, shape, transposed):
         pieces.data[piece].mul_(2)
     layer.lora_B.data.mul_(1.1)
     assert layer.is_right(x)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.view(-1)[1].add_(100.0), lambda w: w[-1, -2].mul_(50.0)])
+def test_few_elements_written_where_versions_show_it(lane, change):
+    """However few: the sample is for what shows nowhere else."""
+    layer, x = Layer(lane), torch.randn(2, IN, device=lane.device)
+    layer.weight = nn.Parameter(torch.randn(40 * OUT, IN, device=lane.device), requires_grad=False)
+    layer.lora_B = nn.Parameter(torch.randn(40 * OUT, RANK, device=lane.device))
+    layer.magnitude = nn.Parameter(torch.ones(40 * OUT, device=lane.device))
+    for training in (False, True):
+        layer.train(training)
+        for _ in range(3):
+            assert layer.is_right(x), "a stale norm"
+            with torch.no_grad():
+                change(layer.weight)
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        with torch.no_grad():
+            change(layer.weight)
+        assert layer.is_right(x), "stale after the weight was replaced"
 
 
 def test_an_interrupted_step(layer, x):
@@ -343,7 +372,7 @@ def test_evaluation_reuses(layer, x):
         layer(x)
         computed, reused = counted(layer.cache, lambda: [layer(x) for _ in range(10)])
         assert layer.is_right(x)
-    if layer.lane.device == "cpu":
+    if compares(layer.lane):
         assert (computed, reused) == (0, 10)
 
 
@@ -425,6 +454,31 @@ def test_a_norm_in_use_is_never_written_again(layer, x):
         optimizer.step()
     assert all(torch.equal(divisor, then) for divisor, then in handed_out)
     assert not torch.equal(handed_out[0][0], handed_out[1][0])
+
+
+def test_what_is_kept(layer, x):
+    """A norm, |W|² where that is the cache's to keep, and on the CPU copies of A, B and a sample of W."""
+    layer.weight = nn.Parameter(torch.randn(64 * OUT, IN, device=layer.lane.device), requires_grad=False)
+    layer.lora_B = nn.Parameter(torch.randn(64 * OUT, RANK, device=layer.lane.device))
+    layer.magnitude = nn.Parameter(torch.ones(64 * OUT if layer.magnitude_axis == "out" else IN, device=x.device))
+    layer(x).sum().backward()
+    own = {p.data_ptr() for p in layer.parameters()}
+    kept = {t.data_ptr(): t for t in tensors_in(layer.cache) if t.data_ptr() not in own}
+    of_this_size = 2 * layer.magnitude.numel() + layer.lora_A.numel() + layer.lora_B.numel()
+    assert 0 < sum(t.untyped_storage().nbytes() for t in kept.values()) <= 4 * (of_this_size + 2 * norm_cache._SAMPLES)
+    assert not any(t.requires_grad for t in kept.values())
+
+
+def tensors_in(thing):
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    if type(thing).__module__.startswith("dora_kernels."):
+        thing = [getattr(thing, name) for name in getattr(thing, "__slots__", None) or vars(thing)]
+    elif isinstance(thing, dict):
+        thing = thing.values()
+    elif not isinstance(thing, (tuple, list)):
+        return []
+    return [tensor for part in thing for tensor in tensors_in(part)]
 
 
 def test_an_address_used_again(lane, x):

@@ -13,10 +13,11 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from helpers import same_bits
+from helpers import adamw_8bit, same_bits
 from peft import LoraConfig
 from peft_models import (
     agree,
+    kept_norms,
     lora_layers,
     move_adapter,
     one_thread,  # noqa: F401
@@ -27,7 +28,6 @@ from peft_models import (
 )
 
 from dora_kernels import invalidate
-from dora_kernels.peft_layers import SWITCH
 
 with_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 trained = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -42,10 +42,6 @@ def is_fresh(model):
     kept = forward(model)
     invalidate(model)
     return torch.equal(kept, forward(model))
-
-
-def caches(model):
-    return [cache for layer in lora_layers(model) for cache in vars(layer)[SWITCH].values()]
 
 
 def adapters(model):
@@ -78,6 +74,7 @@ OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+    "8-bit AdamW": lambda parameters: adamw_8bit(parameters, lr=0.01),
 }
 
 
@@ -92,7 +89,7 @@ def test_optimizers_and_accumulation(make, dropout):
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(forward(ours), forward(copy.deepcopy(ours))), "a stale norm"
-        assert {cache.computed for cache in caches(ours)} == {step + 2}, "not one norm for each step"
+        assert {cache.computed for cache in kept_norms(ours)} == {step + 2}, "not one norm for each step"
 
 
 @with_dropout
@@ -154,6 +151,16 @@ def test_load_state_dict(training):
         assert is_fresh(ours), "a stale norm"
 
 
+@trained
+def test_norms_are_no_part_of_the_state(training):
+    stock, ours, _ = toy_twins()
+    ours.train(training)
+    forward(ours)
+    assert all(cache.computed for cache in kept_norms(ours))
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in stock.named_buffers()]
+
+
 @with_dropout
 @trained
 def test_set_scale(training, dropout):
@@ -199,6 +206,29 @@ def test_merged_and_unmerged(training, dropout):
             model.unmerge_adapter()
         assert is_fresh(ours), "a stale norm"
         agree(stock, ours)
+
+
+def test_merging_forgets_norms():
+    """Though on the CPU the weights would show it."""
+    _, ours, _ = toy_twins()
+    for change in (ours.merge_adapter, ours.unmerge_adapter):
+        forward(ours)
+        change()
+        assert not any(cache._entries for cache in kept_norms(ours))
+
+
+@trained
+def test_an_adapter_deleted_and_added_again(training):
+    _, ours, _ = toy_twins()
+    for seed in (7, 8):
+        ours.add_adapter("other", LoraConfig(r=3, use_dora=True, target_modules=["first", "second"]))
+        move_adapter(ours, "other", seed)
+        ours.set_adapter("other")
+        ours.train(training)
+        assert is_fresh(ours), "a stale norm"
+        ours.set_adapter("default")
+        ours.delete_adapter("other")
+        assert is_fresh(ours), "a stale norm"
 
 
 @trained

@@ -36,6 +36,7 @@ from peft_models import (
 )
 
 import dora_kernels
+from dora_kernels.peft_layers import DoraLinear
 
 
 def test_the_handle():
@@ -113,6 +114,18 @@ def test_patched_twice():
     assert anatomy(ours) == anatomy(stock) and second.patched == []
     second.restore()
     assert anatomy(ours) == anatomy(stock)
+
+
+def test_restore_reaches_classes_derived_from_the_patch():
+    """As FSDP2's `fully_shard` derives one from the class of each module it is given."""
+    _, ours, handle = toy_twins()
+    layers = [layer for layer in ours.modules() if type(layer) is DoraLinear]
+    for layer in layers:
+        layer.__class__ = type("FSDPDoraLinear", (DoraLinear,), {})
+    handle.restore()
+    with pytest.MonkeyPatch.context() as patch, counted(patch) as calls:
+        toy_solve(ours)
+    assert layers and not any(calls.values())
 
 
 def test_restored_while_merged():

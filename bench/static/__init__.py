@@ -1,1 +1,3 @@
-"""What is known of the kernels without a GPU: which launches ship, and what each compiles to on every target."""
+"""What is known of the kernels without a GPU: what each moves and multiplies, and what it compiles to per target."""
+
+PRIMITIVES = ("weight_norm", "kept_norm", "merge", "compose", "scale_reduce")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
-from bench.static.launches import Launch, kernel_of, shipped
+from bench.static.launches import shipped
 from bench.static.machine_code import read
+from bench.static.recording import Launch, kernels
 from bench.static.resources import TARGETS, Compiled
 
 _CHUNK = 16  # launches that one worker compiles before it disassembles them together
@@ -29,14 +30,14 @@ def compile_launches(target: str, launches: Iterable[Launch]) -> list[Compiled]:
     return done
 
 
-def compile_shipped(targets: Iterable[str], jobs: int) -> list[Compiled]:
-    """Every shipped launch for each target, in `jobs` processes.
+def compile_shipped(targets: Iterable[str], jobs: int, primitives: Container[str]) -> list[Compiled]:
+    """Every shipped launch of some primitives for each target, in `jobs` processes.
 
     float16 is left out on AMD, where spills are no failure and it takes bfloat16's tiles.
     """
     work = []
     for target in targets:
-        launches = shipped(every_dtype=TARGETS[target].cuda)
+        launches = [one for one in shipped(every_dtype=TARGETS[target].cuda) if one.primitive in primitives]
         work += [(target, launches[start : start + _CHUNK]) for start in range(0, len(launches), _CHUNK)]
     return [record for chunk in _mapped(work, jobs) for record in chunk]
 
@@ -68,10 +69,9 @@ def _compile(target_name: str, launch: Launch) -> Any:
         elif described:
             attributes[(index,)] = backend.parse_attr(described)
     source = ASTSource(
-        fn=kernel_of(launch.kernel),
+        fn=kernels()[launch.kernel],
         signature={argument.name: argument.type for argument in launch.arguments},
         constexprs=constants,
         attrs=attributes,
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=gpu, options=options)
+    return triton.compile(source, target=gpu, options=dict(launch.options))

@@ -1,144 +1,175 @@
-"""The launches that ship, taken from the launchers themselves.
+"""The calls of the primitives that ship, and the launches that they make, taken from the launchers themselves.
 
-A launcher runs on tensors of the "meta" device with its kernel replaced by a recorder, so that a `Launch` holds what a
-real call would pass: the tile sizes chosen for that shape and dtype, the flags derived from them, the strides.
+A launcher runs on tensors of the "meta" device with its kernels replaced by recorders, so that a `Launch` holds what a
+real call would pass: the grid, the tile sizes chosen for that shape and dtype, flags derived from them, the strides.
 `shipped` lists one launch per distinct configuration over ranks and token counts, for each dtype and layout that the
 layer calls it with; tests/test_aot.py checks that no rank from 1 to 1024 launches anything else.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-KERNELS = ("weight_norm", "compose", "scale_reduce")
+from bench.static.recording import NAMES, Launch, Made, Operation, Operations, described, instead
+
 LARGEST_RANK = 1024
 # Powers of two and their successors: what the configurations distinguish, they distinguish there.
 TOKENS = sorted({n for i in range(15) for n in (2**i, 2**i + 1)})
 RANKS = [n for n in TOKENS if n <= LARGEST_RANK]
 
-_MODULES = {"weight_norm": "norm", "compose": "compose", "scale_reduce": "scale_reduce"}
 _SIZE = 4096
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 # Base layer and adapter.
 DTYPES = ((_BF16, _BF16), (_FP16, _FP16), (_BF16, _FP32), (_FP16, _FP32), (_FP32, _FP32))
 
 
 @dataclass(frozen=True)
-class Argument:
-    """How one argument reaches the compiler: a type, or a constant; `aligned` is divisibility by 16."""
+class Recorded:
+    """What a call did: its launches, the PyTorch operations beside them, and its results."""
 
-    name: str
-    type: str
-    constant: Any = None
-    aligned: bool = False
+    launches: list[Launch]
+    operations: list[Operation]
+    results: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel: what the compiler sees of it, and words for people."""
+class Call:
+    """A call of a primitive: its tensors by the names of the kernels' arguments, None where absent, and the rest."""
 
-    kernel: str
+    primitive: str
     dtypes: str
     case: str
-    arguments: tuple[Argument, ...]
-    num_warps: int
-    num_stages: int
+    operands: dict[str, Tensor | None]
+    others: tuple[Any, ...]
+    results: tuple[str, ...]
+    launcher: Callable[..., Any] | None = None
+    """Where it is not the function of the primitive's name."""
+    unchanged: bool = False
+    """Whether the device finds that there is nothing to do."""
+
+    def run(self, made: Callable[[Made], None] = lambda _: None) -> Recorded:
+        """Call the launcher; `made` has each launch, which does not run by itself."""
+        from dora_kernels import kernels
+
+        launches: list[Launch] = []
+
+        def launch(one: Made) -> None:
+            launches.append(described(one, self.primitive, self.dtypes, self.case))
+            with _disable_current_modes():
+                made(one)
+
+        launcher = self.launcher or getattr(kernels, self.primitive)
+        with instead(launch), Operations(self.operands) as operations:
+            found = launcher(*self.operands.values(), *self.others)
+        found = found if isinstance(found, tuple) else (found,)
+        results = {name: one for name, one in zip(self.results, found, strict=True) if one is not None}
+        return Recorded(launches, operations.made, results)
 
     @property
-    def config(self) -> tuple[tuple[str, Any], ...]:
-        """Tile sizes, derived flags and warps: what the choice of configuration decides."""
-        flags = [(a.name, a.constant) for a in self.arguments if a.name.isupper() and a.type == "constexpr"]
-        sizes = [flag for flag in flags if flag[0] not in ("M", "N", "K", "R", "F", "INTERPRETED")]
-        return (*sizes, ("num_warps", self.num_warps), ("num_stages", self.num_stages))
-
-    def __getitem__(self, name: str) -> Any:
-        return dict(self.config)[name]
+    def launches(self) -> list[Launch]:
+        return self.run().launches
 
     @property
-    def signature(self) -> Hashable:
-        """Equal for launches that compile to the same code."""
-        return self.kernel, self.arguments, self.num_warps, self.num_stages
+    def config(self) -> Hashable:
+        """What the choice of configurations decided for this call."""
+        return tuple((launch.kernel, launch.config) for launch in self.launches)
 
 
-class _Recorder:
-    """Stands in for a jitted kernel; `kernel[grid](...)` keeps the arguments."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.arguments: dict[str, Any] = {}
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*positional: Any, **named: Any) -> None:
-            self.arguments = {**dict(zip(self.names, positional)), **named}
-
-        return launch
+def _labels(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    return "+".join(dict.fromkeys(NAMES[dtype] for dtype in dtypes))
 
 
-def kernel_of(name: str) -> Any:
-    """The jitted kernel of a primitive."""
-    return getattr(_module(name), f"{name}_kernel")
-
-
-def record(name: str, dtypes: tuple[torch.dtype, torch.dtype], case: str, call: Callable[[Any], Any]) -> Launch:
-    """The launch that `call` makes; it is handed the launcher."""
-    module, kernel = _module(name), kernel_of(name)
-    recorder = _Recorder(kernel.arg_names)
-    with _replaced(module, f"{name}_kernel", recorder):
-        call(getattr(module, name))
-    given = recorder.arguments
-    options = {key: given.pop(key) for key in ("num_warps", "num_stages")}
-    labels = list(dict.fromkeys(_NAMES[dtype] for dtype in dtypes))
-    arguments = tuple(_argument(key, given[key], key.isupper() and key not in "MNKRF") for key in recorder.names)
-    return Launch(name, "+".join(labels), case, arguments, **options)
-
-
-def _argument(name: str, value: Any, constexpr: bool) -> Argument:
-    """Triton's own rules: None and 1 become constants, 16-byte alignment of pointers and sizes is known."""
-    if constexpr or value is None or (type(value) is int and value == 1):
-        return Argument(name, "constexpr", value)
-    if isinstance(value, Tensor):
-        return Argument(name, f"*{_NAMES[value.dtype]}", aligned=value.storage_offset() * value.itemsize % 16 == 0)
-    if isinstance(value, float):
-        return Argument(name, "fp32")
-    return Argument(name, "i32" if abs(value) < 2**31 else "i64", aligned=value % 16 == 0)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"dora_kernels.kernels.{_MODULES[name]}")
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(rows, columns, dtype=dtype, device="meta")
+def _words(*said: str) -> str:
+    return ", ".join(word for word in said if word)
 
 
 def weight_norm(
-    dtypes: tuple[torch.dtype, torch.dtype], rank: int, size: int = _SIZE, conv1d: bool = False, axis: str = "out"
-) -> Launch:
-    """A norm of a `size` x `size` weight; `conv1d`: stored transposed, as GPT-2 does."""
-    w = _empty(size, size, dtypes[0])
-    a, b = _empty(rank, size, dtypes[1]), _empty(size, rank, dtypes[1])
-    weight = w.t() if conv1d else w
-    case = f"rank {rank}, axis {axis}{', Conv1D' if conv1d else ''}{'' if size == _SIZE else f', size {size}'}"
-    operands = (weight, a, b) if axis == "out" else (weight.t(), b.t(), a.t())
-    return record("weight_norm", dtypes, case, lambda launcher: launcher(*operands, 0.5))
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    axis: str = "out",
+    square: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A norm of a weight of that shape; `square`: its squared norm per row is known."""
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    given = {"square": _zeros((operands["w"].shape[0],), _FP32, device)} if square else {}
+    case = _words(_weight_case(rank, shape, conv1d, axis), "|W|² given" if square else "")
+    launcher = _norm_with_square if square else None
+    return Call("weight_norm", _labels(dtypes), case, {**operands, **given}, (0.5,), ("norm",), launcher)
+
+
+def _norm_with_square(w: Tensor, a: Tensor, b: Tensor, square: Tensor, scaling: float) -> Tensor:
+    from dora_kernels.kernels import weight_norm
+
+    norm: Tensor = weight_norm(w, a, b, scaling, square)
+    return norm
+
+
+def kept_norm(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    axis: str = "out",
+    unchanged: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A norm kept on the device: its first call or, `unchanged`, one that finds all as it was."""
+    from dora_kernels.kernels import KeptNorm
+
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    kept = KeptNorm(operands["w"].shape[0], operands["w"].device)
+
+    def launcher(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        norm: Tensor = kept.norm(w, w.diagonal(), a, b, scaling)
+        return norm
+
+    case = _words(_weight_case(rank, shape, conv1d, axis), "unchanged" if unchanged else "changed")
+    call = Call("kept_norm", _labels(dtypes), case, dict(operands), (0.5,), ("norm",), launcher, unchanged)
+    if unchanged:
+        call.run(Made.run if device == "cpu" else lambda _: None)
+    return call
+
+
+def merge(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    axis: str = "out",
+    magnitude: bool = True,
+    device: str = "meta",
+) -> Call:
+    """A merged weight, with or without a magnitude."""
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    m = _zeros((operands["w"].shape[0],), dtypes[1], device) if magnitude else None
+    case = _words(_weight_case(rank, shape, conv1d, axis), "" if magnitude else "no m")
+    return Call("merge", _labels(dtypes), case, {**operands, "m": m}, (0.5,), ("merged",))
+
+
+def _factors(
+    dtypes: tuple[torch.dtype, torch.dtype], rank: int, shape: tuple[int, int], conv1d: bool, axis: str, device: str
+) -> dict[str, Tensor]:
+    """W, A and B; `conv1d`: W is stored transposed, as GPT-2 does; axis "in" is the transposed problem."""
+    rows, columns = shape
+    w = _zeros((columns, rows), dtypes[0], device).t() if conv1d else _zeros(shape, dtypes[0], device)
+    a, b = _zeros((rank, columns), dtypes[1], device), _zeros((rows, rank), dtypes[1], device)
+    return dict(zip("wab", (w, a, b) if axis == "out" else (w.t(), b.t(), a.t())))
+
+
+def _weight_case(rank: int, shape: tuple[int, int], conv1d: bool, axis: str) -> str:
+    return _words(
+        f"{shape[0]} x {shape[1]}", f"rank {rank}", "" if axis == "out" else f"axis {axis}", "Conv1D" if conv1d else ""
+    )
 
 
 def compose(
@@ -148,46 +179,62 @@ def compose(
     size: int = _SIZE,
     magnitude: bool = True,
     bias: bool = True,
-) -> Launch:
+    keep: bool = True,
+    device: str = "meta",
+) -> Call:
     """A compose of `tokens` x `size` base results."""
-    base, h = _empty(tokens, size, dtypes[0]), _empty(tokens, rank, dtypes[0])
-    b = _empty(size, rank, dtypes[1])
-    g = torch.empty(size, device="meta") if magnitude else None
-    offset = torch.empty(size, dtype=dtypes[0], device="meta") if bias else None
-    absent = "".join(f", no {name}" for name, there in (("g", magnitude), ("bias", bias)) if not there)
-    case = f"rank {rank}, {tokens} tokens{absent}{'' if size == _SIZE else f', size {size}'}"
-    return record("compose", dtypes, case, lambda launcher: launcher(base, h, b, g, offset, 0.5, True))
+    operands = {
+        "base": _zeros((tokens, size), dtypes[0], device),
+        "h": _zeros((tokens, rank), dtypes[0], device),
+        "b": _zeros((size, rank), dtypes[1], device),
+        "g": _zeros((size,), _FP32, device) if magnitude else None,
+        "bias": _zeros((size,), dtypes[0], device) if bias else None,
+    }
+    absent = [f"no {name}" for name in ("g", "bias") if operands[name] is None]
+    case = _words(f"{tokens} tokens x {size}", f"rank {rank}", *absent, "" if keep else "in place")
+    return Call("compose", _labels(dtypes), case, operands, (0.5, keep), ("y",))
 
 
 def scale_reduce(
-    dtype: torch.dtype, tokens: int, size: int = _SIZE, scaled: bool = True, dot: bool = True, total: bool = True
-) -> Launch:
+    dtype: torch.dtype,
+    tokens: int,
+    size: int = _SIZE,
+    scaled: bool = True,
+    dot: bool = True,
+    total: bool = True,
+    device: str = "meta",
+) -> Call:
     """A pass over `tokens` x `size` gradients that makes any of its three results."""
-    grad = _empty(tokens, size, dtype)
-    other = _empty(tokens, size, dtype) if dot else None
-    g = torch.empty(size, device="meta") if scaled else None
-    absent = "".join(f", no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there)
-    case = f"{tokens} tokens{absent}{'' if size == _SIZE else f', size {size}'}"
-    call = lambda launcher: launcher(grad, other, g, scaled, total)  # noqa: E731
-    return record("scale_reduce", (dtype, dtype), case, call)
+    operands = {
+        "grad": _zeros((tokens, size), dtype, device),
+        "other": _zeros((tokens, size), dtype, device) if dot else None,
+        "g": _zeros((size,), _FP32, device) if scaled else None,
+    }
+    absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there]
+    case = _words(f"{tokens} tokens x {size}", *absent)
+    return Call("scale_reduce", NAMES[dtype], case, operands, (scaled, total), ("scaled", "dot", "sum"))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def shipped(every_dtype: bool = True) -> list[Launch]:
     """Every launch to compile, each distinct signature once; float16 follows bfloat16 unless `every_dtype`."""
     dtypes = [pair for pair in DTYPES if every_dtype or pair[0] is not _FP16]
-    found = [launch for pair in dtypes for make in (_norms, _composes) for launch in make(pair)]
-    found += [launch for base, adapter in dtypes if base is adapter for launch in _scale_reduces(base)]
-    return list({launch.signature: launch for launch in found}.values())
+    calls = [call for pair in dtypes for make in (_norms, _kept_norms, _merges, _composes) for call in make(pair)]
+    calls += [call for base, adapter in dtypes if base is adapter for call in _scale_reduces(base)]
+    return list({launch.signature: launch for call in calls for launch in call.launches}.values())
 
 
-def _classes(values: Iterable[int], make: Callable[[int], Launch]) -> list[int]:
+def _classes(values: Iterable[int], make: Callable[[int], Call]) -> list[int]:
     """A value for every configuration that `make` meets; multiples of 16, and large ones, are preferred."""
     ordered = sorted(values, key=lambda value: (value % 16 == 0, value))
     return list({make(value).config: value for value in ordered}.values())
 
 
-def _norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Launch]:
-    ranks = _classes(RANKS, lambda rank: weight_norm(dtypes, rank))
+def _norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    ranks = _classes(RANKS, partial(weight_norm, dtypes))
     for rank in ranks:
         yield weight_norm(dtypes, rank)
         yield weight_norm(dtypes, rank, axis="in")
@@ -198,14 +245,27 @@ def _norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Launch]:
         yield weight_norm(dtypes, rank, conv1d=True)
         yield weight_norm(dtypes, rank, conv1d=True, axis="in")
         # Odd sizes and ranks leave no load aligned.
-        yield weight_norm(dtypes, rank - 1, size=_SIZE - 1)
+        yield weight_norm(dtypes, rank - 1, (_SIZE - 1, _SIZE - 1))
     if dtypes[1] is _BF16:
         yield weight_norm(dtypes, 1)
 
 
-def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Launch]:
+def _kept_norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rank in _classes(RANKS, partial(kept_norm, dtypes)):
+        yield kept_norm(dtypes, rank)
+    yield kept_norm(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True, axis="in")
+
+
+def _merges(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rank in _classes(RANKS, partial(merge, dtypes)):
+        yield merge(dtypes, rank)
+        yield merge(dtypes, rank, axis="in", magnitude=False)
+    yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True)
+
+
+def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
     for tokens in _classes(TOKENS, lambda count: compose(dtypes, count, 64)):
-        for rank in _classes(RANKS, lambda rank, tokens=tokens: compose(dtypes, tokens, rank)):
+        for rank in _classes(RANKS, partial(compose, dtypes, tokens)):
             yield compose(dtypes, tokens, rank)
     yield compose(dtypes, 8191, 383, size=_SIZE - 1)
     if dtypes == (_BF16, _BF16):
@@ -214,8 +274,8 @@ def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Launch]:
             yield compose(dtypes, 8192, LARGEST_RANK, magnitude=magnitude, bias=bias)
 
 
-def _scale_reduces(dtype: torch.dtype) -> Iterator[Launch]:
-    for tokens in _classes(TOKENS, lambda count: scale_reduce(dtype, count)):
+def _scale_reduces(dtype: torch.dtype) -> Iterator[Call]:
+    for tokens in _classes(TOKENS, partial(scale_reduce, dtype)):
         yield scale_reduce(dtype, tokens)
     yield scale_reduce(dtype, 8191, size=_SIZE - 1)
     if dtype is not _BF16:

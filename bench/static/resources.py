@@ -76,10 +76,13 @@ class Compiled:
         return f"{self.target} {self.kernel} {self.dtypes} ({self.case}; {config})"
 
 
+_PRODUCT_ROWS = {"weight_norm": "BLOCK_N", "factored_norm": "BLOCK_N", "merge": "BLOCK_N", "compose": "BLOCK_M"}
+
+
 def expected_matrix(launch: Compiled) -> str | None:
     """The matrix instruction that the launch should use; None for a kernel without a product."""
     target = TARGETS[launch.target]
-    rows = {"weight_norm": "BLOCK_N", "compose": "BLOCK_M"}.get(launch.kernel)
+    rows = _PRODUCT_ROWS.get(launch.kernel)
     if rows is None:
         return None
     return target.matrix_large if target.matrix_large and launch.config[rows] >= 64 else target.matrix

@@ -63,6 +63,21 @@ CANCELLATION = 0.25
 # The most programs that share a tensor's fingerprint.
 _FINGERPRINTS = 256
 
+# The largest rank for which the direct norm is taken. By count (`python -m bench static`), for an 8192x8192 bfloat16
+# weight of 134 MB the direct form asks L2 for 285 MB of factors at rank 128 and, with the largest tiles that do not
+# spill, for 1610 MB at rank 384; the factored form moves 183 MB at rank 384 besides the vendor's product with W. Not
+# timed.
+_DIRECT_RANK = 128
+
+# The fingerprints are one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. By count; not timed.
+_KEPT_BYTES = 1 << 23
+
+# A row's square has lost digits where it is below this fraction of the squared terms it is summed from; a quarter costs
+# at most two bits.
+CANCELLATION = 0.25
+# The most programs that share a tensor's fingerprint.
+_FINGERPRINTS = 256
+
 # The largest rank for which the direct norm is taken. By count, for an 8192x8192 bfloat16 weight: at rank 384 the
 # direct form moves 805 MB between L2 and the multiprocessors with the largest tiles that do not spill, the factored
 # form's matrix product about as much, but that is the vendor's, and U is 25 MB more; at rank 128 the direct form has
@@ -84,12 +99,15 @@ def norm_products(weight: Tensor, lora_A: Tensor, lora_B: Tensor, exact: bool = 
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether the norm is taken in the factored form: at high rank, of 16-bit operands or pieces that a BLAS takes."""
-    if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype == torch.float32 or lora_A.dtype != lora_B.dtype:
+    """Whether the norm is taken in the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
+
+    float16 has not the exponents for the pieces of float32 adapters. torch 2.8 brought products with a wider result.
+    """
+    if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16 or lora_A.dtype != lora_B.dtype:
         return False
-    # float16 has not the exponents for two pieces. torch 2.8 brought products with a wider result.
-    taken = lora_A.dtype == weight.dtype or (weight.dtype, lora_A.dtype) == (torch.bfloat16, torch.float32)
-    return taken and (weight.device.type != "cuda" or "dtype" in torch.ops.aten.mm.overloads())
+    if lora_A.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    return weight.device.type != "cuda" or "dtype" in torch.ops.aten.mm.overloads()
 
 
 def is_worth_keeping(weight: Tensor) -> bool:
@@ -97,16 +115,19 @@ def is_worth_keeping(weight: Tensor) -> bool:
     return weight.numel() * weight.element_size() >= _KEPT_BYTES
 
 
-def norm_config(rank: int, products: int) -> NormConfig:
-    """Up to rank 64 B's rows are held across the loop over K; above, both factors go through in chunks."""
+def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
+    """Up to rank `held` B's rows are held across the loop over K; above, both factors go through in chunks."""
     if products > 1:
         # 32 rows spill a few registers on sm_90 and sm_100, 64 with 1 stage or a larger BLOCK_R on sm_120.
         return NormConfig(64, 64, 16, 8, 2)
-    if rank > 64:
-        # The factors are read once per tile from L2: large tiles. 128x256 spills; BLOCK_R 64 with 2 stages on sm_120.
-        return NormConfig(128, 128, 32, 8, 4)
-    block_r = _rank_block(rank, 64)
+    # In chunks, tiles of 64x128 and above spill on sm_80 or sm_120 where loads are not aligned.
+    block_r = _rank_block(rank, held) if rank <= held else 64
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
+
+
+def merge_config(rank: int, products: int) -> NormConfig:
+    # A rank of 128 held spills in the second sweep on sm_100.
+    return norm_config(rank, products, held=64)
 
 
 def factored_config() -> FactoredConfig:

@@ -40,6 +40,19 @@ def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def dot_by_pieces(a, b, acc, INTERPRETED: tl.constexpr):
+    """``acc + a @ b`` to about 2**-24 for bfloat16 a and float32 b, which three pieces hold."""
+    b1 = cast(b, tl.bfloat16, INTERPRETED)
+    rest = b - b1.to(tl.float32)
+    b2 = cast(rest, tl.bfloat16, INTERPRETED)
+    b3 = cast(rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
+    acc = _dot(a, b3, acc, INTERPRETED)
+    acc = _dot(a, b2, acc, INTERPRETED)
+    acc = _dot(a, b1, acc, INTERPRETED)
+    return acc
+
+
+@triton.jit
 def _dot(a, b, acc, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         # The interpreter multiplies the bit patterns of bfloat16.

@@ -1,7 +1,7 @@
 """Weight norm at high rank, from matrices of rank r: ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)``, U = W Aᵀ, G = A Aᵀ.
 
-Shapes: U ``[N, pieces * R]`` and G ``[pieces * R, pieces * R]`` float32 from the vendor's BLAS, whose operands are A, or
-for float32 adapters of a bfloat16 weight the two bfloat16 pieces of A; B ``[N, R]``; ``|w|²`` and n ``[N]`` float32.
+Shapes: U ``[N, pieces * R]`` and G ``[R, R]`` float32, from the vendor's BLAS, whose operand is A, or for float32
+adapters of a bfloat16 weight the two bfloat16 pieces of A; B ``[N, R]``; ``|w|²`` and n ``[N]`` float32.
 
 The kernel multiplies B G chunk by chunk and sums. Where what is left is a small part of what was summed, digits are
 lost: such a row's norm comes out as -1, and `norm.repair_norm` computes it directly.
@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_kernels.kernels.config import CANCELLATION, factored_config
-from dora_kernels.kernels.dot import dot
+from dora_kernels.kernels.dot import dot, dot_by_pieces
 from dora_kernels.kernels.launch import INTERPRETED, on_device
+
 
 @triton.jit
 def factored_norm_kernel(
@@ -50,9 +51,12 @@ def factored_norm_kernel(
             mask_g = mask_q[:, None] & mask_r[None, :]
             left = tl.load(
                 b_rows + offs_q[None, :] * stride_br, mask=mask_n[:, None] & mask_q[None, :], other=0.0
-            ).to(tl.float32)
+            )
             gram = tl.load(gram_ptr + offs_q[:, None] * stride_gr + offs_r[None, :], mask=mask_g, other=0.0)
-            acc = dot(left, gram, acc, 3, INTERPRETED)
+            if PIECES == 2:
+                acc = dot(left, gram, acc, 3, INTERPRETED)
+            else:
+                acc = dot_by_pieces(left, gram, acc, INTERPRETED)
         b = tl.load(b_rows + offs_r[None, :] * stride_br, mask=mask, other=0.0).to(tl.float32)
         diagonal = tl.load(gram_ptr + offs_r * (stride_gr + 1), mask=mask_r, other=0.0)
         cross += tl.sum(b * (u + 0.5 * scaling * acc), 1)
@@ -92,7 +96,7 @@ def _in_two_pieces(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Of 16-bit operands, with the accumulator's float32 unrounded."""
+    """Of 16-bit operands, with the accumulator's float32 unrounded; in float64 where kernels are interpreted."""
     if left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    return (left.double() @ right.double()).float()

@@ -46,7 +46,7 @@ def fingerprint_kernel(
 
 @triton.jit
 def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, BLOCK: tl.constexpr):
-    """Two sums of well mixed bits of elements and positions, over every `shares`-th block of BLOCK elements."""
+    """Two xors of well mixed bits of elements and positions, over every `shares`-th block of BLOCK elements."""
     first = tl.zeros((BLOCK,), tl.int32)
     second = tl.zeros((BLOCK,), tl.int32)
     for start in range(share * BLOCK, size, shares * BLOCK):
@@ -60,9 +60,9 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, B
         else:
             bits = x.to(tl.int16, bitcast=True).to(tl.int32)
         bits = _mixed(bits ^ _mixed(offs))
-        first += tl.where(mask, bits, 0)
-        second += tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
-    return tl.sum(first, 0), tl.sum(second, 0)
+        first ^= tl.where(mask, bits, 0)
+        second ^= tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
+    return tl.xor_sum(first, 0), tl.xor_sum(second, 0)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Merge: ``g (W + s B A)`` with ``g = m / |W + s B A|`` per row, or without g, in W's dtype: one kernel.
 
-Shapes: W and the merged weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; m ``[N]``. Along "in" the problem is
-the transposed one, ``(W.T, B.T, A.T)``.
+Shapes: W and the merged weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; m ``[N]``. Along "in" the problem
+is the transposed one, ``(W.T, B.T, A.T)``.
 
 A program sweeps over its rows twice (`norm.sweep`): for their norm, and to write them. Where there is no magnitude the
 second is all. Computed in float32, rounded once.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import norm_config, norm_products
+from dora_kernels.kernels.config import merge_config, norm_products
 from dora_kernels.kernels.launch import INTERPRETED, on_device
 from dora_kernels.kernels.norm import sweep
 
@@ -62,7 +62,7 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | No
     R = lora_A.shape[0]
     merged = torch.empty_like(weight)
     count = norm_products(weight, lora_A, lora_B, exact=True)
-    config = norm_config(R, count)
+    config = merge_config(R, count)
     with on_device(weight):
         merge_kernel[(triton.cdiv(N, config.BLOCK_N),)](
             weight, lora_A, lora_B, None if magnitude is None else magnitude.contiguous(), merged,

@@ -142,7 +142,7 @@ def combine_kernel(
     if kept_ptr is not None:
         wanted = offs < tl.where(tl.load(changed_ptr) == call, N, 0)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, parts):
+    for _ in range(0, parts):
         value = tl.load(parts_ptr + offs, mask=wanted, other=0.0)
         total += value * value
         parts_ptr += N

@@ -1,0 +1,31 @@
+"""Measurements and accounts of the kernels: `python -m bench SUITE --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bench.static import command as static
+
+SUITES = {"static": static}
+"""Modules with SUMMARY, `add_arguments(parser)` and `run(given, parser)`, which returns the exit status."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    for name, suite in SUITES.items():
+        one = suites.add_parser(
+            name, help=suite.SUMMARY, description=suite.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        suite.add_arguments(one)
+        one.set_defaults(run=suite.run, parser=one)
+    given = parser.parse_args(arguments)
+    status: int = given.run(given, given.parser)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
