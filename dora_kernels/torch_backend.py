@@ -23,9 +23,12 @@ _GRAM_FEATURES = 1024
 # cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
 _CANCELLATION = 0.25
 
-# Weights of fewer elements take the direct norm. Two cores, times of the factored form over the direct one: 1.1 to 1.3
-# for 576x576 to 1536x576 in a model's training, rank 16; 0.6 to 0.9 for 2048x2048 and 4096x4096, ranks 16 and 64.
+# Weights of fewer elements, or of fewer features for each of the rank, take the direct norm. Two cores, times of the
+# factored form over the direct one: 1.1 to 1.3 for 576x576 to 1536x576 in a model's training, rank 16; at 2048x2048 0.7
+# to 1.0 for rank 16, 1.0 to 1.1 for 64, 1.3 to 1.5 for 384, and at 4096x4096 0.5 to 0.9, 0.9 to 1.0 and 1.1 to 1.2
+# (bench/results).
 _FACTORED_ELEMENTS = 1 << 21
+_FACTORED_FEATURES = 64
 
 # Elements of one block: 4 MB in float32. Blocks of half and a quarter of it took the direct norm of 576x576 to
 # 4096x4096 weights, ranks 16 to 384, on two cores up to 1.2 times as long.
@@ -39,27 +42,28 @@ def weight_norm(
 
     Column norms are the row norms of the transposed problem ``(W.T, B.T, A.T)``.
 
-    A large weight on the CPU takes the factored form, from matrices of rank r only:
+    A large weight on the CPU takes the factored form at low rank, from matrices of rank r only:
     ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)`` with ``U = W Aᵀ`` and ``G = A Aᵀ``; `weight_square` is ``|w|²`` per row
     (`row_square`), which is constant for a frozen weight. Rows that suffer from cancellation are computed directly:
-    in blocks of ``W + s B A``, as all rows of small weights, and on other devices, where the host would have to wait.
+    in blocks of ``W + s B A``, as all rows elsewhere: on other devices the host would have to wait.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     with full_precision(weight.device):
         if not is_factored(weight, lora_A, lora_B):
-            return _direct_norm(weight, a, b, scaling)
+            return direct_norm(weight, a, b, scaling)
         if weight_square is None:
             weight_square = row_square(weight, dtype)
-        return _factored_norm(weight, a, b, scaling, weight_square)
+        return factored_norm(weight, a, b, scaling, weight_square)
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether `weight_norm` takes the factored form, and so has a use for `row_square`."""
-    return weight.device.type == "cpu" and weight.numel() >= _FACTORED_ELEMENTS
+    wide = weight.shape[1] >= _FACTORED_FEATURES * lora_A.shape[0]
+    return wide and weight.numel() >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
 
 
-def _factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
+def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
     gram = _gram(a)
     u = mm_wide(weight, a.t()).addmm_(b, gram, alpha=0.5 * scaling)
     square = torch.add(weight_square, u.mul_(b).sum(1), alpha=2.0 * scaling)
@@ -70,7 +74,7 @@ def _factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_
         return square.sqrt_()
     norm = square.sqrt_()
     for rows in kept.logical_not_().nonzero().squeeze(1).split(_block_rows(weight.shape[1])):
-        norm[rows] = _direct_norm(weight[rows], a, b[rows], scaling)
+        norm[rows] = direct_norm(weight[rows], a, b[rows], scaling)
     return norm
 
 
@@ -84,7 +88,7 @@ def _gram(a: Tensor) -> Tensor:
     return gram
 
 
-def _direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """A block of ``W + s B A`` at a time, along the rows of W as it lies in memory, at most half of it."""
     row_major = _row_major(weight)
     rows, left, right = (weight, b, a) if row_major else (weight.t(), a.t(), b.t())
@@ -104,7 +108,7 @@ def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared norm of every row of `weight`, in `dtype`."""
     nothing = weight.new_empty(0, dtype=dtype)
     rank_0 = nothing.view(0, weight.shape[1]), nothing.view(weight.shape[0], 0)
-    return _direct_norm(weight, *rank_0, 0.0).square_()
+    return direct_norm(weight, *rank_0, 0.0).square_()
 
 
 def mm_wide(weight: Tensor, other: Tensor) -> Tensor:

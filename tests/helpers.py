@@ -73,38 +73,39 @@ def adamw_8bit(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer
 
 
 class Forced(NamedTuple):
-    """A lane on which constants are changed, so that small problems take the path of large ones."""
+    """A lane on which thresholds are 0, so that small problems take the path of large ones."""
 
     lane: Lane
-    constants: tuple[tuple[str, int], ...]
+    thresholds: tuple[str, ...]
 
 
-def _forced(name: str, lane: Lane, constant: str, value: int) -> Any:
+def _forced(name: str, lane: Lane, *constants: str) -> Any:
+    """With these constants, which are thresholds, at 0."""
     marks = pytest.mark.gpu if lane.device == "cuda" else ()
-    return pytest.param(Forced(lane, ((f"dora_kernels.{constant}", value),)), id=name, marks=marks)
+    return pytest.param(Forced(lane, tuple(f"dora_kernels.{one}" for one in constants)), id=name, marks=marks)
 
 
 # The other form of the norm, which the CPU takes for large weights only, and the kernels at high ranks.
 FACTORED = [
-    _forced("torch-factored", Lane("torch", "cpu"), "torch_backend._FACTORED_ELEMENTS", 0),
-    _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK", 0),
-    _forced("triton-cuda-factored", Lane("triton", "cuda"), "kernels.config._DIRECT_RANK", 0),
+    _forced("torch-factored", Lane("torch", "cpu"), *(f"torch_backend._FACTORED_{of}" for of in ("ELEMENTS", "FEATURES"))),
+    _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK"),
+    _forced("triton-cuda-factored", Lane("triton", "cuda"), "kernels.config._DIRECT_RANK"),
 ]
 # The norm kept on the device, which is worth it for large weights only.
 KEPT = [
-    _forced("triton-kept", Lane("triton", "cpu"), "kernels.config._KEPT_BYTES", 0),
-    _forced("triton-cuda-kept", Lane("triton", "cuda"), "kernels.config._KEPT_BYTES", 0),
+    _forced("triton-kept", Lane("triton", "cpu"), "kernels.config._KEPT_BYTES"),
+    _forced("triton-cuda-kept", Lane("triton", "cuda"), "kernels.config._KEPT_BYTES"),
 ]
 
 
 @contextlib.contextmanager
 def norm_lane(given: Lane | Forced) -> Iterator[Lane]:
-    """`usable`, with the constants of a `Forced` lane changed inside."""
-    lane, constants = given if isinstance(given, Forced) else (given, ())
+    """`usable`, with the thresholds of a `Forced` lane at 0 inside."""
+    lane, thresholds = given if isinstance(given, Forced) else (given, ())
     usable(lane)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in constants:
-            patch.setattr(name, value)
+        for name in thresholds:
+            patch.setattr(name, 0)
         yield lane
 
 

@@ -122,7 +122,8 @@ def in_group(rank, worker, folder, options):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_backend, "_FACTORED_ELEMENTS", 0)  # as with large weights, whose |W|² is kept too
+            for of in ("ELEMENTS", "FEATURES"):  # as with large weights, whose |W|² is kept too
+                patch.setattr(torch_backend, f"_FACTORED_{of}", 0)
             torch.save(worker(rank, **options), folder / f"{rank}.pt")
     finally:
         distributed.destroy_process_group()

@@ -1,7 +1,8 @@
 """Time the kernels and the whole layer beside PEFT's, and check every one of them first.
 
     python -m bench.layer --out results.json                    on a GPU
-    python -m bench.layer --out results.json --device cpu --hidden 256 --tokens 32 --ranks 4    a rehearsal
+    python -m bench.layer --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4     a rehearsal
+    python -m bench.layer --device cpu --only norms --norms 2048x2048x16    the norm on a CPU
     python -m bench.layer --show results.json                   the tables of a record
 
 The record is written after every stage, and a stage that fails leaves the others alone. Exit status 1 if anything
@@ -23,12 +24,15 @@ import torch
 
 from bench import timing
 from bench.layer import kernels, report
+from bench.layer.norms import DTYPES, NormCase, norm_row
 from bench.layer.problem import Case, Problem, beyond, errors, limits, make_problem, oracle, plain
 from bench.layer.providers import PROVIDERS, Provider, make_provider
 from bench.timing import Candidate
 from dora_kernels.backends import resolve, triton_problem
 
 _TRACE_LINES = 12
+TABLES = ["norms", "kernels", "layers"]
+NORMS = [(4096, 4096, 16), (4096, 4096, 64), (4096, 4096, 384), (8192, 8192, 384), (8192, 28672, 384)]
 
 
 class Run:
@@ -38,7 +42,7 @@ class Run:
         self.given = given
         self.device = torch.device(given.device)
         self.backend = given.backend or ("triton" if self.device.type == "cuda" else "torch")
-        names = ("device", "hidden", "ranks", "tokens", "rounds", "sample_ms")
+        names = ("device", "only", "norms", "norm_dtypes", "hidden", "ranks", "tokens", "rounds", "sample_ms")
         settings = {**{name: getattr(given, name) for name in names}, "backend": self.backend}
         self.record = report.new_record(self.device, settings)
         self.start = time.perf_counter()
@@ -67,21 +71,34 @@ class Run:
         """All stages by name, the ceilings first."""
         yield "backend", self.automatic
         yield "ceilings", self.ceilings
-        for case in self.cases(tokens=self.given.tokens[:1]):
-            yield f"weight_norm: {case.label}", lambda case=case: self.kernel(kernels.norm_row(case, self.backend))
+        if "norms" in self.given.only:
+            yield from self.norm_stages()
+        if "kernels" in self.given.only:
+            yield from self.kernel_stages()
+        if "layers" in self.given.only:
+            for case in self.cases():
+                yield f"layer: {case.label}", lambda case=case: self.layer(case)
+
+    def norm_stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The norm at every shape and rank, and in every pair of dtypes."""
+        for dtypes in self.given.norm_dtypes:
+            for sizes in self.given.norms:
+                case = NormCase(*sizes, dtypes, self.device)
+                yield f"weight_norm: {case.label}", lambda case=case: self.kernel(norm_row(case, self.backend))
+
+    def kernel_stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """compose and scale_reduce."""
         for case in self.cases():
             yield f"compose: {case.label}", lambda case=case: self.kernel(kernels.compose_row(case, self.backend))
         for tokens in self.given.tokens:
             case = Case(self.given.hidden, self.given.ranks[0], tokens, torch.bfloat16, self.device)
             row = kernels.scale_reduce_row
             yield f"scale_reduce: {tokens} tokens", lambda case=case, row=row: self.kernel(row(case, self.backend))
-        for case in self.cases():
-            yield f"layer: {case.label}", lambda case=case: self.layer(case)
 
-    def cases(self, tokens: Sequence[int] | None = None) -> Iterator[Case]:
+    def cases(self) -> Iterator[Case]:
         """Every combination of adapter dtype, tokens and rank."""
         for adapters in (torch.bfloat16, torch.float32):
-            for count in tokens or self.given.tokens:
+            for count in self.given.tokens:
                 for rank in self.given.ranks:
                     yield Case(self.given.hidden, rank, count, adapters, self.device)
 
@@ -125,8 +142,8 @@ class Run:
         for candidate in candidates:
             name = candidate.name
             self.record["kernels"].append({
-                "kernel": row.kernel, "label": row.label, "rank": row.rank, "tokens": row.tokens, "dtypes": row.dtypes,
-                "provider": name, "us": report.significant(candidate.seconds * 1e6),
+                "kernel": row.kernel, "label": row.label, "shape": row.shape, "rank": row.rank, "tokens": row.tokens,
+                "dtypes": row.dtypes, "provider": name, "us": report.significant(candidate.seconds * 1e6),
                 "spread": report.significant(candidate.spread, 2), "bytes": row.bytes, "flops": row.flops,
                 "floor_us": None if floor is None else report.significant(floor * 1e6),
                 "fraction": None if floor is None else report.significant(floor / candidate.seconds, 3),
@@ -200,6 +217,14 @@ class Run:
         return found, allowed
 
 
+def _sizes(text: str) -> tuple[int, int, int]:
+    try:
+        out_features, in_features, rank = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected three sizes, such as 4096x4096x16, got {text!r}") from None
+    return out_features, in_features, rank
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.layer", description=(__doc__ or "").splitlines()[0])
@@ -209,6 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["triton", "torch"], help="ours (default: triton on a GPU, else torch)")
     parser.add_argument("--hidden", type=int, default=4096, help="in_features and out_features")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 384])
+    parser.add_argument(
+        "--norms", type=_sizes, nargs="+", default=NORMS, metavar="NxKxR", help="of the norm: out, in_features, rank"
+    )
+    parser.add_argument("--norm-dtypes", choices=list(DTYPES), nargs="+", default=["bf16", "bf16+fp32"])
+    parser.add_argument("--only", choices=TABLES, nargs="+", default=TABLES, help="tables")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192])
     parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
     parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")

@@ -1,4 +1,4 @@
-"""The kernel tables: what each primitive must move and compute, and who is timed on it.
+"""The tables of compose and scale_reduce: what each primitive must move and compute, and who is timed on it.
 
 Bytes count every input and output once; inputs are rotated among copies that exceed the last-level cache.
 """
@@ -12,17 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bench.layer.problem import ALLOWED, FLOOR, Case, Problem, error, make_problem
-from bench.layer.providers import peft_layer
 from bench.timing import cache_bytes, copies_beyond
-from dora_kernels import linear, reference, torch_backend
-
-NORM_LIMIT = 1e-5
-"""The norm is computed in float32 accuracy from the factors as stored."""
-ROUNDED_NORM_LIMIT = 2e-2
-"""PEFT computes it in the adapter's dtype or, under autocast, forms the low-rank product in bfloat16."""
+from dora_kernels import linear, torch_backend
 
 
 @dataclass
@@ -40,11 +33,14 @@ class KernelRow:
     limits: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     """Providers that could not be built, and why."""
+    shape: str | None = None
+    """Of W, for the norm."""
 
     @property
     def label(self) -> str:
         """For people."""
-        words = [] if self.rank is None else [f"rank {self.rank}"]
+        words = [] if self.shape is None else [self.shape]
+        words += [] if self.rank is None else [f"rank {self.rank}"]
         words += [] if self.tokens is None else [f"{self.tokens} tokens"]
         return f"{self.kernel}, {', '.join(words)}, {self.dtypes}"
 
@@ -56,44 +52,6 @@ class KernelRow:
 def problems(case: Case, bytes_each: int) -> list[Problem]:
     """Enough copies of a problem that none is found in the cache."""
     return [make_problem(case, seed) for seed in range(copies_beyond(cache_bytes(case.device), bytes_each))]
-
-
-def norm_row(case: Case, backend: str) -> KernelRow:
-    """W once, the factors once, the norm once; two operations for each element of W and rank."""
-    size, rank = case.hidden, case.rank
-    adapter = torch.finfo(case.adapters).bits // 8
-    row = KernelRow(
-        "weight_norm", rank, None, f"bf16 W, {'fp32' if case.autocast else 'bf16'} adapters",
-        2 * size * size + 2 * size * rank * adapter + 4 * size, 2 * size * size * rank,
-    )  # fmt: skip
-    copies = problems(case, row.bytes)
-    first = copies[0]
-    f64 = torch.float64
-    wanted = reference.weight_norm(
-        first.weight.to(f64), first.lora_A.to(f64), first.lora_B.to(f64), first.scaling, "out"
-    )
-    for name, module in _modules(backend):
-        calls = [
-            lambda p=p, module=module: module.weight_norm(p.weight, p.lora_A, p.lora_B, p.scaling) for p in copies
-        ]
-        row.add(name, calls, error(calls[0](), wanted), NORM_LIMIT)
-    try:
-        layers = [peft_layer(p, case, dora=True)[1] for p in copies]
-    except Exception as reason:
-        row.absent["peft"] = f"{type(reason).__name__}: {reason}"
-        return row
-    calls = [lambda p=p, layer=layer: _peft_norm(layer, p, case) for p, layer in zip(copies, layers)]
-    row.add("peft", calls, error(calls[0](), wanted), ROUNDED_NORM_LIMIT)
-    return row
-
-
-def _peft_norm(layer: Any, problem: Problem, case: Case) -> Tensor:
-    """What PEFT's DoRA layer does in every forward pass to have its norm."""
-    dora = layer.lora_magnitude_vector["default"]
-    with torch.no_grad(), torch.autocast(case.device.type, torch.bfloat16, enabled=case.autocast):
-        product = dora.get_lora_weight(lora_A=layer.lora_A["default"], lora_B=layer.lora_B["default"])
-        norm: Tensor = dora.get_weight_norm(problem.weight, product.to(problem.x.dtype), problem.scaling)
-        return norm
 
 
 def compose_row(case: Case, backend: str) -> KernelRow:
@@ -113,7 +71,7 @@ def compose_row(case: Case, backend: str) -> KernelRow:
     wanted = g.double() * (base.double() + scaling * h.double() @ b.double().t()) + bias.double()
     plain = (g * (base + scaling * F.linear(h, b.to(h.dtype)))).to(base.dtype) + bias
     limit = max(FLOOR, ALLOWED * error(plain, wanted))
-    for name, module in _modules(backend):
+    for name, module in modules(backend):
         calls = [lambda i=i, module=module: module.compose(*i, True) for i in inputs]
         row.add(name, calls, error(calls[0](), wanted), limit)
     return row
@@ -128,7 +86,7 @@ def scale_reduce_row(case: Case, backend: str) -> KernelRow:
     wanted = [grad.double() * g.double(), (grad.double() * other.double()).sum(0), grad.double().sum(0)]
     plain = [(grad * g).to(grad.dtype), (grad.float() * other.float()).sum(0), grad.float().sum(0)]
     allowed = [max(FLOOR, ALLOWED * error(result, exact)) for result, exact in zip(plain, wanted)]
-    for name, module in _modules(backend):
+    for name, module in modules(backend):
         calls = [lambda i=i, module=module: module.scale_reduce(*i, True, True) for i in inputs]
         # The worst of the three, as a fraction of what is allowed it.
         worst = max(error(one, exact) / limit for one, exact, limit in zip(calls[0](), wanted, allowed))
@@ -136,7 +94,7 @@ def scale_reduce_row(case: Case, backend: str) -> KernelRow:
     return row
 
 
-def _modules(backend: str) -> Iterator[tuple[str, ModuleType]]:
+def modules(backend: str) -> Iterator[tuple[str, ModuleType]]:
     """Ours, and PyTorch operations where ours is another."""
     yield "ours", linear.primitives(backend)
     if backend != "torch":

@@ -67,7 +67,7 @@ def factored_norm_kernel(
     tl.store(norm_ptr + offs_n, tl.where(kept, tl.sqrt(tl.maximum(square, 0.0)), -1.0), mask=mask_n)
 
 
-def factored_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
+def factored_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
     """Row norms of ``W + s B A``, float32 ``[N]``, -1 where they have to be computed directly."""
     N, R = lora_B.shape
     pieces = 1 if lora_A.dtype == weight.dtype else 2

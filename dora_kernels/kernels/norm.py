@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dora_kernels.kernels.config import CANCELLATION, combine_config, is_factored, norm_config, norm_products, splits
 from dora_kernels.kernels.dot import cast, dot
-from dora_kernels.kernels.factored import factored_norm
+from dora_kernels.kernels.factored import factored_rows
 from dora_kernels.kernels.launch import INTERPRETED, on_device
 
 
@@ -157,13 +157,9 @@ def weight_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
 ) -> Tensor:
     """Row norms of ``W + s B A``, float32 ``[N]``. `weight_square`: ``|W|²`` per row, which the factored form needs."""
-    if not is_factored(weight, lora_A, lora_B):
-        return direct_norm(weight, lora_A, lora_B, scaling)
-    if weight_square is None:
-        weight_square = row_square(weight)
-    norm = factored_norm(weight, lora_A, lora_B, scaling, weight_square)
-    repair_norm(norm, weight, lora_A, lora_B, scaling)
-    return norm
+    if is_factored(weight, lora_A, lora_B):
+        return factored_norm(weight, lora_A, lora_B, scaling, weight_square)
+    return direct_norm(weight, lora_A, lora_B, scaling)
 
 
 def direct_norm(
@@ -190,6 +186,17 @@ def direct_norm(
         combine_kernel[(triton.cdiv(N, vector.BLOCK),)](
             parts, previous, norm, changed, N, count, call, **vector._asdict()
         )
+    return norm
+
+
+def factored_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
+) -> Tensor:
+    """The norm from matrices of rank r, and directly where digits were lost."""
+    if weight_square is None:
+        weight_square = row_square(weight)
+    norm = factored_rows(weight, lora_A, lora_B, scaling, weight_square)
+    repair_norm(norm, weight, lora_A, lora_B, scaling)
     return norm
 
 
