@@ -1,4 +1,4 @@
-"""Render README.md's table of the demo from the newest committed result: `python -m bench.readme [--check]`."""
+"""Render the documents' tables from the newest committed results: `python -m bench.readme [--check]`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- demo: rendered by `python -m bench.readme` -->", "<!-- demo: end -->"
 LABELS = {
     "stock": "PEFT DoRA",
     "patched": "**PEFT DoRA + `patch_peft`**",
@@ -20,13 +20,15 @@ LABELS = {
 }
 
 
-def newest() -> Path:
-    """The demo's newest result; names begin with the date."""
-    return max((ROOT / "bench" / "results").glob("*-demo-*.json"))
+def newest(kind: str) -> dict[str, Any]:
+    """The newest result of a kind; names begin with the date."""
+    path = max((ROOT / "bench" / "results").glob(f"*-{kind}-*.json"))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """The markdown between the markers."""
+def demo_table(result: dict[str, Any]) -> str:
+    """The demo's three runs and two controls."""
     variants = result["variants"]
     lengths = list(variants["lora"]["step_seconds"])
     steps = [f"step, {length} tokens" for length in lengths]
@@ -50,7 +52,30 @@ def table(result: dict[str, Any]) -> str:
         f"torch {versions['torch']}, peft {versions['peft']}; ratios are medians over steps run in turn, "
         "in one process."
     )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n" + note
+    return _markdown(rows) + "\n\n" + note
+
+
+def norm_table(result: dict[str, Any]) -> str:
+    """PEFT's norm over ours, and ours in microseconds."""
+    found = {(row["dtypes"], row["shape"], row["rank"], row["provider"]): row for row in result["kernels"]}
+    ranks = sorted({row["rank"] for row in result["kernels"]})
+    rows = [["W and adapters", "shape", *(f"rank {rank}" for rank in ranks)], ["---", "---"] + ["---:"] * len(ranks)]
+    for dtypes, shape in dict.fromkeys(key[:2] for key in found):
+        cells = []
+        for rank in ranks:
+            ours, peft = (found[dtypes, shape, rank, provider] for provider in ("ours", "peft"))
+            cells.append(f"{peft['ratio_to_ours']:.1f}× ({ours['us'] / 1e3:.1f} ms)")
+        rows.append([dtypes, shape, *cells])
+    hardware, versions = result["hardware"], result["versions"]
+    note = (
+        f"{hardware['device']}, {hardware['threads']} threads; torch {versions['torch']}, peft {versions['peft']}; "
+        f"commit {result['commit'][:7]}; medians over calls made in turn, in one process, W not in the cache."
+    )
+    return _markdown(rows) + "\n\n" + note
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _timed(seconds: float, ratio: float) -> str:
@@ -63,25 +88,37 @@ def _same(difference: float | None) -> str:
     return f"yes, within {difference:.1e}" if difference <= 1e-5 else f"**no**, off by {difference:.1e}"
 
 
-def rendered(text: str) -> str:
-    """`text` with the part between the markers replaced."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{table(json.loads(newest().read_text(encoding='utf-8')))}\n{END}{after}"
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("README.md", demo_table),
+    "norm": ("docs/benchmarks.md", norm_table),
+}
+"""Of each kind of result, the document and what is written into it between the markers."""
+
+
+def documents() -> dict[Path, str]:
+    """Every document with its tables rendered anew."""
+    texts: dict[Path, str] = {}
+    for kind, (name, table) in TABLES.items():
+        path = ROOT / name
+        text = texts.get(path) or path.read_text(encoding="utf-8")
+        begin, end = f"<!-- {kind}: rendered by `python -m bench.readme` -->", f"<!-- {kind}: end -->"
+        before, rest = text.split(begin)
+        texts[path] = f"{before}{begin}\n{table(newest(kind))}\n{end}{rest.split(end)[1]}"
+    return texts
 
 
 def main() -> int:
-    """Rewrite README.md, or with --check say whether it would change (exit status 1)."""
+    """Rewrite the documents, or with --check say whether one would change (exit status 1)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = rendered(text)
-    if parser.parse_args().check:
-        return int(new != text)
-    temporary = path.with_name("README.md.tmp")
-    temporary.write_text(new, encoding="utf-8")
-    os.replace(temporary, path)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
+    check = parser.parse_args().check
+    for path, text in documents().items():
+        if check and path.read_text(encoding="utf-8") != text:
+            return 1
+        if not check:
+            temporary = path.with_name(f"{path.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
     return 0
 
 

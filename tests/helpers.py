@@ -86,8 +86,9 @@ def _forced(name: str, lane: Lane, *constants: str) -> Any:
 
 
 # The other form of the norm, which the CPU takes for large weights only, and the kernels at high ranks.
+_LARGE = ("torch_backend._FACTORED_ELEMENTS", "torch_backend._FACTORED_FEATURES")
 FACTORED = [
-    _forced("torch-factored", Lane("torch", "cpu"), *(f"torch_backend._FACTORED_{of}" for of in ("ELEMENTS", "FEATURES"))),
+    _forced("torch-factored", Lane("torch", "cpu"), *_LARGE),
     _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK"),
     _forced("triton-cuda-factored", Lane("triton", "cuda"), "kernels.config._DIRECT_RANK"),
 ]

@@ -1,8 +1,8 @@
-"""The README's table is rendered, not typed."""
+"""The documents' tables are rendered, not typed."""
 
 from bench import readme
 
 
-def test_readme_shows_the_newest_result() -> None:
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.rendered(text) == text, "run: python -m bench.readme"
+def test_documents_show_the_newest_results() -> None:
+    for path, text in readme.documents().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m bench.readme"

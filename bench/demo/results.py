@@ -19,6 +19,7 @@ from bench.demo.settings import (
     TOKEN_LIMIT,
     Settings,
 )
+from bench.machine import cpu_name
 
 VERSIONED = ("torch", "triton", "transformers", "peft", "dora_kernels", "numpy")
 
@@ -115,14 +116,8 @@ def hardware() -> dict[str, Any]:
     """The machine, in the words that a reader of the figures needs."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     found: dict[str, Any] = {
-        "cpu": name,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

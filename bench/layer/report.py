@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.layer.providers import PROVIDERS
+from bench.machine import cpu_name
 
 SCHEMA = 1
 _VERSIONED = ("torch", "triton", "peft", "transformers", "numpy")
@@ -69,7 +70,7 @@ def _versions() -> dict[str, str]:
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"device": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"device": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type != "cuda":
         return found
     properties = torch.cuda.get_device_properties(device)
