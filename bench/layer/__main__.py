@@ -104,8 +104,10 @@ class Run:
 
     def interleave(self, candidates: list[Candidate]) -> None:
         """Time candidates with this run's settings."""
-        seconds = self.given.sample_ms / 1e3
-        timing.interleave(candidates, self.device, rounds=self.given.rounds, sample_seconds=seconds, limit_seconds=8.0)
+        seconds, limit = self.given.sample_ms / 1e3, self.given.limit_s / 10
+        timing.interleave(
+            candidates, self.device, rounds=self.given.rounds, sample_seconds=seconds, limit_seconds=limit
+        )
 
     def automatic(self) -> None:
         """What patched layers run on: their backend is always "auto"'s choice."""
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192])
     parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
     parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="no stage begins after this")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="no stage begins after this; a comparison takes a tenth")
     given = parser.parse_args(arguments)
     if given.show:
         print(report.text(json.loads(given.show.read_text(encoding="utf-8"))))
