@@ -244,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192])
     parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
     parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="no stage begins after this; a comparison takes a tenth")
+    parser.add_argument(
+        "--limit-s", type=float, default=120.0, help="no stage begins after this; a comparison takes a tenth of it at most"
+    )
     given = parser.parse_args(arguments)
     if given.show:
         print(report.text(json.loads(given.show.read_text(encoding="utf-8"))))
