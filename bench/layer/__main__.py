@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
     parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")
     parser.add_argument(
-        "--limit-s", type=float, default=120.0, help="no stage begins after this; a comparison takes a tenth of it at most"
+        "--limit-s", type=float, default=120.0, help="no stage begins after this; a comparison may take a tenth"
     )
     given = parser.parse_args(arguments)
     if given.show:
