@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite.add_arguments(one)
         one.set_defaults(run=suite.run, parser=one)
     given = parser.parse_args(arguments)
-    status: int = given.run(given, given.parser)
+    try:
+        status: int = given.run(given, given.parser)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

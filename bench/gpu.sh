@@ -45,6 +45,10 @@ for word in PASSED FAILED ERROR SKIPPED; do
     printf '   %s %s' "$(grep -cE "^(\[gw[0-9]+\] .*$word |tests/[^ ]+ $word)" "$out/tests.log")" "$word"
 done
 echo
+if [ "$code" -eq 0 ] && ! grep -qE "^(\[gw[0-9]+\] .*PASSED |tests/[^ ]+ PASSED)" "$out/tests.log"; then
+    echo "   nothing ran: no GPU that torch can use"
+    case " $* " in *" --device cpu "*) ;; *) status=1 ;; esac
+fi
 
 echo "== tables, at most $TABLES_SECONDS s: $out/layer.json"
 rm -f "$out/layer.json" "$out/layer.txt"

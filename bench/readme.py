@@ -69,9 +69,18 @@ def norm_table(result: dict[str, Any]) -> str:
     hardware, versions = result["hardware"], result["versions"]
     note = (
         f"{hardware['device']}, {hardware['threads']} threads; torch {versions['torch']}, peft {versions['peft']}; "
-        f"commit {result['commit'][:7]}; medians over calls made in turn, in one process, W not in the cache."
+        f"commit {result['commit'][:7]}; medians over calls made in turn, in one process, W not in the cache. "
+        f"Largest errors against float64, relative: ours {_worst(result, 'ours')}, PEFT's {_worst(result, 'peft')}."
     )
     return _markdown(rows) + "\n\n" + note
+
+
+def _worst(result: dict[str, Any], provider: str) -> str:
+    errors: dict[str, float] = {}
+    for row in result["kernels"]:
+        if row["provider"] == provider:
+            errors[row["dtypes"]] = max(errors.get(row["dtypes"], 0.0), row["error"])
+    return ", ".join(f"{error:.0e} ({dtypes})" for dtypes, error in errors.items())
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -53,7 +53,13 @@ def set_norm_reuse(enabled: bool) -> None:
 
 
 def invalidate(module: nn.Module) -> None:
-    """Forget every kept norm in `module` and its children: for whoever writes weights in a way nothing can see."""
+    """Forget every kept norm in `module` and its children: for whoever writes weights in a way nothing can see.
+
+    Raises:
+        TypeError: `module` is no `torch.nn.Module`.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     for cache in _caches(module):
         cache.invalidate()
 

@@ -159,6 +159,11 @@ def test_invalidate(layer, x, name):
     assert layer.is_right(x)
 
 
+def test_invalidate_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="module: expected a torch.nn.Module, got Tensor"):
+        invalidate(torch.ones(2))
+
+
 def test_invalidate_finds_caches_in_dictionaries(lane, x):
     layer = Layer(lane)
     layer(x)

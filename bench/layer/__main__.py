@@ -223,7 +223,9 @@ def _sizes(text: str) -> tuple[int, int, int]:
     try:
         out_features, in_features, rank = map(int, text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected three sizes, such as 4096x4096x16, got {text!r}") from None
+        out_features = in_features = rank = 0
+    if min(out_features, in_features, rank) < 1:
+        raise argparse.ArgumentTypeError(f"expected three sizes of at least 1, such as 4096x4096x16, got {text!r}")
     return out_features, in_features, rank
 
 

@@ -63,25 +63,10 @@ CANCELLATION = 0.25
 # The most programs that share a tensor's fingerprint.
 _FINGERPRINTS = 256
 
-# The largest rank for which the direct norm is taken. By count (`python -m bench static`), for an 8192x8192 bfloat16
-# weight of 134 MB the direct form asks L2 for 285 MB of factors at rank 128 and, with the largest tiles that do not
-# spill, for 1610 MB at rank 384; the factored form moves 183 MB at rank 384 besides the vendor's product with W. Not
+# The largest rank for which a bfloat16 weight's norm is direct. By count (bench/static/traffic.py), for 8192x8192 and
+# bfloat16 adapters: the direct form asks L2 for 285 MB of factors at rank 128 and, with the largest tiles that do not
+# spill, for 1610 MB at rank 384; the factored form for 183 MB at rank 384, besides the vendor's product of W and A. Not
 # timed.
-_DIRECT_RANK = 128
-
-# The fingerprints are one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. By count; not timed.
-_KEPT_BYTES = 1 << 23
-
-# A row's square has lost digits where it is below this fraction of the squared terms it is summed from; a quarter costs
-# at most two bits.
-CANCELLATION = 0.25
-# The most programs that share a tensor's fingerprint.
-_FINGERPRINTS = 256
-
-# The largest rank for which the direct norm is taken. By count, for an 8192x8192 bfloat16 weight: at rank 384 the
-# direct form moves 805 MB between L2 and the multiprocessors with the largest tiles that do not spill, the factored
-# form's matrix product about as much, but that is the vendor's, and U is 25 MB more; at rank 128 the direct form has
-# 268 MB to move, and W itself is 134 MB. Not timed.
 _DIRECT_RANK = 128
 
 
