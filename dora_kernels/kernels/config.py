@@ -86,7 +86,7 @@ def norm_products(weight: Tensor, lora_A: Tensor, lora_B: Tensor, exact: bool = 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether the norm is taken in the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
 
-    float16 has not the exponents for the pieces of float32 adapters. torch 2.8 brought products with a wider result, for
+    float16 has not the exponents for the pieces of float32 adapters. torch 2.8 brought products with a wider result to
     CUDA.
     """
     if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16 or lora_A.dtype != lora_B.dtype:
