@@ -246,7 +246,8 @@ class NormCache:
         if not linear.primitives(backend).is_factored(*ops.axis_first(weight, lora_A, lora_B, magnitude_axis)):
             return None
         if backend == "triton":
-            return self._ask_device(weight, lora_A[:0], lora_B[:, :0], 0.0, magnitude_axis).square_()
+            nothing = lora_A[:0].to(weight.dtype), lora_B[:, :0].to(weight.dtype)
+            return self._ask_device(weight, *nothing, 0.0, magnitude_axis).square_()
         if weight.device.type != "cpu":
             return None
         dtype = accumulation_dtype(weight, lora_A, lora_B)
@@ -271,9 +272,9 @@ class NormCache:
         )  # fmt: skip
         known = self._on_device.get((device, rank))
         if known is None or known[0] is not _owner(weight) or known[1] != key:
-            known = _owner(weight), key, linear.primitives("triton").KeptNorm(rows[0].shape[0], device)
+            known = _owner(weight), key, linear.primitives("triton").KeptNorm(rows[0].shape[0], scaling, device)
             self._on_device = {**self._on_device, (device, rank): known}
-        norm: Tensor = known[2].norm(rows[0], _sample(weight), *rows[1:], scaling)
+        norm: Tensor = known[2].norm(rows[0], _sample(weight), *rows[1:])
         return norm
 
 

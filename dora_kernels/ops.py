@@ -101,7 +101,7 @@ def _(
     magnitude_axis: str,
     backend: str,
 ) -> Tensor:
-    return torch.empty_like(weight)
+    return torch.empty_like(weight) if magnitude_axis == "out" else torch.empty_like(weight.t()).t()
 
 
 def linear_forward(

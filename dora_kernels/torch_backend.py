@@ -1,7 +1,7 @@
 """The `torch` backend: the primitives of DoRA in plain PyTorch operations. Runs on every device; the CPU's path.
 
 The Triton kernels in `dora_kernels.kernels` offer the same primitives under the same names: `weight_norm`,
-`compose`, `scale_reduce`. No temporary holds more of the weight than a block of 4 MB.
+`merge`, `compose`, `scale_reduce`. No temporary holds more of the weight than a block of 4 MB.
 """
 
 from __future__ import annotations

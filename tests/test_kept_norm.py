@@ -1,4 +1,4 @@
-"""The norm kept on the device: the bits of one computed afresh, and left alone where nothing has changed."""
+"""The norm kept on the device: the bits of a direct one computed afresh, and left alone where nothing has changed."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Kept:
 
     def __init__(self, kernels, weight, a, b):
         self.kernels, self.tensors = kernels, (weight, a, b)
-        self.kept = kernels.KeptNorm(weight.shape[0], weight.device)
+        self.kept = kernels.KeptNorm(weight.shape[0], SCALING, weight.device)
 
     def __call__(self):
         weight, a, b = self.tensors
         sample = (weight if weight.is_contiguous() else weight.t()).view(-1)[::97]
-        return self.kept.norm(weight, sample, a, b, SCALING)
+        return self.kept.norm(weight, sample, a, b)
 
     def fresh(self):
         return self.kernels.weight_norm(*self.tensors, SCALING)

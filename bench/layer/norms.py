@@ -122,7 +122,7 @@ def _kept(copies: list[Factors]) -> list[Any]:
     """A norm kept on the device for each copy, computed."""
     from dora_kernels.kernels import KeptNorm
 
-    found = [KeptNorm(weight.shape[0], weight.device) for weight, _, _ in copies]
+    found = [KeptNorm(weight.shape[0], SCALING, weight.device) for weight, _, _ in copies]
     for factors, kept in zip(copies, found):
         _ask(factors, kept)
     return found
@@ -130,7 +130,7 @@ def _kept(copies: list[Factors]) -> list[Any]:
 
 def _ask(factors: Factors, kept: Any) -> Tensor:
     weight, a, b = factors
-    norm: Tensor = kept.norm(weight, weight.view(-1)[:: max(1, weight.numel() // 256)], a, b, SCALING)
+    norm: Tensor = kept.norm(weight, weight.view(-1)[:: max(1, weight.numel() // 256)], a, b)
     return norm
 
 

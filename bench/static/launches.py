@@ -127,14 +127,14 @@ def kept_norm(
     from dora_kernels.kernels import KeptNorm
 
     operands = _factors(dtypes, rank, shape, conv1d, axis, device)
-    kept = KeptNorm(operands["w"].shape[0], operands["w"].device)
+    kept = KeptNorm(operands["w"].shape[0], 0.5, operands["w"].device)
 
-    def launcher(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        norm: Tensor = kept.norm(w, w.diagonal(), a, b, scaling)
+    def launcher(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        norm: Tensor = kept.norm(w, w.diagonal(), a, b)
         return norm
 
     case = _words(_weight_case(rank, shape, conv1d, axis), "unchanged" if unchanged else "changed")
-    call = Call("kept_norm", _labels(dtypes), case, dict(operands), (0.5,), ("norm",), launcher, unchanged)
+    call = Call("kept_norm", _labels(dtypes), case, dict(operands), (), ("norm",), launcher, unchanged)
     if unchanged:
         call.run(Made.run if device == "cpu" else lambda _: None)
     return call

@@ -209,7 +209,7 @@ class Operations(TorchDispatchMode):
                 owner = self.names.get(_memory(one), name)
                 loaded[owner] = loaded.get(owner, 0) + size(one)
             counter = flop_registry.get(func.overloadpacket)
-            flops = counter(*args, out_val=result) if counter else 0
+            flops = counter(*_tensors(args), out_val=result) if counter else 0
             self.made.append(Operation(name, loaded, sum(size(one) for one in _tensors(result)), flops))
         return result
 

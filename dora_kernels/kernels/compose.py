@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import compose_config, products
+from dora_kernels.kernels.config import compose_config, products_for
 from dora_kernels.kernels.dot import cast, dot
 from dora_kernels.kernels.launch import INTERPRETED, on_device
 
@@ -71,8 +71,8 @@ def compose(
     if M == 0:
         return y
     R = h.shape[1]
-    count = products(base.dtype == torch.float32, True)
-    config = compose_config(M, R, count)
+    products = products_for(base.dtype == torch.float32, True)
+    config = compose_config(M, R, products)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     with on_device(base):
         compose_kernel[grid](
@@ -80,6 +80,6 @@ def compose(
             M, N, R,
             base.stride(0), h.stride(0), *lora_B.stride(),
             scaling,
-            PRODUCTS=count, INTERPRETED=INTERPRETED, **config._asdict(),
+            PRODUCTS=products, INTERPRETED=INTERPRETED, **config._asdict(),
         )  # fmt: skip
     return y

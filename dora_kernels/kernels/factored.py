@@ -20,6 +20,10 @@ from dora_kernels.kernels.config import CANCELLATION, factored_config
 from dora_kernels.kernels.dot import dot, dot_by_pieces
 from dora_kernels.kernels.launch import INTERPRETED, on_device
 
+# A bound, not a measurement: tensor cores may truncate at each step of 16 features, which loses half a unit of 2**-24
+# on average, so 128 steps lose at most 4e-6 of G, and G's part of a norm half of that.
+_GRAM_FEATURES = 2048
+
 
 @triton.jit
 def factored_norm_kernel(
@@ -50,21 +54,21 @@ def factored_norm_kernel(
             mask_q = offs_q < R
             mask_g = mask_q[:, None] & mask_r[None, :]
             left = tl.load(
-                b_rows + offs_q[None, :] * stride_br, mask=mask_n[:, None] & mask_q[None, :], other=0.0
+                b_rows + offs_q.to(tl.int64)[None, :] * stride_br, mask=mask_n[:, None] & mask_q[None, :], other=0.0
             )
             gram = tl.load(gram_ptr + offs_q[:, None] * stride_gr + offs_r[None, :], mask=mask_g, other=0.0)
             if PIECES == 2:
                 acc = dot(left, gram, acc, 3, INTERPRETED)
             else:
                 acc = dot_by_pieces(left, gram, acc, INTERPRETED)
-        b = tl.load(b_rows + offs_r[None, :] * stride_br, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(b_rows + offs_r.to(tl.int64)[None, :] * stride_br, mask=mask, other=0.0).to(tl.float32)
         diagonal = tl.load(gram_ptr + offs_r * (stride_gr + 1), mask=mask_r, other=0.0)
         cross += tl.sum(b * (u + 0.5 * scaling * acc), 1)
         low += tl.sum(b * b * diagonal[None, :], 1)
     weight_square = tl.load(square_ptr + offs_n, mask=mask_n, other=0.0)
     square = weight_square + 2.0 * scaling * cross
-    kept = square >= CANCELLATION * (weight_square + scaling * scaling * low)
-    tl.store(norm_ptr + offs_n, tl.where(kept, tl.sqrt(tl.maximum(square, 0.0)), -1.0), mask=mask_n)
+    sound = square >= CANCELLATION * (weight_square + scaling * scaling * low)
+    tl.store(norm_ptr + offs_n, tl.where(sound, tl.sqrt(tl.maximum(square, 0.0)), -1.0), mask=mask_n)
 
 
 def factored_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def factored_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     pieces = 1 if lora_A.dtype == weight.dtype else 2
     operand = lora_A if pieces == 1 else _in_two_pieces(lora_A, weight.dtype)
     u = _product(weight, operand.t())
-    gram = _product(operand, operand.t())
+    gram = _gram(operand)
     if pieces == 2:
         gram = gram.view(2, R, 2, R).sum((0, 2))
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
@@ -95,8 +99,21 @@ def _in_two_pieces(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([high, (lora_A - high.to(lora_A.dtype)).to(dtype)])
 
 
+def _gram(operand: Tensor) -> Tensor:
+    """``operand operandᵀ``, in parts of `_GRAM_FEATURES`: an accumulator of positive terms drifts over a long sum."""
+    K = operand.shape[1]
+    whole = K // _GRAM_FEATURES * _GRAM_FEATURES
+    parts, rest = operand.split((whole, K - whole), dim=1)
+    gram = _product(rest, rest.t())
+    if whole:
+        parts = parts.unflatten(1, (-1, _GRAM_FEATURES)).transpose(0, 1)
+        gram += _product(parts, parts.transpose(1, 2)).sum(0)
+    return gram
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Of 16-bit operands, with the accumulator's float32 unrounded; in float64 where kernels are interpreted."""
     if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
+        product = torch.mm if left.dim() == 2 else torch.bmm
+        return product(left, right, out_dtype=torch.float32)
     return (left.double() @ right.double()).float()

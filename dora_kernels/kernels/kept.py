@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_kernels.kernels.config import fingerprint_config, fingerprints
 from dora_kernels.kernels.launch import on_device
-from dora_kernels.kernels.norm import direct_norm
+from dora_kernels.kernels.norm import Kept, direct_norm
 
 
 @triton.jit(do_not_specialize=["call"])
@@ -59,7 +59,7 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, B
             bits = x.to(tl.int32, bitcast=True)
         else:
             bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-        bits = _mixed(bits ^ _mixed(offs))
+        bits = _mixed(bits ^ _mixed(offs.to(tl.int32)))
         first ^= tl.where(mask, bits, 0)
         second ^= tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
     return tl.xor_sum(first, 0), tl.xor_sum(second, 0)
@@ -75,16 +75,20 @@ def _mixed(x):
 
 
 class KeptNorm:
-    """The norm of one layer, for calls in order on one stream; `sample` is a strided vector of W's elements."""
+    """The norm of one layer, for calls in order on one stream, with one W's address and strides and one scaling."""
 
-    def __init__(self, out_features: int, device: torch.device) -> None:
+    def __init__(self, out_features: int, scaling: float, device: torch.device) -> None:
+        self._scaling = scaling
         self._norm = torch.empty(out_features, dtype=torch.float32, device=device)
         self._changed = torch.zeros(1, dtype=torch.int32, device=device)
         self._seen = torch.zeros(0, dtype=torch.int32, device=device)
         self._calls = 0
 
-    def norm(self, weight: Tensor, sample: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """Row norms of ``W + s B A``, float32 ``[N]``, in memory of their own at every call."""
+    def norm(self, weight: Tensor, sample: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """Row norms of ``W + s B A``, float32 ``[N]``, in memory of their own at every call.
+
+        `sample` is a strided vector of W's elements.
+        """
         shares = [fingerprints(t.numel()) for t in (lora_A, lora_B, sample)]
         if self._seen.numel() != 2 * sum(shares):
             self._seen = torch.zeros(2 * sum(shares), dtype=torch.int32, device=weight.device)
@@ -98,7 +102,8 @@ class KeptNorm:
                     *shares, self._calls,
                     **fingerprint_config()._asdict(),
                 )  # fmt: skip
-            return direct_norm(weight, lora_A, lora_B, scaling, (self._norm, self._changed, self._calls))
+            kept = Kept(self._norm, self._changed, self._calls)
+            return direct_norm(weight, lora_A, lora_B, self._scaling, kept)
         except BaseException:
             # What was seen may not be what the kept norm is of.
             self._seen = torch.zeros(0, dtype=torch.int32, device=weight.device)

@@ -61,14 +61,14 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | No
     N, K = weight.shape
     R = lora_A.shape[0]
     merged = torch.empty_like(weight)
-    count = norm_products(weight, lora_A, lora_B, exact=True)
-    config = merge_config(R, count)
+    products = norm_products(weight, lora_A, lora_B, exact=True)
+    config = merge_config(R, products)
     with on_device(weight):
         merge_kernel[(triton.cdiv(N, config.BLOCK_N),)](
             weight, lora_A, lora_B, None if magnitude is None else magnitude.contiguous(), merged,
             N, K, R,
             *weight.stride(), *lora_A.stride(), *lora_B.stride(), *merged.stride(),
             scaling,
-            PRODUCTS=count, INTERPRETED=INTERPRETED, HOLD_B=R <= config.BLOCK_R, **config._asdict(),
+            PRODUCTS=products, INTERPRETED=INTERPRETED, HOLD_B=R <= config.BLOCK_R, **config._asdict(),
         )  # fmt: skip
     return merged

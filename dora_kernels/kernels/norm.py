@@ -1,11 +1,12 @@
-"""Weight norm: ``n_i = sqrt(Σ_k (W[i, k] + s Σ_r B[i, r] A[r, k])²)`` in one read of W.
+"""Weight norm: ``n_i = sqrt(Σ_k (W[i, k] + s Σ_r B[i, r] A[r, k])²)``, in one read of W where no digits are lost.
 
 Shapes: W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; n ``[N]`` float32. Column norms are the row norms of
 ``(W.T, B.T, A.T)``.
 
 A program forms tiles of ``W + s B A`` for BLOCK_N rows in registers, the product on the matrix units, squares them and
-sums in float32: nothing cancels, and nothing of W's size is written. K is split among programs where N alone gives too
-few; each writes the norm of its part, and a second kernel takes the norm of those: no atomics, the same bits every run.
+sums in float32: nothing of W's size is written. Where a product in pieces cancels most of what is summed, the program
+sweeps over its tiles once more with all pieces. K is split among programs where N alone gives too few; each writes the
+norm of its part, and a second kernel takes the norm of those: no atomics, the same bits every run.
 
 Bytes: N·K of W, plus A once per block of rows and B once per split, or once per tile where the rank exceeds BLOCK_R
 (both from the L2 cache), plus 8·N·splits. Above a rank the factored form is taken instead (factored.py).
@@ -13,12 +14,22 @@ Bytes: N·K of W, plus A once per block of rows and B once per split, or once pe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import CANCELLATION, combine_config, is_factored, norm_config, norm_products, splits
+from dora_kernels.kernels.config import (
+    CANCELLATION,
+    NormConfig,
+    combine_config,
+    is_factored,
+    norm_config,
+    norm_products,
+    splits,
+)
 from dora_kernels.kernels.dot import cast, dot
 from dora_kernels.kernels.factored import factored_rows
 from dora_kernels.kernels.launch import INTERPRETED, on_device
@@ -34,20 +45,23 @@ def sweep(
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
 ):  # fmt: skip
-    """``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows: each row's ``Σ_k V²``, ``Σ_k W²``.
+    """``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows: each row's ``Σ_k V²`` and terms.
 
-    Where `merged_ptr` is given, ``row_scale * V`` is written there. HOLD_B: the rank fits in BLOCK_R, and B's rows are
-    held across the loop.
+    The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is summed from; they are taken where three products
+    make it up. Where `merged_ptr` is given, ``row_scale * V`` is written there. HOLD_B: the rank fits in BLOCK_R, and
+    B's rows are held across the loop.
     """
     # 16-bit factors of one dtype are multiplied as they are, everything else as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
     b_rows = b_ptr + offs_n[:, None] * stride_bn
     if HOLD_B:
-        b = tl.load(b_rows + offs_r[None, :] * stride_br, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0)
+        offs = offs_r.to(tl.int64)
+        b = tl.load(b_rows + offs[None, :] * stride_br, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0)
         b = b.to(wide)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    total_w = tl.zeros((BLOCK_N,), tl.float32)
+    terms = tl.zeros((BLOCK_N,), tl.float32)
+    low = tl.zeros((BLOCK_N,), tl.float32)
     for k in range(start, stop, BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < K
@@ -57,26 +71,32 @@ def sweep(
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if HOLD_B:
             a = tl.load(
-                a_columns + offs_r[:, None] * stride_ar, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0
-            )
-            acc = dot(b, a.to(wide), acc, PRODUCTS, INTERPRETED)
+                a_columns + offs[:, None] * stride_ar, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0
+            ).to(wide)
+            acc = dot(b, a, acc, PRODUCTS, INTERPRETED)
+            if PRODUCTS == 3:
+                low += tl.sum(b * b * tl.sum(a * a, 1)[None, :], 1)
         else:
             for r in range(0, R, BLOCK_R):
                 mask_r = r + offs_r < R
                 offs = (r + offs_r).to(tl.int64)
                 a = tl.load(
                     a_columns + offs[:, None] * stride_ar, mask=mask_r[:, None] & mask_k[None, :], other=0.0
-                )
+                ).to(wide)
                 b = tl.load(b_rows + offs[None, :] * stride_br, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-                acc = dot(b.to(wide), a.to(wide), acc, PRODUCTS, INTERPRETED)
+                b = b.to(wide)
+                acc = dot(b, a, acc, PRODUCTS, INTERPRETED)
+                if PRODUCTS == 3:
+                    low += tl.sum(b * b * tl.sum(a * a, 1)[None, :], 1)
         w = w.to(tl.float32)
         v = w + scaling * acc
         total += tl.sum(v * v, 1)
-        total_w += tl.sum(w * w, 1)
+        if PRODUCTS == 3:
+            terms += tl.sum(w * w, 1)
         if merged_ptr is not None:
             merged = cast(row_scale[:, None] * v, merged_ptr.dtype.element_ty, INTERPRETED)
             tl.store(merged_ptr + offs_n[:, None] * stride_mn + offs_k[None, :] * stride_mk, merged, mask=mask_w)
-    return total, total_w
+    return total, terms + scaling * scaling * low
 
 
 @triton.jit(do_not_specialize=["call"])
@@ -105,7 +125,7 @@ def weight_norm_kernel(
         mask_n &= tl.load(norm_ptrs, mask=mask_n, other=0.0) < 0.0
     if REPAIR or changed_ptr is not None:
         stop = tl.where(tl.max(mask_n.to(tl.int32), 0) > 0, stop, start)
-    total, total_w = sweep(
+    total, terms = sweep(
         w_ptr, a_ptr, b_ptr, None,
         offs_n, mask_n, None,
         start, stop, K, R,
@@ -114,8 +134,8 @@ def weight_norm_kernel(
         PRODUCTS, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
     )  # fmt: skip
     if PRODUCTS == 3:
-        # Where the product cancels most of W, its error counts: once more, in all pieces.
-        lost = mask_n & (total < CANCELLATION * total_w)
+        # Where most of the terms cancel, the products' error counts: once more, in all pieces.
+        lost = mask_n & (total < CANCELLATION * terms)
         stop = tl.where(tl.max(lost.to(tl.int32), 0) > 0, stop, start)
         exact, _ = sweep(
             w_ptr, a_ptr, b_ptr, None,
@@ -162,29 +182,40 @@ def weight_norm(
     return direct_norm(weight, lora_A, lora_B, scaling)
 
 
+class Kept(NamedTuple):
+    """What `KeptNorm` keeps on the device."""
+
+    norm: Tensor
+    changed: Tensor
+    """Holds the number of the call that last changed the norm."""
+    call: int
+    """This call's number."""
+
+
 def direct_norm(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    kept: tuple[Tensor, Tensor, int] | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
-    """The norm in one read of W. `kept`: a norm, where the number of the call that changed it lies, and this call's."""
+    """The norm in one read of W, or the one that is kept."""
     N, K = weight.shape
-    config = norm_config(lora_A.shape[0], norm_products(weight, lora_A, lora_B))
+    products = norm_products(weight, lora_A, lora_B)
+    config = norm_config(lora_A.shape[0], products)
     steps = triton.cdiv(K, config.BLOCK_K)
     span = triton.cdiv(steps, splits(triton.cdiv(N, config.BLOCK_N), steps)) * config.BLOCK_K
     count = triton.cdiv(K, span)
     parts = torch.empty(count, N, dtype=torch.float32, device=weight.device)
-    previous, changed, call = kept or (None, None, 0)
-    _launch(weight, lora_A, lora_B, parts, scaling, span, False, changed, call)
+    kept_norm, changed, call = kept or (None, None, 0)
+    _launch(weight, lora_A, lora_B, parts, scaling, span, products, config, changed=changed, call=call)
     if count == 1 and kept is None:
         return parts[0]
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
     vector = combine_config()
     with on_device(weight):
         combine_kernel[(triton.cdiv(N, vector.BLOCK),)](
-            parts, previous, norm, changed, N, count, call, **vector._asdict()
+            parts, kept_norm, norm, changed, N, count, call, **vector._asdict()
         )
     return norm
 
@@ -202,7 +233,9 @@ def factored_norm(
 
 def repair_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
     """Compute the negative ones among the norms, in place, without the host knowing which."""
-    _launch(weight, lora_A, lora_B, norm, scaling, weight.shape[1], True, None, 0)
+    products = norm_products(weight, lora_A, lora_B, exact=True)
+    config = norm_config(lora_A.shape[0], products)
+    _launch(weight, lora_A, lora_B, norm, scaling, weight.shape[1], products, config, repair=True)
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -218,21 +251,22 @@ def _launch(
     norm: Tensor,
     scaling: float,
     span: int,
-    repair: bool,
-    changed: Tensor | None,
-    call: int,
+    products: int,
+    config: NormConfig,
+    repair: bool = False,
+    changed: Tensor | None = None,
+    call: int = 0,
 ) -> None:
+    """One program for every `span` columns, a multiple of BLOCK_K, of BLOCK_N rows."""
     N, K = weight.shape
     R = lora_A.shape[0]
-    count = norm_products(weight, lora_A, lora_B, exact=repair)
-    config = norm_config(R, count)
     with on_device(weight):
         weight_norm_kernel[(triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, span))](
             weight, lora_A, lora_B, norm, changed,
             N, K, R,
             *weight.stride(), *lora_A.stride(), *lora_B.stride(),
             scaling, span, call,
-            REPAIR=repair, CANCELLATION=CANCELLATION, PRODUCTS=count, INTERPRETED=INTERPRETED,
+            REPAIR=repair, CANCELLATION=CANCELLATION, PRODUCTS=products, INTERPRETED=INTERPRETED,
             HOLD_B=R <= config.BLOCK_R, **config._asdict(),
         )  # fmt: skip
 
