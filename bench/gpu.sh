@@ -29,7 +29,7 @@ has() {
     "$python" -c "import $1" 2>/dev/null
 }
 options=(-m gpu -v --tb=short -p no:cacheprovider)
-# Most of the tests' time is compilation, which several processes share out. The session's own limit ends it in
+# Most of the tests' time is compilation, which several processes share out. pytest's own limit ends it in
 # good order; without pytest-timeout the log still has a line for every test that ended in time.
 has xdist && options+=(-n 4)
 has pytest_timeout && options+=(--session-timeout "$TESTS_SECONDS")

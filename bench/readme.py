@@ -56,7 +56,7 @@ def demo_table(result: dict[str, Any]) -> str:
 
 
 def norm_table(result: dict[str, Any]) -> str:
-    """PEFT's norm over ours, and ours in microseconds."""
+    """PEFT's norm over ours, and ours in milliseconds."""
     found = {(row["dtypes"], row["shape"], row["rank"], row["provider"]): row for row in result["kernels"]}
     ranks = sorted({row["rank"] for row in result["kernels"]})
     rows = [["W and adapters", "shape", *(f"rank {rank}" for rank in ranks)], ["---", "---"] + ["---:"] * len(ranks)]

@@ -121,6 +121,24 @@ def captured(name: str, copies: Sequence[Work], device: torch.device) -> Candida
     return Candidate(name, [graph.replay], calls=len(copies))
 
 
+def peak_bytes(device: torch.device, work: Work) -> int:
+    """The most memory for tensors that `work` holds at once, beside what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = most = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
 def copies_beyond(cache_bytes: int, bytes_each: int, most: int = 64) -> int:
     """How many copies of inputs of `bytes_each` make three times the cache, so that none is found in it."""
     return max(2, min(most, math.ceil(3 * cache_bytes / max(bytes_each, 1)) + 1))

@@ -7,7 +7,7 @@ The output is never saved: consumers may overwrite it in place.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,6 @@ from dora_kernels.backends import UnsupportedError, warn_once
 from dora_kernels.linear import Needs
 from dora_kernels.reference import accumulation_dtype
 from dora_kernels.torch_backend import cast
-
-
-class BackwardListener(Protocol):
-    """Whoever must know that gradients of what a norm depends on now exist: it may go stale unseen after that."""
-
-    backward_seen: bool
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -41,7 +35,6 @@ class _DoRALinear(torch.autograd.Function):
         detach_norm: bool,
         backend: str,
         named: bool,
-        listener: BackwardListener | None,
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:6])
         g, divisor = _scale(x, magnitude, divisor)
@@ -51,7 +44,6 @@ class _DoRALinear(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base)
         ctx.settings = (scaling, magnitude_axis, detach_norm, backend, named)
-        ctx.listener = listener
         return _unflat(y, x)
 
     @staticmethod
@@ -59,10 +51,9 @@ class _DoRALinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
         scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
         needs = Needs(*ctx.needs_input_grad[:6])
-        if ctx.listener is not None and (needs.lora_A or needs.lora_B or needs.weight):
-            ctx.listener.backward_seen = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(ctx, dy), *[None] * 7
+            linear.note_backward(needs)
+            return *_differentiable_backward(ctx, dy), *[None] * 6
         grads = ops.linear_backward(
             _flat(dy), _flat(x), weight, lora_A, lora_B, g, divisor, h, base,
             scaling, magnitude_axis, detach_norm, needs, backend,
@@ -70,7 +61,7 @@ class _DoRALinear(torch.autograd.Function):
         d_x = None if grads.x is None else grads.x.view(x.shape)
         d_magnitude = None if grads.magnitude is None else cast(grads.magnitude, magnitude.dtype)
         d_bias = None if grads.bias is None else cast(grads.bias, bias.dtype)
-        return d_x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 7
+        return d_x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 6
 
 
 def apply(
@@ -86,7 +77,6 @@ def apply(
     detach_norm: bool,
     backend: str,
     named: bool,
-    listener: BackwardListener | None = None,
 ) -> Tensor:
     """The layer on ``x [..., K]``, already in the compute dtype; `divisor` is the norm, infinite where it is 0.
 
@@ -100,7 +90,7 @@ def apply(
         return _unflat(y, x)
     return _DoRALinear.apply(
         x, weight, lora_A, lora_B, magnitude, bias, divisor,
-        scaling, magnitude_axis, detach_norm, backend, named, listener,
+        scaling, magnitude_axis, detach_norm, backend, named,
     )  # fmt: skip
 
 
@@ -110,7 +100,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _unflat(y: Tensor, x: Tensor) -> Tensor:
     """y with x's leading dimensions, and no view to autograd: consumers may overwrite it in place."""
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _scale(x: Tensor, magnitude: Tensor | None, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -82,19 +82,17 @@ def run_layer(
         return reference.dora_linear(
             x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype
         )
-    divisor, listener = None, None
+    divisor = None
     if magnitude is not None:
         if weight_norm is not None:
             divisor = safe_divisor(weight_norm)
         elif cache is None or torch.compiler.is_compiling():
             divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
         else:
-            divisor, listener = cache.divisor(
-                weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen
-            )
+            divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
     return autograd.apply(
         cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
-        scaling, magnitude_axis, detach_norm, chosen, backend != "auto", listener,
+        scaling, magnitude_axis, detach_norm, chosen, backend != "auto",
     )  # fmt: skip
 
 
@@ -126,10 +124,9 @@ def layer_scale(
         return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
     if torch.compiler.is_compiling():
         return magnitude / compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
-    divisor, entry = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
-    if entry is not None and torch.is_grad_enabled():
-        entry.backward_seen = True  # autograd runs the backward here and will not say when
-    return magnitude / divisor
+    if torch.is_grad_enabled():
+        cache.unheard = True  # autograd runs the backward here and will not say when
+    return magnitude / cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
 
 
 def dora_weight_norm(

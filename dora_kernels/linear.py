@@ -39,6 +39,17 @@ class Grads(NamedTuple):
     bias: Tensor | None
 
 
+backwards = 0
+"""How many backwards have produced gradients of what a norm depends on: it may be written unseen after that."""
+
+
+def note_backward(needs: Needs) -> None:
+    """Count one of `backwards`."""
+    global backwards
+    if needs.lora_A or needs.lora_B or needs.weight:
+        backwards += 1
+
+
 def primitives(backend: str) -> ModuleType:
     """The module of the named backend. The kernels are imported here, on first use, since they import triton."""
     if backend == "torch":
@@ -104,6 +115,7 @@ def backward(
 
     `divisor` is the norm with infinity in place of 0, so that a zero row has g = dm = 0.
     """
+    note_backward(needs)
     if dy.stride(1) != 1:
         dy = dy.contiguous()
     axis_in = g is not None and magnitude_axis == "in"
@@ -147,24 +159,28 @@ def _backward_out(
         out, dot, total = kernels.scale_reduce(dy, base, g, scaled, needs.bias)
         dg = out if scaled else dy
 
-    factor: Any = scaling if g is None else g * scaling
-    d_low: Any = _low_rank_gradient(dy, lora_B, factor) if needs.x or needs.lora_A else None
+    dot_lacks_low_rank = base is not None and not kernels.KEEPS_SUM
+    left: Any = dy
+    factor: Any = scaling
+    if scaled and dy.dtype == accumulation_dtype(dy) and not dot_lacks_low_rank:
+        left = dg  # unrounded, so it may stand in the products of rank r as well
+    elif g is not None:
+        factor = g * scaling
+    d_low: Any = _low_rank_gradient(left, lora_B, factor) if needs.x or needs.lora_A else None
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     d_b, dm = None, None
-    dot_lacks_low_rank = base is not None and not kernels.KEEPS_SUM
     if needs.lora_B or dot_lacks_low_rank:
-        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
+        p = mm_accumulate(left.t(), h, accumulation_dtype(dy))
         if dot_lacks_low_rank:
             dot.add_((p * lora_B).sum(1), alpha=scaling)
         if needs.lora_B:
-            d_b = p.mul_(factor if g is None else factor.unsqueeze(1))
+            d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
     if base is not None:
         dm = dot.div_(divisor)
     dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
     dx = None
     if needs.x:
-        dx = d_low @ cast(lora_A, dy.dtype)
-        dx.addmm_(dg, cast(weight, dy.dtype))
+        dx = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 
@@ -188,8 +204,7 @@ def _backward_in(
     d_low: Any = _low_rank_gradient(dy, lora_B, scaling) if needs.x or need_dm or needs.lora_A else None
     dx, dm = None, None
     if needs.x or need_dm:
-        d_scaled = d_low @ cast(lora_A, dy.dtype)
-        d_scaled.addmm_(dy, cast(weight, dy.dtype))
+        d_scaled = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dy, cast(weight, dy.dtype))
         dx, dot, _ = kernels.scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
         dm = None if dot is None else dot / divisor
     accumulate = accumulation_dtype(dy)
@@ -203,8 +218,8 @@ def _backward_in(
 def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float) -> Tensor:
     """``D = dy (factor * B)``, the gradient of ``x Aᵀ``: ``[M, r]`` in dy's dtype."""
     if isinstance(factor, Tensor):
-        return dy @ scaled_rows(lora_B, factor, dy.dtype)
-    return (dy @ cast(lora_B, dy.dtype)).mul_(factor)
+        return torch.mm(dy, scaled_rows(lora_B, factor, dy.dtype))
+    return torch.mm(dy, cast(lora_B, dy.dtype)).mul_(factor)
 
 
 def _add_norm_gradient(

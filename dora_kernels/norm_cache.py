@@ -6,16 +6,18 @@ those it was computed for, and either
 
 * *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W equal, bit for bit, the copies
   taken then; or
-* *proof* (elsewhere): the layer is training, no optimizer has stepped since, and no gradient of lora_A, lora_B or W has
-  been produced since, or all that train are known to belong to a live optimizer whose steps are seen.
+* *proof* (elsewhere): the layer is training, no optimizer has stepped since, no captured step may be replayed unseen,
+  and no layer has produced a gradient of lora_A, lora_B or W since, or all that train are known to belong to a live
+  optimizer whose steps are seen.
 
-Where neither knows, the triton backend asks the device (`kernels.KeptNorm`), which compares fingerprints and computes
-the norm only if they differ. Everything else is a recomputation, in the factored form from a |W|² per row that is kept
-by the same means. A norm handed out is never written again, so a backward's saved norm is a snapshot.
+Where no proof is to be had, the triton backend asks the device (`kernels.KeptNorm`), which compares fingerprints and
+computes the norm only if they differ. Everything else is a recomputation, in the factored form from a |W|² per row that
+is kept by the same means. A norm handed out for a backward is never written again: it is a snapshot.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import weakref
@@ -34,9 +36,6 @@ from dora_kernels.reference import accumulation_dtype
 _SAMPLES = 256
 
 _steps = 0
-# Live optimizers that were seen to step, each with the ids of its parameters, which it keeps alive, and whether a step
-# was captured in a graph, whose replays run nothing in Python.
-_stepped: dict[int, tuple[weakref.ref[torch.optim.Optimizer], frozenset[int], bool]] = {}
 _hooked = False
 _enabled = True
 
@@ -84,14 +83,38 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     key = id(optimizer)
     known = _stepped.get(key)
     captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if known is not None and known[0]() is optimizer:
-        captured = captured or known[2]
-    ids = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-    _stepped[key] = (weakref.ref(optimizer, functools.partial(_forget, key)), ids, captured)
+    if known is not None and known.optimizer() is optimizer:
+        captured = captured or known.captured
+    _stepped[key] = _Stepped(weakref.ref(optimizer, functools.partial(_forget, key)), captured)
 
 
 def _forget(key: int, _: Any) -> None:
     _stepped.pop(key, None)
+
+
+class _Stepped:
+    """A live optimizer that was seen to step, and whether in a graph's capture: a replay runs nothing in Python."""
+
+    def __init__(self, optimizer: weakref.ref[torch.optim.Optimizer], captured: bool) -> None:
+        self.optimizer, self.captured = optimizer, captured
+        self._lists: list[tuple[list[Tensor], int]] = []
+        self._ids: frozenset[int] = frozenset()
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether the parameter is among the optimizer's, as they are now."""
+        optimizer = self.optimizer()
+        if optimizer is None:
+            return False
+        lists = [group["params"] for group in optimizer.param_groups]
+        if len(lists) != len(self._lists) or any(
+            one is not known or len(one) != length for one, (known, length) in zip(lists, self._lists)
+        ):
+            self._lists = [(one, len(one)) for one in lists]
+            self._ids = frozenset(id(parameter) for one in lists for parameter in one)
+        return id(parameter) in self._ids
+
+
+_stepped: dict[int, _Stepped] = {}
 
 
 def _watch_optimizers() -> None:
@@ -102,21 +125,51 @@ def _watch_optimizers() -> None:
         register_optimizer_step_post_hook(_after_step)
 
 
-def _owned(parameter: Tensor) -> bool:
-    key = id(parameter)
-    captured = [captured for _, ids, captured in list(_stepped.values()) if key in ids]
-    return bool(captured) and not any(captured)
+def _owned(*tensors: Tensor) -> bool | None:
+    """Whether every write to those that train is an optimizer's step that is seen; None: some have no optimizer yet."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # a sharded parameter may be gathered anew at the same address
+    owners = [[one for one in list(_stepped.values()) if one.owns(t)] for t in tensors if t.requires_grad]
+    if any(owner.captured for each in owners for owner in each):
+        return False
+    return True if all(owners) else None
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """At least `_SAMPLES` elements of W, or all, evenly spread over memory and over both dimensions: a view."""
-    rows = weight if weight.is_contiguous() else weight.t()
-    if not rows.is_contiguous():
-        return weight.diagonal()
-    stride = max(1, rows.numel() // _SAMPLES)
-    while math.gcd(stride, rows.shape[1]) > 1:
+def sample(weight: Tensor) -> Tensor:
+    """About `_SAMPLES` elements of W, or all, evenly spread over memory and over both dimensions: a strided vector."""
+    rows, columns = weight.shape
+    if weight.stride() not in ((columns, 1), (1, rows)):
+        return weight[:: max(1, rows // _SAMPLES), :: max(1, columns // _SAMPLES)].diagonal()
+    stride = _sample_stride(weight.numel(), columns if weight.stride(1) == 1 else rows)
+    return weight.as_strided((-(-weight.numel() // stride),), (stride,), weight.storage_offset())
+
+
+@functools.cache
+def _sample_stride(elements: int, width: int) -> int:
+    stride = max(1, elements // _SAMPLES)
+    while math.gcd(stride, width) > 1:
         stride -= 1
-    return rows.view(-1)[::stride]
+    return stride
+
+
+def _memcmp() -> Any:
+    """The C library's, which reads two tensors several times as fast as `torch.equal` where they are large."""
+    try:
+        function = ctypes.CDLL(None).memcmp
+    except (AttributeError, OSError, TypeError):  # Windows names its C library
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return function
+
+
+_MEMCMP = _memcmp()
+
+
+def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether a CPU tensor holds what it held when the copy was taken."""
+    if _MEMCMP is None or tensor.shape != copy.shape or not (tensor.is_contiguous() and copy.is_contiguous()):
+        return torch.equal(tensor, copy)
+    return not _MEMCMP(tensor.data_ptr(), copy.data_ptr(), copy.nbytes)
 
 
 def _owner(tensor: Tensor) -> Tensor:
@@ -136,7 +189,7 @@ class NormEntry:
     reference.
     """
 
-    __slots__ = ("backward_seen", "copies", "divisor", "key", "steps", "tensors")
+    __slots__ = ("backwards", "copies", "divisor", "key", "steps", "tensors")
 
     divisor: Tensor
 
@@ -144,8 +197,9 @@ class NormEntry:
         self.tensors = tuple(_owner(t) for t in tensors)
         self.key = key
         self.steps = _steps
-        self.backward_seen = False
+        self.backwards = linear.backwards
         self.copies: tuple[Tensor, ...] | None = None
+        """Of A, B and the sample of W."""
 
     def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
         weight, lora_A, lora_B = self.tensors
@@ -156,19 +210,17 @@ class NormEntry:
             and lora_B is _owner(tensors[2])
         )
 
-    def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool) -> bool:
+    def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool, unheard: bool) -> bool:
         if self.copies is not None:
-            a, b, sample = self.copies
-            if not (torch.equal(lora_A, a) and torch.equal(lora_B, b) and torch.equal(_sample(weight), sample)):
+            a, b, of_weight = self.copies
+            if not (_same_bits(lora_A, a) and _same_bits(lora_B, b) and torch.equal(sample(weight), of_weight)):
                 return False
             if not weight.requires_grad:
                 return True
-        return training and self.steps == _steps and self._unseen_writer_excluded(weight, lora_A, lora_B)
-
-    def _unseen_writer_excluded(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-        if lora_A.device.type != "cpu" and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return False  # a sharded parameter may be gathered anew at the same address
-        return not self.backward_seen or all(_owned(t) for t in (weight, lora_A, lora_B) if t.requires_grad)
+        if not training or self.steps != _steps:
+            return False
+        owned = _owned(weight, lora_A, lora_B)
+        return owned or (owned is None and self.backwards == linear.backwards and not unheard)
 
 
 class NormCache:
@@ -178,18 +230,22 @@ class NormCache:
         self._entries: dict[torch.device, NormEntry] = {}
         self._weight_square: tuple[Tensor, tuple[Any, ...], Tensor, Tensor] | None = None
         self._on_device: dict[tuple[torch.device, int], tuple[Tensor, tuple[Any, ...], Any]] = {}
+        self._captured: list[Any] = []
+        self.unheard = False
+        """Whether a backward runs through this norm that will not say so."""
         self.computed = 0
         self.reused = 0
         self.asked = 0
         """Calls in which the device decides; only it knows which way."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        return NormCache()
+        return type(self)()
 
     def __reduce__(self) -> tuple[Callable[[], NormCache], tuple[()]]:
-        return NormCache, ()
+        return type(self), ()
 
     def invalidate(self) -> None:
+        """Forget everything. What a graph was captured with stays: its replays write there."""
         self._entries = {}
         self._weight_square = None
         self._on_device = {}
@@ -203,66 +259,70 @@ class NormCache:
         magnitude_axis: str,
         training: bool,
         backend: str,
-    ) -> tuple[Tensor, NormEntry | None]:
-        """``safe_divisor`` of the layer's norm, and the entry that wants to hear of a backward."""
+    ) -> Tensor:
+        """``safe_divisor`` of the layer's norm; for a backward a snapshot, else to be used at once."""
         tensors = (weight, lora_A, lora_B)
-        if not _enabled or _reuse_impossible(weight, lora_A, lora_B):
+        if not _enabled or _reuse_impossible(tensors, training, backend):
             self.computed += 1
-            return compute_divisor(*tensors, scaling, magnitude_axis, backend), None
+            return compute_divisor(*tensors, scaling, magnitude_axis, backend)
+        for_backward = training or torch.is_grad_enabled()
         device = weight.device
         key = (
             weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
             weight.shape, weight.stride(), scaling, magnitude_axis, training, backend, _stream(device),
         )  # fmt: skip
-        previous = self._entries.get(device)
-        if previous is not None and previous.is_of(tensors, key) and previous.is_fresh(*tensors, training):
+        entry = self._entries.get(device)
+        if entry is not None and entry.is_of(tensors, key) and entry.is_fresh(*tensors, training, self.unheard):
             self.reused += 1
-            return previous.divisor, previous
+            return entry.divisor
         _watch_optimizers()
-        entry = NormEntry(tensors, key)
-        # A step is the end of what was kept: there is nothing to ask.
-        stepped = training and (previous is None or previous.steps != _steps)
         with torch.inference_mode(False), torch.no_grad():
-            if backend == "triton" and not stepped and linear.primitives(backend).is_worth_keeping(weight):
+            owned = training and _owned(*tensors)
+            provable = owned or (owned is None and (entry is None or entry.backwards == linear.backwards))
+            if not provable and _device_answers(weight, backend):
                 self.asked += 1
-                entry.divisor = safe_divisor(self._ask_device(weight, lora_A, lora_B, scaling, magnitude_axis))
-            else:
-                self.computed += 1
-                square = None
-                sample = _sample(weight)
-                if backend == "torch" and device.type == "cpu":
-                    sample = sample.clone()
-                    entry.copies = (lora_A.clone(), lora_B.clone(), sample)
-                if not weight.requires_grad:
-                    square = self._row_square(*tensors, magnitude_axis, backend, sample)
-                entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
+                if not training:  # whose writes no proof for training speaks of
+                    self._entries = {one: kept for one, kept in self._entries.items() if one != device}
+                divisor = self._ask_device(weight, lora_A, lora_B, scaling, magnitude_axis)
+                return divisor.clone() if for_backward else divisor
+            self.computed += 1
+            entry = NormEntry(tensors, key)
+            square = None
+            of_weight = sample(weight)
+            if backend == "torch" and device.type == "cpu":
+                of_weight = of_weight.clone()
+                entry.copies = (lora_A.clone(), lora_B.clone(), of_weight)
+            if not weight.requires_grad:
+                square = self._row_square(*tensors, magnitude_axis, backend, of_weight)
+            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
         self._entries = {**self._entries, device: entry}
-        return entry.divisor, entry
+        return entry.divisor
 
     def _row_square(
-        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str, backend: str, sample: Tensor
+        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str, backend: str, of_weight: Tensor
     ) -> Tensor | None:
         """|W|² per row or column where the norm is factored, kept while W is the same and its sample equal."""
         if not linear.primitives(backend).is_factored(*ops.axis_first(weight, lora_A, lora_B, magnitude_axis)):
             return None
-        if backend == "triton":
+        if _device_answers(weight, backend):
             nothing = lora_A[:0].to(weight.dtype), lora_B[:, :0].to(weight.dtype)
-            return self._ask_device(weight, *nothing, 0.0, magnitude_axis).square_()
-        if weight.device.type != "cpu":
+            divisor = self._ask_device(weight, *nothing, 0.0, magnitude_axis)
+            return torch.where(divisor == torch.inf, 0.0, divisor.square())
+        if backend == "triton" or weight.device.type != "cpu":
             return None
         dtype = accumulation_dtype(weight, lora_A, lora_B)
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), magnitude_axis, dtype)
         kept = self._weight_square
-        if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], sample):
+        if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], of_weight):
             rows = weight if magnitude_axis == "out" else weight.t()
             square = torch_backend.row_square(rows, dtype)
-            kept = self._weight_square = (_owner(weight), key, sample, square)
+            kept = self._weight_square = (_owner(weight), key, of_weight, square)
         return kept[3]
 
     def _ask_device(
         self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str
     ) -> Tensor:
-        """The norm, computed again if the device finds A, B or W's sample changed since this was last asked."""
+        """`safe_divisor` of the norm, computed again if the device finds that A, B or W's sample have changed."""
         rows = ops.axis_first(weight, lora_A, lora_B, magnitude_axis)
         device, rank = weight.device, lora_A.shape[0]
         # Of A and B the device sees every bit, of W only the sample.
@@ -271,11 +331,15 @@ class NormCache:
             lora_A.dtype, lora_B.dtype, scaling, magnitude_axis, _stream(device),
         )  # fmt: skip
         known = self._on_device.get((device, rank))
-        if known is None or known[0] is not _owner(weight) or known[1] != key:
+        captured = _capturing(device)
+        if captured or known is None or known[0] is not _owner(weight) or known[1] != key:
             known = _owner(weight), key, linear.primitives("triton").KeptNorm(rows[0].shape[0], scaling, device)
-            self._on_device = {**self._on_device, (device, rank): known}
-        norm: Tensor = known[2].norm(rows[0], _sample(weight), *rows[1:])
-        return norm
+            if captured:
+                self._captured.append(known)
+            else:
+                self._on_device = {**self._on_device, (device, rank): known}
+        divisor: Tensor = known[2].divisor(rows[0], sample(weight), *rows[1:])
+        return divisor
 
 
 def compute_divisor(
@@ -297,9 +361,20 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _reuse_impossible(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _device_answers(weight: Tensor, backend: str) -> bool:
+    """Whether to ask the device if a norm has changed is possible, and cheaper than to compute it."""
+    return backend == "triton" and linear.primitives(backend).is_worth_keeping(weight)
+
+
+def _reuse_impossible(tensors: tuple[Tensor, Tensor, Tensor], training: bool, backend: str) -> bool:
+    weight, lora_A, lora_B = tensors
     if weight.is_inference() or lora_A.is_inference() or lora_B.is_inference():
         return True
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace
         return True
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    # A graph asks at every replay; in training A and B change from one to the next.
+    return _capturing(weight.device) and (training or not _device_answers(weight, backend))

@@ -6,6 +6,7 @@ untouched. PEFT's contract, as of 0.16 to 0.21, is described in docs/integration
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,12 @@ from torch.nn.modules import module as nn_module
 from dora_kernels.functional import layer_scale, run_layer
 from dora_kernels.norm_cache import NormCache
 
-# The instance attribute that says "on": {adapter name: NormCache}. Deleting it turns a layer off, also where some
+# The instance attribute that says "on": {adapter name: AdapterCache}. Deleting it turns a layer off, also where some
 # wrapper still holds the patched forward.
 SWITCH = "_dora_kernels_norms"
+
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class Weights(NamedTuple):
@@ -70,7 +74,7 @@ class DoraLinear(lora.Linear):
         name = None if args or kwargs else _single_dora_adapter(self)
         if name is not None and not _dropout_active(self, name):
             weights = read_weights(self, name)
-            if weights is not None and _fusable(self, name, x, weights):
+            if weights is not None and _fusable(self, name, x, weights.weight):
                 return run_layer(
                     x, *weights, self.scaling[name], "out", True, None, "auto", norm_cache(self, name), self.training
                 )
@@ -164,12 +168,22 @@ def dora_adapters(layer: nn.Module) -> list[str]:
     return list(getattr(layer, "lora_magnitude_vector", None) or ())
 
 
-def norm_cache(layer: Any, adapter: str) -> NormCache:
+class AdapterCache(NormCache):
+    """A layer's kept norm for one adapter, and what was checked of its modules and tensors last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: tuple[Any, ...] | None = None
+
+
+def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """The layer's kept norm for one adapter."""
-    caches: dict[str, NormCache] = getattr(layer, SWITCH)
+    caches: dict[str, AdapterCache] = getattr(layer, SWITCH)
     cache = caches.get(adapter)
     if cache is None:
-        cache = caches.setdefault(adapter, NormCache())
+        for name in [name for name in caches if name not in layer.lora_A]:  # deleted since
+            caches.pop(name, None)
+        cache = caches.setdefault(adapter, AdapterCache())
     return cache
 
 
@@ -186,33 +200,50 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     lora_A = children["lora_A"]._modules[adapter]
     lora_B = children["lora_B"]._modules[adapter]
     magnitude = children["lora_magnitude_vector"]._modules[adapter]
+    if _hooked(magnitude):  # nothing here calls it
+        return None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    m = magnitude._parameters.get("weight")
+    # Not sharded, not gathered away, not on meta.
+    if not (type(weight) in _PLAIN and type(a) in _PLAIN and type(b) in _PLAIN and type(m) in _PLAIN):
+        return None
+    seen = (base, lora_A, lora_B, magnitude, weight, a, b, m, bias)
+    if torch.compiler.is_compiling():
+        return _as_rows(layer, Weights(weight, a, b, m, bias)) if _fit(layer, *seen) else None
+    # Looked at once: what has the same type, address and shape has not changed its device either.
+    addresses = weight.data_ptr(), a.data_ptr(), b.data_ptr(), m.data_ptr()
+    shapes = weight.shape, a.shape, b.shape
+    kinds = type(base), type(lora_A), type(lora_B), type(magnitude), lora_B._parameters.get("bias")
+    cache = norm_cache(layer, adapter)
+    known = cache.checked
+    if known is None or known[1:] != (addresses, shapes) or not all(map(operator.is_, known[0], seen + kinds)):
+        if not (all(addresses) and _fit(layer, *seen)):
+            return None
+        cache.checked = seen + kinds, addresses, shapes
+    return _as_rows(layer, Weights(weight, a, b, m, bias))
+
+
+def _as_rows(layer: Any, weights: Weights) -> Weights:
+    """Conv1D's weight is stored transposed."""
+    return weights._replace(weight=weights.weight.t()) if layer.fan_in_fan_out else weights
+
+
+def _fit(
+    layer: Any, base: Any, lora_A: Any, lora_B: Any, magnitude: Any, weight: Tensor, a: Tensor, b: Tensor, m: Tensor,
+    bias: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the modules are plain, and their tensors of fitting shapes on one device."""
     if not (type(lora_A) is type(lora_B) is nn.Linear and (type(base) is nn.Linear or _is_conv1d(base))):
-        return None
-    # Nothing here calls the magnitude's module, so its hooks would not fire. A pruned bias is no parameter any more.
-    if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
-        return None
-    of_base = base._parameters
-    if lora_B._parameters["bias"] is not None or "bias" not in of_base:
-        return None
-    weight: Any = of_base.get("weight")
-    a: Any = lora_A._parameters.get("weight")
-    b: Any = lora_B._parameters.get("weight")
-    m: Any = magnitude._parameters.get("weight")
-    compiling = torch.compiler.is_compiling()
-    for tensor in (weight, a, b, m):
-        # A plain tensor with storage: not sharded, not gathered away, not on meta.
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-            return None
-        if tensor.dim() == 0 or not (compiling or tensor.data_ptr()) or tensor.device != weight.device:
-            return None
-    if layer.fan_in_fan_out:
-        weight = weight.t()
-    out_features, in_features = weight.shape if weight.dim() == 2 else (None, None)
-    if out_features != layer.out_features or in_features != layer.in_features:
-        return None
-    if a.shape[1:] != (in_features,) or b.shape[:1] != (out_features,) or m.dim() != 1:
-        return None
-    return Weights(weight, a, b, m, of_base["bias"])
+        return False
+    # A pruned bias is no parameter any more.
+    if type(magnitude) is not DoraLinearLayer or lora_B.bias is not None or "bias" not in base._parameters:
+        return False
+    expected = (layer.out_features, layer.in_features)
+    if tuple(weight.shape) != (expected[::-1] if layer.fan_in_fan_out else expected):
+        return False
+    shapes = a.shape[1:] == expected[1:] and b.shape[:1] == expected[:1] and a.dim() == b.dim() == 2 and m.dim() == 1
+    return shapes and a.device == b.device == m.device == weight.device
 
 
 def _transformed() -> bool:
@@ -237,9 +268,8 @@ def _single_dora_adapter(layer: Any) -> str | None:
     return active[0]
 
 
-def _fusable(layer: Any, adapter: str, x: Tensor, weights: Weights) -> bool:
+def _fusable(layer: Any, adapter: str, x: Tensor, weight: Tensor) -> bool:
     """Whether the modules need not be called: nobody hooked them, and stock's base product would run on x as it is."""
-    weight = weights.weight
     if x.device != weight.device or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return False
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:  # PEFT's own error is the better one

@@ -223,7 +223,7 @@ def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     output (CUDA) or operands that are upcast first.
     """
     if left.dtype == dtype:
-        return left @ right
+        return torch.mm(left, right)
     if torch.finfo(dtype).bits < torch.finfo(left.dtype).bits:
         return (left @ right).to(dtype)
     if left.device.type == "cuda" and dtype == torch.float32 and _MM_OUT_DTYPE:
@@ -242,11 +242,9 @@ def _blocks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors in blocks of the rows they share, of about `_BLOCK_ELEMENTS` of the first; at least one block."""
     step = _block_rows(first.shape[1])
     if first.shape[0] <= step:
-        yield first, *others
-        return
-    for start in range(0, first.shape[0], step):
-        rows = slice(start, start + step)
-        yield first[rows], *(None if other is None else other[rows] for other in others)
+        return iter(((first, *others),))
+    starts = range(0, first.shape[0], step)
+    return (tuple(None if t is None else t[start : start + step] for t in (first, *others)) for start in starts)
 
 
 def _block_rows(width: int) -> int:

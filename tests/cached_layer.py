@@ -26,6 +26,15 @@ def compares(lane):
     return lane == Lane("torch", "cpu")
 
 
+def asks(lane):
+    """Whether the device is asked where the host cannot know."""
+    if lane.backend != "triton":
+        return False
+    from dora_kernels.kernels import config
+
+    return config._KEPT_BYTES == 0
+
+
 class Layer(nn.Module):
     """The least that a layer does: parameters, a scaling, and a cache."""
 
@@ -61,7 +70,9 @@ class Layer(nn.Module):
             )  # fmt: skip
 
     def is_right(self, x):
-        return torch.equal(self(x), self.fresh(x))
+        """Bit for bit, except that a kept norm adds up in another order than one computed afresh."""
+        rounding = 1e-5 if asks(self.lane) else 0.0
+        return torch.allclose(self(x), self.fresh(x), rtol=rounding, atol=rounding)
 
 
 @pytest.fixture

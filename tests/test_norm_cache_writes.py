@@ -98,7 +98,7 @@ def test_a_part_of_the_weight_written(lane, shape, transposed):
     layer.magnitude = nn.Parameter(torch.ones(shape[0], device=lane.device))
     layer.eval()
     pieces = values.view(100, -1)
-    for piece in range(100):
+    for piece in range(0, 100, 33 if lane.interpreted else 1):
         assert layer.is_right(x)
         pieces.data[piece].mul_(2)
     layer.lora_B.data.mul_(1.1)

@@ -3,6 +3,7 @@
     python -m bench.layer --out results.json                    on a GPU
     python -m bench.layer --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4     a rehearsal
     python -m bench.layer --device cpu --only norms --norms 2048x2048x16    the norm on a CPU
+    python -m bench.layer --device cpu --only steps inference --hidden 2048 --tokens 512    training and use on a CPU
     python -m bench.layer --show results.json                   the tables of a record
 
 The record is written after every stage, and a stage that fails leaves the others alone. Exit status 1 if anything
@@ -12,11 +13,12 @@ failed: a stage, or a provider whose error exceeds its limit.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,22 @@ import torch
 
 from bench import timing
 from bench.layer import kernels, report
-from bench.layer.norms import DTYPES, NormCase, norm_row
-from bench.layer.problem import Case, Problem, beyond, errors, limits, make_problem, oracle, plain
-from bench.layer.providers import PROVIDERS, Provider, make_provider
+from bench.layer.norms import NormCase, norm_row
+from bench.layer.problem import DTYPES, Case, Problem, beyond, errors, limits, make_problem, oracle, plain
+from bench.layer.providers import COMPILED, IN_USE, PROVIDERS, Provider, make_provider
 from bench.timing import Candidate
 from dora_kernels.backends import resolve, triton_problem
 
 _TRACE_LINES = 12
-TABLES = ["norms", "kernels", "layers"]
+TABLES = ["norms", "kernels", "layers", "steps", "inference"]
 NORMS = [(4096, 4096, 16), (4096, 4096, 64), (4096, 4096, 384), (8192, 8192, 384), (8192, 28672, 384)]
+
+
+Parts = dict[str, tuple[Callable[[Provider], Any], bool]]
+"""What is timed of a provider by the name it has in the record, and whether it is replayed from a CUDA graph."""
+PASSES: Parts = {"forward": (Provider.run_forward, False), "both": (Provider.run_both, False)}
+STEP: Parts = {"step": (Provider.run_step, False)}
+INFERENCE: Parts = {"inference": (Provider.run_inference, False), "inference_graph": (Provider.run_inference, True)}
 
 
 class Run:
@@ -42,7 +51,9 @@ class Run:
         self.given = given
         self.device = torch.device(given.device)
         self.backend = given.backend or ("triton" if self.device.type == "cuda" else "torch")
-        names = ("device", "only", "norms", "norm_dtypes", "hidden", "ranks", "tokens", "rounds", "sample_ms")
+        names = (
+            "device", "only", "dtypes", "norms", "hidden", "ranks", "tokens", "inference_tokens", "rounds", "sample_ms"
+        )  # fmt: skip
         settings = {**{name: getattr(given, name) for name in names}, "backend": self.backend}
         self.record = report.new_record(self.device, settings)
         self.start = time.perf_counter()
@@ -76,31 +87,42 @@ class Run:
         if "kernels" in self.given.only:
             yield from self.kernel_stages()
         if "layers" in self.given.only:
-            for case in self.cases():
-                yield f"layer: {case.label}", lambda case=case: self.layer(case)
+            # Compiling takes long, so it is done for one rank.
+            for case in self.cases(self.given.tokens):
+                names = [name for name in PROVIDERS if name != "ours_patched"]
+                if self.given.no_compile or case.rank != self.given.ranks[0]:
+                    names.remove(COMPILED)
+                yield f"layer: {case.label}", lambda case=case, names=names: self.layer(case, names, PASSES)
+        if "steps" in self.given.only:
+            for case in self.cases(self.given.tokens):
+                yield f"step: {case.label}", lambda case=case: self.layer(case, IN_USE, STEP)
+        if "inference" in self.given.only:
+            for case in self.cases(self.given.inference_tokens):
+                names = ("frozen", *IN_USE)
+                yield f"inference: {case.label}", lambda case=case, names=names: self.layer(case, names, INFERENCE)
 
     def norm_stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """The norm at every shape and rank, and in every pair of dtypes."""
-        for dtypes in self.given.norm_dtypes:
+        for dtypes in self.given.dtypes:
             for sizes in self.given.norms:
                 case = NormCase(*sizes, dtypes, self.device)
                 yield f"weight_norm: {case.label}", lambda case=case: self.kernel(norm_row(case, self.backend))
 
     def kernel_stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """compose and scale_reduce."""
-        for case in self.cases():
+        for case in self.cases(self.given.tokens):
             yield f"compose: {case.label}", lambda case=case: self.kernel(kernels.compose_row(case, self.backend))
-        for tokens in self.given.tokens:
-            case = Case(self.given.hidden, self.given.ranks[0], tokens, torch.bfloat16, self.device)
-            row = kernels.scale_reduce_row
-            yield f"scale_reduce: {tokens} tokens", lambda case=case, row=row: self.kernel(row(case, self.backend))
+        for base in dict.fromkeys(DTYPES[dtypes][0] for dtypes in self.given.dtypes):
+            for size, tokens in itertools.product(self.given.hidden, self.given.tokens):
+                case = Case(size, self.given.ranks[0], tokens, kernels.NAMES[base], self.device)
+                row = kernels.scale_reduce_row
+                yield f"scale_reduce: {case.label}", lambda case=case, row=row: self.kernel(row(case, self.backend))
 
-    def cases(self) -> Iterator[Case]:
-        """Every combination of adapter dtype, tokens and rank."""
-        for adapters in (torch.bfloat16, torch.float32):
-            for count in self.given.tokens:
-                for rank in self.given.ranks:
-                    yield Case(self.given.hidden, rank, count, adapters, self.device)
+    def cases(self, tokens: list[int]) -> Iterator[Case]:
+        """Every combination of dtypes, hidden size, tokens and rank."""
+        given = self.given
+        for dtypes, size, count, rank in itertools.product(given.dtypes, given.hidden, tokens, given.ranks):
+            yield Case(size, rank, count, dtypes, self.device)
 
     def interleave(self, candidates: list[Candidate]) -> None:
         """Time candidates with this run's settings."""
@@ -155,13 +177,13 @@ class Run:
             if wrong := beyond({name: row.errors[name]}, row.limits):
                 self.fail(row.label, f"wrong result: {wrong[0]}")
 
-    def layer(self, case: Case) -> None:
-        """Check and time every provider of the whole layer."""
+    def layer(self, case: Case, names: Iterable[str], parts: Parts) -> None:
+        """Check and time providers of the whole layer."""
         first = make_problem(case, 0)
         count = timing.copies_beyond(timing.cache_bytes(self.device), first.nbytes, most=8)
         problems = [first, *(make_problem(case, seed) for seed in range(1, count))]
         providers: dict[str, list[Provider]] = {}
-        for name in PROVIDERS:
+        for name in names:
             try:
                 providers[name] = [make_provider(name, problem, case, self.backend) for problem in problems]
             except Exception as error:
@@ -171,16 +193,18 @@ class Run:
             del providers[name]
         rows: dict[str, dict[str, Any]] = {
             name: {
-                "label": case.label, "rank": case.rank, "tokens": case.tokens,
-                "adapters": str(case.adapters).removeprefix("torch."), "provider": name,
+                "label": case.label, "hidden": case.hidden, "rank": case.rank, "tokens": case.tokens,
+                "dtypes": case.dtypes, "provider": name,
             }
             for name in providers
         }  # fmt: skip
-        for part, method in (("forward", Provider.run_forward), ("both", Provider.run_both)):
-            candidates = [
-                Candidate(name, [lambda copy=copy, method=method: method(copy) for copy in copies])
-                for name, copies in providers.items()
-            ]
+        for part, (method, in_graph) in parts.items():
+            if in_graph and self.device.type != "cuda":
+                continue
+            candidates = []
+            for name, copies in providers.items():
+                calls = [lambda copy=copy, method=method: method(copy) for copy in copies]
+                candidates.append(timing.captured(name, calls, self.device) if in_graph else Candidate(name, calls))
             self.interleave(candidates)
             by_name = {candidate.name: candidate for candidate in candidates}
             for name, candidate in by_name.items():
@@ -191,6 +215,8 @@ class Run:
                 for other, key in (("peft_lora", "ratio_to_lora"), ("frozen", "ratio_to_frozen")):
                     if other in by_name:
                         rows[name][part][key] = report.significant(candidate.ratio(by_name[other]), 3)
+                if method is Provider.run_step:
+                    rows[name][part]["peak_bytes"] = timing.peak_bytes(self.device, providers[name][0].run_step)
         for name, row in rows.items():
             row["errors"] = {key: report.significant(value, 3) for key, value in found[name].items()}
             row["limits"] = {key: report.significant(value, 3) for key, value in allowed[name].items()}
@@ -236,14 +262,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a record and stop")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", choices=["triton", "torch"], help="ours (default: triton on a GPU, else torch)")
-    parser.add_argument("--hidden", type=int, default=4096, help="in_features and out_features")
+    both = ["bf16", "bf16+fp32"]
+    parser.add_argument("--dtypes", choices=list(DTYPES), nargs="+", default=both, help="of the layer and the adapter")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[4096], help="in_features and out_features")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 384])
     parser.add_argument(
         "--norms", type=_sizes, nargs="+", default=NORMS, metavar="NxKxR", help="of the norm: out, in_features, rank"
     )
-    parser.add_argument("--norm-dtypes", choices=list(DTYPES), nargs="+", default=["bf16", "bf16+fp32"])
     parser.add_argument("--only", choices=TABLES, nargs="+", default=TABLES, help="tables")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192], help="of training")
+    parser.add_argument("--inference-tokens", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
     parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")
     parser.add_argument(

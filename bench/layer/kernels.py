@@ -17,6 +17,8 @@ from bench.layer.problem import ALLOWED, FLOOR, Case, Problem, error, make_probl
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear, torch_backend
 
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
 
 @dataclass
 class KernelRow:
@@ -57,10 +59,10 @@ def problems(case: Case, bytes_each: int) -> list[Problem]:
 def compose_row(case: Case, backend: str) -> KernelRow:
     """The base result read and the output written, h and B read; two operations for each output and rank."""
     size, rank, tokens = case.hidden, case.rank, case.tokens
-    adapter = torch.finfo(case.adapters).bits // 8
+    wide, adapter = (torch.finfo(dtype).bits // 8 for dtype in (case.base, case.adapters))
     row = KernelRow(
-        "compose", rank, tokens, f"bf16, {'fp32' if case.autocast else 'bf16'} B",
-        2 * 2 * tokens * size + rank * (2 * tokens + adapter * size) + 6 * size, 2 * tokens * size * rank,
+        "compose", rank, tokens, case.dtypes,
+        wide * (2 * tokens * size + rank * tokens + size) + adapter * rank * size + 4 * size, 2 * tokens * size * rank,
     )  # fmt: skip
     inputs = []
     for p in problems(case, row.bytes):
@@ -80,7 +82,9 @@ def compose_row(case: Case, backend: str) -> KernelRow:
 def scale_reduce_row(case: Case, backend: str) -> KernelRow:
     """Two inputs read, the scaled gradient written, two sums."""
     size, tokens = case.hidden, case.tokens
-    row = KernelRow("scale_reduce", None, tokens, "bf16", 3 * 2 * tokens * size + 12 * size, 4 * tokens * size)
+    wide = torch.finfo(case.base).bits // 8
+    least = 3 * wide * tokens * size + 12 * size
+    row = KernelRow("scale_reduce", None, tokens, NAMES[case.base], least, 4 * tokens * size)
     inputs = [(p.dy, p.x, 0.5 + torch.rand(size, device=case.device)) for p in problems(case, row.bytes)]
     grad, other, g = inputs[0]
     wanted = [grad.double() * g.double(), (grad.double() * other.double()).sum(0), grad.double().sum(0)]

@@ -16,20 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from bench.layer.kernels import KernelRow, modules
-from bench.layer.problem import error
+from bench.layer.problem import DTYPES, error
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import reference, torch_backend
+from dora_kernels.norm_cache import sample
 
 LIMIT = 1e-5
 """The norm is computed in float32 accuracy from the factors as stored."""
 ROUNDED_LIMIT = 2e-2
 """PEFT computes it in the adapter's dtype."""
-DTYPES = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16+fp32": (torch.bfloat16, torch.float32),
-    "fp32": (torch.float32, torch.float32),
-}
-"""Of the weight and the adapter."""
 SCALING = 0.5
 
 
@@ -130,7 +125,7 @@ def _kept(copies: list[Factors]) -> list[Any]:
 
 def _ask(factors: Factors, kept: Any) -> Tensor:
     weight, a, b = factors
-    norm: Tensor = kept.norm(weight, weight.view(-1)[:: max(1, weight.numel() // 256)], a, b)
+    norm: Tensor = kept.divisor(weight, sample(weight), a, b)
     return norm
 
 

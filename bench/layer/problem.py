@@ -20,6 +20,14 @@ FLOOR = 1e-6
 """Errors below this pass anywhere: plain PyTorch can be exact by luck."""
 
 
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp32": (torch.float32, torch.float32),
+}
+"""Of the weight and the activations, and of the adapter."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the layer table."""
@@ -27,18 +35,28 @@ class Case:
     hidden: int
     rank: int
     tokens: int
-    adapters: torch.dtype
+    dtypes: str
     device: torch.device
+
+    @property
+    def base(self) -> torch.dtype:
+        """Of the weight and the activations."""
+        return DTYPES[self.dtypes][0]
+
+    @property
+    def adapters(self) -> torch.dtype:
+        """Of A, B and the magnitude."""
+        return DTYPES[self.dtypes][1]
 
     @property
     def autocast(self) -> bool:
         """float32 adapters on a bfloat16 layer are PEFT's default, and run under autocast."""
-        return self.adapters == torch.float32
+        return self.base != self.adapters
 
     @property
     def label(self) -> str:
         """For people."""
-        return f"rank {self.rank}, {self.tokens} tokens, {'float32' if self.autocast else 'bfloat16'} adapters"
+        return f"{self.hidden}x{self.hidden}, rank {self.rank}, {self.tokens} tokens, {self.dtypes}"
 
 
 @dataclass(frozen=True)
@@ -66,14 +84,14 @@ def make_problem(case: Case, seed: int) -> Problem:
     def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=generator, device=case.device)).to(dtype)
 
-    size, bf16 = case.hidden, torch.bfloat16
-    weight = normal(size, size, dtype=bf16, scale=size**-0.5)
+    size = case.hidden
+    weight = normal(size, size, dtype=case.base, scale=size**-0.5)
     lora_A = normal(case.rank, size, dtype=case.adapters, scale=size**-0.5)
     lora_B = normal(size, case.rank, dtype=case.adapters, scale=case.rank**-0.5)
     scaling = 0.5
     norm = reference.weight_norm(weight, lora_A, lora_B, scaling, "out")
     moved = norm * (0.75 + 0.5 * torch.rand(size, generator=generator, device=case.device))
-    x, dy = normal(case.tokens, size, dtype=bf16), normal(case.tokens, size, dtype=bf16)
+    x, dy = (normal(case.tokens, size, dtype=case.base) for _ in range(2))
     return Problem(x, weight, lora_A, lora_B, moved.to(case.adapters), dy, scaling)
 
 

@@ -13,17 +13,24 @@ from torch import Tensor, nn
 import dora_kernels
 from bench.layer.problem import NAMES, Case, Problem
 
-# In the order of the table. `reused`: the norm is at hand, as in the further micro-batches of an optimizer step;
+# In the order of the tables. `reused`: the norm is at hand, as in the further micro-batches of an optimizer step;
 # `refreshed`: it is computed in this forward pass, as in the first.
 PROVIDERS = {
     "frozen": "frozen layer",
     "peft_lora": "PEFT LoRA",
     "peft_dora": "PEFT DoRA",
+    "peft_dora_compiled": "PEFT DoRA, torch.compile",
+    "ours_patched": "ours, patched PEFT",
     "ours_patched_reused": "ours, patched PEFT, norm reused",
     "ours_patched_refreshed": "ours, patched PEFT, norm refreshed",
     "ours_linear_reused": "ours, dora_linear, norm given",
     "ours_linear_refreshed": "ours, dora_linear, norm computed",
 }
+COMPILED = "peft_dora_compiled"
+IN_USE = ("peft_lora", "peft_dora", "ours_patched")
+"""Those that are timed as a user has them: in whole optimizer steps and in inference."""
+MICRO_BATCHES = 4
+"""Of an optimizer step."""
 
 
 @dataclass
@@ -36,6 +43,8 @@ class Provider:
     leaves: list[Tensor]
     """x and the trainable parameters, in the order of `NAMES[kind]`."""
     dy: Tensor
+    layer: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def run_forward(self) -> Tensor:
         """The forward pass of a training step: what the backward needs is kept, then dropped with the output."""
@@ -44,6 +53,23 @@ class Provider:
     def run_both(self) -> tuple[Tensor, ...]:
         """Forward and backward: the gradients of x and of the parameters."""
         return torch.autograd.grad(self.run_forward(), self.leaves, self.dy)
+
+    def run_step(self) -> None:
+        """An optimizer step of `MICRO_BATCHES` forward and backward passes: one refresh of the norm."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.leaves[1:], lr=1e-4)
+        for _ in range(MICRO_BATCHES):
+            self.leaves[0].grad = None
+            self.run_forward().backward(self.dy)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def run_inference(self) -> Tensor:
+        """One forward pass in evaluation; the layer is left there."""
+        if self.layer is not None and self.layer.training:
+            self.layer.eval()
+        return self.run_forward()
 
     def results(self) -> dict[str, Tensor]:
         """The output and the gradients by name."""
@@ -56,13 +82,15 @@ def make_provider(name: str, problem: Problem, case: Case, backend: str) -> Prov
     x = problem.x.detach().requires_grad_()
     if name == "frozen":
         layer = _linear(problem)
-        return Provider(name, "frozen", _autocast(case, layer), [x], problem.dy)
+        return Provider(name, "frozen", _autocast(case, layer), [x], problem.dy, layer)
     if name.startswith("ours_linear"):
         return _direct(name, problem, case, x, backend)
     kind = "lora" if name == "peft_lora" else "dora"
     model, layer = peft_layer(problem, case, dora=kind == "dora")
     parameters = _parameters(layer, kind)
     forward: Callable[[Tensor], Tensor] = layer
+    if name == COMPILED:
+        forward = torch.compile(layer)
     if name.startswith("ours_patched"):
         handle = dora_kernels.patch_peft(model)
         if not handle.patched:
@@ -73,10 +101,10 @@ def make_provider(name: str, problem: Problem, case: Case, backend: str) -> Prov
                 dora_kernels.invalidate(layer)
                 return layer(x)
 
-        else:
+        elif name == "ours_patched_reused":
             _own(layer, x, parameters, case)
             _check_reuse(layer, x, problem.dy, parameters, case)
-    return Provider(name, kind, _autocast(case, forward), [x, *parameters], problem.dy)
+    return Provider(name, kind, _autocast(case, forward), [x, *parameters], problem.dy, layer)
 
 
 def _direct(name: str, problem: Problem, case: Case, x: Tensor, backend: str) -> Provider:
@@ -135,7 +163,7 @@ def _autocast(case: Case, forward: Callable[[Tensor], Tensor]) -> Callable[[Tens
         return forward
 
     def under_autocast(x: Tensor) -> Tensor:
-        with torch.autocast(case.device.type, torch.bfloat16):
+        with torch.autocast(case.device.type, case.base):
             return forward(x)
 
     return under_autocast

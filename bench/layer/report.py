@@ -14,10 +14,25 @@ from typing import Any
 
 import torch
 
-from bench.layer.providers import PROVIDERS
+from bench.layer.providers import MICRO_BATCHES, PROVIDERS
 from bench.machine import cpu_name
 
-SCHEMA = 1
+SCHEMA = 2
+_LAYER_TABLES = {
+    "Whole layer": [
+        ("forward", "ms", "fwd"), ("forward", "ratio_to_lora", "x LoRA"),
+        ("both", "ms", "fwd+bwd"), ("both", "ratio_to_lora", "x LoRA"), ("both", "ratio_to_frozen", "x frozen"),
+    ],
+    f"Optimizer step of {MICRO_BATCHES} micro-batches": [
+        ("step", "ms", "step"), ("step", "ratio_to_lora", "x LoRA"), ("step", "spread", "spread"),
+        ("step", "peak_bytes", "peak MB"),
+    ],
+    "Inference": [
+        ("inference", "ms", "call"), ("inference", "ratio_to_lora", "x LoRA"), ("inference", "spread", "spread"),
+        ("inference_graph", "ms", "in a graph"), ("inference_graph", "ratio_to_lora", "x LoRA"),
+    ],
+}  # fmt: skip
+"""Title to part, key and heading of each column."""
 _VERSIONED = ("torch", "triton", "peft", "transformers", "numpy")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -130,18 +145,14 @@ def text(record: dict[str, Any]) -> str:
             ]
             for row in record["kernels"]
         ])  # fmt: skip
-    if record["layers"]:
-        hidden = record["settings"]["hidden"]
-        lines += ["", f"Whole layer {hidden}x{hidden}, milliseconds, host time included (x LoRA: PEFT's plain LoRA)."]
-        lines += _table(["layer", "provider", "fwd", "x LoRA", "fwd+bwd", "x LoRA", "x frozen", "worst error/limit"], [
-            [
-                row["label"], PROVIDERS[row["provider"]],
-                *(_cell(row, "forward", key) for key in ("ms", "ratio_to_lora")),
-                *(_cell(row, "both", key) for key in ("ms", "ratio_to_lora", "ratio_to_frozen")),
-                _worst(row),
-            ]
-            for row in record["layers"]
-        ])  # fmt: skip
+    for title, columns in _LAYER_TABLES.items():
+        rows = [row for row in record["layers"] if columns[0][0] in row]
+        if rows:
+            lines += ["", f"{title}, milliseconds, host time included (x LoRA: PEFT's plain LoRA)."]
+            lines += _table(["layer", "provider", *(name for _, _, name in columns), "worst error/limit"], [
+                [row["label"], PROVIDERS[row["provider"]], *(_cell(row, *where) for *where, _ in columns), _worst(row)]
+                for row in rows
+            ])  # fmt: skip
     for failure in record["failures"]:
         lines.append(f"FAILED  {failure['stage']}: {failure['message']}")
     lines.append(f"{sum(record['seconds'].values()):.0f} s" + ("" if record["failures"] else ", nothing failed"))
@@ -162,7 +173,9 @@ def _worst(row: dict[str, Any]) -> str:
 
 def _cell(row: dict[str, Any], part: str, key: str) -> str:
     figure = row.get(part, {}).get(key)
-    return "-" if figure is None else f"{figure:.3f}" if key == "ms" else f"{figure:.2f}"
+    if figure is None:
+        return "-"
+    return f"{figure / 1e6:.1f}" if key == "peak_bytes" else f"{figure:.3f}" if key == "ms" else f"{figure:.2f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -90,7 +90,7 @@ def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
 def weight_norm(launch: Launch, unchanged: bool) -> Traffic:
     """A sweep, and the norm of every part of K; to repair a norm there is nothing as a rule, and nothing is moved."""
     blocks, parts = launch.grid
-    asked = Traffic(_bytes(launch, changed=blocks * parts))
+    asked = Traffic(_bytes(launch, changed=blocks * parts * launch["shares"]))
     if launch["REPAIR"]:
         asked.add(Traffic(_bytes(launch, norm=launch["N"])))
     elif not unchanged:
@@ -120,13 +120,9 @@ def _sweep(launch: Launch, blocks: int, parts: int) -> Traffic:
 
 
 def combine(launch: Launch, unchanged: bool) -> Traffic:
-    """The parts and the norm, or what is kept and the norm."""
+    """The parts and the norm."""
     N = launch["N"]
-    moved = 0 if unchanged else N
-    return Traffic(
-        _bytes(launch, parts=moved * launch["parts"], kept=N, changed=launch.grid[0] if launch["kept_ptr"] else 0),
-        _bytes(launch, kept=moved, norm=N),
-    )
+    return Traffic(_bytes(launch, parts=N * launch["parts"]), _bytes(launch, norm=N))
 
 
 def factored_norm(launch: Launch, unchanged: bool) -> Traffic:
@@ -141,11 +137,11 @@ def factored_norm(launch: Launch, unchanged: bool) -> Traffic:
 
 
 def fingerprint(launch: Launch, unchanged: bool) -> Traffic:
-    """All that is looked at, and two numbers per program, which it writes where they have changed."""
+    """All that is looked at, and two numbers per program, written where they have changed, and a flag."""
     programs = launch.grid[0]
     sizes = {name: launch[f"size_{name}"] for name in "abw"}
     written = 0 if unchanged else programs
-    return Traffic(_bytes(launch, **sizes, seen=2 * programs), _bytes(launch, seen=2 * written, changed=written))
+    return Traffic(_bytes(launch, **sizes, seen=2 * programs), _bytes(launch, seen=2 * written, changed=programs))
 
 
 FORMULAS: dict[str, Callable[[Launch, bool], Traffic]] = {

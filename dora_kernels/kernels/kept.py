@@ -1,13 +1,16 @@
 """A norm that stays on the device and is computed again only where what it was computed from has changed.
 
-A first kernel takes fingerprints of A, of B and of a sample of W, 64 bits for every few thousand elements, and compares
-them with those of the last call; where one differs it writes this call's number. The norm's kernels read that number:
-unless it is this call's, they leave at once, and the norm comes from where it is kept. The host waits for nothing.
+A first kernel takes fingerprints of A, of B and of a sample of W, 64 bits for every few thousand elements, compares
+them with those of the last call, and sets a flag for each that differs. The norm's kernel reads the flags and leaves at
+once where none is set. Two launches, and the host waits for nothing; the same in a CUDA graph, replay after replay.
 
-Bytes: A and B once, where the norm itself reads W. Kept: the norm, and the fingerprints.
+Bytes: A and B once, where the norm itself reads W. Kept: the norm, the fingerprints and the flags.
 """
 
 from __future__ import annotations
+
+import itertools
+import threading
 
 import torch
 import triton
@@ -16,37 +19,40 @@ from torch import Tensor
 
 from dora_kernels.kernels.config import fingerprint_config, fingerprints
 from dora_kernels.kernels.launch import on_device
-from dora_kernels.kernels.norm import Kept, direct_norm
+from dora_kernels.kernels.norm import renew_divisor
 
 
-@triton.jit(do_not_specialize=["call"])
+@triton.jit(do_not_specialize=["salt"])
 def fingerprint_kernel(
     a_ptr, b_ptr, w_ptr, seen_ptr, changed_ptr,
     size_a, size_b, size_w, width_a, width_b,
     stride_ar, stride_ak, stride_bn, stride_br, stride_w,
-    programs_a, programs_b, programs_w, call,
+    programs_a, programs_b, programs_w, salt,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program's share of A, of B or of W's sample against what it has seen before."""
     pid = tl.program_id(0)
     if pid < programs_a:
-        first, second = _fingerprint(a_ptr, size_a, width_a, stride_ar, stride_ak, pid, programs_a, BLOCK)
+        first, second = _fingerprint(a_ptr, size_a, width_a, stride_ar, stride_ak, pid, programs_a, salt, BLOCK)
     elif pid < programs_a + programs_b:
-        first, second = _fingerprint(b_ptr, size_b, width_b, stride_bn, stride_br, pid - programs_a, programs_b, BLOCK)
+        first, second = _fingerprint(
+            b_ptr, size_b, width_b, stride_bn, stride_br, pid - programs_a, programs_b, salt, BLOCK
+        )
     else:
         first, second = _fingerprint(
-            w_ptr, size_w, size_w, 0, stride_w, pid - programs_a - programs_b, programs_w, BLOCK
+            w_ptr, size_w, size_w, 0, stride_w, pid - programs_a - programs_b, programs_w, salt, BLOCK
         )
     seen = seen_ptr + 2 * pid
-    if (tl.load(seen) != first) | (tl.load(seen + 1) != second):
+    differs = (tl.load(seen) != first) | (tl.load(seen + 1) != second)
+    if differs:
         tl.store(seen, first)
         tl.store(seen + 1, second)
-        tl.store(changed_ptr, call)
+    tl.store(changed_ptr + pid, differs.to(tl.int32))
 
 
 @triton.jit
-def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, BLOCK: tl.constexpr):
-    """Two xors of well mixed bits of elements and positions, over every `shares`-th block of BLOCK elements."""
+def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, salt, BLOCK: tl.constexpr):
+    """Two sums modulo 2**32 of well mixed bits of elements and positions, over every `shares`-th block of BLOCK."""
     first = tl.zeros((BLOCK,), tl.int32)
     second = tl.zeros((BLOCK,), tl.int32)
     for start in range(share * BLOCK, size, shares * BLOCK):
@@ -60,9 +66,9 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, B
         else:
             bits = x.to(tl.int16, bitcast=True).to(tl.int32)
         bits = _mixed(bits ^ _mixed(offs.to(tl.int32)))
-        first ^= tl.where(mask, bits, 0)
-        second ^= tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
-    return tl.xor_sum(first, 0), tl.xor_sum(second, 0)
+        first += tl.where(mask, bits, 0)
+        second += tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
+    return tl.sum(first, 0).to(tl.int32) ^ _mixed(salt), tl.sum(second, 0).to(tl.int32) ^ _mixed(salt)
 
 
 @triton.jit
@@ -74,37 +80,46 @@ def _mixed(x):
     return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
 
 
+_salts = itertools.count(1)
+
+
 class KeptNorm:
-    """The norm of one layer, for calls in order on one stream, with one W's address and strides and one scaling."""
+    """The divisor of one layer: its norm, infinity in place of 0, for one W's address and strides and one scaling.
+
+    Calls are in order on one stream, whatever threads they come from. Nothing here is initialised on the device, so
+    that a first call may be captured in a graph: what a new one's fingerprints are salted with, none has used before,
+    so whatever its memory holds is not what it will find.
+    """
 
     def __init__(self, out_features: int, scaling: float, device: torch.device) -> None:
         self._scaling = scaling
-        self._norm = torch.empty(out_features, dtype=torch.float32, device=device)
-        self._changed = torch.zeros(1, dtype=torch.int32, device=device)
-        self._seen = torch.zeros(0, dtype=torch.int32, device=device)
-        self._calls = 0
+        self._divisor = torch.empty(out_features, dtype=torch.float32, device=device)
+        self._seen = self._changed = torch.empty(0, dtype=torch.int32, device=device)
+        self._salt = next(_salts)
+        self._in_order = threading.Lock()
 
-    def norm(self, weight: Tensor, sample: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """Row norms of ``W + s B A``, float32 ``[N]``, in memory of their own at every call.
+    def divisor(self, weight: Tensor, sample: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """Row norms of ``W + s B A``, infinity in place of 0, float32 ``[N]``: what is kept itself, not to be written.
 
         `sample` is a strided vector of W's elements.
         """
         shares = [fingerprints(t.numel()) for t in (lora_A, lora_B, sample)]
-        if self._seen.numel() != 2 * sum(shares):
-            self._seen = torch.zeros(2 * sum(shares), dtype=torch.int32, device=weight.device)
-        self._calls += 1
-        try:
-            with on_device(weight):
-                fingerprint_kernel[(sum(shares),)](
-                    lora_A, lora_B, sample, self._seen, self._changed,
-                    lora_A.numel(), lora_B.numel(), sample.numel(), lora_A.shape[1], lora_B.shape[1],
-                    *lora_A.stride(), *lora_B.stride(), sample.stride(0),
-                    *shares, self._calls,
-                    **fingerprint_config()._asdict(),
-                )  # fmt: skip
-            kept = Kept(self._norm, self._changed, self._calls)
-            return direct_norm(weight, lora_A, lora_B, self._scaling, kept)
-        except BaseException:
-            # What was seen may not be what the kept norm is of.
-            self._seen = torch.zeros(0, dtype=torch.int32, device=weight.device)
-            raise
+        with self._in_order:
+            if self._changed.numel() != sum(shares):
+                self._changed = torch.empty(sum(shares), dtype=torch.int32, device=weight.device)
+                self._seen = torch.empty(2 * sum(shares), dtype=torch.int32, device=weight.device)
+                self._salt = next(_salts)
+            try:
+                with on_device(weight):
+                    fingerprint_kernel[(sum(shares),)](
+                        lora_A, lora_B, sample, self._seen, self._changed,
+                        lora_A.numel(), lora_B.numel(), sample.numel(), lora_A.shape[1], lora_B.shape[1],
+                        *lora_A.stride(), *lora_B.stride(), sample.stride(0),
+                        *shares, self._salt,
+                        **fingerprint_config()._asdict(),
+                    )  # fmt: skip
+                renew_divisor(self._divisor, weight, lora_A, lora_B, self._scaling, self._changed)
+            except BaseException:
+                self._salt = next(_salts)  # what was seen may not be what the kept norm is of
+                raise
+        return self._divisor

@@ -14,8 +14,6 @@ Bytes: N·K of W, plus A once per block of rows and B once per split, or once pe
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -99,19 +97,21 @@ def sweep(
     return total, terms + scaling * scaling * low
 
 
-@triton.jit(do_not_specialize=["call"])
+@triton.jit
 def weight_norm_kernel(
     w_ptr, a_ptr, b_ptr, norm_ptr, changed_ptr,
     N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    scaling, span, call,
-    REPAIR: tl.constexpr, CANCELLATION: tl.constexpr, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
+    scaling, span, shares,
+    REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
+    PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
 ):  # fmt: skip
     """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows.
 
-    A program has nothing to do, and does nothing, where `changed_ptr` is given and does not hold this call's number
-    (kept.py), or with REPAIR where none of its norms is negative (factored.py).
+    A program has nothing to do, and does nothing, where `changed_ptr` is given and none of its `shares` flags is set
+    (kept.py; there infinity stands for 0, as dividing by a norm wants it), or with REPAIR where none of its norms is
+    negative (factored.py).
     """
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     split = tl.program_id(1)
@@ -119,7 +119,9 @@ def weight_norm_kernel(
     start = split * span
     stop = tl.minimum(start + span, K)
     if changed_ptr is not None:
-        N = tl.where(tl.load(changed_ptr) == call, N, 0)
+        flags = tl.arange(0, SHARES)
+        changed = tl.load(changed_ptr + flags, mask=flags < shares, other=0)
+        N = tl.where(tl.max(changed, 0) > 0, N, 0)
     mask_n = offs_n < N
     if REPAIR:
         mask_n &= tl.load(norm_ptrs, mask=mask_n, other=0.0) < 0.0
@@ -146,31 +148,23 @@ def weight_norm_kernel(
             6, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
         )  # fmt: skip
         total = tl.where(lost, exact, total)
-    tl.store(norm_ptrs, tl.sqrt(total), mask=mask_n)
+    norm = tl.sqrt(total)
+    if changed_ptr is not None:
+        norm = tl.where(norm == 0.0, float("inf"), norm)
+    tl.store(norm_ptrs, norm, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["call"])
-def combine_kernel(
-    parts_ptr, kept_ptr, norm_ptr, changed_ptr,
-    N, parts, call,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The norm of `parts` rows of partial norms. What is kept is the answer unless this call changed it (kept.py)."""
+@triton.jit
+def combine_kernel(parts_ptr, norm_ptr, N, parts, BLOCK: tl.constexpr):
+    """The norm of `parts` rows of partial norms."""
     offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask = offs < N
-    wanted = mask
-    if kept_ptr is not None:
-        wanted = offs < tl.where(tl.load(changed_ptr) == call, N, 0)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(0, parts):
-        value = tl.load(parts_ptr + offs, mask=wanted, other=0.0)
+        value = tl.load(parts_ptr + offs, mask=mask, other=0.0)
         total += value * value
         parts_ptr += N
-    norm = tl.sqrt(total)
-    if kept_ptr is not None:
-        tl.store(kept_ptr + offs, norm, mask=wanted)
-        norm = tl.where(wanted, norm, tl.load(kept_ptr + offs, mask=mask, other=0.0))
-    tl.store(norm_ptr + offs, norm, mask=mask)
+    tl.store(norm_ptr + offs, tl.sqrt(total), mask=mask)
 
 
 def weight_norm(
@@ -182,24 +176,8 @@ def weight_norm(
     return direct_norm(weight, lora_A, lora_B, scaling)
 
 
-class Kept(NamedTuple):
-    """What `KeptNorm` keeps on the device."""
-
-    norm: Tensor
-    changed: Tensor
-    """Holds the number of the call that last changed the norm."""
-    call: int
-    """This call's number."""
-
-
-def direct_norm(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    kept: Kept | None = None,
-) -> Tensor:
-    """The norm in one read of W, or the one that is kept."""
+def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The norm in one read of W."""
     N, K = weight.shape
     products = norm_products(weight, lora_A, lora_B)
     config = norm_config(lora_A.shape[0], products)
@@ -207,16 +185,13 @@ def direct_norm(
     span = triton.cdiv(steps, splits(triton.cdiv(N, config.BLOCK_N), steps)) * config.BLOCK_K
     count = triton.cdiv(K, span)
     parts = torch.empty(count, N, dtype=torch.float32, device=weight.device)
-    kept_norm, changed, call = kept or (None, None, 0)
-    _launch(weight, lora_A, lora_B, parts, scaling, span, products, config, changed=changed, call=call)
-    if count == 1 and kept is None:
+    _launch(weight, lora_A, lora_B, parts, scaling, span, products, config)
+    if count == 1:
         return parts[0]
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
     vector = combine_config()
     with on_device(weight):
-        combine_kernel[(triton.cdiv(N, vector.BLOCK),)](
-            parts, kept_norm, norm, changed, N, count, call, **vector._asdict()
-        )
+        combine_kernel[(triton.cdiv(N, vector.BLOCK),)](parts, norm, N, count, **vector._asdict())
     return norm
 
 
@@ -238,6 +213,18 @@ def repair_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, sc
     _launch(weight, lora_A, lora_B, norm, scaling, weight.shape[1], products, config, repair=True)
 
 
+def renew_divisor(
+    divisor: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, changed: Tensor
+) -> None:
+    """Compute the norm, with infinity in place of 0, into `divisor` where one of the flags `changed` is set.
+
+    In one launch, so with K in one part: it rarely has anything to do.
+    """
+    products = norm_products(weight, lora_A, lora_B)
+    config = norm_config(lora_A.shape[0], products)
+    _launch(weight, lora_A, lora_B, divisor, scaling, weight.shape[1], products, config, changed=changed)
+
+
 def row_square(weight: Tensor) -> Tensor:
     """Squared norm of every row, float32 ``[N]``."""
     nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
@@ -255,18 +242,19 @@ def _launch(
     config: NormConfig,
     repair: bool = False,
     changed: Tensor | None = None,
-    call: int = 0,
 ) -> None:
     """One program for every `span` columns, a multiple of BLOCK_K, of BLOCK_N rows."""
     N, K = weight.shape
     R = lora_A.shape[0]
+    shares = 0 if changed is None else changed.numel()
     with on_device(weight):
         weight_norm_kernel[(triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, span))](
             weight, lora_A, lora_B, norm, changed,
             N, K, R,
             *weight.stride(), *lora_A.stride(), *lora_B.stride(),
-            scaling, span, call,
-            REPAIR=repair, CANCELLATION=CANCELLATION, PRODUCTS=products, INTERPRETED=INTERPRETED,
+            scaling, span, shares,
+            REPAIR=repair, SHARES=triton.next_power_of_2(shares), CANCELLATION=CANCELLATION,
+            PRODUCTS=products, INTERPRETED=INTERPRETED,
             HOLD_B=R <= config.BLOCK_R, **config._asdict(),
         )  # fmt: skip
 

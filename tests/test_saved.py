@@ -1,0 +1,73 @@
+"""What a layer holds between forward and backward, counted by storages, beside PEFT's LoRA and DoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import bf16, f32
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import dora_kernels
+
+TOKENS, IN, OUT, RANK = 66, 40, 48, 4
+DTYPES = pytest.mark.parametrize(
+    ("base", "adapters"), [(f32, f32), (bf16, bf16), (bf16, f32)], ids=["fp32", "bf16", "bf16+fp32"]
+)
+
+
+class Model(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.linear = nn.Linear(IN, OUT, dtype=dtype)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def peft_model(base, adapters, use_dora):
+    """A PEFT model of one linear layer, in training."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, target_modules=["linear"], use_dora=use_dora)
+    model = get_peft_model(Model(base), config, autocast_adapter_dtype=adapters != base)
+    nn.init.normal_(model.base_model.model.linear.lora_B["default"].weight)
+    return model.train()
+
+
+def held(model, base, adapters):
+    """Bytes of every storage that the graph keeps, besides x and the parameters, the largest first."""
+    x = torch.randn(2, TOKENS // 2, IN, dtype=base, requires_grad=True)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    autocast = torch.autocast("cpu", bf16, enabled=adapters != base)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        y = model(x)
+    for tensor in (x, *model.parameters()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del y
+    return sorted((size for size, _ in storages.values()), reverse=True)
+
+
+@DTYPES
+def test_beside_peft(base, adapters):
+    lora, dora = (held(peft_model(base, adapters, use_dora), base, adapters) for use_dora in (False, True))
+    model = peft_model(base, adapters, True)
+    assert dora_kernels.patch_peft(model).patched
+    ours = held(model, base, adapters)
+    output, low = (TOKENS * size * base.itemsize for size in (OUT, RANK))
+    # The base product, h, and this call's g and norm.
+    assert sorted(ours) == sorted([output, low, 4 * OUT, 4 * OUT])
+    assert sum(ours) <= sum(lora) + output + 8 * OUT, "more than LoRA and one activation"
+    assert sum(ours) + output <= sum(dora), "PEFT's DoRA holds another output at the least"
+
+
+@DTYPES
+def test_frozen_magnitude(base, adapters):
+    model = peft_model(base, adapters, True)
+    dora_kernels.patch_peft(model)
+    model.base_model.model.linear.lora_magnitude_vector["default"].weight.requires_grad_(False)
+    assert sorted(held(model, base, adapters)) == sorted([TOKENS * RANK * base.itemsize, 4 * OUT, 4 * OUT])
