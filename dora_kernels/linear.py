@@ -160,16 +160,17 @@ def _backward_out(
         dg = out if scaled else dy
 
     dot_lacks_low_rank = base is not None and not kernels.KEEPS_SUM
-    left: Any = dy
-    factor: Any = scaling
-    if scaled and dy.dtype == accumulation_dtype(dy) and not dot_lacks_low_rank:
-        left = dg  # unrounded, so it may stand in the products of rank r as well
-    elif g is not None:
-        factor = g * scaling
-    d_low: Any = _low_rank_gradient(left, lora_B, factor) if needs.x or needs.lora_A else None
+    # Ĝ may stand for dy in the products of rank r too where that rounds no more often than B scaled by g would.
+    rounds_once = detach_norm or dy.dtype == accumulation_dtype(dy)
+    uses_scaled = scaled and not dot_lacks_low_rank and lora_B.dtype == dy.dtype and rounds_once
+    left: Any = dg if uses_scaled else dy
+    factor: Any = scaling if g is None or uses_scaled else g * scaling
+    d_low: Any = _low_rank_gradient(left, lora_B, factor, h) if needs.x or needs.lora_A else None
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     d_b, dm = None, None
-    if needs.lora_B or dot_lacks_low_rank:
+    if uses_scaled and needs.lora_B:
+        d_b = torch.addmm(lora_B, left.t(), h, beta=0, alpha=scaling)
+    elif needs.lora_B or dot_lacks_low_rank:
         p = mm_accumulate(left.t(), h, accumulation_dtype(dy))
         if dot_lacks_low_rank:
             dot.add_((p * lora_B).sum(1), alpha=scaling)
@@ -201,7 +202,7 @@ def _backward_in(
 ) -> Grads:
     """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
     need_dm = _needs_dm(detach_norm, needs)
-    d_low: Any = _low_rank_gradient(dy, lora_B, scaling) if needs.x or need_dm or needs.lora_A else None
+    d_low: Any = _low_rank_gradient(dy, lora_B, scaling, h) if needs.x or need_dm or needs.lora_A else None
     dx, dm = None, None
     if needs.x or need_dm:
         d_scaled = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dy, cast(weight, dy.dtype))
@@ -215,11 +216,11 @@ def _backward_in(
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 
-def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float) -> Tensor:
-    """``D = dy (factor * B)``, the gradient of ``x Aᵀ``: ``[M, r]`` in dy's dtype."""
+def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Tensor) -> Tensor:
+    """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in dy's dtype, rounded once."""
     if isinstance(factor, Tensor):
         return torch.mm(dy, scaled_rows(lora_B, factor, dy.dtype))
-    return torch.mm(dy, cast(lora_B, dy.dtype)).mul_(factor)
+    return torch.addmm(h, dy, cast(lora_B, dy.dtype), beta=0, alpha=factor)
 
 
 def _add_norm_gradient(

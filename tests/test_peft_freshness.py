@@ -27,7 +27,7 @@ from peft_models import (
     toy_twins,
 )
 
-from dora_kernels import invalidate
+from dora_kernels import invalidate, peft_layers
 
 with_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 trained = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -229,6 +229,18 @@ def test_an_adapter_deleted_and_added_again(training):
         ours.set_adapter("default")
         ours.delete_adapter("other")
         assert is_fresh(ours), "a stale norm"
+
+
+def test_nothing_of_deleted_adapters_is_kept():
+    _, ours, _ = toy_twins()
+    for name in ("one", "two", "three"):
+        ours.add_adapter(name, LoraConfig(r=3, use_dora=True, target_modules=["first", "second"]))
+        ours.set_adapter(name)
+        ours(toy_input())
+        ours.set_adapter("default")
+        ours.delete_adapter(name)
+    ours(toy_input())
+    assert [len(vars(layer)[peft_layers.SWITCH]) for layer in lora_layers(ours)] == [2, 2], "default, and the last one"
 
 
 @trained

@@ -17,6 +17,8 @@ from peft_models import (
     lora_layers,
     one_thread,  # noqa: F401
     solve,
+    toy_input,
+    toy_twins,
     twins,
 )
 
@@ -187,3 +189,44 @@ def test_a_layer_compiled_in_one_graph(kind, dropout, clean_compiler):
         layer.lora_B["default"].weight.data.mul_(1.2)
         layer.eval()
     agree(4, 3)
+
+
+class Louder(torch.nn.Linear):
+    """A linear layer whose forward is its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def give_a_bias(layer):
+    layer.lora_B["default"].bias = torch.nn.Parameter(torch.ones(layer.out_features))
+
+
+def exchange(name):
+    def change(layer):
+        module = getattr(layer, name)
+        (module if name == "base_layer" else module["default"]).__class__ = Louder
+
+    return change
+
+
+def shorten(layer):
+    for factors, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
+        weight = factors["default"].weight
+        weight.data = weight.data.narrow(dim, 0, 2)
+
+
+CHANGES = {"bias": give_a_bias, "A": exchange("lora_A"), "B": exchange("lora_B"), "base": exchange("base_layer")}
+
+
+@pytest.mark.parametrize("change", [*CHANGES.values(), shorten], ids=[*CHANGES, "rank"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_was_checked_once_may_change(change, trains):
+    """Modules and tensors that are exchanged or edited in place after the first call."""
+    stock, ours, _ = toy_twins()
+    for model in (stock, ours):
+        model.train(trains)
+        model(toy_input())
+        for layer in lora_layers(model):
+            change(layer)
+    assert torch.allclose(ours(toy_input()), stock(toy_input()), rtol=1e-5, atol=1e-6)
