@@ -15,8 +15,7 @@ from torch import Tensor
 from dora_kernels import linear, ops, reference
 from dora_kernels.backends import UnsupportedError, warn_once
 from dora_kernels.linear import Needs
-from dora_kernels.reference import accumulation_dtype
-from dora_kernels.torch_backend import cast
+from dora_kernels.torch_backend import cast, quotient
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -37,7 +36,10 @@ class _DoRALinear(torch.autograd.Function):
         named: bool,
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:6])
-        g, divisor = _scale(x, magnitude, divisor)
+        g = None
+        if magnitude is not None and divisor is not None:
+            g = quotient(magnitude, divisor, x)
+            divisor = cast(divisor, g.dtype)
         keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude is not None, needs)
         y, h, base = ops.linear_forward(
             _flat(x), weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
@@ -83,9 +85,8 @@ def apply(
     `named`: the backend was asked for by name, so a second differentiation raises instead of using the reference.
     """
     if not torch.is_grad_enabled():
-        g, _ = _scale(x, magnitude, divisor)
         y, _, _ = ops.linear_forward(
-            _flat(x), weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, False, backend
+            _flat(x), weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, False, backend, divisor
         )
         return _unflat(y, x)
     return _DoRALinear.apply(
@@ -101,14 +102,6 @@ def _flat(x: Tensor) -> Tensor:
 def _unflat(y: Tensor, x: Tensor) -> Tensor:
     """y with x's leading dimensions, and no view to autograd: consumers may overwrite it in place."""
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
-
-
-def _scale(x: Tensor, magnitude: Tensor | None, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``g = magnitude / norm`` and the divisor, in the dtype sums over x are accumulated in."""
-    if magnitude is None or divisor is None:
-        return None, None
-    divisor = cast(divisor, accumulation_dtype(x))
-    return cast(magnitude / divisor, divisor.dtype), divisor
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_kernels import torch_backend
 from dora_kernels.reference import accumulation_dtype
-from dora_kernels.torch_backend import cast, mm_accumulate, mm_wide, scaled_rows
+from dora_kernels.torch_backend import cast, mm_accumulate, mm_wide, quotient, scaled_rows
 
 
 class Needs(NamedTuple):
@@ -80,18 +80,22 @@ def forward(
     magnitude_axis: str,
     keep_base: bool,
     backend: str,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(y [M, N], h = x Aᵀ [M, r], base [M, N] or None)``, all in x's dtype.
 
+    Where a divisor is given, g is the magnitude, still to be divided by it.
     What `base` holds is the backend's: the base product, or (`KEEPS_SUM`) its sum with the low-rank product.
     Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
     """
     dtype = x.dtype
     if g is not None and magnitude_axis == "in":
+        if divisor is not None:
+            g, divisor = quotient(g, divisor, x), None
         x, g = torch.mul(x, g, out=torch.empty_like(x)), None
     h = F.linear(x, cast(lora_A, dtype))
     base = F.linear(x, cast(weight, dtype))
-    y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base)
+    y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base, divisor)
     return y, h, base if keep_base else None
 
 
@@ -155,29 +159,33 @@ def _backward_out(
     dg: Any = dy
     dot: Any = None
     total = None
+    lacks_low_rank = base is not None and not kernels.KEEPS_SUM
     if scaled or base is not None or needs.bias:
-        out, dot, total = kernels.scale_reduce(dy, base, g, scaled, needs.bias)
+        one_pass = kernels.scale_partials if lacks_low_rank else kernels.scale_reduce
+        out, dot, total = one_pass(dy, base, g, scaled, needs.bias)
         dg = out if scaled else dy
+        if lacks_low_rank and total is not None:
+            total = total.sum(0)
 
-    dot_lacks_low_rank = base is not None and not kernels.KEEPS_SUM
     # Ĝ may stand for dy in the products of rank r too where that rounds no more often than B scaled by g would.
     rounds_once = detach_norm or dy.dtype == accumulation_dtype(dy)
-    uses_scaled = scaled and not dot_lacks_low_rank and lora_B.dtype == dy.dtype and rounds_once
+    uses_scaled = scaled and lora_B.dtype == dy.dtype and rounds_once
     left: Any = dg if uses_scaled else dy
     factor: Any = scaling if g is None or uses_scaled else g * scaling
     d_low: Any = _low_rank_gradient(left, lora_B, factor, h) if needs.x or needs.lora_A else None
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     d_b, dm = None, None
-    if uses_scaled and needs.lora_B:
-        d_b = torch.addmm(lora_B, left.t(), h, beta=0, alpha=scaling)
-    elif needs.lora_B or dot_lacks_low_rank:
-        p = mm_accumulate(left.t(), h, accumulation_dtype(dy))
-        if dot_lacks_low_rank:
-            dot.add_((p * lora_B).sum(1), alpha=scaling)
-        if needs.lora_B:
+    if lacks_low_rank:
+        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
+        dtype = _grad_dtype(lora_B, x, detach_norm) if needs.lora_B else None
+        d_b, dm = kernels.factor_grads(p, lora_B, dot, g, divisor, scaling, dtype)
+    else:
+        if uses_scaled and needs.lora_B:
+            d_b = torch.addmm(lora_B, left.t(), h, beta=0, alpha=scaling)
+        elif needs.lora_B:
+            p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
             d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
-    if base is not None:
-        dm = dot.div_(divisor)
+        dm = None if dot is None else dot.div_(divisor)
     dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
     dx = None
     if needs.x:
@@ -265,6 +273,7 @@ def _grad_dtype(parameter: Tensor, x: Tensor, final: bool) -> torch.dtype:
 
 def _as_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     """In the parameter's dtype and strides, so that the gradient is accumulated without another copy."""
-    if grad is None or (grad.dtype == parameter.dtype and grad.stride() == parameter.stride()):
-        return grad
-    return torch.empty_like(parameter).copy_(grad)
+    if grad is None:
+        return None
+    grad = cast(grad, parameter.dtype)
+    return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)

@@ -115,15 +115,16 @@ def linear_forward(
     magnitude_axis: str,
     keep_base: bool,
     backend: str,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`linear.forward`."""
     if torch.compiler.is_compiling():
         y, h, base = linear_forward_op(
-            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
+            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor
         )
         return y, h, base if keep_base else None
     with no_autocast(x.device):
-        return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
+        return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor)
 
 
 @torch.library.custom_op("dora_kernels::linear_forward", mutates_args=())
@@ -138,8 +139,11 @@ def linear_forward_op(
     magnitude_axis: str,
     keep_base: bool,
     backend: str,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, base = linear_forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend)
+    y, h, base = linear_forward(
+        x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor
+    )
     return y, h, x.new_empty(0) if base is None else base
 
 
@@ -155,6 +159,7 @@ def _(
     magnitude_axis: str,
     keep_base: bool,
     backend: str,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, x.new_empty(x.shape[0], lora_A.shape[0]), torch.empty_like(y) if keep_base else x.new_empty(0)

@@ -157,12 +157,22 @@ def _merge_block(target: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: 
 
 
 def compose(
-    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep: bool
+    base: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: bool,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """``y = g * (base + s h Bᵀ) + bias``, shape ``[tokens, out_features]``, in base's dtype.
 
+    Where a divisor is given, g is the magnitude, still to be divided by it.
     `base` is overwritten: with the sum in the bracket if `keep` (never for plain LoRA, g None), else with y itself.
     """
+    if g is not None and divisor is not None:
+        g = quotient(g, divisor, base)
     right = cast(lora_B, base.dtype).t()
     y = torch.empty_like(base) if keep else base
     buffer = None if g is None else _wide_block(base)
@@ -204,6 +214,12 @@ def scale_reduce(
         if target is not None and g is not None:
             torch.mul(part, g, out=target) if buffer is None else target.copy_(wide.mul_(g))
     return scaled, dot, total
+
+
+def quotient(magnitude: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
+    """``g = magnitude / divisor``, in the dtype sums over x are accumulated in."""
+    divisor = cast(divisor, accumulation_dtype(x))
+    return cast(magnitude / divisor, divisor.dtype)
 
 
 def _wide_block(like: Tensor) -> Tensor | None:

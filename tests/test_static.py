@@ -19,7 +19,7 @@ import triton.language as tl
 from bench.__main__ import main
 from bench.static import PRIMITIVES, account
 from bench.static.counting import Counts, count, counted
-from bench.static.launches import Call, compose, kept_norm, merge, scale_reduce, shipped, weight_norm
+from bench.static.launches import Call, compose, factor_grads, kept_norm, merge, scale_reduce, shipped, weight_norm
 from bench.static.recording import Launch, Made, kernels
 from bench.static.resources import TARGETS
 from bench.static.traffic import FORMULAS, LARGE, issued, least
@@ -52,6 +52,9 @@ CALLS: dict[str, Callable[..., Call]] = {
         for rank in (5, 140)
         for unchanged in (False, True)
     },
+    "factor_grads": partial(factor_grads, (bf16, bf16), 5, 70, 3),
+    "factor_grads rank 70": partial(factor_grads, (bf16, f32), 70, 33, 1),
+    "factor_grads without dB": partial(factor_grads, (f32, f32), 3, 16, 2, False),
     "merge": partial(merge, (bf16, bf16), 5, (67, 133)),
     "merge rank 70": partial(merge, (bf16, f32), 70, (67, 133), conv1d=True),
     "merge without m": partial(merge, (f32, f32), 33, (67, 133), axis="in", magnitude=False),
@@ -192,3 +195,24 @@ def test_command_names_what_is_valid(capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit, match="2"):
         main(["static"])
     assert "triton is not installed" in capsys.readouterr().err
+
+
+def test_whole_layers():
+    """No more launches, passes or bytes kept than PEFT's LoRA has, but for the base result that is kept."""
+    pytest.importorskip("peft")
+    from bench.static import layers
+
+    found = {(row.dtypes, row.provider, row.part): row for row in layers.rows()}
+    for dtypes in ("bf16", "bf16+fp32"):
+        ours, lora = (
+            {part: found[dtypes, provider, part] for part in ("forward", "backward")}
+            for provider in ("dora_kernels", "PEFT LoRA")
+        )
+        for part in ours:
+            assert ours[part].launches <= lora[part].launches
+        total = [sum(sum(row.passes.values()) for row in layer.values()) for layer in (ours, lora)]
+        assert total[0] < total[1]
+        assert ours["forward"].saved <= lora["forward"].saved + 1 + 0.1
+        assert found[dtypes, "dora_kernels", "evaluation, unchanged"].launches <= lora["forward"].launches
+        frozen = [found[dtypes, "frozen", part] for part in ("forward", "backward")]
+        assert [(row.launches, row.passes["[M, N]"], row.passes["[N, K]"]) for row in frozen] == [(1, 1, 1)] * 2

@@ -94,12 +94,12 @@ def _megabytes(*sizes: int) -> list[str]:
 
 def rows(primitives: Iterable[str]) -> list[Row]:
     """Every primitive at every shape and in every dtype that ships."""
-    with _on_a_gpu():
+    with on_a_gpu():
         return [_row(call) for primitive in primitives for call in _CALLS[primitive]()]
 
 
 @contextlib.contextmanager
-def _on_a_gpu() -> Iterator[None]:
+def on_a_gpu() -> Iterator[None]:
     """Tensors of the "cuda" device are made without memory and without a GPU: launchers ask for the device."""
     with FakeTensorMode(), mock.patch.object(torch.cuda, "current_device", lambda: 0):
         yield
@@ -146,10 +146,17 @@ def _scale_reduces() -> Iterator[Call]:
                 yield launches.scale_reduce(base, tokens, device="cuda")
 
 
+def _factor_grads() -> Iterator[Call]:
+    for rank in _RANKS:
+        for dtypes in DTYPES:
+            yield launches.factor_grads(dtypes, rank, device="cuda")
+
+
 _CALLS = {
     "weight_norm": _weight_norms,
     "kept_norm": _kept_norms,
     "merge": _merges,
     "compose": _composes,
     "scale_reduce": _scale_reduces,
+    "factor_grads": _factor_grads,
 }

@@ -1,6 +1,7 @@
 """What the kernels move, multiply and ask of every target, without a GPU.
 
-    python -m bench static                                      both tables
+    python -m bench static                                      all three tables
+    python -m bench static --layers                             whole layers alone
     python -m bench static --no-compile --all                   the traffic alone, by operand
     python -m bench static --kernel compose --target sm_90 --all    one row per launch
     python -m bench static --target sm_90 --json                records, for programs
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several = "may be given several times"
     parser.add_argument("--kernel", action="append", choices=PRIMITIVES, help=several)
     parser.add_argument("--target", action="append", choices=list(TARGETS), help=several)
+    parser.add_argument("--layers", action="store_true", help="whole layers beside PEFT's alone, which takes seconds")
     parser.add_argument("--no-compile", action="store_true", help="the traffic alone, which takes seconds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--all", action="store_true", help="every operand and every launch instead of sums and maxima")
@@ -43,23 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print what was asked for."""
-    for needed in ("torch", "triton"):
+    for needed in ("torch", "triton", "peft"):
         if importlib.util.find_spec(needed) is None:
             parser.error(f"{needed} is not installed")
     # Read when triton is imported, which happens below: an interpreted kernel has nothing to compile.
     os.environ.pop("TRITON_INTERPRET", None)
-    from bench.static import account, compiler
+    from bench.static import account, compiler, layers
 
     primitives = given.kernel or PRIMITIVES
-    rows = account.rows(primitives)
-    if not given.json:
+    rows = [] if given.layers else account.rows(primitives)
+    if not given.json and rows:
         _print(*account.operands_table(rows) if given.all else account.table(rows))
+        print()
+    whole = [] if given.kernel else layers.rows()
+    if not given.json and whole:
+        _print(*layers.table(whole))
     start = time.perf_counter()
-    found = [] if given.no_compile else compiler.compile_shipped(given.target or TARGETS, given.jobs, primitives)
+    found = [] if given.no_compile or given.layers else compiler.compile_shipped(given.target or TARGETS, given.jobs, primitives)
     wrong = {one.title: problems(one) for one in found if problems(one)}
     if given.json:
-        records = {"traffic": [row.as_dict() for row in rows], "resources": [one.as_dict() for one in found]}
-        json.dump(records, sys.stdout)
+        tables = {"traffic": rows, "layers": whole, "resources": found}
+        json.dump({name: [row.as_dict() for row in table] for name, table in tables.items()}, sys.stdout)
     elif found:
         print()
         _print_resources(found, given.all)

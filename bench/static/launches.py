@@ -216,6 +216,27 @@ def scale_reduce(
     return Call("scale_reduce", NAMES[dtype], case, operands, (scaled, total), ("scaled", "dot", "sum"))
 
 
+def factor_grads(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    size: int = _SIZE,
+    strips: int = 32,
+    wanted: bool = True,
+    device: str = "meta",
+) -> Call:
+    """The gradients of B and of the magnitude from what was summed over tokens; `wanted`: B's too."""
+    operands: dict[str, Tensor | None] = {
+        "p": _zeros((size, rank), _FP32, device),
+        "b": _zeros((size, rank), dtypes[1], device),
+        "dot": _zeros((strips, size), _FP32, device),
+        "g": _zeros((size,), _FP32, device),
+        "divisor": _zeros((size,), _FP32, device),
+    }
+    case = _words(f"{size} features", f"rank {rank}", f"{strips} strips", "" if wanted else "no dB")
+    dtype = (dtypes[1] if dtypes[0] is dtypes[1] else _FP32) if wanted else None
+    return Call("factor_grads", _labels(dtypes), case, operands, (0.5, dtype), ("db", "dm"))
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -225,7 +246,11 @@ def shipped(every_dtype: bool = True) -> list[Launch]:
     dtypes = [pair for pair in DTYPES if every_dtype or pair[0] is not _FP16]
     calls = [call for pair in dtypes for make in (_norms, _kept_norms, _merges, _composes) for call in make(pair)]
     calls += [call for base, adapter in dtypes if base is adapter for call in _scale_reduces(base)]
+    calls += [factor_grads(pair, rank, *rest) for pair in dtypes for rank, *rest in _FACTOR_GRADS]
     return list({launch.signature: launch for call in calls for launch in call.launches}.values())
+
+
+_FACTOR_GRADS = ((16,), (384,), (383, _SIZE - 1), (1, _SIZE, 1, False))
 
 
 def _classes(values: Iterable[int], make: Callable[[int], Call]) -> list[int]:

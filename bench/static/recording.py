@@ -186,6 +186,8 @@ class Operation:
     loaded: dict[str, int]
     stored: int
     flops: int
+    touched: tuple[tuple[int, int], ...]
+    """Elements and bytes of each tensor that is read or written."""
 
 
 class Operations(TorchDispatchMode):
@@ -210,7 +212,8 @@ class Operations(TorchDispatchMode):
                 loaded[owner] = loaded.get(owner, 0) + size(one)
             counter = flop_registry.get(func.overloadpacket)
             flops = counter(*_tensors(args), out_val=result) if counter else 0
-            self.made.append(Operation(name, loaded, sum(size(one) for one in _tensors(result)), flops))
+            touched = tuple((one.numel(), size(one)) for one in _tensors((args, kwargs, result)))
+            self.made.append(Operation(name, loaded, sum(size(one) for one in _tensors(result)), flops, touched))
         return result
 
 

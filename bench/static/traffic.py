@@ -28,6 +28,7 @@ LARGE = {
     "merge": ("w", "merged"),
     "compose": ("base", "y"),
     "scale_reduce": ("grad", "other", "scaled"),
+    "factor_grads": ("p", "b", "db"),
 }
 """The operands of the size of W or of the activations."""
 _FACTORS = {"weight_norm": ("b", "a"), "kept_norm": ("b", "a"), "merge": ("b", "a"), "compose": ("h", "b")}
@@ -58,12 +59,15 @@ class Traffic:
 
 
 def compose(launch: Launch, unchanged: bool) -> Traffic:
-    """Every row block asks for B, every column block for h, and g and bias are asked for once per row block."""
+    """Every row block asks for B, g, its divisor and bias, every column block for h."""
     M, N, R = launch["M"], launch["N"], launch["R"]
     blocks_n = _blocks(N, launch["BLOCK_N"])
     blocks_m = launch.grid[0] // blocks_n
     return Traffic(
-        _bytes(launch, base=M * N, h=M * R * blocks_n, b=N * R * blocks_m, g=N * blocks_m, bias=N * blocks_m),
+        _bytes(
+            launch, base=M * N, h=M * R * blocks_n, b=N * R * blocks_m,
+            g=N * blocks_m, divisor=N * blocks_m, bias=N * blocks_m,
+        ),
         _bytes(launch, y=M * N),
         launch.grid[0]
         * _blocks(R, launch["BLOCK_R"])
@@ -85,6 +89,13 @@ def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
         ),
         _bytes(launch, scaled=M * F, dot=F * strips, sum=F * strips),
     )
+
+
+def factor_grads(launch: Launch, unchanged: bool) -> Traffic:
+    """Everything once; no tile products."""
+    N, R = launch["N"], launch["R"]
+    rows = _bytes(launch, dot=N * launch["strips"], g=N, divisor=N)
+    return Traffic({**_bytes(launch, p=N * R, b=N * R), **rows}, _bytes(launch, db=N * R, dm=N))
 
 
 def weight_norm(launch: Launch, unchanged: bool) -> Traffic:
@@ -152,6 +163,7 @@ FORMULAS: dict[str, Callable[[Launch, bool], Traffic]] = {
     "merge": merge,
     "compose": compose,
     "scale_reduce": scale_reduce,
+    "factor_grads": factor_grads,
 }
 """By kernel."""
 

@@ -6,6 +6,7 @@
 | `KeptNorm` | kept.py | A and B once; W once where they changed |
 | `merge` | merge.py | W twice, then from the cache; the merged weight once |
 | `compose` | compose.py | base result once, output once |
+| `factor_grads` | factor_grads.py | matrices of rank r: dB and dm where `compose` keeps the base product |
 | `scale_reduce` | scale_reduce.py | gradient and its partner once, scaled gradient once |
 
 This folder alone imports triton; it is imported on first use of the backend.
@@ -13,11 +14,12 @@ This folder alone imports triton; it is imported on first use of the backend.
 
 from dora_kernels.kernels.compose import compose
 from dora_kernels.kernels.config import is_factored, is_worth_keeping
+from dora_kernels.kernels.factor_grads import factor_grads
 from dora_kernels.kernels.kept import KeptNorm
 from dora_kernels.kernels.launch import INTERPRETED, probe
 from dora_kernels.kernels.merge import merge
 from dora_kernels.kernels.norm import weight_norm
-from dora_kernels.kernels.scale_reduce import scale_reduce
+from dora_kernels.kernels.scale_reduce import scale_partials, scale_reduce
 
 # `compose` keeps the base product itself: writing the sum back would be another pass.
 KEEPS_SUM = False
@@ -27,10 +29,12 @@ __all__ = [
     "KEEPS_SUM",
     "KeptNorm",
     "compose",
+    "factor_grads",
     "is_factored",
     "is_worth_keeping",
     "merge",
     "probe",
+    "scale_partials",
     "scale_reduce",
     "weight_norm",
 ]

@@ -1,6 +1,7 @@
 """Compose: ``y = g * (base + s h Bᵀ) + bias`` in one read of base and one write of y, at every rank.
 
-Shapes: base and y ``[M, N]``, h ``[M, R]``, B ``[N, R]``, g and bias ``[N]``; g and bias may be absent.
+Shapes: base and y ``[M, N]``, h ``[M, R]``, B ``[N, R]``, g and bias ``[N]``; g and bias may be absent. g may come as
+magnitude and divisor, so that a call in evaluation needs no launch for the quotient.
 
 A program makes one BLOCK_M x BLOCK_N tile: the low-rank product in chunks of the rank, accumulated in float32, then
 base, g and bias in registers, and one rounding at the store. y may be base itself.
@@ -22,7 +23,7 @@ from dora_kernels.kernels.launch import INTERPRETED, on_device
 
 @triton.jit
 def compose_kernel(
-    base_ptr, h_ptr, b_ptr, g_ptr, bias_ptr, y_ptr,
+    base_ptr, h_ptr, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr,
     M, N, R,
     stride_m, stride_hm, stride_bn, stride_br,
     scaling,
@@ -53,14 +54,24 @@ def compose_kernel(
     offs = offs_m[:, None] * stride_m + offs_n[None, :]
     y = tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scaling * acc
     if g_ptr is not None:
-        y *= tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if divisor_ptr is not None:
+            g = tl.div_rn(g, tl.load(divisor_ptr + offs_n, mask=mask_n, other=1.0))
+        y *= g[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offs, cast(y, y_ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 def compose(
-    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, keep: bool
+    base: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: bool,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """`torch_backend.compose`, but `base` stays as it is if `keep`.
 
@@ -76,7 +87,8 @@ def compose(
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     with on_device(base):
         compose_kernel[grid](
-            base, h, lora_B, g, None if bias is None else bias.contiguous(), y,
+            base, h, lora_B, None if g is None else g.contiguous(), divisor,
+            None if bias is None else bias.contiguous(), y,
             M, N, R,
             base.stride(0), h.stride(0), *lora_B.stride(),
             scaling,

@@ -127,6 +127,10 @@ def factored_config() -> FactoredConfig:
     return FactoredConfig(64, 32, 8, 1)
 
 
+def factor_grads_config() -> FactoredConfig:
+    return FactoredConfig(16, 64, 4, 1)
+
+
 def combine_config() -> VectorConfig:
     return VectorConfig(256, 4, 1)
 

@@ -187,7 +187,7 @@ def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     parts = torch.empty(count, N, dtype=torch.float32, device=weight.device)
     _launch(weight, lora_A, lora_B, parts, scaling, span, products, config)
     if count == 1:
-        return parts[0]
+        return parts.squeeze(0)
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
     vector = combine_config()
     with on_device(weight):

@@ -59,6 +59,14 @@ def scale_reduce(
     grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`torch_backend.scale_reduce`. grad and other have adjacent columns; g is contiguous."""
+    scaled, dot, total = scale_partials(grad, other, g, want_scaled, want_sum)
+    return scaled, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
+
+
+def scale_partials(
+    grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`scale_reduce`, its two sums still to be taken over strips: ``[strips, features]``."""
     M, F = grad.shape
     config = scale_reduce_config(M)
     blocks = triton.cdiv(F, config.BLOCK_F)
@@ -81,4 +89,4 @@ def scale_reduce(
             span,
             INTERPRETED=INTERPRETED, **config._asdict(),
         )  # fmt: skip
-    return scaled, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
+    return scaled, dot, total
