@@ -1,7 +1,8 @@
 """Time the kernels and the whole layer beside PEFT's, and check every one of them first.
 
     python -m bench.layer --out results.json                    on a GPU
-    python -m bench.layer --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4     a rehearsal
+    python -m bench.layer --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4 --block 256x512x4x2 \
+        --no-compile    a rehearsal
     python -m bench.layer --device cpu --only norms --norms 2048x2048x16    the norm on a CPU
     python -m bench.layer --device cpu --only steps inference --hidden 2048 --tokens 512    training and use on a CPU
     python -m bench.layer --show results.json                   the tables of a record
@@ -26,6 +27,7 @@ import torch
 
 from bench import timing
 from bench.layer import kernels, report
+from bench.layer.block import BlockCase, block_errors, make_blocks
 from bench.layer.norms import NormCase, norm_row
 from bench.layer.problem import DTYPES, Case, Problem, beyond, errors, limits, make_problem, oracle, plain
 from bench.layer.providers import COMPILED, IN_USE, PROVIDERS, Provider, make_provider
@@ -33,7 +35,7 @@ from bench.timing import Candidate
 from dora_kernels.backends import resolve, triton_problem
 
 _TRACE_LINES = 12
-TABLES = ["norms", "kernels", "layers", "steps", "inference"]
+TABLES = ["norms", "kernels", "steps", "inference", "blocks", "layers"]
 NORMS = [(4096, 4096, 16), (4096, 4096, 64), (4096, 4096, 384), (8192, 8192, 384), (8192, 28672, 384)]
 
 
@@ -52,7 +54,8 @@ class Run:
         self.device = torch.device(given.device)
         self.backend = given.backend or ("triton" if self.device.type == "cuda" else "torch")
         names = (
-            "device", "only", "dtypes", "norms", "hidden", "ranks", "tokens", "inference_tokens", "rounds", "sample_ms"
+            "device", "only", "dtypes", "norms", "hidden", "ranks", "tokens", "inference_tokens",
+            "block", "block_tokens", "rounds", "sample_ms",
         )  # fmt: skip
         settings = {**{name: getattr(given, name) for name in names}, "backend": self.backend}
         self.record = report.new_record(self.device, settings)
@@ -86,13 +89,6 @@ class Run:
             yield from self.norm_stages()
         if "kernels" in self.given.only:
             yield from self.kernel_stages()
-        if "layers" in self.given.only:
-            # Compiling takes long, so it is done for one rank.
-            for case in self.cases(self.given.tokens):
-                names = [name for name in PROVIDERS if name != "ours_patched"]
-                if self.given.no_compile or case.rank != self.given.ranks[0]:
-                    names.remove(COMPILED)
-                yield f"layer: {case.label}", lambda case=case, names=names: self.layer(case, names, PASSES)
         if "steps" in self.given.only:
             for case in self.cases(self.given.tokens):
                 yield f"step: {case.label}", lambda case=case: self.layer(case, IN_USE, STEP)
@@ -100,6 +96,18 @@ class Run:
             for case in self.cases(self.given.inference_tokens):
                 names = ("frozen", *IN_USE)
                 yield f"inference: {case.label}", lambda case=case, names=names: self.layer(case, names, INFERENCE)
+        if "blocks" in self.given.only:
+            given = self.given
+            for rank, dtypes, checkpointing in itertools.product(given.ranks, given.dtypes, (False, True)):
+                block = BlockCase(given.block, rank, given.block_tokens, dtypes, checkpointing, self.device)
+                yield block.label, lambda block=block: self.block(block)
+        if "layers" in self.given.only:
+            # Compiling takes long, so it is done for one rank.
+            for case in self.cases(self.given.tokens):
+                names = [name for name in PROVIDERS if name != "ours_patched"]
+                if self.given.no_compile or case.rank != self.given.ranks[0]:
+                    names.remove(COMPILED)
+                yield f"layer: {case.label}", lambda case=case, names=names: self.layer(case, names, PASSES)
 
     def norm_stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """The norm at every shape and rank, and in every pair of dtypes."""
@@ -222,6 +230,29 @@ class Run:
             row["limits"] = {key: report.significant(value, 3) for key, value in allowed[name].items()}
             self.record["layers"].append(row)
 
+    def block(self, case: BlockCase) -> None:
+        """Check and time optimizer steps of a decoder block."""
+        blocks = list(make_blocks(case))
+        found, allowed = block_errors(blocks)
+        if wrong := beyond(found, allowed):
+            self.fail(case.label, f"ours: wrong result: {'; '.join(wrong)}")
+        candidates = {block.name: Candidate(block.name, [block.run_step]) for block in blocks}
+        self.interleave(list(candidates.values()))
+        for block in blocks:
+            candidate = candidates[block.name]
+            self.record["blocks"].append({
+                "label": case.label, "shape": case.shape, "rank": case.rank, "tokens": case.tokens,
+                "dtypes": case.dtypes, "checkpointing": case.checkpointing, "provider": block.name,
+                "step": {
+                    "ms": report.significant(candidate.seconds * 1e3),
+                    "spread": report.significant(candidate.spread, 2),
+                    "ratio_to_lora": report.significant(candidate.ratio(candidates["peft_lora"]), 3),
+                    "peak_bytes": timing.peak_bytes(self.device, block.run_step),
+                },
+                "errors": {} if block.name != "ours_patched" else found,
+                "limits": {} if block.name != "ours_patched" else allowed,
+            })  # fmt: skip
+
     def check(
         self, case: Case, problem: Problem, providers: dict[str, list[Provider]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -245,14 +276,20 @@ class Run:
         return found, allowed
 
 
-def _sizes(text: str) -> tuple[int, int, int]:
-    try:
-        out_features, in_features, rank = map(int, text.split("x"))
-    except ValueError:
-        out_features = in_features = rank = 0
-    if min(out_features, in_features, rank) < 1:
-        raise argparse.ArgumentTypeError(f"expected three sizes of at least 1, such as 4096x4096x16, got {text!r}")
-    return out_features, in_features, rank
+def _sizes(count: int) -> Callable[[str], tuple[int, ...]]:
+    """The type of an option of several sizes."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            sizes = tuple(map(int, text.split("x")))
+        except ValueError:
+            sizes = ()
+        if len(sizes) != count or min(sizes) < 1:
+            example = "x".join(["4096", "4096", "16", "8"][:count])
+            raise argparse.ArgumentTypeError(f"expected {count} sizes of at least 1, such as {example}, got {text!r}")
+        return sizes
+
+    return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,12 +304,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096], help="in_features and out_features")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 384])
     parser.add_argument(
-        "--norms", type=_sizes, nargs="+", default=NORMS, metavar="NxKxR", help="of the norm: out, in_features, rank"
+        "--norms", type=_sizes(3), nargs="+", default=NORMS, metavar="NxKxR", help="of the norm: out, in_features, rank"
     )
     parser.add_argument("--only", choices=TABLES, nargs="+", default=TABLES, help="tables")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 8192], help="of training")
     parser.add_argument("--inference-tokens", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    llama = "hidden and intermediate size, heads, key and value heads of the decoder block"
+    parser.add_argument("--block", type=_sizes(4), default=(4096, 14336, 32, 8), metavar="HxIxAxK", help=llama)
+    parser.add_argument("--block-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=21, help="at most, for each comparison")
     parser.add_argument("--sample-ms", type=float, default=4.0, help="length of one sample")
     parser.add_argument(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -18,15 +20,17 @@ from bench.layer.providers import MICRO_BATCHES, PROVIDERS
 from bench.machine import cpu_name
 
 SCHEMA = 2
+_STEP = [
+    ("step", "ms", "step"), ("step", "ratio_to_lora", "x LoRA"), ("step", "spread", "spread"),
+    ("step", "peak_bytes", "peak MB"),
+]  # fmt: skip
 _LAYER_TABLES = {
     "Whole layer": [
         ("forward", "ms", "fwd"), ("forward", "ratio_to_lora", "x LoRA"),
         ("both", "ms", "fwd+bwd"), ("both", "ratio_to_lora", "x LoRA"), ("both", "ratio_to_frozen", "x frozen"),
     ],
-    f"Optimizer step of {MICRO_BATCHES} micro-batches": [
-        ("step", "ms", "step"), ("step", "ratio_to_lora", "x LoRA"), ("step", "spread", "spread"),
-        ("step", "peak_bytes", "peak MB"),
-    ],
+    f"Optimizer step of {MICRO_BATCHES} micro-batches": _STEP,
+    f"Decoder block, optimizer step of {MICRO_BATCHES} micro-batches": _STEP,
     "Inference": [
         ("inference", "ms", "call"), ("inference", "ratio_to_lora", "x LoRA"), ("inference", "spread", "spread"),
         ("inference_graph", "ms", "in a graph"), ("inference_graph", "ratio_to_lora", "x LoRA"),
@@ -50,6 +54,7 @@ def new_record(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]
         "ceilings": {},
         "kernels": [],
         "layers": [],
+        "blocks": [],
         "failures": [],
         "seconds": {},
     }
@@ -111,15 +116,36 @@ def _driver() -> str | None:
 
 def write(record: dict[str, Any], path: Path) -> None:
     """The record so far, complete or not at all, one figure row a line."""
-    rows = {key: record[key] for key in ("kernels", "layers", "failures")}
+    rows = {key: record[key] for key in ("kernels", "layers", "blocks", "failures")}
     head = {key: value for key, value in record.items() if key not in rows}
     parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for key, values in rows.items():
         lines = ",\n".join(f"  {json.dumps(value)}" for value in values)
         parts.append(f" {json.dumps(key)}: [\n{lines}\n ]" if values else f" {json.dumps(key)}: []")
+    _replace(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    _replace(path.with_suffix(".csv"), _csv(record))
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _csv(record: dict[str, Any]) -> str:
+    """A line for each figure: table, label, provider, what was measured, its value."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["table", "label", "provider", "figure", "value"])
+    for table in ("kernels", "layers", "blocks"):
+        for row in record[table]:
+            for key, value in row.items():
+                figures = value if isinstance(value, dict) else {"": value}
+                for name, figure in figures.items():
+                    if isinstance(figure, (int, float)) and not isinstance(figure, bool):
+                        title = f"{key}.{name}" if name else key
+                        writer.writerow([table, row["label"], row["provider"], title, figure])
+    return lines.getvalue()
 
 
 def significant(figure: float, digits: int = 4) -> float | None:
@@ -146,7 +172,8 @@ def text(record: dict[str, Any]) -> str:
             for row in record["kernels"]
         ])  # fmt: skip
     for title, columns in _LAYER_TABLES.items():
-        rows = [row for row in record["layers"] if columns[0][0] in row]
+        table = "blocks" if title.startswith("Decoder") else "layers"
+        rows = [row for row in record[table] if columns[0][0] in row]
         if rows:
             lines += ["", f"{title}, milliseconds, host time included (x LoRA: PEFT's plain LoRA)."]
             lines += _table(["layer", "provider", *(name for _, _, name in columns), "worst error/limit"], [
@@ -166,6 +193,8 @@ def _number(figure: float | None) -> str:
 def _worst(row: dict[str, Any]) -> str:
     """The largest error as a fraction of its limit."""
     errors, limits = row["errors"], row["limits"]
+    if not errors:
+        return "-"
     if any(value is None for value in errors.values()):
         return "not finite"
     return f"{max(errors[name] / limits[name] for name in errors):.2f}"

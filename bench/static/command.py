@@ -61,7 +61,9 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not given.json and whole:
         _print(*layers.table(whole))
     start = time.perf_counter()
-    found = [] if given.no_compile or given.layers else compiler.compile_shipped(given.target or TARGETS, given.jobs, primitives)
+    found = []
+    if not (given.no_compile or given.layers):
+        found = compiler.compile_shipped(given.target or TARGETS, given.jobs, primitives)
     wrong = {one.title: problems(one) for one in found if problems(one)}
     if given.json:
         tables = {"traffic": rows, "layers": whole, "resources": found}
