@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,13 +67,42 @@ def norm_table(result: dict[str, Any]) -> str:
             ours, peft = (found[dtypes, shape, rank, provider] for provider in ("ours", "peft"))
             cells.append(f"{peft['ratio_to_ours']:.1f}× ({ours['us'] / 1e3:.1f} ms)")
         rows.append([dtypes, shape, *cells])
-    hardware, versions = result["hardware"], result["versions"]
     note = (
-        f"{hardware['device']}, {hardware['threads']} threads; torch {versions['torch']}, peft {versions['peft']}; "
-        f"commit {result['commit'][:7]}; medians over calls made in turn, in one process, W not in the cache. "
+        f"{_place(result)}; medians over calls made in turn, in one process, W not in the cache. "
         f"Largest errors against float64, relative: ours {_worst(result, 'ours')}, PEFT's {_worst(result, 'peft')}."
     )
     return _markdown(rows) + "\n\n" + note
+
+
+def layer_table(result: dict[str, Any]) -> str:
+    """Steps and inference over PEFT's LoRA: ours, and PEFT's DoRA in brackets."""
+    ratios: dict[tuple[str, int, str], dict[int, dict[str, float]]] = {}
+    for row in result["layers"]:
+        for part, words in (("step", "step of {} tokens four times"), ("inference", "inference, {} tokens")):
+            if part in row:
+                key = row["dtypes"], row["hidden"], words.format(row["tokens"])
+                ratios.setdefault(key, {}).setdefault(row["rank"], {})[row["provider"]] = row[part]["ratio_to_lora"]
+    ranks = sorted({row["rank"] for row in result["layers"]})
+    rows = [["dtypes", "hidden", "", *(f"rank {rank}" for rank in ranks)]]
+    rows.append(["---", "---:", "---"] + ["---:"] * len(ranks))
+    for (dtypes, hidden, words), by_rank in ratios.items():
+        cells = [(by_rank[rank]["ours_patched"], by_rank[rank]["peft_dora"]) for rank in ranks]
+        rows.append([dtypes, str(hidden), words, *(f"{ours:.2f} ({peft:.2f})" for ours, peft in cells)])
+    steps = [row for row in result["layers"] if "step" in row and row["provider"] == "ours_patched"]
+    mean = statistics.geometric_mean(row["step"]["ratio_to_lora"] for row in steps)
+    note = (
+        f"{_place(result)}; medians over runs made in turn, in one process. Over all steps the geometric mean of ours "
+        f"is {mean:.3f}."
+    )
+    return _markdown(rows) + "\n\n" + note
+
+
+def _place(result: dict[str, Any]) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    return (
+        f"{hardware['device']}, {hardware['threads']} threads; torch {versions['torch']}, peft {versions['peft']}; "
+        f"commit {result['commit'][:7]}"
+    )
 
 
 def _worst(result: dict[str, Any], provider: str) -> str:
@@ -100,6 +130,7 @@ def _same(difference: float | None) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("README.md", demo_table),
     "norm": ("docs/benchmarks.md", norm_table),
+    "layer": ("docs/benchmarks.md", layer_table),
 }
 """Of each kind of result, the document and what is written into it between the markers."""
 
