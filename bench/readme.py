@@ -78,7 +78,7 @@ def layer_table(result: dict[str, Any]) -> str:
     """Steps and inference over PEFT's LoRA: ours, and PEFT's DoRA in brackets."""
     ratios: dict[tuple[str, int, str], dict[int, dict[str, float]]] = {}
     for row in result["layers"]:
-        for part, words in (("step", "step of {} tokens four times"), ("inference", "inference, {} tokens")):
+        for part, words in (("step", "step of {} tokens four times"), ("inference", "inference, {} token(s)")):
             if part in row:
                 key = row["dtypes"], row["hidden"], words.format(row["tokens"])
                 ratios.setdefault(key, {}).setdefault(row["rank"], {})[row["provider"]] = row[part]["ratio_to_lora"]

@@ -23,6 +23,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 def probe(device: torch.device) -> None:
     """Compile, launch and check each kernel once; raises what the compiler, the driver or the check has to say."""
     from dora_kernels.kernels.compose import compose
+    from dora_kernels.kernels.factor_grads import factor_grads
     from dora_kernels.kernels.norm import weight_norm
     from dora_kernels.kernels.scale_reduce import scale_reduce
 
@@ -35,6 +36,7 @@ def probe(device: torch.device) -> None:
         "weight_norm in float32": (weight_norm(ones.float(), ones.float(), ones.float(), 1.0), 4 * 17.0),
         "compose": (compose(ones, ones, ones, g, None, 1.0, True), 17.0),
         "scale_reduce": (scaled, 1.0),
+        "factor_grads": (factor_grads(ones.float(), ones, g.view(1, 16), g, g, 1.0, None)[1], 17.0),
     }
     for name, (result, expected) in found.items():
         if not torch.allclose(result.float(), torch.full_like(result.float(), expected)):
