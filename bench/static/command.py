@@ -56,9 +56,9 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     rows = [] if given.layers else account.rows(primitives)
     if not given.json and rows:
         _print(*account.operands_table(rows) if given.all else account.table(rows))
-        print()
     whole = [] if given.kernel else layers.rows()
     if not given.json and whole:
+        print(end="\n" if rows else "")
         _print(*layers.table(whole))
     start = time.perf_counter()
     found = []
