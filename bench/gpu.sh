@@ -3,11 +3,13 @@
 #
 #   bash bench/gpu.sh OUTDIR [options of `python -m bench.layer`]
 #
-# Writes tests.log, layer.json, layer.csv, layer.txt and layer.log to OUTDIR, in under nine minutes, and ends with the table.
+# Writes tests.log, layer.json, layer.csv, layer.txt and layer.log to OUTDIR, in under nine minutes, and ends with the
+# tables.
 # Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
 #
-#   bash bench/gpu.sh rehearsal --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4 --block 256x512x4x2 --no-compile
+#   bash bench/gpu.sh rehearsal --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4 \
+#       --block 256x512x4x2 --no-compile
 set -uo pipefail
 
 TESTS_SECONDS=${TESTS_SECONDS:-145}
@@ -29,8 +31,8 @@ has() {
     "$python" -c "import $1" 2>/dev/null
 }
 options=(-m gpu -v --tb=short -p no:cacheprovider)
-# Most of the tests' time is compilation, which several processes share out. pytest's own limit ends it in
-# good order; without pytest-timeout the log still has a line for every test that ended in time.
+# Most of the tests' time is compilation, which several processes share out. pytest's own limit ends it in good order;
+# without pytest-timeout the log still has a line for every test that ended in time.
 has xdist && options+=(-n 4)
 has pytest_timeout && options+=(--session-timeout "$TESTS_SECONDS")
 echo "== GPU tests, at most $TESTS_SECONDS s: $out/tests.log"

@@ -335,7 +335,7 @@ class NormCache:
         if captured or known is None or known[0] is not _owner(weight) or known[1] != key:
             known = _owner(weight), key, linear.primitives("triton").KeptNorm(rows[0].shape[0], scaling, device)
             if captured:
-                self._captured.append(known)
+                self._captured.append(known[2])
             else:
                 self._on_device = {**self._on_device, (device, rank): known}
         divisor: Tensor = known[2].divisor(rows[0], sample(weight), *rows[1:])

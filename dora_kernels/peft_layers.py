@@ -24,7 +24,6 @@ from dora_kernels.norm_cache import NormCache
 # wrapper still holds the patched forward.
 SWITCH = "_dora_kernels_norms"
 
-
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -208,20 +207,21 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     # Not sharded, not gathered away, not on meta.
     if not (type(weight) in _PLAIN and type(a) in _PLAIN and type(b) in _PLAIN and type(m) in _PLAIN):
         return None
-    seen = (base, lora_A, lora_B, magnitude, weight, a, b, m, bias)
+    weights = Weights(weight, a, b, m, bias)
     if torch.compiler.is_compiling():
-        return _as_rows(layer, Weights(weight, a, b, m, bias)) if _fit(layer, *seen) else None
+        return _as_rows(layer, weights) if _fit(layer, base, lora_A, lora_B, magnitude, weights) else None
     # Looked at once: what has the same type, address and shape has not changed its device either.
     addresses = weight.data_ptr(), a.data_ptr(), b.data_ptr(), m.data_ptr()
     shapes = weight.shape, a.shape, b.shape
     kinds = type(base), type(lora_A), type(lora_B), type(magnitude), lora_B._parameters.get("bias")
+    seen = (base, lora_A, lora_B, magnitude, *weights, *kinds)
     cache = norm_cache(layer, adapter)
     known = cache.checked
-    if known is None or known[1:] != (addresses, shapes) or not all(map(operator.is_, known[0], seen + kinds)):
-        if not (all(addresses) and _fit(layer, *seen)):
+    if known is None or known[1:] != (addresses, shapes) or not all(map(operator.is_, known[0], seen)):
+        if not (all(addresses) and _fit(layer, base, lora_A, lora_B, magnitude, weights)):
             return None
-        cache.checked = seen + kinds, addresses, shapes
-    return _as_rows(layer, Weights(weight, a, b, m, bias))
+        cache.checked = seen, addresses, shapes
+    return _as_rows(layer, weights)
 
 
 def _as_rows(layer: Any, weights: Weights) -> Weights:
@@ -229,16 +229,14 @@ def _as_rows(layer: Any, weights: Weights) -> Weights:
     return weights._replace(weight=weights.weight.t()) if layer.fan_in_fan_out else weights
 
 
-def _fit(
-    layer: Any, base: Any, lora_A: Any, lora_B: Any, magnitude: Any, weight: Tensor, a: Tensor, b: Tensor, m: Tensor,
-    bias: Tensor | None,
-) -> bool:  # fmt: skip
+def _fit(layer: Any, base: Any, lora_A: Any, lora_B: Any, magnitude: Any, weights: Weights) -> bool:
     """Whether the modules are plain, and their tensors of fitting shapes on one device."""
     if not (type(lora_A) is type(lora_B) is nn.Linear and (type(base) is nn.Linear or _is_conv1d(base))):
         return False
     # A pruned bias is no parameter any more.
     if type(magnitude) is not DoraLinearLayer or lora_B.bias is not None or "bias" not in base._parameters:
         return False
+    weight, a, b, m, _ = weights
     expected = (layer.out_features, layer.in_features)
     if tuple(weight.shape) != (expected[::-1] if layer.fan_in_fan_out else expected):
         return False

@@ -211,8 +211,12 @@ def scale_reduce(
             dot = _added(dot, torch.mul(part, partner, out=target).sum(0))
         if want_sum:
             total = _added(total, wide.sum(0))
-        if target is not None and g is not None:
-            torch.mul(part, g, out=target) if buffer is None else target.copy_(wide.mul_(g))
+        if target is None or g is None:
+            continue
+        if buffer is None:
+            torch.mul(part, g, out=target)
+        else:
+            target.copy_(wide.mul_(g))
     return scaled, dot, total
 
 
@@ -255,7 +259,7 @@ def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in `dtype`, rounded at most once from its float32 accumulation.
 
     A bfloat16 product rounds its output, so a float32 result of bfloat16 operands needs either the BLAS's mixed
-    output (CUDA) or operands that are upcast first.
+    output (CUDA) or operands that are upcast, block by block.
     """
     if left.dtype == dtype:
         return torch.mm(left, right)
@@ -264,10 +268,10 @@ def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.device.type == "cuda" and dtype == torch.float32 and _MM_OUT_DTYPE:
         return torch.mm(left, right, out_dtype=torch.float32)
     result = torch.zeros(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
-    wider, other = (right, left.t()) if right.shape[1] > left.shape[0] else (left.t(), right)
-    for rows, partner in _blocks(wider, other):
-        columns, rows = (partner, rows) if wider is right else (rows, partner)
-        result.addmm_(columns.t().to(dtype), rows.to(dtype))
+    step = _block_rows(max(result.shape))
+    for start in range(0, right.shape[0], step):
+        part = slice(start, start + step)
+        result.addmm_(left[:, part].to(dtype), right[part].to(dtype))
     return result
 
 

@@ -218,6 +218,18 @@ def oracle(problem: Problem, needs: Iterable[str] = NAMES, **extra: Any) -> dict
     return solve(dora_linear, problem.map(lambda t: t.to(f64)), needs, backend="reference", **extra)
 
 
+def saved_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """`function()`, and every tensor that its graph keeps for the backward."""
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        return function(), saved
+
+
 def true_norm(problem: Problem) -> Tensor:
     """In float64, of the weights as stored."""
     weight, lora_A, lora_B = (t.to(f64) for t in (problem.weight, problem.lora_A, problem.lora_B))

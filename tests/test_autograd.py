@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import NAMES, bf16, check, f32, f64, gradients, leaves_of, make_problem, ours, same_bits
+from helpers import NAMES, bf16, check, f32, f64, gradients, leaves_of, make_problem, ours, same_bits, saved_by
 from torch.utils.checkpoint import checkpoint
 
 from dora_kernels import dora_linear, ops
@@ -44,18 +44,6 @@ def test_every_subset_of_gradients(lane, magnitude_axis, detach_norm, monkeypatc
             assert {name for name in NAMES if leaves[name].grad is not None} == set(needs)
             if size != 3:
                 check({"y": y.detach(), **{name: leaves[name].grad for name in needs}}, problem, needs)
-
-
-def saved_by(function):
-    """`function()`, and every tensor that its graph keeps for the backward."""
-    saved = []
-
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        return function(), saved
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The kept norm is never stale, whatever optimizer steps, and is reused where that is known.
 
-A result with the kept norm must have the very bits of one computed afresh: both take the same path to the norm.
+A result with the kept norm must have the very bits of one computed afresh, both taking the same path to the norm; where
+the device is asked, which adds up in another order, it must have them to float32 rounding.
 """
 
 # ruff: noqa: F811 (fixtures are imported)

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from cached_layer import IN, OUT, Layer, asks, compares, counted, lane, layer, x  # noqa: F401
+from cached_layer import IN, OUT, Layer, compares, counted, lane, layer, x  # noqa: F401
 from torch import nn
 
 from dora_kernels import norm_cache

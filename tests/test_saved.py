@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import bf16, f32
+from helpers import bf16, f32, saved_by
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -37,19 +37,12 @@ def peft_model(base, adapters, use_dora):
 def held(model, base, adapters):
     """Bytes of every storage that the graph keeps, besides x and the parameters, the largest first."""
     x = torch.randn(2, TOKENS // 2, IN, dtype=base, requires_grad=True)
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
-        return tensor
-
-    autocast = torch.autocast("cpu", bf16, enabled=adapters != base)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        y = model(x)
+    with torch.autocast("cpu", bf16, enabled=adapters != base):
+        _, saved = saved_by(lambda: model(x))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     for tensor in (x, *model.parameters()):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
-    del y
-    return sorted((size for size, _ in storages.values()), reverse=True)
+    return sorted(storages.values(), reverse=True)
 
 
 @DTYPES

@@ -226,8 +226,7 @@ class Run:
                 if method is Provider.run_step:
                     rows[name][part]["peak_bytes"] = timing.peak_bytes(self.device, providers[name][0].run_step)
         for name, row in rows.items():
-            row["errors"] = {key: report.significant(value, 3) for key, value in found[name].items()}
-            row["limits"] = {key: report.significant(value, 3) for key, value in allowed[name].items()}
+            row["errors"], row["limits"] = report.rounded(found[name]), report.rounded(allowed[name])
             self.record["layers"].append(row)
 
     def block(self, case: BlockCase) -> None:
@@ -249,8 +248,8 @@ class Run:
                     "ratio_to_lora": report.significant(candidate.ratio(candidates["peft_lora"]), 3),
                     "peak_bytes": timing.peak_bytes(self.device, block.run_step),
                 },
-                "errors": {} if block.name != "ours_patched" else found,
-                "limits": {} if block.name != "ours_patched" else allowed,
+                "errors": report.rounded(found if block.name == "ours_patched" else {}),
+                "limits": report.rounded(allowed if block.name == "ours_patched" else {}),
             })  # fmt: skip
 
     def check(

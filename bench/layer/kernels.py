@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.layer.problem import ALLOWED, FLOOR, Case, Problem, error, make_problem
+from bench.static.recording import NAMES
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear, torch_backend
-
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass

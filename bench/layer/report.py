@@ -25,18 +25,18 @@ _STEP = [
     ("step", "peak_bytes", "peak MB"),
 ]  # fmt: skip
 _LAYER_TABLES = {
-    "Whole layer": [
+    "Whole layer": ("layers", [
         ("forward", "ms", "fwd"), ("forward", "ratio_to_lora", "x LoRA"),
         ("both", "ms", "fwd+bwd"), ("both", "ratio_to_lora", "x LoRA"), ("both", "ratio_to_frozen", "x frozen"),
-    ],
-    f"Optimizer step of {MICRO_BATCHES} micro-batches": _STEP,
-    f"Decoder block, optimizer step of {MICRO_BATCHES} micro-batches": _STEP,
-    "Inference": [
+    ]),
+    f"Optimizer step of {MICRO_BATCHES} micro-batches": ("layers", _STEP),
+    f"Decoder block, optimizer step of {MICRO_BATCHES} micro-batches": ("blocks", _STEP),
+    "Inference": ("layers", [
         ("inference", "ms", "call"), ("inference", "ratio_to_lora", "x LoRA"), ("inference", "spread", "spread"),
         ("inference_graph", "ms", "in a graph"), ("inference_graph", "ratio_to_lora", "x LoRA"),
-    ],
+    ]),
 }  # fmt: skip
-"""Title to part, key and heading of each column."""
+"""Title to the record's key, and part, key and heading of each column."""
 _VERSIONED = ("torch", "triton", "peft", "transformers", "numpy")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -153,6 +153,11 @@ def significant(figure: float, digits: int = 4) -> float | None:
     return float(f"{figure:.{digits}g}") if math.isfinite(figure) else None
 
 
+def rounded(figures: dict[str, float]) -> dict[str, float | None]:
+    """Errors or limits for the record."""
+    return {name: significant(figure, 3) for name, figure in figures.items()}
+
+
 def text(record: dict[str, Any]) -> str:
     """The tables, for a terminal."""
     hardware, ceilings = record["hardware"], record["ceilings"]
@@ -171,9 +176,8 @@ def text(record: dict[str, Any]) -> str:
             ]
             for row in record["kernels"]
         ])  # fmt: skip
-    for title, columns in _LAYER_TABLES.items():
-        table = "blocks" if title.startswith("Decoder") else "layers"
-        rows = [row for row in record[table] if columns[0][0] in row]
+    for title, (table, columns) in _LAYER_TABLES.items():
+        rows = [row for row in record.get(table, ()) if columns[0][0] in row]
         if rows:
             lines += ["", f"{title}, milliseconds, host time included (x LoRA: PEFT's plain LoRA)."]
             lines += _table(["layer", "provider", *(name for _, _, name in columns), "worst error/limit"], [

@@ -4,7 +4,7 @@
 |---|---|---|
 | `weight_norm` | norm.py; at high rank factored.py | W once |
 | `KeptNorm` | kept.py | A and B once; W once where they changed |
-| `merge` | merge.py | W twice, then from the cache; the merged weight once |
+| `merge` | merge.py | W twice, the second time from the cache; the merged weight once |
 | `compose` | compose.py | base result once, output once |
 | `factor_grads` | factor_grads.py | matrices of rank r: dB and dm where `compose` keeps the base product |
 | `scale_reduce` | scale_reduce.py | gradient and its partner once, scaled gradient once |

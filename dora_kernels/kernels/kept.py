@@ -33,15 +33,15 @@ def fingerprint_kernel(
     """A program's share of A, of B or of W's sample against what it has seen before."""
     pid = tl.program_id(0)
     if pid < programs_a:
-        first, second = _fingerprint(a_ptr, size_a, width_a, stride_ar, stride_ak, pid, programs_a, salt, BLOCK)
+        first, second = _fingerprint(a_ptr, size_a, width_a, stride_ar, stride_ak, pid, programs_a, BLOCK)
     elif pid < programs_a + programs_b:
-        first, second = _fingerprint(
-            b_ptr, size_b, width_b, stride_bn, stride_br, pid - programs_a, programs_b, salt, BLOCK
-        )
+        first, second = _fingerprint(b_ptr, size_b, width_b, stride_bn, stride_br, pid - programs_a, programs_b, BLOCK)
     else:
         first, second = _fingerprint(
-            w_ptr, size_w, size_w, 0, stride_w, pid - programs_a - programs_b, programs_w, salt, BLOCK
+            w_ptr, size_w, size_w, 0, stride_w, pid - programs_a - programs_b, programs_w, BLOCK
         )
+    first ^= _mixed(salt)
+    second ^= _mixed(salt)
     seen = seen_ptr + 2 * pid
     differs = (tl.load(seen) != first) | (tl.load(seen + 1) != second)
     if differs:
@@ -51,7 +51,7 @@ def fingerprint_kernel(
 
 
 @triton.jit
-def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, salt, BLOCK: tl.constexpr):
+def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, BLOCK: tl.constexpr):
     """Two sums modulo 2**32 of well mixed bits of elements and positions, over every `shares`-th block of BLOCK."""
     first = tl.zeros((BLOCK,), tl.int32)
     second = tl.zeros((BLOCK,), tl.int32)
@@ -68,7 +68,7 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, s
         bits = _mixed(bits ^ _mixed(offs.to(tl.int32)))
         first += tl.where(mask, bits, 0)
         second += tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
-    return tl.sum(first, 0).to(tl.int32) ^ _mixed(salt), tl.sum(second, 0).to(tl.int32) ^ _mixed(salt)
+    return tl.sum(first, 0).to(tl.int32), tl.sum(second, 0).to(tl.int32)
 
 
 @triton.jit

@@ -73,7 +73,7 @@ def sweep(
             ).to(wide)
             acc = dot(b, a, acc, PRODUCTS, INTERPRETED)
             if PRODUCTS == 3:
-                low += tl.sum(b * b * tl.sum(a * a, 1)[None, :], 1)
+                low += _low_rank_terms(b, a)
         else:
             for r in range(0, R, BLOCK_R):
                 mask_r = r + offs_r < R
@@ -85,7 +85,7 @@ def sweep(
                 b = b.to(wide)
                 acc = dot(b, a, acc, PRODUCTS, INTERPRETED)
                 if PRODUCTS == 3:
-                    low += tl.sum(b * b * tl.sum(a * a, 1)[None, :], 1)
+                    low += _low_rank_terms(b, a)
         w = w.to(tl.float32)
         v = w + scaling * acc
         total += tl.sum(v * v, 1)
@@ -95,6 +95,12 @@ def sweep(
             merged = cast(row_scale[:, None] * v, merged_ptr.dtype.element_ty, INTERPRETED)
             tl.store(merged_ptr + offs_n[:, None] * stride_mn + offs_k[None, :] * stride_mk, merged, mask=mask_w)
     return total, terms + scaling * scaling * low
+
+
+@triton.jit
+def _low_rank_terms(b, a):
+    """``Σ_k Σ_r B² A²`` of a tile."""
+    return tl.sum(b * b * tl.sum(a * a, 1)[None, :], 1)
 
 
 @triton.jit
