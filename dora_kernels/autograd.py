@@ -29,41 +29,48 @@ class _DoRALinear(torch.autograd.Function):
         magnitude: Tensor | None,
         bias: Tensor | None,
         divisor: Tensor | None,
-        scaling: float,
-        magnitude_axis: str,
-        detach_norm: bool,
-        backend: str,
-        named: bool,
+        settings: tuple[float, str, bool, str, bool],
     ) -> Tensor:
+        scaling, magnitude_axis, detach_norm, backend, _ = ctx.settings = settings
         needs = Needs(*ctx.needs_input_grad[:6])
         g = None
         if magnitude is not None and divisor is not None:
             g = quotient(magnitude, divisor, x)
-            divisor = cast(divisor, g.dtype)
+            if divisor.dtype != g.dtype:
+                divisor = divisor.to(g.dtype)
         keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude is not None, needs)
         y, h, base = ops.linear_forward(
             _flat(x), weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend
         )
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base)
-        ctx.settings = (scaling, magnitude_axis, detach_norm, backend, named)
         return _unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
-        scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
         needs = Needs(*ctx.needs_input_grad[:6])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             linear.note_backward(needs)
-            return *_differentiable_backward(ctx, dy), *[None] * 6
-        grads = ops.linear_backward(
+            return *_differentiable_backward(ctx, dy), *_NO_GRADIENT
+        x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
+        scaling, magnitude_axis, detach_norm, backend, _ = ctx.settings
+        d_x, d_weight, d_a, d_b, d_magnitude, d_bias = ops.linear_backward(
             _flat(dy), _flat(x), weight, lora_A, lora_B, g, divisor, h, base,
             scaling, magnitude_axis, detach_norm, needs, backend,
         )  # fmt: skip
-        d_x = None if grads.x is None else grads.x.view(x.shape)
-        d_magnitude = None if grads.magnitude is None else cast(grads.magnitude, magnitude.dtype)
-        d_bias = None if grads.bias is None else cast(grads.bias, bias.dtype)
-        return d_x, grads.weight, grads.lora_A, grads.lora_B, d_magnitude, d_bias, *[None] * 6
+        if d_x is not None and x.dim() != 2:
+            d_x = d_x.view(x.shape)
+        if d_magnitude is not None:
+            d_magnitude = cast(d_magnitude, magnitude.dtype)
+        if d_bias is not None:
+            d_bias = cast(d_bias, bias.dtype)
+        return d_x, d_weight, d_a, d_b, d_magnitude, d_bias, *_NO_GRADIENT
+
+
+_NO_GRADIENT = (None, None)
+"""Of the norm and the settings."""
+
+# `Function.apply` without its search for `torch.func` transforms, which `backends.resolve` has made: 16 Python calls.
+_record = super(torch.autograd.Function, _DoRALinear).apply
 
 
 def apply(
@@ -89,10 +96,9 @@ def apply(
             _flat(x), weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, False, backend, divisor
         )
         return _unflat(y, x)
-    return _DoRALinear.apply(
-        x, weight, lora_A, lora_B, magnitude, bias, divisor,
-        scaling, magnitude_axis, detach_norm, backend, named,
-    )  # fmt: skip
+    record = _DoRALinear.apply if torch.compiler.is_compiling() else _record
+    settings = (scaling, magnitude_axis, detach_norm, backend, named)
+    return record(x, weight, lora_A, lora_B, magnitude, bias, divisor, settings)
 
 
 def _flat(x: Tensor) -> Tensor:

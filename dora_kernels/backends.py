@@ -11,6 +11,8 @@ from torch import Tensor
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,9 +68,8 @@ def resolve(backend: str, tensors: tuple[Tensor | None, ...]) -> str:
 def _only_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
     if torch.compiler.is_compiling():
         return None
-    for tensor in tensors:
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"tensors of type {type(tensor).__name__}"
+    for kind in set(map(type, tensors)) - _PLAIN:
+        return f"tensors of type {kind.__name__}"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -77,7 +77,9 @@ def run_layer(
 ) -> Tensor:
     """`dora_linear` without its checks, for layers that made them once; `cache` keeps the norm between calls."""
     chosen = resolve(backend, (x, weight, lora_A, lora_B, magnitude, bias, weight_norm))
-    dtype = _compute_dtype(x)
+    dtype = x.dtype
+    if dtype != torch.float64 and autocast_enabled(x.device):  # autocast leaves float64 alone
+        dtype = torch.get_autocast_dtype(x.device.type)
     if chosen == "reference":
         return reference.dora_linear(
             x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype
@@ -94,12 +96,6 @@ def run_layer(
         cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, chosen, backend != "auto",
     )  # fmt: skip
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    if x.dtype != torch.float64 and autocast_enabled(x.device):  # autocast leaves float64 alone
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def layer_scale(

@@ -88,13 +88,13 @@ def forward(
     What `base` holds is the backend's: the base product, or (`KEEPS_SUM`) its sum with the low-rank product.
     Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
     """
-    dtype = x.dtype
     if g is not None and magnitude_axis == "in":
         if divisor is not None:
             g, divisor = quotient(g, divisor, x), None
         x, g = torch.mul(x, g, out=torch.empty_like(x)), None
-    h = F.linear(x, cast(lora_A, dtype))
-    base = F.linear(x, cast(weight, dtype))
+    dtype = x.dtype
+    h = F.linear(x, lora_A if lora_A.dtype == dtype else lora_A.to(dtype))
+    base = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype))
     y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base, divisor)
     return y, h, base if keep_base else None
 
@@ -129,13 +129,14 @@ def backward(
         assert grads.magnitude is not None and divisor is not None
         c = -grads.magnitude * g / divisor
         grads = _add_norm_gradient(grads, weight, lora_A, lora_B, c, scaling, axis_in, needs)
+    d_x, d_weight, d_a, d_b, d_magnitude, d_bias = grads
     return Grads(
-        grads.x,
-        _as_parameter(grads.weight, weight),
-        _as_parameter(grads.lora_A, lora_A),
-        _as_parameter(grads.lora_B, lora_B),
-        grads.magnitude if needs.magnitude else None,
-        grads.bias,
+        d_x,
+        None if d_weight is None else _as_parameter(d_weight, weight),
+        None if d_a is None else _as_parameter(d_a, lora_A),
+        None if d_b is None else _as_parameter(d_b, lora_B),
+        d_magnitude if needs.magnitude else None,
+        d_bias,
     )
 
 
@@ -271,9 +272,8 @@ def _grad_dtype(parameter: Tensor, x: Tensor, final: bool) -> torch.dtype:
     return parameter.dtype if final and parameter.dtype == x.dtype else accumulation_dtype(parameter, x)
 
 
-def _as_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+def _as_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
     """In the parameter's dtype and strides, so that the gradient is accumulated without another copy."""
-    if grad is None:
-        return None
-    grad = cast(grad, parameter.dtype)
+    if grad.dtype != parameter.dtype:
+        grad = grad.to(parameter.dtype)
     return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)

@@ -4,8 +4,8 @@ Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and
 them. A kept norm is used only if the tensors, their addresses and versions, the scaling and the training flag are
 those it was computed for, and either
 
-* *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W equal, bit for bit, the copies
-  taken then; or
+* *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W hold what they held then
+  (`content`); or
 * *proof* (elsewhere): the layer is training, no optimizer has stepped since, no captured step may be replayed unseen,
   and no layer has produced a gradient of lora_A, lora_B or W since, or all that train are known to belong to a live
   optimizer whose steps are seen.
@@ -17,9 +17,7 @@ is kept by the same means. A norm handed out for a backward is never written aga
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,11 +27,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dora_kernels import linear, ops, torch_backend
+from dora_kernels.content import Record, Sample, sample
 from dora_kernels.reference import accumulation_dtype
-
-# Whoever writes more than 1/256 of W in one piece is seen. An element of each row of a 1536x576 weight instead, each
-# from another page of memory, made a generated token 2 to 4 % dearer.
-_SAMPLES = 256
 
 _steps = 0
 _hooked = False
@@ -135,43 +130,6 @@ def _owned(*tensors: Tensor) -> bool | None:
     return True if all(owners) else None
 
 
-def sample(weight: Tensor) -> Tensor:
-    """About `_SAMPLES` elements of W, or all, evenly spread over memory and over both dimensions: a strided vector."""
-    rows, columns = weight.shape
-    if weight.stride() not in ((columns, 1), (1, rows)):
-        return weight[:: max(1, rows // _SAMPLES), :: max(1, columns // _SAMPLES)].diagonal()
-    stride = _sample_stride(weight.numel(), columns if weight.stride(1) == 1 else rows)
-    return weight.as_strided((-(-weight.numel() // stride),), (stride,), weight.storage_offset())
-
-
-@functools.cache
-def _sample_stride(elements: int, width: int) -> int:
-    stride = max(1, elements // _SAMPLES)
-    while math.gcd(stride, width) > 1:
-        stride -= 1
-    return stride
-
-
-def _memcmp() -> Any:
-    """The C library's, which reads two tensors several times as fast as `torch.equal` where they are large."""
-    try:
-        function = ctypes.CDLL(None).memcmp
-    except (AttributeError, OSError, TypeError):  # Windows names its C library
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    return function
-
-
-_MEMCMP = _memcmp()
-
-
-def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether a CPU tensor holds what it held when the copy was taken."""
-    if _MEMCMP is None or tensor.shape != copy.shape or not (tensor.is_contiguous() and copy.is_contiguous()):
-        return torch.equal(tensor, copy)
-    return not _MEMCMP(tensor.data_ptr(), copy.data_ptr(), copy.nbytes)
-
-
 def _owner(tensor: Tensor) -> Tensor:
     """The tensor that stays: a transposed weight is a new view at every call."""
     return tensor if tensor._base is None else tensor._base
@@ -189,7 +147,7 @@ class NormEntry:
     reference.
     """
 
-    __slots__ = ("backwards", "copies", "divisor", "key", "steps", "tensors")
+    __slots__ = ("backwards", "content", "divisor", "key", "steps", "tensors")
 
     divisor: Tensor
 
@@ -198,22 +156,20 @@ class NormEntry:
         self.key = key
         self.steps = _steps
         self.backwards = linear.backwards
-        self.copies: tuple[Tensor, ...] | None = None
-        """Of A, B and the sample of W."""
+        self.content: tuple[Sample, Record, Record] | None = None
 
-    def is_of(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> bool:
-        weight, lora_A, lora_B = self.tensors
+    def is_of(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+        w, a, b = self.tensors
         return (
-            self.key == key
-            and weight is _owner(tensors[0])
-            and lora_A is _owner(tensors[1])
-            and lora_B is _owner(tensors[2])
+            (w is weight or w is weight._base)
+            and (a is lora_A or a is lora_A._base)
+            and (b is lora_B or b is lora_B._base)
         )
 
     def is_fresh(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, training: bool, unheard: bool) -> bool:
-        if self.copies is not None:
-            a, b, of_weight = self.copies
-            if not (_same_bits(lora_A, a) and _same_bits(lora_B, b) and torch.equal(sample(weight), of_weight)):
+        if self.content is not None:
+            w, a, b = self.content
+            if not (w.is_held_by(weight) and a.is_held_by(lora_A) and b.is_held_by(lora_B)):
                 return False
             if not weight.requires_grad:
                 return True
@@ -228,7 +184,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._entries: dict[torch.device, NormEntry] = {}
-        self._weight_square: tuple[Tensor, tuple[Any, ...], Tensor, Tensor] | None = None
+        self._weight_square: tuple[Tensor, tuple[Any, ...], Sample, Tensor] | None = None
         self._on_device: dict[tuple[torch.device, int], tuple[Tensor, tuple[Any, ...], Any]] = {}
         self._captured: list[Any] = []
         self.unheard = False
@@ -262,19 +218,28 @@ class NormCache:
     ) -> Tensor:
         """``safe_divisor`` of the layer's norm; for a backward a snapshot, else to be used at once."""
         tensors = (weight, lora_A, lora_B)
-        if not _enabled or _reuse_impossible(tensors, training, backend):
+        device = weight.device
+        entry = self._entries.get(device)
+        known = entry is not None and entry.is_of(*tensors)
+        on_gpu = device.type == "cuda"
+        if (
+            not _enabled
+            or torch._C._get_tracing_state() is not None  # torch.jit.trace
+            or (not known and any(t.is_inference() for t in tensors))
+            # A graph asks at every replay; in training A and B change from one to the next.
+            or (on_gpu and _capturing(device) and (training or not _device_answers(weight, backend)))
+        ):
             self.computed += 1
             return compute_divisor(*tensors, scaling, magnitude_axis, backend)
-        for_backward = training or torch.is_grad_enabled()
-        device = weight.device
         key = (
             weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
-            weight.shape, weight.stride(), scaling, magnitude_axis, training, backend, _stream(device),
+            weight.shape, weight.stride(), scaling, magnitude_axis, training, backend,
+            _stream(device) if on_gpu else 0,
         )  # fmt: skip
-        entry = self._entries.get(device)
-        if entry is not None and entry.is_of(tensors, key) and entry.is_fresh(*tensors, training, self.unheard):
+        if entry is not None and known and entry.key == key and entry.is_fresh(*tensors, training, self.unheard):
             self.reused += 1
             return entry.divisor
+        for_backward = training or torch.is_grad_enabled()
         _watch_optimizers()
         with torch.inference_mode(False), torch.no_grad():
             owned = training and _owned(*tensors)
@@ -287,11 +252,10 @@ class NormCache:
                 return divisor.clone() if for_backward else divisor
             self.computed += 1
             entry = NormEntry(tensors, key)
-            square = None
-            of_weight = sample(weight)
+            square = of_weight = None
             if backend == "torch" and device.type == "cpu":
-                of_weight = of_weight.clone()
-                entry.copies = (lora_A.clone(), lora_B.clone(), of_weight)
+                of_weight = Sample(weight)
+                entry.content = of_weight, Record(lora_A), Record(lora_B)
             if not weight.requires_grad:
                 square = self._row_square(*tensors, magnitude_axis, backend, of_weight)
             entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
@@ -299,7 +263,13 @@ class NormCache:
         return entry.divisor
 
     def _row_square(
-        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str, backend: str, of_weight: Tensor
+        self,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude_axis: str,
+        backend: str,
+        of_weight: Sample | None,
     ) -> Tensor | None:
         """|W|² per row or column where the norm is factored, kept while W is the same and its sample equal."""
         if not linear.primitives(backend).is_factored(*ops.axis_first(weight, lora_A, lora_B, magnitude_axis)):
@@ -308,12 +278,12 @@ class NormCache:
             nothing = lora_A[:0].to(weight.dtype), lora_B[:, :0].to(weight.dtype)
             divisor = self._ask_device(weight, *nothing, 0.0, magnitude_axis)
             return torch.where(divisor == torch.inf, 0.0, divisor.square())
-        if backend == "triton" or weight.device.type != "cpu":
+        if of_weight is None:
             return None
         dtype = accumulation_dtype(weight, lora_A, lora_B)
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), magnitude_axis, dtype)
         kept = self._weight_square
-        if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not torch.equal(kept[2], of_weight):
+        if kept is None or kept[0] is not _owner(weight) or kept[1] != key or not kept[2].is_held_by(weight):
             rows = weight if magnitude_axis == "out" else weight.t()
             square = torch_backend.row_square(rows, dtype)
             kept = self._weight_square = (_owner(weight), key, of_weight, square)
@@ -369,12 +339,3 @@ def _device_answers(weight: Tensor, backend: str) -> bool:
     """Whether to ask the device if a norm has changed is possible, and cheaper than to compute it."""
     return backend == "triton" and linear.primitives(backend).is_worth_keeping(weight)
 
-
-def _reuse_impossible(tensors: tuple[Tensor, Tensor, Tensor], training: bool, backend: str) -> bool:
-    weight, lora_A, lora_B = tensors
-    if weight.is_inference() or lora_A.is_inference() or lora_B.is_inference():
-        return True
-    if torch._C._get_tracing_state() is not None:  # torch.jit.trace
-        return True
-    # A graph asks at every replay; in training A and B change from one to the next.
-    return _capturing(weight.device) and (training or not _device_answers(weight, backend))

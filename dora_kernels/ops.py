@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dora_kernels import linear
 from dora_kernels.linear import Grads, Needs
-from dora_kernels.reference import accumulation_dtype, no_autocast
+from dora_kernels.reference import accumulation_dtype, autocast_enabled, no_autocast
 
 
 def axis_first(
@@ -118,13 +118,14 @@ def linear_forward(
     divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`linear.forward`."""
+    args = (x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor)
     if torch.compiler.is_compiling():
-        y, h, base = linear_forward_op(
-            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor
-        )
+        y, h, base = linear_forward_op(*args)
         return y, h, base if keep_base else None
+    if not autocast_enabled(x.device):
+        return linear.forward(*args)
     with no_autocast(x.device):
-        return linear.forward(x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor)
+        return linear.forward(*args)
 
 
 @torch.library.custom_op("dora_kernels::linear_forward", mutates_args=())
@@ -184,6 +185,8 @@ def linear_backward(
     """`linear.backward`."""
     args = (dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm)
     if not torch.compiler.is_compiling():
+        if not autocast_enabled(dy.device):
+            return linear.backward(*args, needs, backend)
         with no_autocast(dy.device):
             return linear.backward(*args, needs, backend)
     grads = linear_backward_op(*args, list(needs), backend)

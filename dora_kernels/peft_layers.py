@@ -53,7 +53,7 @@ class DoraLinearVariant(variants.DoraLinearVariant):
             weights.weight, weights.lora_A, weights.lora_B, weights.magnitude,
             scaling, "out", True, "auto", norm_cache(module, active_adapter), module.training,
         )  # fmt: skip
-        if _dropout_active(module, active_adapter):
+        if module.training and _dropout_active(module, active_adapter):
             x = module.lora_dropout[active_adapter](x)
             base = F.linear(x, weights.weight.to(x.dtype))
         else:
@@ -71,7 +71,7 @@ class DoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else _single_dora_adapter(self)
-        if name is not None and not _dropout_active(self, name):
+        if name is not None and not (self.training and _dropout_active(self, name)):
             weights = read_weights(self, name)
             if weights is not None and _fusable(self, name, x, weights.weight):
                 return run_layer(
@@ -191,7 +191,8 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
     Not under wrappers that leave them empty, flattened, sharded or elsewhere: FSDP1, DeepSpeed ZeRO-3, offloading.
     """
-    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or _transformed():
+    compiling = torch.compiler.is_compiling()
+    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or (not compiling and _transformed()):
         return None
     # Straight from the dictionaries, and spelled out: nn.Module's attribute look-up costs more than all the checks.
     children = layer._modules
@@ -208,7 +209,7 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     if not (type(weight) in _PLAIN and type(a) in _PLAIN and type(b) in _PLAIN and type(m) in _PLAIN):
         return None
     weights = Weights(weight, a, b, m, bias)
-    if torch.compiler.is_compiling():
+    if compiling:
         return _as_rows(layer, weights) if _fit(layer, base, lora_A, lora_B, magnitude, weights) else None
     # Looked at once: what has the same type, address and shape has not changed its device either.
     addresses = weight.data_ptr(), a.data_ptr(), b.data_ptr(), m.data_ptr()
@@ -246,8 +247,6 @@ def _fit(layer: Any, base: Any, lora_A: Any, lora_B: Any, magnitude: Any, weight
 
 def _transformed() -> bool:
     """Whether `torch.func`, forward-mode AD or `torch.jit.trace` is at work: they need plain operations."""
-    if torch.compiler.is_compiling():
-        return False
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -283,30 +282,28 @@ def _fusable(layer: Any, adapter: str, x: Tensor, weight: Tensor) -> bool:
     dropout = children["lora_dropout"]._modules[adapter]
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return False
-    return not (
-        _hooked(children["base_layer"])
-        or _hooked(children["lora_A"]._modules[adapter])
-        or _hooked(children["lora_B"]._modules[adapter])
-        or _hooked(dropout)
-    )
+    factors = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
+    return not _hooked(children["base_layer"], *factors, dropout)
 
 
 def _dropout_active(layer: Any, adapter: str) -> bool:
-    """As PEFT decides it: any dropout module that is not an identity, while training."""
-    if not layer.training:
-        return False
+    """As PEFT decides it in training: any dropout module that is not an identity."""
     dropout = layer._modules["lora_dropout"]._modules[adapter]
     return not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) != 0.0
 
 
-def _hooked(module: Any) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
+def _hooked(*modules: Any) -> bool:
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return True
+    return False
 
 
 def _is_conv1d(module: Any) -> bool:

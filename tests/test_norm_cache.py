@@ -19,7 +19,7 @@ from helpers import adamw_8bit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_kernels import norm_cache
+from dora_kernels import content, norm_cache
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 
@@ -279,7 +279,7 @@ def test_what_is_kept(layer, x):
     own = {p.data_ptr() for p in layer.parameters()}
     kept = {t.data_ptr(): t for t in tensors_in(layer.cache) if t.data_ptr() not in own}
     of_this_size = 2 * layer.magnitude.numel() + layer.lora_A.numel() + layer.lora_B.numel()
-    assert 0 < sum(t.untyped_storage().nbytes() for t in kept.values()) <= 4 * (of_this_size + 2 * norm_cache._SAMPLES)
+    assert 0 < sum(t.untyped_storage().nbytes() for t in kept.values()) <= 4 * (of_this_size + 2 * content._SAMPLES)
     assert not any(t.requires_grad for t in kept.values())
 
 

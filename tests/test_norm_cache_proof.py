@@ -12,8 +12,9 @@ import torch
 from cached_layer import IN, OUT, Layer, compares, counted, lane, layer, x  # noqa: F401
 from torch import nn
 
-from dora_kernels import norm_cache
-from dora_kernels.norm_cache import sample, set_norm_reuse
+from dora_kernels import content, norm_cache
+from dora_kernels.content import sample
+from dora_kernels.norm_cache import set_norm_reuse
 
 
 def by_hand(*parameters):
@@ -116,7 +117,7 @@ def test_the_sample_is_a_part_of_the_weight(shape):
         if given.numel():
             found = sample(given)
             assert set(found.tolist()) <= set(given.flatten().tolist())
-            assert min(given.numel(), 1) <= found.numel() <= 2 * norm_cache._SAMPLES + 1
+            assert min(given.numel(), 1) <= found.numel() <= 2 * content._SAMPLES + 1
 
 
 def test_nothing_keeps_the_storage_of_a_weight_that_was_converted(layer, x):

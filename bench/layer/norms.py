@@ -19,7 +19,7 @@ from bench.layer.kernels import KernelRow, modules
 from bench.layer.problem import DTYPES, error
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import reference, torch_backend
-from dora_kernels.norm_cache import sample
+from dora_kernels.content import sample
 
 LIMIT = 1e-5
 """The norm is computed in float32 accuracy from the factors as stored."""
