@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from bench import plot
 from bench.static import command as static
 
-SUITES = {"static": static}
+SUITES = {"static": static, "plot": plot}
 """Modules with SUMMARY, `add_arguments(parser)` and `run(given, parser)`, which returns the exit status."""
 
 

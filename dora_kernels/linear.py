@@ -159,7 +159,7 @@ def _backward_out(
     scaled = g is not None and (needs.x or needs.weight)
     dg: Any = dy
     dot: Any = None
-    total = None
+    out = total = None
     lacks_low_rank = base is not None and not kernels.KEEPS_SUM
     if scaled or base is not None or needs.bias:
         one_pass = kernels.scale_partials if lacks_low_rank else kernels.scale_reduce
@@ -174,7 +174,9 @@ def _backward_out(
     left: Any = dg if uses_scaled else dy
     factor: Any = scaling if g is None or uses_scaled else g * scaling
     d_low: Any = _low_rank_gradient(left, lora_B, factor, h) if needs.x or needs.lora_A else None
-    d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
+    dx = None
+    if needs.x:
+        dx = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
     d_b, dm = None, None
     if lacks_low_rank:
         p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
@@ -188,9 +190,8 @@ def _backward_out(
             d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
         dm = None if dot is None else dot.div_(divisor)
     dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
-    dx = None
-    if needs.x:
-        dx = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
+    del dg, left, out  # before the last gradient takes its memory
+    d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 

@@ -237,7 +237,7 @@ def _scale_reduce_narrow(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`scale_reduce` of a 16-bit gradient, in float32 blocks."""
     scaled = torch.empty_like(grad) if want_scaled else None
-    step = (_block_rows(*grad.shape) + 1) // 2
+    step = _block_rows(grad.shape[0], 2 * grad.shape[1])
     buffer, products = _scratch(2 * step, grad.shape[1], torch.float32, grad.device).split(step)
     dot = total = None
     for part, partner, target in _blocks(step, grad, other, scaled):

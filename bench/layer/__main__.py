@@ -117,9 +117,13 @@ class Run:
                 yield f"weight_norm: {case.label}", lambda case=case: self.kernel(norm_row(case, self.backend))
 
     def kernel_stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """compose and scale_reduce."""
+        """compose, alone and with the base product, and scale_reduce."""
         for case in self.cases(self.given.tokens):
             yield f"compose: {case.label}", lambda case=case: self.kernel(kernels.compose_row(case, self.backend))
+        # The dtype of the adapters changes little there, and the base product fills the time.
+        for case in self.cases([*self.given.inference_tokens, *self.given.tokens]):
+            if case.dtypes == self.given.dtypes[0]:
+                yield f"product: {case.label}", lambda case=case: self.kernel(kernels.product_row(case, self.backend))
         for base in dict.fromkeys(DTYPES[dtypes][0] for dtypes in self.given.dtypes):
             for size, tokens in itertools.product(self.given.hidden, self.given.tokens):
                 case = Case(size, self.given.ranks[0], tokens, kernels.NAMES[base], self.device)

@@ -1,4 +1,4 @@
-"""The tables of compose and scale_reduce: what each primitive must move and compute, and who is timed on it.
+"""The tables of compose, alone and with the base product, and scale_reduce: what each must move, and who is timed.
 
 Bytes count every input and output once; inputs are rotated among copies that exceed the last-level cache.
 """
@@ -75,6 +75,39 @@ def compose_row(case: Case, backend: str) -> KernelRow:
     for name, module in modules(backend):
         calls = [lambda i=i, module=module: module.compose(*i, True) for i in inputs]
         row.add(name, calls, error(calls[0](), wanted), limit)
+    return row
+
+
+def product_row(case: Case, backend: str) -> KernelRow:
+    """The base product and compose: the vendor's BLAS and our kernel, and the two in one launch (`bench.layer.fused`).
+
+    Up to 64 tokens as in inference, where nobody keeps the base product.
+    """
+    size, rank, tokens = case.hidden, case.rank, case.tokens
+    wide, adapter = (torch.finfo(dtype).bits // 8 for dtype in (case.base, case.adapters))
+    keep = tokens > 64
+    activations = (3 if keep else 2) * tokens * size + rank * tokens
+    row = KernelRow(
+        "product and compose", rank, tokens, case.dtypes,
+        wide * (activations + size * size + size) + adapter * rank * size + 4 * size, 2 * tokens * size * (size + rank),
+    )  # fmt: skip
+    inputs = []
+    for p in problems(case, row.bytes):
+        h = F.linear(p.x, p.lora_A.to(p.x.dtype))
+        g = 0.5 + torch.rand(size, device=case.device)
+        inputs.append((p.x, p.weight, h, p.lora_B, g, p.magnitude.to(p.x.dtype), p.scaling))
+    x, weight, h, b, g, bias, scaling = inputs[0]
+    wanted = g.double() * (x.double() @ weight.double().t() + scaling * h.double() @ b.double().t()) + bias.double()
+    plain = (g * (F.linear(x, weight) + scaling * F.linear(h, b.to(h.dtype)))).to(x.dtype) + bias
+    limit = max(FLOOR, ALLOWED * error(plain, wanted))
+    compose = linear.primitives(backend).compose
+    calls = [lambda i=i: compose(F.linear(*i[:2]), *i[2:], keep) for i in inputs]
+    row.add("ours", calls, error(calls[0](), wanted), limit)
+    if backend == "triton" and case.base != torch.float32:
+        from bench.layer.fused import fused
+
+        calls = [lambda i=i: fused(*i, keep)[0] for i in inputs]
+        row.add("fused", calls, error(calls[0](), wanted), limit)
     return row
 
 
