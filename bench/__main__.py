@@ -1,4 +1,4 @@
-"""Measurements and accounts of the kernels: `python -m bench SUITE --help`."""
+"""Accounts and pictures: `python -m bench SUITE --help`. `python -m bench.layer --help` times kernels and layers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How the cost of a training step grows with tokens and with rank, drawn from a record of optimizer steps.
+r"""How the cost of a training step grows with tokens and with rank, drawn from a record of optimizer steps.
 
     python -m bench.layer --device cpu --only steps --hidden 1024 --tokens 128 256 512 1024 2048 \
         --ranks 16 64 192 384 768 --dtypes fp32 --limit-s 600 --out bench/results/DATE-scale-cpu.json
     python -m bench plot                                    the newest of these, into docs/scale.svg
     python -m bench plot RECORD --out FILE                  another record; .svg, .png or .pdf
 
-A thin line is the straight line nearest to ours, and R² how much of the growth it explains. Exit status 2 if there is
+A step is four micro-batches of the record's tokens. A thin line is the straight line nearest to ours, and R² how much of the growth it explains. Exit status 2 if there is
 no record, or if it has no steps at three token counts and three ranks.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 SUMMARY = "a step's cost over tokens and rank, as a picture"
 _REPOSITORY = Path(__file__).resolve().parents[1]
+_FORMATS = (".svg", ".png", ".pdf")
 _NAMES = {"peft_dora": "PEFT DoRA", "peft_lora": "PEFT LoRA", "ours_patched": "PEFT DoRA + patch_peft"}
 _COLORS = {"peft_dora": "#b0413e", "peft_lora": "#7f7f7f", "ours_patched": "#1f5fa8"}
 
@@ -40,18 +41,24 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     matplotlib.use("Agg")
     kept = sorted((_REPOSITORY / "bench" / "results").glob("*-scale-*.json"))
     path = given.record or (kept[-1] if kept else parser.error("there is no bench/results/*-scale-*.json"))
+    if given.out.suffix not in _FORMATS:
+        parser.error(f"--out {given.out}: expected a name that ends in one of {', '.join(_FORMATS)}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         over_tokens, over_rank = curves(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{path}: not a record of optimizer steps: {type(error).__name__}: {error}")
+    except OSError as error:
+        parser.error(f"{path}: {error.strerror}")
+    except (KeyError, TypeError):
+        parser.error(f"{path}: not a record of `python -m bench.layer`")
+    except ValueError as error:  # no JSON, too few steps
+        parser.error(f"{path}: not a record of optimizer steps: {error}")
     temporary = given.out.with_name(f"{given.out.stem}.tmp-{os.getpid()}{given.out.suffix}")
     try:
         draw(record, over_tokens, over_rank, temporary)
         os.replace(temporary, given.out)
-    except (OSError, ValueError) as error:  # no such folder, no such format
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        parser.error(f"--out {given.out}: {error}")
+        parser.error(f"--out {given.out}: {error.strerror}")
     print(f"{given.out}: steps of {path.name}")
     return 0
 

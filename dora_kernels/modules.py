@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ class LoRALinear(nn.Module):
         base_layer: nn.Linear | None = None,
     ) -> None:
         super().__init__()
-        _check_options(rank, dropout, backend)
+        _check_options(rank, alpha, dropout, backend)
         if base_layer is None:
             base_layer = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         weight = base_layer.weight
@@ -297,11 +298,13 @@ def _save_unmerged(layer: LoRALinear, state_dict: dict[str, Any], prefix: str, *
         state_dict[key] = layer._unmerged
 
 
-def _check_options(rank: Any, dropout: float, backend: Any) -> None:
+def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
     if not 0.0 <= dropout < 1.0:

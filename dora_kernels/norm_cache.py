@@ -41,9 +41,15 @@ def norm_reuse() -> bool:
 
 
 def set_norm_reuse(enabled: bool) -> None:
-    """Turn the reuse of weight norms on (the default) or off in this process."""
+    """Turn the reuse of weight norms on (the default) or off in this process.
+
+    Raises:
+        TypeError: `enabled` is no bool.
+    """
     global _enabled
-    _enabled = bool(enabled)
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__}")
+    _enabled = enabled
 
 
 def invalidate(module: nn.Module) -> None:

@@ -229,6 +229,8 @@ OPTIONS = [
     ({"rank": 0}, ValueError, "rank: expected at least 1, got 0"),
     ({"rank": 2.0}, TypeError, "rank: expected an int, got float"),
     ({"rank": True}, TypeError, "rank: expected an int, got bool"),
+    ({"rank": 2, "alpha": "8"}, TypeError, "alpha: expected a number, got str"),
+    ({"rank": 2, "alpha": True}, TypeError, "alpha: expected a number, got bool"),
     ({"rank": 2, "dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
     ({"rank": 2, "dropout": -0.1}, ValueError, "dropout: expected a probability"),
     ({"rank": 2, "dropout": float("nan")}, ValueError, "dropout: expected a probability"),

@@ -270,6 +270,12 @@ def test_a_norm_in_use_is_never_written_again(layer, x):
     assert not torch.equal(handed_out[0][0], handed_out[1][0])
 
 
+@pytest.mark.parametrize("switch", ["no", 0, None])
+def test_the_switch_takes_a_bool(switch):
+    with pytest.raises(TypeError, match="enabled: expected a bool, got"):
+        set_norm_reuse(switch)
+
+
 def test_what_is_kept(layer, x):
     """A norm, |W|² where that is the cache's to keep, and on the CPU copies of A, B and a sample of W."""
     layer.weight = nn.Parameter(torch.randn(64 * OUT, IN, device=layer.lane.device), requires_grad=False)

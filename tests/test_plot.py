@@ -55,10 +55,11 @@ def test_draws(tmp_path, capsys, suffix):
     ("content", "message"),
     [
         ("{", "not a record of optimizer steps"),
-        ("{}", "not a record of optimizer steps"),
+        ("{}", "not a record of `python -m bench.layer`"),
+        ("[]", "not a record of `python -m bench.layer`"),
         (json.dumps(record(ranks=(4, 8))), "expected steps at three token counts and three ranks"),
     ],
-    ids=["truncated", "another", "too few"],
+    ids=["truncated", "another", "a list", "too few"],
 )
 def test_a_bad_record(tmp_path, capsys, content, message):
     (tmp_path / "record.json").write_text(content)
@@ -71,10 +72,19 @@ def test_a_bad_record(tmp_path, capsys, content, message):
     assert out.read_text() == "as it was"
 
 
-@pytest.mark.parametrize("out", ["nowhere/out.svg", "out.gif3"])
-def test_a_bad_file(tmp_path, capsys, out):
+def test_no_record(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", str(tmp_path / "record.json")])
+    assert stopped.value.code == 2 and "record.json: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("nowhere/out.svg", "out.svg: No such file or directory"), ("out.gif", "expected a name that ends in one of")],
+)
+def test_a_bad_file(tmp_path, capsys, out, message):
     (tmp_path / "record.json").write_text(json.dumps(record()))
     with pytest.raises(SystemExit) as stopped:
         main(["plot", str(tmp_path / "record.json"), "--out", str(tmp_path / out)])
-    assert stopped.value.code == 2 and "--out" in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
