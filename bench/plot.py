@@ -5,8 +5,9 @@ r"""How the cost of a training step grows with tokens and with rank, drawn from 
     python -m bench plot                                    the newest of these, into docs/scale.svg
     python -m bench plot RECORD --out FILE                  another record; .svg, .png or .pdf
 
-A step is four micro-batches of the record's tokens. A thin line is the straight line nearest to ours, and R² how much of the growth it explains. Exit status 2 if there is
-no record, or if it has no steps at three token counts and three ranks.
+A step is four micro-batches of the record's tokens. A thin line is the straight line nearest to ours, and R² how much
+of the growth it explains. Exit status 2 if there is no record, or if it has no steps at three token counts and three
+ranks.
 """
 
 from __future__ import annotations
