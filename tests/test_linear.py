@@ -8,7 +8,7 @@ from helpers import NAMES, bf16, check, error, f16, f32, f64, leaves_of, make_pr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_kernels import dora_linear, dora_weight_norm
+from dora_kernels import dora_linear, dora_weight_norm, linear
 from dora_kernels.backends import UnsupportedError
 
 # (x, base layer, adapter). The third is PEFT's default: float32 adapters on a bfloat16 base.
@@ -271,6 +271,20 @@ def test_two_runs_give_the_same_bits(lane, dtypes, magnitude_axis):
     problem = make_problem((130,), 70, 45, 9, dtypes, magnitude_axis=magnitude_axis, device=lane.device)
     first = ours(problem, lane.backend)
     assert same_bits(first, ours(problem, lane.backend))
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("layout", [torch.clone, sliced])
+def test_sums_over_tokens_are_not_rounded_on_the_way(lane, dtype, layout):
+    # Rows enough for more than one block, elements enough for none to be small.
+    grad, other = torch.randn(2, 700, 100, generator=torch.Generator().manual_seed(0)).to(lane.device, dtype)
+    g = torch.rand(100, generator=torch.Generator().manual_seed(1)).to(lane.device) + 0.5
+    one_pass = linear.primitives(lane.backend).scale_reduce
+    scaled, dot, total = one_pass(layout(grad), other, g, True, True)
+    assert torch.equal(scaled, (grad.float() * g).to(dtype))
+    for sums, terms in ((dot, grad.double() * other.double()), (total, grad.double())):
+        assert sums.dtype == f32
+        assert ((sums - terms.sum(0)).abs() <= 1e-6 * terms.abs().sum(0)).all()
 
 
 @axes
