@@ -8,7 +8,7 @@ from dora_kernels.modules import DoRALinear, LoRALinear
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 if TYPE_CHECKING:
-    from dora_kernels.peft_patch import PatchHandle, patch_peft, patch_peft_globally
+    from dora_kernels.peft import PatchHandle, patch_peft, patch_peft_globally, set_dora_strength
 
 __version__ = "0.1.0"
 
@@ -23,14 +23,17 @@ __all__ = [
     "merge_dora",
     "patch_peft",
     "patch_peft_globally",
+    "set_dora_strength",
     "set_norm_reuse",
 ]
+
+_OF_PEFT = ("PatchHandle", "patch_peft", "patch_peft_globally", "set_dora_strength")
 
 
 def __getattr__(name: str) -> Any:
     # PEFT is optional and slow to import: only who asks for the patch loads it.
-    if name in ("PatchHandle", "patch_peft", "patch_peft_globally"):
-        from dora_kernels import peft_patch
+    if name in _OF_PEFT:
+        from dora_kernels import peft
 
-        return getattr(peft_patch, name)
+        return getattr(peft, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

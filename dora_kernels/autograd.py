@@ -1,12 +1,16 @@
-"""The DoRA linear layer as one `autograd.Function`: what is saved, and the hand-written backward's place in autograd.
+"""DoRA as `autograd.Function`s: what is saved, and the hand-written backward's place in autograd.
 
-Saved for the backward, beside parameters: x, h ``[M, r]``, what the backend's `compose` keeps ``[M, N]`` where the
-magnitude's gradient needs it, and this call's own g and norm.
+The linear layer is one function of x, `apply`; where another module makes the base product, `compose` is one of the
+base result and the low-rank activation.
+
+Saved for the backward, beside parameters: x (of the linear layer), h ``[M, r]``, what the backend's `compose` keeps
+``[M, N]`` where the magnitude's gradient needs it, and this call's own g and norm.
 The output is never saved: consumers may overwrite it in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +18,8 @@ from torch import Tensor
 
 from dora_kernels import linear, ops, reference
 from dora_kernels.backends import UnsupportedError, warn_once
-from dora_kernels.linear import Needs
+from dora_kernels.linear import ComposeNeeds, Needs
+from dora_kernels.reference import no_autocast
 from dora_kernels.torch_backend import cast, quotient
 
 
@@ -49,7 +54,7 @@ class _DoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = Needs(*ctx.needs_input_grad[:6])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            linear.note_backward(needs)
+            linear.note_backward(needs.lora_A or needs.lora_B or needs.weight)
             return *_differentiable_backward(ctx, dy), *_NO_GRADIENT
         x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
         scaling, magnitude_axis, detach_norm, backend, _ = ctx.settings
@@ -120,15 +125,120 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
             "use backend='reference', or 'auto', which takes the reference there"
         )
     warn_once("create_graph=True: the gradients of dora_linear are taken from the dense reference, which is slow")
-    inputs = [x, weight, lora_A, lora_B, magnitude, bias]
-    aliases = [t.view_as(t) if need else t for t, need in zip(inputs, ctx.needs_input_grad[:6], strict=True)]
-    x, weight, lora_A, lora_B, magnitude, bias = aliases
     norm = None
     if divisor is not None:
         norm = divisor.masked_fill(torch.isinf(divisor), 0.0)
-    y = reference.dora_linear(
-        x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, norm, x.dtype
+
+    def layer(*inputs: Any) -> Tensor:
+        x, weight, lora_A, lora_B, magnitude, bias = inputs
+        return reference.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, norm, x.dtype
+        )
+
+    return _gradients([x, weight, lora_A, lora_B, magnitude, bias], ctx.needs_input_grad, layer, dy)
+
+
+def _gradients(
+    inputs: list[Tensor | None], needed: tuple[bool, ...], function: Callable[..., Tensor], dy: Tensor
+) -> list[Tensor | None]:
+    """Gradients of `function` at `inputs` that can be differentiated again, None where not needed."""
+    needed = needed[: len(inputs)]
+    aliases = [t.view_as(t) if need and t is not None else t for t, need in zip(inputs, needed, strict=True)]
+    wanted = [t for t, need in zip(aliases, needed, strict=True) if need and t is not None]
+    grads = iter(torch.autograd.grad(function(*aliases), wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needed]
+
+
+class _Compose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        h: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        divisor: Tensor,
+        settings: tuple[float, str],
+    ) -> Tensor:
+        scaling, backend = ctx.settings = settings
+        g = quotient(magnitude, divisor, result)
+        with no_autocast(result.device):
+            y, base = linear.compose(
+                _rows(result), _rows(h), lora_B, g, bias, scaling, ctx.needs_input_grad[3], backend
+            )
+        ctx.save_for_backward(h, lora_B, magnitude, bias, g, divisor, base)
+        return _unflat(y, result)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, lora_B, magnitude, bias, g, divisor, base = ctx.saved_tensors
+        scaling, backend = ctx.settings
+        need_result, need_h, need_b, _, need_bias, _, _ = ctx.needs_input_grad
+        linear.note_backward(need_h or need_b)
+        if torch.is_grad_enabled():
+            return *_differentiable_compose_backward(ctx, dy), None, None
+        needs = ComposeNeeds(need_result, need_h, need_b, need_bias)
+        with no_autocast(dy.device):
+            d_result, d_h, d_b, d_magnitude, total = linear.compose_backward(
+                _rows(dy), lora_B, g, divisor.to(g.dtype), _rows(h), base, scaling, True, needs,
+                linear.primitives(backend), bias if linear.holds_bias(dy) else None,
+            )  # fmt: skip
+        return (
+            d_result.view(dy.shape) if need_result else None,
+            d_h.view(h.shape) if need_h else None,
+            linear.as_parameter(d_b, lora_B) if need_b else None,
+            None if d_magnitude is None else cast(d_magnitude, magnitude.dtype),
+            cast((1.0 - g) * total, bias.dtype) if need_bias else None,
+            None,
+            None,
+        )
+
+
+def compose(
+    result: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    divisor: Tensor,
+    scaling: float,
+    backend: str,
+) -> Tensor:
+    """``g * (result - bias + s h Bᵀ) + bias`` for ``result [..., N]`` and ``h [..., r]`` of one dtype."""
+    if torch.is_grad_enabled():
+        return _Compose.apply(result, h, lora_B, magnitude, bias, divisor, (scaling, backend))
+    with no_autocast(result.device):
+        y, _ = linear.compose(_rows(result), _rows(h), lora_B, magnitude, bias, scaling, False, backend, divisor)
+    return _unflat(y, result)
+
+
+def _differentiable_compose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """As `_differentiable_backward`, where the base result is a constant: what is kept of it has no history."""
+    h, lora_B, magnitude, bias, _, divisor, base = ctx.saved_tensors
+    scaling, backend = ctx.settings
+    if ctx.needs_input_grad[0]:
+        raise UnsupportedError(
+            "create_graph=True: a DoRA layer whose product another module makes has no second derivative"
+        )
+    warn_once("create_graph=True: the gradients of a DoRA layer are taken from the reference, which is slow")
+    result = torch.zeros_like(dy)
+    if base is not None:  # the magnitude's gradient alone reads it
+        with torch.no_grad():
+            result = base.view(dy.shape)
+            if linear.primitives(backend).KEEPS_SUM:
+                result = result - scaling * (h @ lora_B.to(h.dtype).t())
+            if bias is not None and not linear.holds_bias(dy):
+                result = result + bias
+    return _gradients(
+        [result, h, lora_B, magnitude, bias],
+        ctx.needs_input_grad,
+        lambda result, h, lora_B, magnitude, bias: reference.compose(
+            result, h, lora_B, magnitude, divisor, bias, scaling
+        ),
+        dy,
     )
-    wanted = [t for t, need in zip(aliases, ctx.needs_input_grad[:6], strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(grads) if need else None for need in ctx.needs_input_grad[:6]]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return _flat(x).contiguous()

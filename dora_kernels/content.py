@@ -26,6 +26,8 @@ _WORDS = 32
 
 def sample(weight: Tensor) -> Tensor:
     """About `_SAMPLES` elements of W, or all, evenly spread over memory and over both dimensions: a strided vector."""
+    if weight.dim() != 2:  # a convolution's, or something packed: as it lies in memory
+        weight = weight.as_strided((weight.numel(), 1), (1, 1))
     rows, columns = weight.shape
     if weight.stride() not in ((columns, 1), (1, rows)):
         return weight[:: max(1, rows // _SAMPLES), :: max(1, columns // _SAMPLES)].diagonal()
@@ -71,7 +73,7 @@ _MEMCMP = _memcmp()
 
 
 class Record:
-    """What a CPU tensor held: a copy, or of a large one the sum of each line of 64-bit words.
+    """What a tensor held: a copy, or of a large one the sum of each line of 64-bit words.
 
     A sum does not see words that change places within their line, 256 bytes.
     """
@@ -83,7 +85,8 @@ class Record:
         self._summed = words is not None
         self._kept = tensor.detach().clone() if words is None else words.sum(1)
         self._nbytes = self._kept.nbytes
-        self._address = self._kept.data_ptr() if _MEMCMP is not None and self._kept.is_contiguous() else 0
+        readable = _MEMCMP is not None and tensor.device.type == "cpu" and self._kept.is_contiguous()
+        self._address = self._kept.data_ptr() if readable else 0
 
     def is_held_by(self, tensor: Tensor) -> bool:
         """Whether a tensor of the same dtype holds the same."""

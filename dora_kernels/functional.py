@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,26 @@ def run_layer(
         cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, chosen, backend != "auto",
     )  # fmt: skip
+
+
+def run_compose(
+    result: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    divisor: Callable[[str], Tensor],
+    backend: str = "auto",
+) -> Tensor:
+    """A DoRA layer from another module's ``result = x Wᵀ + bias`` and ``h = x Aᵀ``, in result's dtype.
+
+    `divisor` gives the `safe_divisor` of the weight norm, on the backend that is chosen.
+    """
+    chosen = resolve(backend, (result, h, lora_B, magnitude, bias))
+    if chosen == "reference" or torch.compiler.is_compiling():  # the compiler fuses plain operations
+        return reference.compose(result, h, lora_B, magnitude, divisor("torch"), bias, scaling)
+    return autograd.compose(result, cast(h, result.dtype), lora_B, magnitude, bias, divisor(chosen), scaling, chosen)
 
 
 def layer_scale(

@@ -30,6 +30,15 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class ComposeNeeds(NamedTuple):
+    """Which gradients of `compose` are wanted; the magnitude's is where something was kept for it."""
+
+    base: bool
+    h: bool
+    lora_B: bool
+    sum: bool
+
+
 class Grads(NamedTuple):
     x: Tensor | None
     weight: Tensor | None
@@ -43,11 +52,10 @@ backwards = 0
 """How many backwards have produced gradients of what a norm depends on: it may be written unseen after that."""
 
 
-def note_backward(needs: Needs) -> None:
-    """Count one of `backwards`."""
+def note_backward(of_norm: bool) -> None:
+    """Count one of `backwards`, if it produced gradients of what a norm depends on."""
     global backwards
-    if needs.lora_A or needs.lora_B or needs.weight:
-        backwards += 1
+    backwards += of_norm
 
 
 def primitives(backend: str) -> ModuleType:
@@ -119,7 +127,7 @@ def backward(
 
     `divisor` is the norm with infinity in place of 0, so that a zero row has g = dm = 0.
     """
-    note_backward(needs)
+    note_backward(needs.lora_A or needs.lora_B or needs.weight)
     if dy.stride(1) != 1:
         dy = dy.contiguous()
     axis_in = g is not None and magnitude_axis == "in"
@@ -132,9 +140,9 @@ def backward(
     d_x, d_weight, d_a, d_b, d_magnitude, d_bias = grads
     return Grads(
         d_x,
-        None if d_weight is None else _as_parameter(d_weight, weight),
-        None if d_a is None else _as_parameter(d_a, lora_A),
-        None if d_b is None else _as_parameter(d_b, lora_B),
+        None if d_weight is None else as_parameter(d_weight, weight),
+        None if d_a is None else as_parameter(d_a, lora_A),
+        None if d_b is None else as_parameter(d_b, lora_B),
         d_magnitude if needs.magnitude else None,
         d_bias,
     )
@@ -156,14 +164,83 @@ def _backward_out(
     kernels: ModuleType,
 ) -> Grads:
     """Rows scaled by g; plain LoRA is g = 1."""
-    scaled = g is not None and (needs.x or needs.weight)
+    wanted = ComposeNeeds(needs.x or needs.weight, needs.x or needs.lora_A, needs.lora_B, needs.bias)
+    dg, d_low, d_b, dm, total = compose_backward(
+        dy, lora_B, g, divisor, h, base, scaling, detach_norm, wanted, kernels
+    )
+    dx: Any = None
+    if needs.x:
+        dx = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
+    dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
+    del dg  # before the last gradient takes its memory
+    d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
+    return Grads(dx, dw, d_a, d_b, dm, total)
+
+
+def compose(
+    result: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    keep_base: bool,
+    backend: str,
+    divisor: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, base)``: the backend's `compose` on another module's ``result [M, N]``, bias included, left as it is.
+
+    The base that is kept holds the bias too where `holds_bias`.
+    """
+    kernels = primitives(backend)
+    if bias is not None and not holds_bias(result):
+        base = result - bias
+    else:
+        base = result.clone() if kernels.KEEPS_SUM else result
+        if bias is not None:
+            if divisor is not None:
+                g, divisor = quotient(g, divisor, result), None
+            bias = (1.0 - g) * bias
+    y = kernels.compose(base, h, lora_B, g, bias, scaling, keep_base or not kernels.KEEPS_SUM, divisor)
+    return y, base if keep_base else None
+
+
+def holds_bias(result: Tensor) -> bool:
+    """Whether a bias is taken out of the magnitude's gradient, where its sums in float32 lose nothing by that.
+
+    Out of a 16-bit result it would be rounded once more. Out of a float32 one it has to be: with a bias 60 times the
+    output the magnitude's gradient would be six times as far off as PEFT's.
+    """
+    return result.dtype != accumulation_dtype(result)
+
+
+def compose_backward(
+    dy: Tensor,
+    lora_B: Tensor,
+    g: Any,
+    divisor: Any,
+    h: Tensor,
+    base: Any,
+    scaling: float,
+    detach_norm: bool,
+    needs: ComposeNeeds,
+    kernels: ModuleType,
+    base_bias: Tensor | None = None,
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Gradients of ``g * (base + s h Bᵀ)`` for base, h, B and the magnitude, and ``Σ_t dy``; None where not wanted.
+
+    `base` is what `compose` kept. `base_bias`: what it holds beside the product, to be left out of the magnitude's.
+    """
+    scaled = g is not None and needs.base
     dg: Any = dy
     dot: Any = None
-    out = total = None
+    out: Any = None
+    total: Any = None
+    want_sum = needs.sum or (base is not None and base_bias is not None)
     lacks_low_rank = base is not None and not kernels.KEEPS_SUM
-    if scaled or base is not None or needs.bias:
+    if scaled or base is not None or want_sum:
         one_pass = kernels.scale_partials if lacks_low_rank else kernels.scale_reduce
-        out, dot, total = one_pass(dy, base, g, scaled, needs.bias)
+        out, dot, total = one_pass(dy, base, g, scaled, want_sum)
         dg = out if scaled else dy
         if lacks_low_rank and total is not None:
             total = total.sum(0)
@@ -173,14 +250,11 @@ def _backward_out(
     uses_scaled = scaled and lora_B.dtype == dy.dtype and rounds_once
     left: Any = dg if uses_scaled else dy
     factor: Any = scaling if g is None or uses_scaled else g * scaling
-    d_low: Any = _low_rank_gradient(left, lora_B, factor, h) if needs.x or needs.lora_A else None
-    dx = None
-    if needs.x:
-        dx = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
+    d_low = _low_rank_gradient(left, lora_B, factor, h) if needs.h else None
     d_b, dm = None, None
     if lacks_low_rank:
         p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
-        dtype = _grad_dtype(lora_B, x, detach_norm) if needs.lora_B else None
+        dtype = _grad_dtype(lora_B, dy, detach_norm) if needs.lora_B else None
         d_b, dm = kernels.factor_grads(p, lora_B, dot, g, divisor, scaling, dtype)
     else:
         if uses_scaled and needs.lora_B:
@@ -189,10 +263,9 @@ def _backward_out(
             p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
             d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
         dm = None if dot is None else dot.div_(divisor)
-    dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
-    del dg, left, out  # before the last gradient takes its memory
-    d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
-    return Grads(dx, dw, d_a, d_b, dm, total)
+    if dm is not None and base_bias is not None:
+        dm = dm - base_bias * total / divisor
+    return dg, d_low, d_b, dm, total
 
 
 def _backward_in(
@@ -273,7 +346,7 @@ def _grad_dtype(parameter: Tensor, x: Tensor, final: bool) -> torch.dtype:
     return parameter.dtype if final and parameter.dtype == x.dtype else accumulation_dtype(parameter, x)
 
 
-def _as_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
+def as_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
     """In the parameter's dtype and strides, so that the gradient is accumulated without another copy."""
     if grad.dtype != parameter.dtype:
         grad = grad.to(parameter.dtype)

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from dora_kernels import linear, ops, torch_backend
 from dora_kernels.content import Record, Sample, sample
-from dora_kernels.reference import accumulation_dtype
+from dora_kernels.reference import accumulation_dtype, full_precision, no_autocast
 
 _steps = 0
 _hooked = False
@@ -221,8 +221,13 @@ class NormCache:
         magnitude_axis: str,
         training: bool,
         backend: str,
+        norm: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """``safe_divisor`` of the layer's norm; for a backward a snapshot, else to be used at once."""
+        """``safe_divisor`` of the layer's norm; for a backward a snapshot, else to be used at once.
+
+        `norm` computes it where it is not the norm of a dense matrix ``W + s B A``; the tensors are then those that it
+        depends on, of any shapes, and what is compared is compared on a GPU too, by the host.
+        """
         tensors = (weight, lora_A, lora_B)
         device = weight.device
         entry = self._entries.get(device)
@@ -233,10 +238,10 @@ class NormCache:
             or torch._C._get_tracing_state() is not None  # torch.jit.trace
             or (not known and any(t.is_inference() for t in tensors))
             # A graph asks at every replay; in training A and B change from one to the next.
-            or (on_gpu and _capturing(device) and (training or not _device_answers(weight, backend)))
+            or (on_gpu and _capturing(device) and (training or norm or not _device_answers(weight, backend)))
         ):
             self.computed += 1
-            return compute_divisor(*tensors, scaling, magnitude_axis, backend)
+            return compute_divisor(*tensors, scaling, magnitude_axis, backend, norm=norm)
         key = (
             weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
             weight.shape, weight.stride(), scaling, magnitude_axis, training, backend,
@@ -250,7 +255,7 @@ class NormCache:
         with torch.inference_mode(False), torch.no_grad():
             owned = training and _owned(*tensors)
             provable = owned or (owned is None and (entry is None or entry.backwards == linear.backwards))
-            if not provable and _device_answers(weight, backend):
+            if not provable and norm is None and _device_answers(weight, backend):
                 self.asked += 1
                 if not training:  # whose writes no proof for training speaks of
                     self._entries = {one: kept for one, kept in self._entries.items() if one != device}
@@ -259,12 +264,12 @@ class NormCache:
             self.computed += 1
             entry = NormEntry(tensors, key)
             square = of_weight = None
-            if backend == "torch" and device.type == "cpu":
+            if (backend == "torch" and device.type == "cpu") or (norm is not None and not training):
                 of_weight = Sample(weight)
                 entry.content = of_weight, Record(lora_A), Record(lora_B)
-            if not weight.requires_grad:
+            if norm is None and not weight.requires_grad:
                 square = self._row_square(*tensors, magnitude_axis, backend, of_weight)
-            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square)
+            entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square, norm)
         self._entries = {**self._entries, device: entry}
         return entry.divisor
 
@@ -326,9 +331,13 @@ def compute_divisor(
     magnitude_axis: str,
     backend: str,
     weight_square: Tensor | None = None,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """`safe_divisor` of a norm computed now."""
+    """`safe_divisor` of a norm computed now; `norm` as in `NormCache.divisor`."""
     with torch.no_grad():
+        if norm is not None:
+            with no_autocast(weight.device), full_precision(weight.device):
+                return safe_divisor(norm())
         return safe_divisor(ops.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend, weight_square))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,9 @@ from transformers import (
 )
 
 import dora_kernels
-from dora_kernels import peft_layers
+from dora_kernels.peft import conv, embedding, linear
+from dora_kernels.peft.layer import DoraLayer
+from dora_kernels.peft.state import SWITCH
 
 VOCAB = 61
 
@@ -117,7 +120,7 @@ FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 
 
 class Toy(nn.Module):
-    """A net of two linear layers, and three that only PEFT can adapt."""
+    """A net of two linear layers, and three of other kinds."""
 
     def __init__(self, others: bool) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ class Toy(nn.Module):
 
 
 class Special(nn.Linear):
-    """A subclass of nn.Linear, as quantised layers are: PEFT takes it for one."""
+    """A subclass of nn.Linear, with what may be a forward of its own: PEFT takes it for one."""
 
 
 def toy(*, others: bool = False, **options: Any) -> nn.Module:
@@ -139,6 +142,13 @@ def toy(*, others: bool = False, **options: Any) -> nn.Module:
     targets = ["first", "second"] + (["embedding", "conv", "special"] if others else [])
     values = {"r": 3, "lora_alpha": 4, "use_dora": True, "target_modules": targets, **options}
     return move_adapter(get_peft_model(Toy(others), LoraConfig(**values)))
+
+
+def wrapped(model: nn.Module, name: str) -> nn.Module:
+    """The model with one layer whose `forward` somebody has replaced, as accelerate's hooks do."""
+    layer = model.get_submodule(f"base_model.model.{name}")
+    layer.forward = functools.partial(type(layer).forward, layer)
+    return model
 
 
 def toy_twins(**options: Any) -> tuple[nn.Module, nn.Module, dora_kernels.PatchHandle]:
@@ -165,16 +175,24 @@ def move_adapter(model: nn.Module, adapter: str = "default", seed: int = 2) -> n
         return torch.randn(like.shape, generator=generator).to(like.dtype)
 
     for layer in lora_layers(model):
-        if adapter not in layer.lora_A or not isinstance(layer, lora.Linear):
+        if adapter not in layer.scaling:
             continue
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        A.copy_(normal(A) / A.shape[1] ** 0.5)
-        B.copy_(normal(B) * layer.weight.float().std().item() * A.shape[1] ** 0.5 / B.shape[1] ** 0.5)
+        if isinstance(layer, lora.Embedding):
+            A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        else:
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        A.copy_(normal(A) / A[0].numel() ** 0.5)
+        B.copy_(normal(B) * layer.weight.float().std().item() * A[0].numel() ** 0.5 / B.shape[1] ** 0.5)
         if adapter in layer.lora_magnitude_vector:
-            weight = layer.weight.double().t() if layer.fan_in_fan_out else layer.weight.double()
-            norm = (weight + layer.scaling[adapter] * (B.double() @ A.double())).norm(dim=1)
             m = layer.lora_magnitude_vector[adapter].weight
-            m.copy_(norm * (0.5 + torch.rand(m.shape, generator=generator, dtype=torch.float64)))
+            shape, groups = m.shape, getattr(layer.base_layer, "groups", 1)
+            weight = layer.weight.double()
+            if isinstance(layer, lora.Embedding) or getattr(layer, "fan_in_fan_out", False):
+                weight = weight.t()
+            # With groups PEFT cuts the product's rows into the weight's.
+            low = (B.double().reshape(B.shape[0] // groups, -1) @ A.double().flatten(1)).reshape(weight.shape)
+            norm = (weight + layer.scaling[adapter] * low).flatten(1).norm(dim=1)
+            m.copy_((norm * (0.5 + torch.rand(norm.shape, generator=generator, dtype=torch.float64))).view(shape))
     return model
 
 
@@ -184,7 +202,7 @@ def lora_layers(model: nn.Module) -> list[Any]:
 
 def kept_norms(model: nn.Module) -> list[Any]:
     """The norm caches of a patched model."""
-    return [cache for layer in lora_layers(model) for cache in vars(layer)[peft_layers.SWITCH].values()]
+    return [cache for layer in lora_layers(model) for cache in vars(layer)[SWITCH].values()]
 
 
 def batch(kind: str = "llama", tokens: tuple[int, int] = (2, 9), seed: int = 3) -> dict[str, Tensor]:
@@ -216,7 +234,7 @@ class Float64(TorchFunctionMode):
 
 def exact(stock: nn.Module) -> nn.Module:
     """The float64 copy of a stock model."""
-    assert not any(type(layer) is peft_layers.DoraLinear for layer in stock.modules())
+    assert not any(isinstance(layer, DoraLayer) for layer in stock.modules())
     return copy.deepcopy(stock).double()
 
 
@@ -333,6 +351,7 @@ def counted(monkeypatch: Any) -> Iterator[dict[str, int]]:
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_layers, "run_layer", counting("layer", peft_layers.run_layer))
-        patch.setattr(peft_layers, "layer_scale", counting("norm", peft_layers.layer_scale))
+        patch.setattr(linear, "run_layer", counting("layer", linear.run_layer))
+        for module, name in ((linear, "scale"), (linear, "run_compose"), (embedding, "run_compose"), (conv, "scale")):
+            patch.setattr(module, name, counting("norm", getattr(module, name)))
         yield counts

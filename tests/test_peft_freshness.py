@@ -27,7 +27,8 @@ from peft_models import (
     toy_twins,
 )
 
-from dora_kernels import invalidate, peft_layers
+from dora_kernels import invalidate
+from dora_kernels.peft.state import SWITCH
 
 with_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 trained = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -240,7 +241,7 @@ def test_nothing_of_deleted_adapters_is_kept():
         ours.set_adapter("default")
         ours.delete_adapter(name)
     ours(toy_input())
-    assert [len(vars(layer)[peft_layers.SWITCH]) for layer in lora_layers(ours)] == [2, 2], "default, and the last one"
+    assert [len(vars(layer)[SWITCH]) for layer in lora_layers(ours)] == [2, 2], "default, and the last one"
 
 
 @trained

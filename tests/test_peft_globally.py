@@ -31,7 +31,7 @@ from peft_models import (
 )
 
 import dora_kernels
-from dora_kernels.peft_layers import DoraLinear
+from dora_kernels.peft.linear import DoraLinear
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ def test_globally_one_line_is_logged_for_each_model(everywhere, caplog):
     toy(use_dora=False)
     second = toy()
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["patched 2 DoRA layers of Toy, backend torch"] * 2
-    assert len(everywhere.patched) == 4 and first is not second
+    assert messages == [f"patched {count} DoRA layers of Toy, backend torch" for count in (5, 2)]
+    assert len(everywhere.patched) == 7 and first is not second
     del first
     gc.collect()
     assert len(everywhere.patched) == 2, "the handle keeps models alive"

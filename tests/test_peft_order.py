@@ -35,7 +35,7 @@ from peft_models import (
 )
 
 import dora_kernels
-from dora_kernels.peft_layers import DoraLinear
+from dora_kernels.peft.linear import DoraLinear
 
 with_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 

@@ -28,7 +28,7 @@ from peft_models import (
 )
 
 import dora_kernels
-from dora_kernels.peft_layers import SWITCH
+from dora_kernels.peft.state import SWITCH
 
 bf16 = torch.bfloat16
 kinds = pytest.mark.parametrize("kind", KINDS)

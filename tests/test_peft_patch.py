@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 import peft
 from helpers import same_bits
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from peft_models import (
     FIRST,
     SECOND,
@@ -33,26 +34,22 @@ from peft_models import (
     toy_solve,
     toy_twins,
     twins,
+    wrapped,
 )
 
 import dora_kernels
-from dora_kernels.peft_layers import DoraLinear
+from dora_kernels.peft.linear import DoraLinear
 
 
 def test_the_handle():
-    stock, ours, handle = toy_twins(others=True)
-    assert handle.patched == [FIRST, SECOND]
-    assert list(handle.skipped) == [f"base_model.model.{name}" for name in ("embedding", "conv", "special")]
-    embedding, conv, special = handle.skipped.values()
-    assert "Embedding" in embedding and "only LoRA layers on nn.Linear and Conv1D" in embedding
-    assert "Conv2d" in conv
-    assert special == "its base layer is a peft_models.Special, not a plain nn.Linear or Conv1D"
-    assert repr(handle) == "PatchHandle(patched=2, skipped=3)"
-    # What is skipped is untouched.
-    for name in ("embedding", "conv", "special"):
-        assert type(ours.get_submodule(f"base_model.model.{name}")) is type(
-            stock.get_submodule(f"base_model.model.{name}")
-        )
+    stock = wrapped(toy(others=True), "special")
+    handle = dora_kernels.patch_peft(stock)
+    others = [f"base_model.model.{name}" for name in ("embedding", "conv", "special")]
+    assert handle.patched == [FIRST, SECOND, *others[:2]]
+    assert list(handle.skipped) == others[2:]
+    assert handle.skipped[others[2]].startswith("it has a forward of its own")
+    assert repr(handle) == "PatchHandle(patched=4, skipped=1)"
+    assert type(stock.get_submodule(others[2])) is lora.Linear, "what is skipped is untouched"
 
 
 def test_names_are_those_of_the_model_that_was_given():
@@ -129,13 +126,15 @@ def test_restore_reaches_classes_derived_from_the_patch():
 
 
 def test_restored_while_merged():
-    stock, ours, handle = toy_twins()
-    for model in (stock, ours):
-        model.merge_adapter()
+    """PEFT's own unmerge finds the norm that it divides by."""
+    stock, ours, handle = toy_twins(others=True)
+    before = {name: p.clone() for name, p in ours.named_parameters() if "base_layer" in name}
+    ours.merge_adapter()
     handle.restore()
-    for model in (stock, ours):
-        model.unmerge_adapter()
-    assert same_bits(toy_solve(ours), toy_solve(stock))
+    ours.unmerge_adapter()
+    for name, parameter in before.items():
+        torch.testing.assert_close(ours.get_parameter(name), parameter)
+    assert anatomy(ours) == anatomy(stock)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
@@ -161,7 +160,7 @@ def test_one_line_is_logged(caplog):
     ours(toy_input())
     records = [record for record in caplog.records if record.name.startswith("dora_kernels")]
     assert [(record.levelname, record.getMessage()) for record in records] == [
-        ("INFO", "patched 2 DoRA layers of PeftModel, skipped 3, backend torch")
+        ("INFO", "patched 5 DoRA layers of PeftModel, skipped 0, backend torch")
     ]
 
 
@@ -182,7 +181,7 @@ ELSEWHERE = {
     "pruned B": lambda layer: prune.random_unstructured(layer.lora_B["default"], "weight", 0.5),
     "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer.lora_B["default"]),
     "a wrapped magnitude": lambda layer: layer.lora_magnitude_vector.__setattr__("default", Wrapper(layer)),
-    "a base of another class": lambda layer: setattr(layer.base_layer, "__class__", type("Mine", (nn.Linear,), {})),
+    "A of another class": lambda layer: setattr(layer.lora_A["default"], "__class__", type("Mine", (nn.Linear,), {})),
 }
 AWAY = {
     "base on meta": lambda layer: layer.base_layer.to("meta"),
@@ -244,8 +243,8 @@ NOTHING = {
     "no PEFT layers": (lambda: Toy(False), "it has no LoRA layers; call peft.get_peft_model"),
     "plain LoRA": (lambda: toy(use_dora=False), "none of its 2 LoRA layers has a DoRA adapter; set use_dora=True"),
     "all skipped": (
-        lambda: toy(others=True, target_modules=["special", "embedding"]),
-        r"none of its 2 DoRA layers is supported; base_model\.model\.embedding: .*Embedding: only LoRA layers on",
+        lambda: wrapped(toy(others=True, target_modules=["special"]), "special"),
+        r"none of its 1 DoRA layers is supported; base_model\.model\.special: it has a forward of its own",
     ),
     "another method": (lambda: get_peft_model(Toy(False), peft.LoHaConfig(target_modules=["first"])), "no LoRA layers"),
 }

@@ -177,7 +177,7 @@ def _own(layer: nn.Module, x: Tensor, parameters: list[Tensor], case: Case) -> N
 
 def _check_reuse(layer: nn.Module, x: Tensor, dy: Tensor, parameters: list[Tensor], case: Case) -> None:
     """What is called reused must be: no norm is computed in the forward passes that follow a first backward."""
-    from dora_kernels.peft_layers import norm_cache
+    from dora_kernels.peft.state import norm_cache
 
     cache = norm_cache(layer, "default")
     computed = -1

@@ -22,15 +22,8 @@ if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.backends import resolve
-from dora_kernels.peft_layers import (
-    DoraLinear,
-    LoraModel,
-    dora_adapters,
-    out_of_reach,
-    patch_layers,
-    restore_layers,
-    unsupported,
-)
+from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
+from dora_kernels.peft.state import dora_adapters, switch
 
 logger = logging.getLogger("dora_kernels")
 
@@ -148,7 +141,7 @@ def patch_peft_globally() -> PatchHandle:
         patch_layers(model)
         handle._add(model)
         # The weights themselves may still be on meta: what counts is which layers the patch is on.
-        count = sum(type(m) is DoraLinear and bool(dora_adapters(m)) for m in model.modules())
+        count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     BaseTuner.inject_adapter = inject_adapter

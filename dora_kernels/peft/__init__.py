@@ -1,0 +1,9 @@
+"""PEFT's DoRA layers on this package: `patch` is the entrance, a module for each kind of layer.
+
+PEFT's contract, as of 0.16 to 0.21, is described in docs/integration.md.
+"""
+
+from dora_kernels.peft.patch import PatchHandle, patch_peft, patch_peft_globally
+from dora_kernels.peft.state import set_dora_strength
+
+__all__ = ["PatchHandle", "patch_peft", "patch_peft_globally", "set_dora_strength"]

@@ -1,0 +1,86 @@
+"""PEFT's LoRA layer on `nn.Embedding`: one magnitude per embedding dimension, the norm over the vocabulary.
+
+As a linear problem its weight is the table's transpose, ``[D, V]``: ``y = g * (E[x] + s * e * A[:, x]ᵀ Bᵀ)``, e being
+the model's own embedding scale where it has one. Nothing of the table's size is formed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.tuners.lora.dora import DoraEmbeddingLayer
+from torch import Tensor, nn
+
+from dora_kernels.functional import run_compose
+from dora_kernels.peft.layer import DoraLayer, DoraVariant
+from dora_kernels.peft.state import Weights, interpolated, read
+
+
+def read_weights(layer: Any, adapter: str) -> Weights | None:
+    """`read`, with the table as ``[D, V]``."""
+    children = layer._modules
+    base = children["base_layer"]
+    a = children["lora_embedding_A"]._parameters.get(adapter)
+    b = children["lora_embedding_B"]._parameters.get(adapter)
+    weights = read(layer, adapter, base._parameters.get("weight"), a, b, None, (base, type(base)), _fit)
+    return None if weights is None else weights._replace(weight=weights.weight.t())
+
+
+def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
+    """Whether the modules are PEFT's, and their tensors of fitting shapes."""
+    if type(layer._modules["lora_magnitude_vector"]._modules[adapter]) is not DoraEmbeddingLayer:
+        return False
+    table, a, b, m, _ = weights
+    if not (table.dim() == a.dim() == b.dim() == 2 and m.dim() == 1):
+        return False
+    return a.shape[1] == table.shape[0] and b.shape[0] == m.shape[0] == table.shape[1]
+
+
+class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
+    """PEFT's DoRA variant of an embedding."""
+
+    stock = variants.DoraEmbeddingVariant
+    read = staticmethod(read_weights)
+
+    @staticmethod
+    def rows(layer: Any, weight: Tensor) -> Tensor:
+        """The table's transpose."""
+        return weight.t()
+
+    @classmethod
+    def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's ``g * (result + embed_scale * scaling * A[x] B)``."""
+        weights = cls.read(module, active_adapter)
+        if weights is None:
+            return cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+        h = module._embed(x, weights.lora_A.t())
+        # Since peft 0.18; PEFT before it leaves the scale out here, and so does what was trained with it.
+        embed_scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
+        if embed_scale is not None:
+            h = h * embed_scale.to(h.dtype)
+        dora = run_compose(
+            result, h, weights.lora_B, weights.magnitude, None,
+            module.scaling[active_adapter], cls.divisor(module, active_adapter, weights),
+        )  # fmt: skip
+        return interpolated(module, active_adapter, result, dora)
+
+
+class DoraEmbedding(DoraLayer, lora.Embedding):
+    """PEFT's LoRA layer on an embedding whose DoRA adapters run on this package."""
+
+    stock = lora.Embedding
+    variants = {variants.DoraEmbeddingVariant: DoraEmbeddingVariant}
+
+    def _adapter_input(self, x: Tensor, adapter: str) -> Tensor:
+        """Indices have no dtype to fit."""
+        return x
+
+
+def unsupported(layer: Any) -> str | None:
+    """Why a `lora.Embedding` cannot be patched; None where it can."""
+    if not isinstance(layer.base_layer, nn.Embedding):
+        kind = type(layer.base_layer)
+        return f"its base layer is a {kind.__module__}.{kind.__name__}, not an nn.Embedding"
+    return None

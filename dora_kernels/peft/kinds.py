@@ -1,0 +1,112 @@
+"""Which of PEFT's layers are patched with what, and whether a layer's calls run on this package.
+
+The classes here are subclasses of PEFT's, exchanged through ``__class__``, so that state dicts, deepcopy, pickle and
+isinstance are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from peft.tuners import lora
+from torch import nn
+
+from dora_kernels.peft import conv, embedding, linear
+from dora_kernels.peft.layer import DoraLayer
+from dora_kernels.peft.state import SWITCH, Switch, dora_adapters, switch
+
+
+class Kind(NamedTuple):
+    """What takes the place of a class of PEFT's, and why it may not."""
+
+    patched: Any
+    unsupported: Callable[[Any], str | None]
+
+
+_KINDS: dict[Any, Kind] = {
+    lora.Linear: Kind(linear.DoraLinear, linear.unsupported),
+    lora.Embedding: Kind(embedding.DoraEmbedding, embedding.unsupported),
+    conv.DoraConv1d.stock: Kind(conv.DoraConv1d, conv.unsupported),
+    conv.DoraConv2d.stock: Kind(conv.DoraConv2d, conv.unsupported),
+    conv.DoraConv3d.stock: Kind(conv.DoraConv3d, conv.unsupported),
+}
+_OURS = frozenset(kind.patched for kind in _KINDS.values())
+
+
+class LoraModel(lora.LoraModel):
+    """PEFT's LoRA tuner; layers that a later adapter creates are patched as well."""
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, then the patch."""
+        super().inject_adapter(model, *args, **kwargs)
+        patch_layers(model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's; no unmerged weight is kept, for there is nothing left to unmerge."""
+        with _keeping_nothing(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+@contextmanager
+def _keeping_nothing(model: nn.Module) -> Iterator[None]:
+    states = [state for layer in model.modules() if (state := switch(layer)) is not None and state.keeps_unmerged]
+    for state in states:
+        state.keeps_unmerged = False
+    try:
+        yield
+    finally:
+        for state in states:
+            state.keeps_unmerged = True
+
+
+def patch_layers(model: nn.Module) -> None:
+    """Patch every layer of `model` that can be, DoRA adapters or not: one may be added later."""
+    layer: Any
+    for layer in model.modules():
+        if type(layer) in _KINDS and unsupported(layer) is None:
+            layer.__class__ = _KINDS[type(layer)].patched
+        if type(layer) in _OURS and SWITCH not in vars(layer):
+            for name, variant in layer.lora_variant.items():
+                layer.lora_variant[name] = layer.patched_variant(variant)
+            setattr(layer, SWITCH, Switch())
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `patch_layers`."""
+    layer: Any
+    for layer in model.modules():
+        if isinstance(layer, DoraLayer):
+            if type(layer) in _OURS:  # a class that FSDP2 derived from it stays, with the switch off
+                layer.__class__ = layer.stock
+            for name, variant in layer.lora_variant.items():
+                layer.lora_variant[name] = DoraLayer.restored_variant(variant)
+            layer.__dict__.pop(SWITCH, None)
+
+
+def unsupported(layer: Any) -> str | None:
+    """Why `layer`, one of PEFT's LoRA layers, cannot be patched; None where it can."""
+    kind = _KINDS.get(layer.stock if isinstance(layer, DoraLayer) else type(layer))
+    if kind is None:
+        return f"{type(layer).__module__}.{type(layer).__name__}: this kind of LoRA layer is not supported"
+    reason = kind.unsupported(layer)
+    if reason is None and type(layer) in _KINDS and "forward" in vars(layer):
+        return "it has a forward of its own (a hook of accelerate, for example): patch before that is installed"
+    return reason
+
+
+def out_of_reach(layer: Any) -> str | None:
+    """Why the calls of `layer` do not run on this package as things stand; None where they do."""
+    reason = unsupported(layer)
+    if reason is not None:
+        return reason
+    if switch(layer) is None:
+        return "not patched: restored, or made after the patch"
+    variants = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
+    if all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
+        return (
+            "its weights cannot be read outside their modules' calls (parametrized, wrapped, sharded, offloaded, "
+            "on meta, a hook on the magnitude), or its scaling is a tensor"
+        )
+    return None

@@ -1,0 +1,190 @@
+"""What every kind of patched layer has in common: variants that merge exactly, unmerging, mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dora_kernels import ops
+from dora_kernels.backends import resolve
+from dora_kernels.content import Sample
+from dora_kernels.functional import dora_weight_norm
+from dora_kernels.peft.state import Weights, divisor, dora_adapters, forget_norms, strength, switch
+from dora_kernels.reference import accumulation_dtype, magnitude_scale
+
+
+class DoraVariant:
+    """PEFT's DoRA variant of one kind of layer on this package: mixed in before PEFT's own, which is `stock`."""
+
+    stock: ClassVar[Any]
+
+    @staticmethod
+    def read(layer: Any, adapter: str) -> Weights | None:
+        """The adapter as a linear problem, None where its tensors are out of reach."""
+        raise NotImplementedError
+
+    @staticmethod
+    def rows(layer: Any, weight: Tensor) -> Tensor:
+        """The base weight, or one like it, as ``[N, K]``: a view."""
+        raise NotImplementedError
+
+    @classmethod
+    def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
+        """What `state.divisor` gives."""
+        return divisor(layer, adapter, weights)
+
+    @classmethod
+    def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight."""
+        merged = cls._merged(module, active_adapter, orig_weight)
+        return cls.stock.merge_safe(module, active_adapter, orig_weight) if merged is None else merged
+
+    @classmethod
+    def merge_unsafe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Write the merged weight into `orig_weight`."""
+        merged = cls._merged(module, active_adapter, orig_weight)
+        if merged is None:
+            cls.stock.merge_unsafe(module, active_adapter, orig_weight)
+        else:
+            orig_weight.data = merged
+
+    @classmethod
+    @torch.no_grad()
+    def _merged(cls, layer: Any, adapter: str, weight: Tensor) -> Tensor | None:
+        """``g * (weight + s B A)`` rounded once, g from the unmerged weight; None where PEFT's own code has to."""
+        state = switch(layer)
+        weights = cls.read(layer, adapter)
+        if state is None or weights is None or (layer.merged_adapters and state.unmerged is None):
+            return None
+        scaling, k = layer.scaling[adapter], strength(layer, adapter)
+        unmerged = weights.weight
+        if layer.merged_adapters:
+            unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device))
+        factors = weights.lora_A.detach(), weights.lora_B.detach()
+        norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)
+        rows = cls.rows(layer, weight.detach())
+        wide = rows.to(accumulation_dtype(rows, *factors))
+        backend = resolve("auto", (wide, *factors))
+        merged = ops.merge(wide, *factors, None, scaling, "out", backend)
+        merged.mul_(magnitude_scale(weights.magnitude, norm).unsqueeze(1))
+        if k != 1.0:
+            merged = torch.lerp(wide, merged, k)
+        result = torch.empty_like(weight.detach())
+        cls.rows(layer, result).copy_(merged)
+        # Where PEFT's own unmerge, which divides by it, looks for it.
+        layer._cache_store(f"{adapter}-weight_norm", norm.view(layer.lora_magnitude_vector[adapter].weight.shape))
+        return result
+
+
+class Unmerged:
+    """A copy of a base layer's weight and bias on the CPU, and a sample of what merging made of the weight."""
+
+    def __init__(self, base: Any) -> None:
+        self.weight = base.weight.detach().to("cpu", copy=True)
+        bias = getattr(base, "bias", None)
+        self.bias = None if bias is None else bias.detach().to("cpu", copy=True)
+        self._merged: Sample | None = None
+
+    def merged(self, base: Any) -> None:
+        """Note what the merged weight is."""
+        self._merged = Sample(base.weight)
+
+    def put_back(self, base: Any) -> bool:
+        """Write the copy into the layer; False if its weight is no longer what merging left."""
+        weight = base.weight
+        if weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
+            return False
+        if self._merged is None or not self._merged.is_held_by(weight):
+            return False
+        weight.data.copy_(self.weight)
+        if self.bias is not None:
+            base.bias.data.copy_(self.bias)
+        return True
+
+
+class DoraLayer:
+    """A LoRA layer whose DoRA adapters run on this package: mixed in before one of PEFT's classes, `stock`."""
+
+    stock: ClassVar[Any]
+    variants: ClassVar[dict[Any, Any]]
+    """PEFT's DoRA variant of this kind of layer, and this package's."""
+
+    def resolve_lora_variant(self, **kwargs: Any) -> Any:
+        """PEFT's choice for a new adapter, with its DoRA variant replaced."""
+        return self.patched_variant(super().resolve_lora_variant(**kwargs))  # type: ignore[misc]
+
+    @classmethod
+    def patched_variant(cls, variant: Any) -> Any:
+        """This package's variant for PEFT's DoRA variant, anything else as it is."""
+        return cls.variants[type(variant)]() if type(variant) in cls.variants else variant
+
+    @classmethod
+    def restored_variant(cls, variant: Any) -> Any:
+        """PEFT's own again."""
+        return variant.stock() if isinstance(variant, DoraVariant) else variant
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge. The unmerged weight is kept on the CPU, for `unmerge` and for further adapters' norms."""
+        state = switch(self)
+        if state is None:
+            return super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        names = self.active_adapters if adapter_names is None else adapter_names
+        base = self.get_base_layer()
+        if not self.merged_adapters and state.keeps_unmerged and set(names) & set(dora_adapters(self)):
+            state.unmerged = Unmerged(base)
+        try:
+            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        finally:  # it writes the weight through `.data`, which no version shows
+            forget_norms(self)
+            if not self.merged_adapters:
+                state.unmerged = None
+            elif state.unmerged is not None:
+                state.unmerged.merged(base)
+
+    def unmerge(self: Any) -> None:
+        """Put the kept weight back, bit for bit; PEFT's arithmetic where there is none or it was changed since."""
+        state = switch(self)
+        kept = None if state is None else state.unmerged
+        if kept is not None and self.merged_adapters and kept.put_back(self.get_base_layer()):
+            for name in self.merged_adapters:
+                self._caches.pop(f"{name}-weight_norm", None)
+            self.merged_adapters.clear()
+        else:
+            super().unmerge()  # type: ignore[misc]
+        if state is not None:
+            state.unmerged = None
+        forget_norms(self)
+
+    def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """PEFT's checks, without its refusal of DoRA in a batch of several adapters."""
+        names = kwargs.get("adapter_names")
+        if names is not None and switch(self) is not None:
+            kwargs["adapter_names"] = self._without_ours(names)
+        super()._check_forward_args(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """PEFT's way for the base model and for other adapters; then the rows of each DoRA adapter."""
+        if switch(self) is None:
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
+        others = self._without_ours(adapter_names)
+        result = super()._mixed_batch_forward(x, *args, adapter_names=others, **kwargs)  # type: ignore[misc]
+        for name in dict.fromkeys(adapter_names):
+            if name not in others and name in self.lora_variant:
+                rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=result.device)
+                part = result.index_select(0, rows)
+                own = self._adapter_input(x.index_select(0, rows), name)
+                dora = self.lora_variant[name].forward(self, active_adapter=name, x=own, result=part)
+                result = result.index_copy(0, rows, dora.to(result.dtype))
+        return result
+
+    def _adapter_input(self: Any, x: Tensor, adapter: str) -> Tensor:
+        """As PEFT's forward gives it to the adapter."""
+        return self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+
+    def _without_ours(self: Any, adapter_names: list[str]) -> list[str]:
+        """The names of a mixed batch with those of this package's adapters as the base model's."""
+        ours = {name for name, variant in self.lora_variant.items() if isinstance(variant, DoraVariant)}
+        return ["__base__" if name in ours else name for name in adapter_names]

@@ -1,0 +1,237 @@
+"""What a patched layer holds beside PEFT's own, and how its tensors are read."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.backends import resolve
+from dora_kernels.norm_cache import NormCache, compute_divisor
+
+# The instance attribute that says "on", a `Switch`. Deleting it turns a layer off, also where some wrapper still holds
+# the patched forward.
+SWITCH = "_dora_kernels"
+
+DROPOUTS = ("peft", "lora")
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+class Weights(NamedTuple):
+    """A DoRA adapter's tensors as the linear problem they are: the base weight ``[N, K]``, A ``[r, K]``, B ``[N, r]``.
+
+    Views where PEFT stores another shape.
+    """
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    bias: Tensor | None
+
+
+class AdapterCache(NormCache):
+    """A layer's kept norm for one adapter, and what was checked of its modules and tensors last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: tuple[Any, ...] | None = None
+
+
+class Switch(dict[str, AdapterCache]):
+    """A patched layer's kept norms by adapter, and its settings."""
+
+    dropout = "peft"
+    """Whose formula active dropout takes: "peft" drops in the base product too, "lora" in the low-rank one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strengths: dict[str, float] = {}
+        self.unmerged: Any = None
+        self.keeps_unmerged = True
+
+
+def switch(layer: nn.Module) -> Switch | None:
+    """The layer's state, None if it is switched off."""
+    return vars(layer).get(SWITCH)
+
+
+def norm_cache(layer: Any, adapter: str) -> AdapterCache:
+    """The layer's kept norm for one adapter."""
+    caches: dict[str, AdapterCache] = vars(layer)[SWITCH]
+    cache = caches.get(adapter)
+    if cache is None:
+        for name in [name for name in caches if name not in layer.lora_magnitude_vector]:  # deleted since
+            caches.pop(name, None)
+        cache = caches.setdefault(adapter, AdapterCache())
+    return cache
+
+
+def forget_norms(layer: Any) -> None:
+    """For whoever writes the base weight in a way that no tensor version shows."""
+    for cache in (switch(layer) or {}).values():
+        cache.invalidate()
+
+
+def dora_adapters(layer: nn.Module) -> list[str]:
+    """Names of the adapters of `layer` with a magnitude."""
+    return list(getattr(layer, "lora_magnitude_vector", None) or ())
+
+
+def strength(layer: nn.Module, adapter: str) -> float:
+    """What `set_dora_strength` set."""
+    state = switch(layer)
+    return 1.0 if state is None else state.strengths.get(adapter, 1.0)
+
+
+def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
+    """Let every patched DoRA layer of `model` compute ``base + strength * (dora - base)``.
+
+    0 is the base model exactly, 1 the adapter as it was trained; between and beyond them the outputs of each layer are
+    interpolated. (PEFT's ``set_scale`` moves the norm too: even at 0 the magnitude remains, as ``m / ||W||``.) Where
+    several adapters are active each is interpolated from what the one before it gave. Merging takes the strength of
+    the moment along. It is no part of the adapter's file.
+
+    Args:
+        model: what `patch_peft` was given.
+        strength: any finite number.
+        adapter: an adapter's name; None means all.
+
+    Raises:
+        TypeError: `model` is no module, or `strength` no number.
+        ValueError: `strength` is not finite, `adapter` is no DoRA adapter of a patched layer, or one of them is merged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength: expected a finite number, got {strength}")
+    found = [
+        (name, layer, state, one)
+        for name, layer in model.named_modules()
+        if (state := switch(layer)) is not None
+        for one in dora_adapters(layer)
+    ]
+    if not found:
+        raise ValueError("model: no patched DoRA layers; call dora_kernels.patch_peft(model) first")
+    chosen = [each for each in found if adapter in (None, each[3])]
+    if not chosen:
+        known = sorted({each[3] for each in found})
+        raise ValueError(f"adapter: no patched layer has a DoRA adapter {adapter!r}; there are {', '.join(known)}")
+    for name, layer, _, one in chosen:
+        if one in layer.merged_adapters:
+            raise ValueError(f"model: adapter {one!r} of {name} is merged; call unmerge_adapter() before")
+    for _, _, state, one in chosen:
+        state.strengths[one] = float(strength)
+
+
+def interpolated(layer: Any, adapter: str, base: Tensor, dora: Tensor) -> Tensor:
+    """``base + strength * (dora - base)``."""
+    k = strength(layer, adapter)
+    if k == 1.0:
+        return dora
+    return base if k == 0.0 else torch.lerp(base.to(dora.dtype), dora, k)
+
+
+def read(
+    layer: Any,
+    adapter: str,
+    weight: Any,
+    lora_A: Any,
+    lora_B: Any,
+    bias: Any,
+    identity: tuple[Any, ...],
+    fit: Callable[[Any, str, Weights], bool],
+) -> Weights | None:
+    """The adapter's tensors as PEFT has them, if they may be read outside their modules' calls.
+
+    None if not, under wrappers that leave them empty, flattened, sharded or elsewhere (FSDP1, DeepSpeed ZeRO-3,
+    offloading), or if the layer is switched off. `fit` looks at them and at the modules when any of them or of
+    `identity` has been replaced since the last call.
+    """
+    compiling = torch.compiler.is_compiling()
+    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or (not compiling and _transformed()):
+        return None
+    # Straight from the dictionaries: nn.Module's attribute look-up costs more than all the checks.
+    magnitude = layer._modules["lora_magnitude_vector"]._modules[adapter]
+    if hooked(magnitude):  # nothing here calls it
+        return None
+    m = magnitude._parameters.get("weight")
+    # Not sharded, not gathered away, not on meta.
+    if not (type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN and type(m) in _PLAIN):
+        return None
+    weights = Weights(weight, lora_A, lora_B, m, bias)
+    if compiling:
+        return weights if _fit(layer, adapter, weights, fit) else None
+    # Looked at once: what has the same type, address and shape has not changed its device either.
+    addresses = weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), m.data_ptr()
+    shapes = weight.shape, lora_A.shape, lora_B.shape
+    seen = (magnitude, type(magnitude), *weights, *identity)
+    cache = norm_cache(layer, adapter)
+    known = cache.checked
+    if known is None or known[1:] != (addresses, shapes) or not all(map(operator.is_, known[0], seen)):
+        if not (all(addresses) and _fit(layer, adapter, weights, fit)):
+            return None
+        cache.checked = seen, addresses, shapes
+    return weights
+
+
+def _fit(layer: Any, adapter: str, weights: Weights, fit: Callable[[Any, str, Weights], bool]) -> bool:
+    weight, a, b, m, _ = weights
+    return a.device == b.device == m.device == weight.device and fit(layer, adapter, weights)
+
+
+def _transformed() -> bool:
+    """Whether `torch.func`, forward-mode AD or `torch.jit.trace` is at work: they need plain operations."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def hooked(*modules: Any) -> bool:
+    """Whether somebody waits for the call of one of `modules`, or has replaced it."""
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return True
+    return False
+
+
+def divisor(
+    layer: Any, adapter: str, weights: Weights, norm: Callable[[], Tensor] | None = None
+) -> Callable[[str], Tensor]:
+    """The norm, 0 as infinity, on the backend it is called with: of the linear problem, or as `norm` computes it."""
+    scaling, tensors = layer.scaling[adapter], weights[:3]
+    if torch.compiler.is_compiling():
+        return lambda backend: compute_divisor(*tensors, scaling, "out", backend, norm=norm)
+    cache = norm_cache(layer, adapter)
+    return lambda backend: cache.divisor(*tensors, scaling, "out", layer.training, backend, norm)
+
+
+def scale(layer: Any, adapter: str, weights: Weights, divisor: Callable[[str], Tensor]) -> Tensor:
+    """``g = magnitude / ||V||`` as a differentiable vector."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        norm_cache(layer, adapter).unheard = True  # autograd runs the backward and will not say when
+    return weights.magnitude / divisor(resolve("auto", weights[:4]))
+
+
+def active_dropout(layer: Any, adapter: str) -> bool:
+    """As PEFT decides it: any dropout module that is not an identity, in training."""
+    if not layer.training:
+        return False
+    dropout = layer._modules["lora_dropout"]._modules[adapter]
+    return not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) != 0.0
