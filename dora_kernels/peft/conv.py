@@ -20,6 +20,7 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
 from torch import Tensor, nn
 
+from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.state import SWITCH, Weights, active_dropout, divisor, interpolated, read, scale
 from dora_kernels.reference import accumulation_dtype
@@ -91,11 +92,20 @@ class _DoraConvVariant(DoraVariant):
 
     @classmethod
     def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
-        """Of a grouped convolution PEFT's."""
-        if layer.base_layer.groups == 1:
-            return super().divisor(layer, adapter, weights)
+        """Of a grouped convolution PEFT's. Where memory formats differ A had to be copied, and no copy shows a write."""
         scaling = layer.scaling[adapter]
-        return divisor(layer, adapter, weights, lambda: _grouped_norm(weights, scaling))
+        a: Tensor = layer.lora_A[adapter].weight
+        grouped = layer.base_layer.groups > 1
+        if not grouped and weights.lora_A.data_ptr() == a.data_ptr():
+            return super().divisor(layer, adapter, weights)
+
+        def norm() -> Tensor:
+            if grouped:
+                return _grouped_norm(weights, scaling)
+            return dora_weight_norm(*(t.detach() for t in weights[:3]), scaling=scaling)
+
+        stored = weights._replace(weight=layer.base_layer.weight, lora_A=a, lora_B=layer.lora_B[adapter].weight)
+        return divisor(layer, adapter, stored, norm)
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:

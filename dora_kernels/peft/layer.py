@@ -111,6 +111,7 @@ class DoraLayer:
     stock: ClassVar[Any]
     variants: ClassVar[dict[Any, Any]]
     """PEFT's DoRA variant of this kind of layer, and this package's."""
+    lora_variant: dict[str, Any]
 
     def resolve_lora_variant(self, **kwargs: Any) -> Any:
         """PEFT's choice for a new adapter, with its DoRA variant replaced."""

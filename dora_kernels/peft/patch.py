@@ -36,6 +36,7 @@ class PatchHandle:
 
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: list[weakref.ref[nn.Module]] = []
+        self._tuners: list[weakref.ref[nn.Module]] = []
         self._undo = undo
         self._restored = False
 
@@ -57,9 +58,9 @@ class PatchHandle:
             self._undo()
         for model in self._live_models():
             restore_layers(model)
-            for module in model.modules():
-                if type(module) is LoraModel:
-                    module.__class__ = lora.LoraModel
+        for tuner in [reference() for reference in self._tuners]:
+            if type(tuner) is LoraModel:
+                tuner.__class__ = lora.LoraModel
 
     def __repr__(self) -> str:
         return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
@@ -67,6 +68,12 @@ class PatchHandle:
     def _add(self, model: nn.Module) -> None:
         if not any(known is model for known in self._live_models()):
             self._models.append(weakref.ref(model))
+
+    def _take(self, tuner: nn.Module) -> None:
+        if type(tuner) is lora.LoraModel:
+            tuner.__class__ = LoraModel
+        if type(tuner) is LoraModel:
+            self._tuners.append(weakref.ref(tuner))
 
     def _live_models(self) -> Iterator[nn.Module]:
         for reference in list(self._models):
@@ -104,11 +111,10 @@ def patch_peft(model: nn.Module) -> PatchHandle:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     _check_something_to_patch(model)
     patch_layers(model)
-    for module in model.modules():
-        if type(module) is lora.LoraModel:
-            module.__class__ = LoraModel
     handle = PatchHandle()
     handle._add(model)
+    for module in model.modules():
+        handle._take(module)
     patched, skipped = handle.patched, handle.skipped
     logger.info(
         "patched %d DoRA layers of %s, skipped %d, backend %s",
@@ -140,6 +146,7 @@ def patch_peft_globally() -> PatchHandle:
             return
         patch_layers(model)
         handle._add(model)
+        handle._take(self)
         # The weights themselves may still be on meta: what counts is which layers the patch is on.
         count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
