@@ -109,7 +109,7 @@ LAYERS = [
     ["functional"],
     ["modules", "peft/state"],
     ["peft/layer"],
-    ["peft/linear", "peft/embedding", "peft/conv"],
+    ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init"],
     ["peft/kinds"],
     ["peft/patch"],
 ]

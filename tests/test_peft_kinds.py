@@ -250,12 +250,14 @@ def test_merging(kind, safe_merge, dtype):
     before = weight.detach().clone()
 
     def merged(model, names):
-        model = copy.deepcopy(model).eval()
-        model.merge_adapter(names, safe_merge=safe_merge)
-        return {"weight": lora_layers(model)[0].get_base_layer().weight.detach(), **output(model)}
+        """Stock stays unmerged: before peft 0.21 a second adapter's norm is that of the merged weight."""
+        model = active(copy.deepcopy(model), *names).eval()
+        if any(SWITCH in vars(layer) for layer in lora_layers(model)):
+            model.merge_adapter(names, safe_merge=safe_merge)
+        return output(model)
 
     for names in (["default"], ["second"], ["default", "second"]):
-        check(lambda model, names=names: merged(active(model, *names), names), stock, ours, dtype)
+        check(lambda model, names=names: merged(model, names), stock, ours, dtype)
         ours.merge_adapter(names, safe_merge=safe_merge)
         assert weight.dtype == dtype and not torch.equal(weight, before)
         ours.unmerge_adapter()
@@ -280,7 +282,8 @@ def test_merged_onto_plain_lora_and_off_again(kind):
 
         def merged(model, names=names):
             model = copy.deepcopy(active(model, *names))
-            model.merge_adapter(names)
+            if any(SWITCH in vars(layer) for layer in lora_layers(model)):
+                model.merge_adapter(names)
             return output(model)
 
         check(merged, stock, ours)
@@ -291,15 +294,32 @@ def test_merged_onto_plain_lora_and_off_again(kind):
 
 @MERGEABLE
 def test_a_merged_weight_that_was_changed_is_not_overwritten(kind):
-    """Unmerging is PEFT's arithmetic then: nothing of the change is lost."""
+    """Unmerging is arithmetic then, and nothing of the change is lost."""
     _, ours = twins(kind)
-    weight = lora_layers(ours)[0].get_base_layer().weight
+    layer = lora_layers(ours)[0]
+    weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default").detach()
     before = weight.detach().clone()
     ours.merge_adapter()
     with torch.no_grad():
         weight.mul_(2)
     ours.unmerge_adapter()
-    assert (weight - before).abs().max() > 0.1 * before.abs().max()
+    torch.testing.assert_close(weight.detach(), 2 * before + delta, rtol=1e-5, atol=1e-5)
+
+
+@MERGEABLE
+def test_unmerged_without_a_copy(kind):
+    """Two adapters, one of them at another strength: PEFT's arithmetic, in float32."""
+    stock, _ = twins(kind)
+    add([stock], kind, r=2, lora_alpha=3)
+    ours = active(stock, "default", "second")
+    dora_kernels.patch_peft(ours, keep_unmerged=False)
+    dora_kernels.set_dora_strength(ours, 0.7, "default")
+    layer = lora_layers(ours)[0]
+    before = layer.get_base_layer().weight.detach().clone()
+    ours.merge_adapter(["default"])
+    assert vars(layer)[SWITCH].unmerged is None
+    ours.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight.detach(), before, rtol=1e-5, atol=1e-5)
 
 
 @MERGEABLE
@@ -497,3 +517,107 @@ def test_what_is_saved(kind):
 
     lora, y = held(plain)
     assert held(ours)[0] <= lora + y.nbytes + 2 * 4 * y.shape[-1]
+
+
+@KINDS
+def test_dropout_of_the_low_rank_branch_alone(kind):
+    """``dropout="lora"``: one base product, and PEFT's own result where the mask is all ones."""
+    stock, _ = twins(kind, lora_dropout=0.4)
+    ours = copy.deepcopy(stock)
+    dora_kernels.patch_peft(ours, dropout="lora")
+    layer = lora_layers(ours)[0]
+    if "embedding" in kind:  # which has none
+        check(solve, stock, ours)
+        return
+    x = given(ours)
+    torch.manual_seed(1)
+    result = layer(x)
+    torch.manual_seed(1)
+    dropped = layer.lora_dropout["default"](x)
+    base = layer.base_layer(x)
+    low = layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](dropped))
+    with torch.no_grad():
+        plain = layer.eval()(x) - base  # (g - 1) (base - b) + g low(x)
+        low_x = layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x))
+    bias = 0 if layer.base_layer.bias is None else layer.base_layer.bias.view(
+        (-1, *(1 for _ in range(base.dim() - 2))) if "conv" in kind else -1
+    )
+    m = layer.lora_magnitude_vector["default"].weight
+    dims = [d for d in range(base.dim()) if d != (1 if "conv" in kind else base.dim() - 1)]
+    g = ((plain + base - bias) * (base - bias + low_x)).sum(dims) / (base - bias + low_x).square().sum(dims)
+    g = g.detach().view((-1, *(1 for _ in range(base.dim() - 2))) if "conv" in kind else -1)
+    torch.testing.assert_close(result, g * (base - bias + low) + bias, rtol=1e-4, atol=1e-4)
+    result.sum().backward()
+    assert m.grad is not None and m.grad.isfinite().all()
+    stock.eval(), ours.eval()
+    check(output, stock, ours)
+
+
+@KINDS
+@pytest.mark.parametrize("adapters", [True, False], ids=["f32", "bf16"])
+def test_exact_init(kind, adapters):
+    """A fresh bfloat16 model is its base model to rounding; what was trained is left alone; `restore` undoes it."""
+
+    def fresh():
+        torch.manual_seed(0)
+        return get_peft_model(Net(kind).to(bf16), config(kind), autocast_adapter_dtype=adapters).eval()
+
+    model = fresh()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with model.disable_adapter():
+        base = output(model)["y"]
+    handle = dora_kernels.patch_peft(model, exact_init=True)
+    layer = lora_layers(model)[0]
+    if adapters:
+        assert handle.rewritten == ["base_model.model.layer (default)"]
+        rows = layer.weight.float()
+        rows = rows.t() if kind in ("Conv1D", "embedding", "scaled embedding") else rows.flatten(1)
+        m = layer.lora_magnitude_vector["default"].weight.flatten()
+        torch.testing.assert_close(m, rows.norm(dim=1), rtol=1e-6, atol=0)
+        wrong = before["base_model.model.layer.lora_magnitude_vector.default.weight"].flatten()
+        assert (wrong / m - 1).abs().max() > 1e-4
+    # The bias is added to the rounded product: one rounding more.
+    torch.testing.assert_close(output(model)["y"], base, rtol=2**-7, atol=2**-8)
+    handle.restore()
+    assert handle.rewritten == []
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for change in ("m", "B"):
+        trained = fresh()
+        with torch.no_grad():
+            layer = lora_layers(trained)[0]
+            # The factor that starts at 0.
+            zero = layer.lora_embedding_A["default"] if "embedding" in kind else layer.lora_B["default"].weight
+            target = zero if change == "B" else layer.lora_magnitude_vector["default"].weight
+            target.view(-1)[0] += 1.0
+            kept = layer.lora_magnitude_vector["default"].weight.clone()
+        assert dora_kernels.patch_peft(trained, exact_init=True).rewritten == []
+        assert torch.equal(layer.lora_magnitude_vector["default"].weight, kept)
+
+
+def test_exact_init_is_not_undone_where_training_went_on():
+    torch.manual_seed(0)
+    model = get_peft_model(Net("linear").to(bf16), config("linear"))
+    handle = dora_kernels.patch_peft(model, exact_init=True)
+    magnitude = lora_layers(model)[0].lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        magnitude[0] += 1
+    kept = magnitude.detach().clone()
+    handle.restore()
+    assert torch.equal(magnitude, kept)
+
+
+@pytest.mark.parametrize("patch", [dora_kernels.patch_peft_globally, None], ids=["globally", ""])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dropout": "torchtune"}, ValueError, "^dropout: expected 'peft' or 'lora', got 'torchtune'"),
+        ({"exact_init": 1}, TypeError, "^exact_init: expected a bool, got int"),
+        ({"keep_unmerged": "cpu"}, TypeError, "^keep_unmerged: expected a bool, got str"),
+    ],
+)
+def test_options_that_are_none(patch, options, error, message):
+    torch.manual_seed(0)
+    model = get_peft_model(Net("linear"), config("linear"))
+    with pytest.raises(error, match=message):
+        patch(**options) if patch else dora_kernels.patch_peft(model, **options)
+    assert not any(SWITCH in vars(layer) for layer in lora_layers(model))

@@ -92,7 +92,7 @@ class _DoraConvVariant(DoraVariant):
 
     @classmethod
     def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
-        """Of a grouped convolution PEFT's. Where memory formats differ A had to be copied, and no copy shows a write."""
+        """Of a grouped convolution PEFT's. Where memory formats differ A was copied, and a copy shows no writes."""
         scaling = layer.scaling[adapter]
         a: Tensor = layer.lora_A[adapter].weight
         grouped = layer.base_layer.groups > 1
@@ -109,7 +109,7 @@ class _DoraConvVariant(DoraVariant):
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Switch.dropout` says."""
+        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Options.dropout` says."""
         weights = cls.read(module, active_adapter)
         if weights is None:
             return cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
@@ -120,7 +120,7 @@ class _DoraConvVariant(DoraVariant):
         base = None
         if active_dropout(module, active_adapter):
             x = module.lora_dropout[active_adapter](x)
-            if vars(module)[SWITCH].dropout == "peft":
+            if vars(module)[SWITCH].options.dropout == "peft":
                 base = cls._base_product(module.base_layer, x)
         low = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         if base is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from dora_kernels.peft import conv, embedding, linear
 from dora_kernels.peft.layer import DoraLayer
-from dora_kernels.peft.state import SWITCH, Switch, dora_adapters, switch
+from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, switch
 
 
 class Kind(NamedTuple):
@@ -51,26 +51,36 @@ class LoraModel(lora.LoraModel):
 
 @contextmanager
 def _keeping_nothing(model: nn.Module) -> Iterator[None]:
-    states = [state for layer in model.modules() if (state := switch(layer)) is not None and state.keeps_unmerged]
+    states = [state for layer in model.modules() if (state := switch(layer)) is not None]
+    options = [state.options for state in states]
     for state in states:
-        state.keeps_unmerged = False
+        state.options = state.options._replace(keep_unmerged=False)
     try:
         yield
     finally:
-        for state in states:
-            state.keeps_unmerged = True
+        for state, before in zip(states, options, strict=True):
+            state.options = before
 
 
-def patch_layers(model: nn.Module) -> None:
-    """Patch every layer of `model` that can be, DoRA adapters or not: one may be added later."""
+def patch_layers(model: nn.Module, options: Options | None = None) -> None:
+    """Patch every layer of `model` that can be, DoRA adapters or not: one may be added later.
+
+    `options` are set on those that are patched already too; without any the new ones take what these have.
+    """
     layer: Any
+    known = [state for layer in model.modules() if (state := switch(layer)) is not None]
+    if options is not None:
+        for state in known:
+            state.options = options
+    elif known:
+        options = known[0].options
     for layer in model.modules():
         if type(layer) in _KINDS and unsupported(layer) is None:
             layer.__class__ = _KINDS[type(layer)].patched
         if type(layer) in _OURS and SWITCH not in vars(layer):
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = layer.patched_variant(variant)
-            setattr(layer, SWITCH, Switch())
+            setattr(layer, SWITCH, Switch(options))
 
 
 def restore_layers(model: nn.Module) -> None:

@@ -78,6 +78,25 @@ class DoraVariant:
         layer._cache_store(f"{adapter}-weight_norm", norm.view(layer.lora_magnitude_vector[adapter].weight.shape))
         return result
 
+    @classmethod
+    @torch.no_grad()
+    def unmerge(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """What `merge_safe` was given, as far as arithmetic can undo it: where no unmerged weight was kept."""
+        weights = cls.read(module, active_adapter)
+        if weights is None:
+            unmerged: Tensor = cls.stock.unmerge(module, active_adapter, orig_weight)
+            return unmerged
+        k = strength(module, active_adapter)
+        g = k * magnitude_scale(weights.magnitude, module._cache_pop(f"{active_adapter}-weight_norm").view(-1))
+        factor = (1.0 - k + g).unsqueeze(1)
+        rows = cls.rows(module, orig_weight.detach())
+        wide = rows.to(accumulation_dtype(rows, weights.lora_A)) / factor
+        factors = weights.lora_A.detach(), weights.lora_B.detach() * (-g.unsqueeze(1) / factor)
+        result = torch.empty_like(orig_weight.detach())
+        scaling, backend = module.scaling[active_adapter], resolve("auto", (wide, *factors))
+        cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
+        return result
+
 
 class Unmerged:
     """A copy of a base layer's weight and bias on the CPU, and a sample of what merging made of the weight."""
@@ -134,7 +153,7 @@ class DoraLayer:
             return super().merge(safe_merge, adapter_names)  # type: ignore[misc]
         names = self.active_adapters if adapter_names is None else adapter_names
         base = self.get_base_layer()
-        if not self.merged_adapters and state.keeps_unmerged and set(names) & set(dora_adapters(self)):
+        if not self.merged_adapters and state.options.keep_unmerged and set(names) & set(dora_adapters(self)):
             state.unmerged = Unmerged(base)
         try:
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]

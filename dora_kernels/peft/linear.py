@@ -76,7 +76,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Switch.dropout` says."""
+        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Options.dropout` says."""
         weights = cls.read(module, active_adapter)
         if weights is None:
             return cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
@@ -84,7 +84,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         dropped = None
         if active_dropout(module, active_adapter):
             x = dropped = module.lora_dropout[active_adapter](x)
-        of_base = dropped is not None and vars(module)[SWITCH].dropout == "peft"
+        of_base = dropped is not None and vars(module)[SWITCH].options.dropout == "peft"
         if of_base or hooked(lora_B) or nn_module._has_any_global_hook():
             base = result
             if of_base:

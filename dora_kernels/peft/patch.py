@@ -22,14 +22,15 @@ if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.backends import resolve
+from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
 from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
-from dora_kernels.peft.state import dora_adapters, switch
+from dora_kernels.peft.state import Options, dora_adapters, switch
 
 logger = logging.getLogger("dora_kernels")
 
 
 class PatchHandle:
-    """What a patch reached, and the way back. Both lists are read from the models at each access.
+    """What a patch reached, and the way back. `patched` and `skipped` are read from the models at each access.
 
     Names are those of `named_modules`, after the model's class and number where there are several models.
     """
@@ -39,6 +40,12 @@ class PatchHandle:
         self._tuners: list[weakref.ref[nn.Module]] = []
         self._undo = undo
         self._restored = False
+        self._rewritten: list[Rewritten] = []
+
+    @property
+    def rewritten(self) -> list[str]:
+        """The magnitudes that ``exact_init`` gave another value: layers' names, each with the adapter's."""
+        return [each.name for each in self._rewritten]
 
     @property
     def patched(self) -> list[str]:
@@ -56,6 +63,8 @@ class PatchHandle:
         self._restored = True
         if self._undo is not None:
             self._undo()
+        undo(self._rewritten)
+        self._rewritten = []
         for model in self._live_models():
             restore_layers(model)
         for tuner in [reference() for reference in self._tuners]:
@@ -68,6 +77,11 @@ class PatchHandle:
     def _add(self, model: nn.Module) -> None:
         if not any(known is model for known in self._live_models()):
             self._models.append(weakref.ref(model))
+
+    def _rewrite(self, model: nn.Module) -> None:
+        rewritten = rewrite_magnitudes(model)
+        self._rewritten += rewritten
+        logger.info("gave %d fresh magnitudes of %s their exact norm", len(rewritten), type(model).__name__)
 
     def _take(self, tuner: nn.Module) -> None:
         if type(tuner) is lora.LoraModel:
@@ -90,31 +104,43 @@ class PatchHandle:
                     yield prefix + name, module
 
 
-def patch_peft(model: nn.Module) -> PatchHandle:
+def patch_peft(
+    model: nn.Module, *, dropout: str = "peft", exact_init: bool = False, keep_unmerged: bool = True
+) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
     Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`.
-    It is per model, and safe to call twice. Every DoRA layer on a plain `nn.Linear` or `Conv1D` is patched; other
-    kinds stay with PEFT and are listed in `PatchHandle.skipped`.
+    It is per model, and safe to call twice: the options are then those of the last call. What cannot be patched stays
+    with PEFT and is listed in `PatchHandle.skipped`.
 
     Args:
         model: a `PeftModel`, or any module with PEFT adapters injected.
+        dropout: "peft" takes PEFT's formula where dropout is active, which drops in the base product too and so makes
+            it twice; "lora" drops in the low-rank branch alone (torchtune's and axolotl's formula), one base product.
+            Without dropout, and in evaluation, they are the same. Embeddings have no dropout.
+        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing;
+            PEFT's, in the base's dtype, is up to 3.5e-3 off for a bfloat16 base. A magnitude is rewritten only if B is
+            0 and it is bit for bit PEFT's own initialisation; `PatchHandle.rewritten` lists them.
+        keep_unmerged: let ``merge_adapter`` keep a copy of each unmerged weight on the CPU, so that unmerging is exact.
 
     Returns:
-        A `PatchHandle`: `patched`, `skipped` and `restore()`.
+        A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`.
-        ValueError: there is nothing to patch; the message says why. The model is unchanged.
+        TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` no bool.
+        ValueError: `dropout` is neither, or there is nothing to patch; the message says why. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    options = _options(dropout, exact_init, keep_unmerged)
     _check_something_to_patch(model)
-    patch_layers(model)
+    patch_layers(model, options)
     handle = PatchHandle()
     handle._add(model)
     for module in model.modules():
         handle._take(module)
+    if exact_init:
+        handle._rewrite(model)
     patched, skipped = handle.patched, handle.skipped
     logger.info(
         "patched %d DoRA layers of %s, skipped %d, backend %s",
@@ -123,13 +149,18 @@ def patch_peft(model: nn.Module) -> PatchHandle:
     return handle
 
 
-def patch_peft_globally() -> PatchHandle:
+def patch_peft_globally(
+    *, dropout: str = "peft", exact_init: bool = False, keep_unmerged: bool = True
+) -> PatchHandle:
     """Do what `patch_peft` does for every PEFT model made afterwards, for frameworks that build the model themselves.
 
     All of PEFT's entrances (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the integrations of
     transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
     left alone. `PatchHandle.restore` undoes the wrapping and every model that is still alive.
+
+    Args, Raises: as `patch_peft`.
     """
+    options = _options(dropout, exact_init, keep_unmerged)
     original = BaseTuner.inject_adapter
 
     def undo() -> None:
@@ -144,15 +175,26 @@ def patch_peft_globally() -> PatchHandle:
         original(self, model, *args, **kwargs)
         if handle._restored or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
             return
-        patch_layers(model)
+        patch_layers(model, options)
         handle._add(model)
         handle._take(self)
+        if exact_init:
+            handle._rewrite(model)
         # The weights themselves may still be on meta: what counts is which layers the patch is on.
         count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     BaseTuner.inject_adapter = inject_adapter
     return handle
+
+
+def _options(dropout: str, exact_init: bool, keep_unmerged: bool) -> Options:
+    if dropout not in ("peft", "lora"):
+        raise ValueError(f"dropout: expected 'peft' or 'lora', got {dropout!r}")
+    for name, value in (("exact_init", exact_init), ("keep_unmerged", keep_unmerged)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return Options(dropout, keep_unmerged)
 
 
 def _check_something_to_patch(model: nn.Module) -> None:

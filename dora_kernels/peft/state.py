@@ -17,8 +17,6 @@ from dora_kernels.norm_cache import NormCache, compute_divisor
 # the patched forward.
 SWITCH = "_dora_kernels"
 
-DROPOUTS = ("peft", "lora")
-
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -43,17 +41,23 @@ class AdapterCache(NormCache):
         self.checked: tuple[Any, ...] | None = None
 
 
+class Options(NamedTuple):
+    """What `patch_peft` was asked for."""
+
+    dropout: str = "peft"
+    """Whose formula active dropout takes: "peft" drops in the base product too, "lora" in the low-rank one alone."""
+    keep_unmerged: bool = True
+    """Whether merging keeps a copy of the unmerged weight on the CPU."""
+
+
 class Switch(dict[str, AdapterCache]):
     """A patched layer's kept norms by adapter, and its settings."""
 
-    dropout = "peft"
-    """Whose formula active dropout takes: "peft" drops in the base product too, "lora" in the low-rank one alone."""
-
-    def __init__(self) -> None:
+    def __init__(self, options: Options | None = None) -> None:
         super().__init__()
+        self.options = options or Options()
         self.strengths: dict[str, float] = {}
         self.unmerged: Any = None
-        self.keeps_unmerged = True
 
 
 def switch(layer: nn.Module) -> Switch | None:
