@@ -107,9 +107,11 @@ LAYERS = [
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
-    ["modules", "peft/state"],
+    ["modules", "peft/state", "peft/dequantize"],
     ["peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init"],
+    ["peft/quantized"],
+    ["peft/refused"],
     ["peft/kinds"],
     ["peft/patch"],
 ]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from peft.tuners import lora
 from torch import nn
 
-from dora_kernels.peft import conv, embedding, linear
+from dora_kernels.peft import conv, embedding, linear, quantized, refused
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, switch
 
@@ -32,7 +32,20 @@ _KINDS: dict[Any, Kind] = {
     conv.DoraConv2d.stock: Kind(conv.DoraConv2d, conv.unsupported),
     conv.DoraConv3d.stock: Kind(conv.DoraConv3d, conv.unsupported),
 }
-_OURS = frozenset(kind.patched for kind in _KINDS.values())
+
+
+def _kind(stock: type) -> Kind | None:
+    kind = _KINDS.get(stock)
+    patched = None if kind is not None else quantized.patched_class(stock) or refused.patched_class(stock)
+    if patched is not None:
+        kind = _KINDS[stock] = Kind(patched, lambda layer: None)
+    return kind
+
+
+def _is_ours(layer: Any) -> bool:
+    """Whether it is of a class made here, not of one that somebody derived from it."""
+    kind = _kind(layer.stock) if isinstance(layer, DoraLayer) else None
+    return kind is not None and kind.patched is type(layer)
 
 
 class LoraModel(lora.LoraModel):
@@ -75,20 +88,23 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
     elif known:
         options = known[0].options
     for layer in model.modules():
-        if type(layer) in _KINDS and unsupported(layer) is None:
-            layer.__class__ = _KINDS[type(layer)].patched
-        if type(layer) in _OURS and SWITCH not in vars(layer):
+        kind = _kind(type(layer))
+        if kind is not None and unsupported(layer) is None:
+            layer.__class__ = kind.patched
+        if _is_ours(layer) and SWITCH not in vars(layer):
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Undo `patch_layers`."""
+    """Undo `patch_layers`; of what PEFT has no DoRA for, all that can be undone is a layer without such an adapter."""
     layer: Any
     for layer in model.modules():
+        if dora_adapters(layer) and isinstance(layer, refused.DoraRefused):
+            continue
         if isinstance(layer, DoraLayer):
-            if type(layer) in _OURS:  # a class that FSDP2 derived from it stays, with the switch off
+            if _is_ours(layer):  # a class that FSDP2 derived from it stays, with the switch off
                 layer.__class__ = layer.stock
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = DoraLayer.restored_variant(variant)
@@ -97,11 +113,11 @@ def restore_layers(model: nn.Module) -> None:
 
 def unsupported(layer: Any) -> str | None:
     """Why `layer`, one of PEFT's LoRA layers, cannot be patched; None where it can."""
-    kind = _KINDS.get(layer.stock if isinstance(layer, DoraLayer) else type(layer))
+    kind = _kind(layer.stock if isinstance(layer, DoraLayer) else type(layer))
     if kind is None:
         return f"{type(layer).__module__}.{type(layer).__name__}: this kind of LoRA layer is not supported"
     reason = kind.unsupported(layer)
-    if reason is None and type(layer) in _KINDS and "forward" in vars(layer):
+    if reason is None and not isinstance(layer, DoraLayer) and "forward" in vars(layer):
         return "it has a forward of its own (a hook of accelerate, for example): patch before that is installed"
     return reason
 

@@ -60,9 +60,7 @@ class DoraVariant:
         if state is None or weights is None or (layer.merged_adapters and state.unmerged is None):
             return None
         scaling, k = layer.scaling[adapter], strength(layer, adapter)
-        unmerged = weights.weight
-        if layer.merged_adapters:
-            unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device))
+        unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)
         factors = weights.lora_A.detach(), weights.lora_B.detach()
         norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)
         rows = cls.rows(layer, weight.detach())
@@ -152,9 +150,8 @@ class DoraLayer:
         if state is None:
             return super().merge(safe_merge, adapter_names)  # type: ignore[misc]
         names = self.active_adapters if adapter_names is None else adapter_names
-        base = self.get_base_layer()
         if not self.merged_adapters and state.options.keep_unmerged and set(names) & set(dora_adapters(self)):
-            state.unmerged = Unmerged(base)
+            state.unmerged = self._keep()
         try:
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
         finally:  # it writes the weight through `.data`, which no version shows
@@ -162,7 +159,10 @@ class DoraLayer:
             if not self.merged_adapters:
                 state.unmerged = None
             elif state.unmerged is not None:
-                state.unmerged.merged(base)
+                state.unmerged.merged(self.get_base_layer())
+
+    def _keep(self: Any) -> Any:
+        return Unmerged(self.get_base_layer())
 
     def unmerge(self: Any) -> None:
         """Put the kept weight back, bit for bit; PEFT's arithmetic where there is none or it was changed since."""

@@ -88,21 +88,27 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         if of_base or hooked(lora_B) or nn_module._has_any_global_hook():
             base = result
             if of_base:
-                base = cls.base_product(module, x, weights)
-            elif weights.bias is not None:
-                base = result - weights.bias
+                base = cls.base_product(module, active_adapter, x, weights)
+            elif (bias := cls.bias(module, active_adapter, weights)) is not None:
+                base = result - bias
             g = scale(module, active_adapter, weights, cls.divisor(module, active_adapter, weights))
             dora = result + (g - 1) * base + (g * module.scaling[active_adapter]) * lora_B(lora_A(x))
         else:
             h = lora_A(x)
             dora = run_compose(
                 result.to(torch.promote_types(result.dtype, h.dtype)), h, weights.lora_B, weights.magnitude,
-                weights.bias, module.scaling[active_adapter], cls.divisor(module, active_adapter, weights),
+                cls.bias(module, active_adapter, weights), module.scaling[active_adapter],
+                cls.divisor(module, active_adapter, weights),
             )  # fmt: skip
         return interpolated(module, active_adapter, result, dora)
 
     @staticmethod
-    def base_product(module: Any, x: Tensor, weights: Weights) -> Tensor:
+    def bias(module: Any, adapter: str, weights: Weights) -> Tensor | None:
+        """The base layer's."""
+        return weights.bias
+
+    @classmethod
+    def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights) -> Tensor:
         """``x Wᵀ`` of what dropout left."""
         return F.linear(x, weights.weight.to(x.dtype))
 

@@ -22,6 +22,7 @@ if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.backends import resolve
+from dora_kernels.peft import refused
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
 from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
 from dora_kernels.peft.state import Options, dora_adapters, switch
@@ -158,17 +159,21 @@ def patch_peft_globally(
     transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
     left alone. `PatchHandle.restore` undoes the wrapping and every model that is still alive.
 
+    While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
+
     Args, Raises: as `patch_peft`.
     """
     options = _options(dropout, exact_init, keep_unmerged)
     original = BaseTuner.inject_adapter
+    refuse_again = refused.allow()
 
-    def undo() -> None:
+    def undo_globally() -> None:
+        refuse_again()
         # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    handle = PatchHandle(undo)
+    handle = PatchHandle(undo_globally)
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -39,6 +39,13 @@ class AdapterCache(NormCache):
     def __init__(self) -> None:
         super().__init__()
         self.checked: tuple[Any, ...] | None = None
+        self.constants: tuple[Any, ...] | None = None
+        """Of a base layer that shows its weight through its forward alone."""
+
+    def invalidate(self) -> None:
+        """Forget everything."""
+        super().invalidate()
+        self.constants = None
 
 
 class Options(NamedTuple):
@@ -230,7 +237,7 @@ def scale(layer: Any, adapter: str, weights: Weights, divisor: Callable[[str], T
     """``g = magnitude / ||V||`` as a differentiable vector."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         norm_cache(layer, adapter).unheard = True  # autograd runs the backward and will not say when
-    return weights.magnitude / divisor(resolve("auto", weights[:4]))
+    return weights.magnitude / divisor(resolve("auto", weights[1:4]))
 
 
 def active_dropout(layer: Any, adapter: str) -> bool:

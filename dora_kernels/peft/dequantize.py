@@ -1,0 +1,159 @@
+"""A quantised base layer's weight, a block of rows at a time: bitsandbytes, HQQ and torchao, none of them imported.
+
+What another layer's weight is shows through its forward alone: `through_forward`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Elements of one block: 2 to 4 MB, so that a block and its norm stay in the caches and nothing of W's size is made.
+_BLOCK_ELEMENTS = 1 << 20
+
+Blocks = Iterator[tuple[slice, Tensor]]
+
+
+def row_blocks(base: nn.Module) -> Callable[[], Blocks] | None:
+    """``rows, W[rows]`` for all of W, as often as it is called; None for a format that is not known."""
+    weight: Any = base._parameters.get("weight")
+    kind = type(weight)
+    if kind.__module__.startswith("bitsandbytes."):
+        if kind.__name__ == "Params4bit" and getattr(weight, "quant_state", None) is not None:
+            packed = getattr(weight.quant_state, "packing_format_for_cpu", False)
+            return lambda: (_cpu_4bit if packed else _bnb_4bit)(weight, weight.quant_state)
+        if kind.__name__ == "Int8Params":
+            return lambda: _bnb_8bit(weight, base)
+    if kind.__module__.startswith("torchao."):
+        return lambda: _torchao(weight)
+    if hasattr(base, "W_q") and isinstance(getattr(base, "meta", None), dict):
+        return lambda: _hqq(base)
+    return None
+
+
+def carrier(base: nn.Module) -> Tensor | None:
+    """The tensor in which a new base weight would show: the packed one, or the largest that there is."""
+    weight = base._parameters.get("weight")
+    if weight is None and isinstance(getattr(base, "W_q", None), Tensor):
+        return base.W_q  # type: ignore[return-value]
+    while weight is not None and hasattr(weight, "__tensor_flatten__"):
+        weight = getattr(weight, weight.__tensor_flatten__()[0][0])
+    if weight is not None:
+        return weight
+    tensors = [*base.parameters(), *base.buffers()]
+    return max(tensors, key=lambda t: t.numel()) if tensors else None
+
+
+def dequantized(base: nn.Module) -> Tensor | None:
+    """All of W, for merging."""
+    blocks = row_blocks(base)
+    if blocks is None:
+        return None
+    parts = sorted(((rows.start, block) for rows, block in blocks()), key=lambda part: part[0])
+    return torch.cat([block for _, block in parts])
+
+
+def _steps(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
+    step = max(multiple, _BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _bnb_4bit(weight: Any, state: Any) -> Blocks:
+    """Two elements a byte in the order of W, a scale for each `blocksize` elements."""
+    from bitsandbytes import functional
+
+    rows, columns = state.shape
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    absmax, packed = absmax.float(), weight.data.view(torch.uint8).view(-1)
+    multiple = next(n for n in range(1, 2 * state.blocksize + 1) if n * columns % (2 * state.blocksize) == 0)
+    for part in _steps(rows, columns, multiple):
+        start, stop = part.start * columns, part.stop * columns
+        of_part = copy.copy(state)
+        of_part.absmax = absmax[start // state.blocksize : -(-stop // state.blocksize)]
+        of_part.nested, of_part.state2, of_part.offset = False, None, None
+        of_part.shape = torch.Size((part.stop - part.start, columns))
+        yield part, functional.dequantize_4bit(packed[start // 2 : -(-stop // 2)].view(-1, 1), of_part)
+
+
+def _cpu_4bit(weight: Any, state: Any) -> Blocks:
+    """As an evaluation on a CPU with AVX512-BF16 repacks it: in groups of 32 rows, the low half of each 64 first."""
+    rows, columns = state.shape
+    for part in _steps(rows, columns, 32):
+        size = part.stop - part.start
+        packed = weight.data[part].reshape(-1, 32)
+        index = torch.cat([packed & 0xF, packed >> 4], 1).view(size // 32, columns // 2, 32, 2).transpose(1, 2)
+        scale = state.absmax[:, part].t().repeat_interleave(state.blocksize, 1)
+        yield part, state.code[index.reshape(size, columns).int()] * scale
+
+
+def _bnb_8bit(weight: Any, base: Any) -> Blocks:
+    """int8, a scale for each row."""
+    scale = next(s for s in (base.state.SCB, weight.SCB, getattr(weight, "_scb", None)) if s is not None)
+    for part in _steps(*weight.shape):
+        yield part, weight.data[part] * (scale[part].to(weight.device).float() / 127).unsqueeze(1)
+
+
+def _torchao(weight: Any) -> Blocks:
+    for part in _steps(*weight.shape):
+        yield part, weight[part].dequantize()
+
+
+def _hqq(base: Any) -> Blocks:
+    """Several rows of the grouped weight in each packed row, as far apart as there are packed rows."""
+    from hqq.core.quantize import Quantizer
+
+    packed, meta = base.W_q.data, dict(base.meta)
+    rows, columns = meta["shape"]
+    for name, place in (("zero", 0), ("scale", 1)):
+        if "zero_scale" in meta:
+            both = meta["zero_scale"].to(packed.device)
+            meta[f"{name}_q" if both.dtype == torch.uint8 else name] = both[place]
+        if meta.get(f"quant_{name}"):
+            meta[name] = Quantizer.dequantize(meta[f"{name}_q"].to(packed.device), meta[f"meta_{name}"])
+    if meta["packing"] and meta["view_as_float"]:
+        packed = packed.view(meta["unpack_view_dtype"])
+        meta["view_as_float"] = False
+    width = packed.shape[1]  # of a row of the grouped weight
+    segments = 1 if not meta["packing"] else Quantizer.unpack[meta["packing"]](packed[:1]).shape[0]
+    multiple = next(n for n in range(1, columns + 1) if n * width % columns == 0)
+    per_segment = packed.shape[0] * width
+    if per_segment % columns or per_segment * segments != rows * columns:  # parts that end within a row of W
+        yield slice(0, rows), Quantizer.dequantize(packed, meta)
+        return
+    for part in _steps(packed.shape[0], width * segments, multiple):
+        size = part.stop - part.start
+        of_part = {**meta, "shape": (segments * size, width)}
+        if meta["axis"] == 1:
+            for name in ("zero", "scale"):
+                if isinstance(meta[name], Tensor) and meta[name].dim() == 2:
+                    of_part[name] = meta[name].view(segments, packed.shape[0], 1)[:, part].reshape(-1, 1)
+        if meta["nbits"] == 3:  # which would be cut to the group's size
+            of_part["group_size"] = segments * size if meta["axis"] == 0 else width
+        block = Quantizer.dequantize(packed[part], of_part).view(segments, -1, columns)
+        first, length = part.start * width // columns, size * width // columns
+        for segment in range(segments):
+            start = segment * (per_segment // columns) + first
+            yield slice(start, start + length), block[segment]
+
+
+def through_forward(base: Any, like: Tensor, columns: int) -> Callable[[], Blocks]:
+    """Blocks of the *columns* of W, ``W[:, columns]`` transposed: what the layer makes of the rows of an identity.
+
+    `like` gives the input's dtype and device.
+    """
+
+    def blocks() -> Blocks:
+        bias = base.forward(like.new_zeros(1, columns))
+        for part in _steps(columns, columns):
+            size = part.stop - part.start
+            identity = like.new_zeros(size, columns)
+            identity[:, part].fill_diagonal_(1.0)
+            yield part, base.forward(identity) - bias
+
+    return blocks

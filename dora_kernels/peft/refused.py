@@ -1,0 +1,107 @@
+"""DoRA on the quantised layers that PEFT refuses it for: GPTQ, AWQ, EETQ and AQLM.
+
+PEFT raises while it makes the layer, so its classes' ``__init__`` is replaced by `patch_peft_globally`, for as long as
+that is on. Such a layer has no stock DoRA to go back to: it stays patched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from dora_kernels.peft.quantized import DoraQuantized, DoraQuantizedVariant, forward
+from dora_kernels.peft.state import SWITCH, Switch
+
+_STOCK = {
+    "DoraGptqLinear": ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+    "DoraAwqLinear": ("peft.tuners.lora.awq", "AwqLoraLinear"),
+    "DoraEetqLinear": ("peft.tuners.lora.eetq", "EetqLoraLinear"),
+    "DoraAqlmLinear": ("peft.tuners.lora.aqlm", "AqlmLoraLinear"),
+}
+
+
+class DoraRefused(DoraQuantized):
+    """A layer of a kind that PEFT has no DoRA for."""
+
+    def resolve_lora_variant(self, *, config: Any = None, use_dora: bool = False, **kwargs: Any) -> Any:
+        """This package's variant for DoRA, which PEFT's class does not know."""
+        if use_dora or getattr(config, "use_dora", False):
+            return DoraQuantizedVariant()
+        arguments = {"use_dora": False, **kwargs} if config is None else {"config": config, **kwargs}
+        return super().resolve_lora_variant(**arguments)
+
+
+@functools.cache
+def _patched(name: str) -> Any:
+    module, stock_name = _STOCK[name]
+    stock = getattr(importlib.import_module(module), stock_name)
+
+    def run(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # PEFT's forward of these classes does not look at variants; that of its linear layer does.
+        return forward(lora.Linear, self, x, args, kwargs)
+
+    doc = f"PEFT's {stock_name} with DoRA adapters on this package."
+    return type(name, (DoraRefused, stock), {
+        "stock": stock, "forward": run, "__doc__": doc, "__module__": __name__, "__qualname__": name
+    })  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _STOCK:
+        return _patched(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def patched_class(kind: type) -> Any:
+    """What takes the place of a class of PEFT's, None where there is nothing."""
+    for name, (module, stock) in _STOCK.items():
+        if kind.__module__ == module and kind.__name__ == stock:
+            return _patched(name)
+    return None
+
+
+def allow() -> Callable[[], None]:
+    """Let PEFT's classes take DoRA adapters from now on; what is returned ends it."""
+    undone = []
+    for name, (module, stock_name) in _STOCK.items():
+        stock = getattr(importlib.import_module(module), stock_name, None)
+        if stock is not None:  # EETQ's class is there only where the library is
+            undone.append((stock, stock.__init__))
+            stock.__init__ = _wrapped(stock.__init__, name)
+
+    def undo() -> None:
+        for stock, original in undone:
+            if getattr(stock.__init__, "__wrapped__", None) is original:
+                stock.__init__ = original
+
+    return undo
+
+
+def _wrapped(original: Any, name: str) -> Any:
+    @functools.wraps(original)
+    def __init__(self: Any, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("config")
+        if not (kwargs.get("use_dora") or getattr(config, "use_dora", False)):
+            original(self, base_layer, adapter_name, *args, **kwargs)
+            return
+        if config is None:  # before peft 0.19
+            kwargs["use_dora"] = False
+        else:
+            kwargs["config"] = copy.copy(config)
+            kwargs["config"].use_dora = False
+        original(self, base_layer, adapter_name, *args, **kwargs)
+        self.__class__ = _patched(name)
+        setattr(self, SWITCH, Switch())
+        self.use_dora[adapter_name] = True
+        self.lora_variant[adapter_name] = DoraQuantizedVariant()
+        DoraQuantizedVariant.init(self, adapter_name)
+        magnitude = self.lora_magnitude_vector[adapter_name].weight
+        magnitude.requires_grad_(self.lora_A[adapter_name].weight.requires_grad)
+
+    return __init__
