@@ -8,7 +8,7 @@ from dora_kernels.modules import DoRALinear, LoRALinear
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 if TYPE_CHECKING:
-    from dora_kernels.peft import PatchHandle, patch_peft, patch_peft_globally, set_dora_strength
+    from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally, set_dora_strength
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "LoRALinear",
     "PatchHandle",
     "UnsupportedError",
+    "check_adapter",
     "dora_linear",
     "dora_weight_norm",
     "invalidate",
@@ -27,7 +28,7 @@ __all__ = [
     "set_norm_reuse",
 ]
 
-_OF_PEFT = ("PatchHandle", "patch_peft", "patch_peft_globally", "set_dora_strength")
+_OF_PEFT = ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally", "set_dora_strength")
 
 
 def __getattr__(name: str) -> Any:

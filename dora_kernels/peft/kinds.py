@@ -6,16 +6,22 @@ isinstance are untouched.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
+from peft.utils.other import _freeze_adapter
 from torch import nn
 
 from dora_kernels.peft import conv, embedding, linear, quantized, refused
+from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, switch
+
+logger = logging.getLogger("dora_kernels")
 
 
 class Kind(NamedTuple):
@@ -55,6 +61,63 @@ class LoraModel(lora.LoraModel):
         """PEFT's injection, then the patch."""
         super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """PEFT's for plain LoRA; with DoRA among them the sum of what the adapters add to the weights (`combine`).
+
+        ``combination_type``: "cat", exact, of the sum of the ranks; "svd", of `svd_rank` or the largest rank; "linear",
+        of the common rank. The new adapter is a DoRA adapter, with a scaling of 1.
+
+        Raises:
+            ValueError: another combination, weights that are not one number an adapter, adapters that are not there or
+                merged, or weights that cannot be read. The model is as it was.
+        """
+        known = [name for name in adapters if name in self.peft_config and self.peft_config[name].use_dora]
+        if not known or not any(switch(module) is not None for module in self.model.modules()):
+            super().add_weighted_adapter(
+                adapters, weights, adapter_name, combination_type=combination_type, svd_rank=svd_rank, **kwargs
+            )
+            return
+        if adapter_name in self.peft_config:
+            return
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights: expected {len(adapters)}, one for each adapter, got {len(weights)}")
+        if combination_type not in COMBINATIONS:
+            expected = ", ".join(repr(one) for one in COMBINATIONS)
+            raise ValueError(f"combination_type: expected {expected} for DoRA adapters, got {combination_type!r}")
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, lora.LoraLayer)}
+        for name, layer in layers.items():
+            if layer.merged_adapters:
+                raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() before")
+        _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        self.peft_config[adapter_name] = dataclasses.replace(
+            self.peft_config[known[0]],
+            r=rank, lora_alpha=rank, target_modules=target_modules, alpha_pattern={}, rank_pattern={}, use_rslora=False,
+        )  # fmt: skip
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            _freeze_adapter(self.model, adapter_name)
+            errors = {
+                name: combine(layer, name, adapters, weights, adapter_name)
+                for name, layer in self.model.named_modules()
+                if isinstance(layer, lora.LoraLayer) and adapter_name in layer.scaling
+            }
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+        worst = max(errors, key=lambda name: errors[name])
+        logger.info(
+            "combined %d adapters of %d layers into %r, rank %d; of B A is lost at most %.1e, in %s",
+            len(adapters), len(errors), adapter_name, rank, errors[worst], worst,
+        )  # fmt: skip
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's; no unmerged weight is kept, for there is nothing left to unmerge."""

@@ -23,6 +23,7 @@ if not hasattr(lora.layer, "LoraVariant"):
 
 from dora_kernels.backends import resolve
 from dora_kernels.peft import refused
+from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
 from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
 from dora_kernels.peft.state import Options, dora_adapters, switch
@@ -129,12 +130,14 @@ def patch_peft(
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` no bool.
-        ValueError: `dropout` is neither, or there is nothing to patch; the message says why. The model is unchanged.
+        ValueError: `dropout` is neither, there is nothing to patch, or a layer is merged, on meta, without its
+            magnitude or not finite; the message says which and why. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     options = _options(dropout, exact_init, keep_unmerged)
     _check_something_to_patch(model)
+    check_layers(model)
     patch_layers(model, options)
     handle = PatchHandle()
     handle._add(model)
