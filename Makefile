@@ -5,10 +5,12 @@ VENV ?= .venv
 # pytest processes: two on a CPU, one where a GPU is to be shared
 WORKERS ?= $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg),0,2)
 PIP_ARGS ?=
+CONSTRAINTS = constraints.txt
+EXTRAS = test,dev
 ARGS =
 
 BIN := $(VENV)/bin
-PINS := pyproject.toml constraints.txt
+PINS = pyproject.toml $(CONSTRAINTS)
 
 # nothing from outside the environment made here
 unexport PYTHONPATH VIRTUAL_ENV
@@ -16,10 +18,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo lint types check clean
+.PHONY: help test test-oldest-peft demo lint types check clean
 
 help:
 	@echo "make test    run the tests               (ARGS='-k norm -x' goes to pytest)"
+	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
 	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
@@ -31,6 +34,11 @@ help:
 
 test: $(VENV)/.stamp-dev
 	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} )$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# The same, with VENV and the pins of the oldest PEFT.
+test-oldest-peft:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-oldest-peft \
+		ARGS='$(or $(ARGS),tests/test_peft_*.py)' test
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -44,13 +52,13 @@ types: $(VENV)/.stamp-dev
 check: lint types
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.
 define pip_install
 @start=$$(date +%s); log=$(VENV)/install.log; \
-{ $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS) $(PKGS) 2>&1; \
+{ $(BIN)/python -m pip install --no-input --progress-bar off -c $(CONSTRAINTS) $(PIP_ARGS) $(PKGS) 2>&1; \
   echo "pip-status $$?"; } | tee $$log | while IFS= read -r line; do \
 	case "$$line" in \
 	"pip-status 0") echo "    done in $$(( $$(date +%s) - start )) s"; exit 0 ;; \
@@ -72,7 +80,7 @@ $(VENV)/.stamp-venv:
 		{ echo "Python's venv module is needed (on Debian and Ubuntu: the package python3-venv)"; exit 1; }
 	@touch $@
 
-$(VENV)/.stamp-dev: PKGS = -e '.[test,dev]'
+$(VENV)/.stamp-dev: PKGS = -e '.[$(EXTRAS)]'
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing what the tests, lint and types need: PyTorch, Triton, PEFT, pytest, ruff, mypy"
 	@echo "    (once; 1 to 3 minutes, longer where pip takes PyTorch's CUDA build, about 3 GB)"

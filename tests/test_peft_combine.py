@@ -15,11 +15,9 @@ from peft_models import (
     move_adapter,
     one_thread,  # noqa: F401
 )
-from test_peft_kinds import LAYERS, active, add, config, given, twins
+from test_peft_kinds import MERGEABLE, active, add, config, given, twins
 
 import dora_kernels
-
-MERGEABLE = pytest.mark.parametrize("kind", [kind for kind in LAYERS if "groups" not in kind])
 
 
 def layer_output(model):

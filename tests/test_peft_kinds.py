@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from helpers import bf16, f16, f32, saved_by
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import (
     Special,
     check,
@@ -60,7 +61,11 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(3, 5, 2), (2, 3, 4, 4, 4)),
 }
 KINDS = pytest.mark.parametrize("kind", LAYERS)
-MERGEABLE = pytest.mark.parametrize("kind", [kind for kind in LAYERS if "groups" not in kind])
+# Before peft 0.18 an embedding's own scale is left out of what DoRA adds, so that merging changes the output.
+SCALES = hasattr(BaseTunerLayer, "_get_embed_scale")
+MERGEABLE = pytest.mark.parametrize(
+    "kind", [kind for kind in LAYERS if "groups" not in kind and (SCALES or "scaled" not in kind)]
+)
 
 
 class Net(nn.Module):
@@ -415,7 +420,7 @@ def test_strength(kind):
         if k in (0.0, 1.0):
             assert torch.equal(run(), (base, dora)[int(k)])
         torch.testing.assert_close(run(), base + k * (dora - base), rtol=1e-5, atol=1e-5)
-        if "groups" not in kind:
+        if "groups" not in kind and (SCALES or "scaled" not in kind):
             ours.merge_adapter()
             torch.testing.assert_close(run(), base + k * (dora - base), rtol=1e-5, atol=1e-5)
             with pytest.raises(ValueError, match="is merged; call unmerge_adapter"):

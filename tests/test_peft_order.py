@@ -221,7 +221,7 @@ def test_trainer(dropout, tmp_path):
         arguments = TrainingArguments(
             str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
             learning_rate=1e-2, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-            gradient_checkpointing=True,
+            gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         )  # fmt: skip
         trainer = Trainer(model=model, args=arguments, train_dataset=data)
         trainer.train()

@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -281,3 +282,15 @@ dora_kernels.patch_peft, dora_kernels.patch_peft_globally, dora_kernels.PatchHan
 assert state() == before, "importing patched PEFT"
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("version, warns", [("0.16.3", True), ("0.17.0", False), ("0.21.9.dev0", False), ("0.22.0", True)])
+def test_versions_that_are_not_tested(version, warns, monkeypatch):
+    """They work, and it is said once."""
+    monkeypatch.setattr(peft, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert dora_kernels.patch_peft(toy()).patched == [FIRST, SECOND]
+    messages = [str(each.message) for each in caught if "dora_kernels" in str(each.message)]
+    assert messages == ([f"dora_kernels is tested with peft 0.17 to 0.21, and this is {version}"] if warns else [])

@@ -21,7 +21,7 @@ except ImportError as error:
 if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
-from dora_kernels.backends import resolve
+from dora_kernels.backends import resolve, warn_once
 from dora_kernels.peft import refused
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
@@ -29,6 +29,9 @@ from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, resto
 from dora_kernels.peft.state import Options, dora_adapters, switch
 
 logger = logging.getLogger("dora_kernels")
+
+TESTED = (0, 17), (0, 21)
+"""The first and the last minor version of PEFT that the tests run with."""
 
 
 class PatchHandle:
@@ -111,7 +114,8 @@ def patch_peft(
 ) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
-    Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`.
+    Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`. It
+    warns of a PEFT that it is not tested with (`TESTED`).
     It is per model, and safe to call twice: the options are then those of the last call. What cannot be patched stays
     with PEFT and is listed in `PatchHandle.skipped`.
 
@@ -136,6 +140,7 @@ def patch_peft(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     options = _options(dropout, exact_init, keep_unmerged)
+    _warn_of_version()
     _check_something_to_patch(model)
     check_layers(model)
     patch_layers(model, options)
@@ -167,6 +172,7 @@ def patch_peft_globally(
     Args, Raises: as `patch_peft`.
     """
     options = _options(dropout, exact_init, keep_unmerged)
+    _warn_of_version()
     original = BaseTuner.inject_adapter
     refuse_again = refused.allow()
 
@@ -194,6 +200,13 @@ def patch_peft_globally(
 
     BaseTuner.inject_adapter = inject_adapter
     return handle
+
+
+def _warn_of_version() -> None:
+    version = tuple(int(part) for part in peft.__version__.split(".")[:2])
+    first, last = (".".join(map(str, each)) for each in TESTED)
+    if not TESTED[0] <= version <= TESTED[1]:
+        warn_once(f"dora_kernels is tested with peft {first} to {last}, and this is {peft.__version__}")
 
 
 def _options(dropout: str, exact_init: bool, keep_unmerged: bool) -> Options:
