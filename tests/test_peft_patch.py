@@ -284,7 +284,9 @@ assert state() == before, "importing patched PEFT"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("version, warns", [("0.16.3", True), ("0.17.0", False), ("0.21.9.dev0", False), ("0.22.0", True)])
+@pytest.mark.parametrize(
+    "version, warns", [("0.16.3", True), ("0.17.0", False), ("0.21.9.dev0", False), ("0.22.0", True)]
+)
 def test_versions_that_are_not_tested(version, warns, monkeypatch):
     """They work, and it is said once."""
     monkeypatch.setattr(peft, "__version__", version)
