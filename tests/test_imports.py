@@ -109,7 +109,7 @@ LAYERS = [
     ["functional"],
     ["modules", "peft/state", "peft/dequantize"],
     ["peft/layer"],
-    ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine"],
+    ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
     ["peft/refused"],
     ["peft/kinds"],

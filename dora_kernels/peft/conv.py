@@ -5,7 +5,8 @@ As a linear problem the weight is ``[out, in * kernel]``, A ``[r, in * kernel]``
 
 **Groups.** With g groups the weight is ``[out, in / g * kernel]``, but PEFT's A reads all channels: a row of it is g
 rows of the weight long. PEFT's norm cuts ``B A``, taken as ``[out / g, in * kernel]``, into the weight's rows. That is
-no norm of what the layer computes (25 % off at rank 4 and 2 groups), but adapters were trained with it.
+no norm of what the layer computes (25 % off at rank 4 and 2 groups), but adapters were trained with it. The exact norm,
+of each channel's update over all inputs, is an option that the saved adapter records (`config`).
 """
 
 from __future__ import annotations
@@ -82,6 +83,19 @@ def _grouped_norm(weights: Weights, scaling: float) -> Tensor:
     return torch.linalg.vector_norm(torch.add(weight.to(dtype), low.view(weight.shape), alpha=scaling), dim=1)
 
 
+def _exact_grouped_norm(weights: Weights, scaling: float, groups: int) -> Tensor:
+    """Of what the layer computes: a group's weight in its own channels, and its share of B and A in all of them."""
+    weight, a, b = (t.detach() for t in weights[:3])
+    dtype = accumulation_dtype(weight, a, b)
+    norms = []
+    parts = (t.to(dtype).chunk(groups) for t in (weight, a, b))
+    for group, (w, right, left) in enumerate(zip(*parts, strict=True)):
+        update = scaling * (left @ right)
+        update[:, group * w.shape[1] : (group + 1) * w.shape[1]] += w
+        norms.append(torch.linalg.vector_norm(update, dim=1))
+    return torch.cat(norms)
+
+
 class _DoraConvVariant(DoraVariant):
     read = staticmethod(read_weights)
 
@@ -92,16 +106,16 @@ class _DoraConvVariant(DoraVariant):
 
     @classmethod
     def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
-        """Of a grouped convolution PEFT's. Where memory formats differ A was copied, and a copy shows no writes."""
-        scaling = layer.scaling[adapter]
+        """With groups PEFT's or the exact one. Where memory formats differ A was copied, and a copy shows no writes."""
+        scaling, groups = layer.scaling[adapter], layer.base_layer.groups
         a: Tensor = layer.lora_A[adapter].weight
-        grouped = layer.base_layer.groups > 1
+        grouped, exact = groups > 1, adapter in vars(layer)[SWITCH].exact_norms
         if not grouped and weights.lora_A.data_ptr() == a.data_ptr():
             return super().divisor(layer, adapter, weights)
 
         def norm() -> Tensor:
             if grouped:
-                return _grouped_norm(weights, scaling)
+                return _exact_grouped_norm(weights, scaling, groups) if exact else _grouped_norm(weights, scaling)
             return dora_weight_norm(*(t.detach() for t in weights[:3]), scaling=scaling)
 
         stored = weights._replace(weight=layer.base_layer.weight, lora_A=a, lora_B=layer.lora_B[adapter].weight)

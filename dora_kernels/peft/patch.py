@@ -24,6 +24,14 @@ if not hasattr(lora.layer, "LoraVariant"):
 from dora_kernels.backends import resolve, warn_once
 from dora_kernels.peft import refused
 from dora_kernels.peft.check import check_layers
+from dora_kernels.peft.config import (
+    NORMS,
+    configs_of,
+    follow_configs,
+    forget_grouped_norm,
+    read_from_files,
+    set_grouped_norm,
+)
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
 from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
 from dora_kernels.peft.state import Options, dora_adapters, switch
@@ -72,9 +80,11 @@ class PatchHandle:
         self._rewritten = []
         for model in self._live_models():
             restore_layers(model)
+            forget_grouped_norm(configs_of(model))
         for tuner in [reference() for reference in self._tuners]:
             if type(tuner) is LoraModel:
                 tuner.__class__ = lora.LoraModel
+                forget_grouped_norm(tuner.peft_config)
 
     def __repr__(self) -> str:
         return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
@@ -110,7 +120,12 @@ class PatchHandle:
 
 
 def patch_peft(
-    model: nn.Module, *, dropout: str = "peft", exact_init: bool = False, keep_unmerged: bool = True
+    model: nn.Module,
+    *,
+    dropout: str = "peft",
+    exact_init: bool = False,
+    keep_unmerged: bool = True,
+    grouped_norm: str | None = None,
 ) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
@@ -128,22 +143,29 @@ def patch_peft(
             PEFT's, in the base's dtype, is up to 3.5e-3 off for a bfloat16 base. A magnitude is rewritten only if B is
             0 and it is bit for bit PEFT's own initialisation; `PatchHandle.rewritten` lists them.
         keep_unmerged: let ``merge_adapter`` keep a copy of each unmerged weight on the CPU, so that unmerging is exact.
+        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", that of what they compute. Saved adapters
+            record "exact"; `patch_peft_globally` reads it from their files, elsewhere it has to be given again, since
+            PEFT drops it with a warning. None: what an adapter's configuration says, PEFT's where it says nothing.
 
     Returns:
         A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` no bool.
-        ValueError: `dropout` is neither, there is nothing to patch, or a layer is merged, on meta, without its
-            magnitude or not finite; the message says which and why. The model is unchanged.
+        ValueError: `dropout` or `grouped_norm` is neither, there is nothing to patch, or a layer is merged, on meta,
+            without its magnitude or not finite; the message says which and why. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    options = _options(dropout, exact_init, keep_unmerged)
+    options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
     _warn_of_version()
     _check_something_to_patch(model)
     check_layers(model)
     patch_layers(model, options)
+    configs = configs_of(model)
+    if grouped_norm is not None:
+        set_grouped_norm(configs, grouped_norm)
+    follow_configs(model, configs)
     handle = PatchHandle()
     handle._add(model)
     for module in model.modules():
@@ -159,7 +181,7 @@ def patch_peft(
 
 
 def patch_peft_globally(
-    *, dropout: str = "peft", exact_init: bool = False, keep_unmerged: bool = True
+    *, dropout: str = "peft", exact_init: bool = False, keep_unmerged: bool = True, grouped_norm: str | None = None
 ) -> PatchHandle:
     """Do what `patch_peft` does for every PEFT model made afterwards, for frameworks that build the model themselves.
 
@@ -171,13 +193,14 @@ def patch_peft_globally(
 
     Args, Raises: as `patch_peft`.
     """
-    options = _options(dropout, exact_init, keep_unmerged)
+    options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
     _warn_of_version()
     original = BaseTuner.inject_adapter
-    refuse_again = refused.allow()
+    refuse_again, read_pefts = refused.allow(), read_from_files()
 
     def undo_globally() -> None:
         refuse_again()
+        read_pefts()
         # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
@@ -190,6 +213,9 @@ def patch_peft_globally(
         if handle._restored or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
             return
         patch_layers(model, options)
+        if grouped_norm is not None:
+            set_grouped_norm(self.peft_config, grouped_norm)
+        follow_configs(model, self.peft_config)
         handle._add(model)
         handle._take(self)
         if exact_init:
@@ -209,9 +235,11 @@ def _warn_of_version() -> None:
         warn_once(f"dora_kernels is tested with peft {first} to {last}, and this is {peft.__version__}")
 
 
-def _options(dropout: str, exact_init: bool, keep_unmerged: bool) -> Options:
+def _options(dropout: str, exact_init: bool, keep_unmerged: bool, grouped_norm: str | None) -> Options:
     if dropout not in ("peft", "lora"):
         raise ValueError(f"dropout: expected 'peft' or 'lora', got {dropout!r}")
+    if grouped_norm not in (None, *NORMS):
+        raise ValueError(f"grouped_norm: expected 'peft' or 'exact', got {grouped_norm!r}")
     for name, value in (("exact_init", exact_init), ("keep_unmerged", keep_unmerged)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")

@@ -64,6 +64,8 @@ class Switch(dict[str, AdapterCache]):
         super().__init__()
         self.options = options or Options()
         self.strengths: dict[str, float] = {}
+        self.exact_norms: set[str] = set()
+        """Adapters of a grouped convolution whose norm is not PEFT's."""
         self.unmerged: Any = None
 
 

@@ -1,0 +1,80 @@
+"""What an adapter's configuration has to say beyond PEFT's: which norm a grouped convolution was given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from dora_kernels.peft.state import dora_adapters, switch
+
+NORMS = ("peft", "exact")
+
+
+@dataclasses.dataclass
+class DoraLoraConfig(LoraConfig):
+    """PEFT's, with the norm of grouped convolutions; saved where it is not PEFT's own, which warns when it reads it."""
+
+    grouped_norm: str = dataclasses.field(
+        default="peft", metadata={"help": "the norm of grouped convolutions: 'peft', or 'exact'"}
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without a norm that goes without saying."""
+        values: dict[str, Any] = super().to_dict()
+        if values["grouped_norm"] == "peft":
+            del values["grouped_norm"]
+        return values
+
+
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """Those of the tuner or the model that the adapters were injected into."""
+    for module in model.modules():
+        configs = vars(module).get("peft_config")
+        if isinstance(configs, dict) and configs:
+            return configs
+    return {}
+
+
+def set_grouped_norm(configs: dict[str, Any], norm: str) -> None:
+    """Record the norm in the configuration of every DoRA adapter."""
+    for config in configs.values():
+        if getattr(config, "use_dora", False) and type(config) in (LoraConfig, DoraLoraConfig):
+            config.__class__ = DoraLoraConfig
+            config.grouped_norm = norm
+
+
+def follow_configs(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Give the patched layers' adapters the norm that their configuration says."""
+    exact = {name for name, config in configs.items() if getattr(config, "grouped_norm", "peft") == "exact"}
+    for layer in model.modules():
+        state = switch(layer)
+        if state is not None and state.exact_norms != (wanted := exact & set(dora_adapters(layer))):
+            state.exact_norms = wanted
+            for cache in state.values():
+                cache.invalidate()
+
+
+def forget_grouped_norm(configs: dict[str, Any]) -> None:
+    """PEFT's own configurations again."""
+    config: Any
+    for config in configs.values():
+        if type(config) is DoraLoraConfig:
+            config.__class__ = LoraConfig
+            config.__dict__.pop("grouped_norm", None)
+
+
+def read_from_files() -> Callable[[], None]:
+    """Let PEFT read configurations that say it from now on; what is returned ends it."""
+    before = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = DoraLoraConfig
+
+    def undo() -> None:
+        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is DoraLoraConfig:
+            PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = before
+
+    return undo
