@@ -96,7 +96,7 @@ def test_bad_arguments(project, arguments, message):
 
 
 def test_torchrun(project):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "dora_kernels.run"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dora_kernels.run"]
     lines, _ = run(project, sys.executable, *command, "train.py", "a")
     assert lines == [f"RESULT DoraLinear peft beside train.py a {rank}" for rank in (0, 1)]
 
