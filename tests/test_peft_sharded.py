@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import sys
 import tempfile
 
 import pytest
@@ -172,9 +173,9 @@ class Zero2(Plain):
 
     def wrap(self, model):
         import deepspeed
-        import deepspeed.comm.torch
 
-        deepspeed.comm.torch.build_shm_op = lambda: None  # would compile for half a minute; gloo does without
+        # Would compile for half a minute; gloo does without. (As an attribute `deepspeed.comm.torch` is torch itself.)
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
         settings = {
             "train_micro_batch_size_per_gpu": ROWS,
@@ -249,39 +250,46 @@ def wanted():
     return programme(Plain(peft_model()))
 
 
-def in_group(rank, kind, folder):
+def in_group(rank, kind, late, folder):
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_SIZE": RANKS, "DS_ACCELERATOR": "cpu"}
     os.environ.update({name: str(value) for name, value in place.items()})  # the process ends with this
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
         model = peft_model()
-        assert not patch_peft(model).skipped
-        with pytest.MonkeyPatch.context() as patch, counted(patch) as reached:
-            wrapper = kind(model)
-            with wrapper.memory():
-                results = programme(wrapper, rank, RANKS)
+        if not late:
+            assert not patch_peft(model).skipped
+        wrapper = kind(model)
+        if late:
+            patch_peft(wrapper.model)
+        with pytest.MonkeyPatch.context() as patch, counted(patch) as reached, wrapper.memory():
+            results = programme(wrapper, rank, RANKS)
         torch.save({**results, "reached": reached}, folder / f"{rank}.pt")
     finally:
         distributed.destroy_process_group()
 
 
-def run(kind, folder):
+def run(*arguments, folder):
     """What each of two processes returns."""
     multiprocessing.set_forkserver_preload(["peft", "transformers.models.llama.modeling_llama"])  # slow to import
-    multiprocessing.start_processes(in_group, (kind, folder), nprocs=RANKS, start_method="forkserver")
+    multiprocessing.start_processes(in_group, (*arguments, folder), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-KINDS = (Ddp, Fsdp2, Fsdp2Kept, Fsdp2InPlace, Fsdp1, Zero2, Zero3)
+EARLY = (Ddp, Fsdp2, Fsdp2Kept, Fsdp2InPlace, Fsdp1, Zero2, Zero3)
+LATE = (Fsdp2, Fsdp1, Zero3)  # where patching meets what is no whole tensor
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.lower())
-def test_two_processes_are_one(tmp_path, kind):
-    """Losses, hooks, the adapter's file, and how much of it ran on this package."""
+@pytest.mark.parametrize(
+    ("kind", "late"),
+    [(kind, False) for kind in EARLY] + [(kind, True) for kind in LATE],
+    ids=lambda value: ("early", "late")[value] if isinstance(value, bool) else value.__name__.lower(),
+)
+def test_two_processes_are_one(tmp_path, kind, late):
+    """Losses, hooks, the adapter's file, and how much of it ran on this package; patched before or after wrapping."""
     if issubclass(kind, Zero2):
         pytest.importorskip("deepspeed")
-    results = run(kind, tmp_path)
+    results = run(kind, late, folder=tmp_path)
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(torch.stack([result["losses"] for result in results]).mean(0), wanted()["losses"])
     for result in results:
