@@ -23,7 +23,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft.utils.other import fsdp_auto_wrap_policy
-from peft_models import VOCAB, counted, peft_model
+from peft_models import VOCAB, base_model, counted, peft_model, toy
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FullStateDictConfig, StateDictType, fully_sha
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.parallel import DistributedDataParallel
 
-from dora_kernels import patch_peft
+from dora_kernels import patch_peft, set_dora_strength
 
 pytestmark = [
     pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
@@ -231,13 +231,28 @@ def programme(wrapper, rank=0, ranks=1):
                     forward(step, i)
     with tempfile.TemporaryDirectory() as folder:
         wrapper.save(folder)
-        return {"losses": torch.stack(losses), "calls": calls, "saved": read_adapter(folder)}
+        return {"losses": torch.stack(losses), "calls": collections.Counter(calls), "saved": read_adapter(folder)}
 
 
 def expected_calls(of_A):
     """One a forward of each base layer; `of_A` of each A."""
     names = [f"{layer}.{part}" for layer, parts in HOOKED.items() for part in parts]
     return {name: FORWARDS * (of_A if "lora_A" in name else 1) for name in names}
+
+
+@torch.no_grad()
+def switched_off(wrapper, rank):
+    """The loss at strength 0, also where PEFT's code runs."""
+    set_dora_strength(wrapper.model, 0)
+    ids = tokens(0, 0).chunk(RANKS)[rank]
+    wrapper.model.eval()
+    return wrapper.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+@torch.no_grad()
+def loss_of_base():
+    ids = tokens(0, 0)
+    return base_model("llama").eval()(input_ids=ids, labels=ids).loss
 
 
 def read_adapter(folder):
@@ -264,6 +279,7 @@ def in_group(rank, kind, late, folder):
             patch_peft(wrapper.model)
         with pytest.MonkeyPatch.context() as patch, counted(patch) as reached, wrapper.memory():
             results = programme(wrapper, rank, RANKS)
+        results["off"] = switched_off(wrapper, rank)
         torch.save({**results, "reached": reached}, folder / f"{rank}.pt")
     finally:
         distributed.destroy_process_group()
@@ -292,17 +308,34 @@ def test_two_processes_are_one(tmp_path, kind, late):
     results = run(kind, late, folder=tmp_path)
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(torch.stack([result["losses"] for result in results]).mean(0), wanted()["losses"])
+    close(torch.stack([result["off"] for result in results]).mean(), loss_of_base())
     for result in results:
-        assert collections.Counter(result["calls"]) == expected_calls(kind.calls_of_A)
+        assert result["calls"] == expected_calls(kind.calls_of_A)
         assert result["reached"] == kind.reached
         close(result["saved"], wanted()["saved"])
 
 
 def test_the_programme():
     """What the others are measured by: stock PEFT learns, and calls A twice."""
-    assert collections.Counter(wanted()["calls"]) == expected_calls(2)
+    assert wanted()["calls"] == expected_calls(2)
     with tempfile.TemporaryDirectory() as folder:
         peft_model().save_pretrained(folder)
         before = read_adapter(folder)
     assert before.keys() == wanted()["saved"].keys() and len(before) == 3 * LAYERS
     assert all((wanted()["saved"][name] - t).abs().max() > 0.01 for name, t in before.items())
+
+
+@pytest.mark.parametrize("name", ["first", "conv", "embedding"])
+def test_strength_where_peft_runs(name):
+    """A hook on the magnitude has PEFT's code run on each kind of layer, as sharding does."""
+    model = toy(others=True).eval()
+    patch_peft(model)
+    layer = model.get_submodule(f"base_model.model.{name}")
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: None)
+    x = {"first": torch.randn(4, 12), "conv": torch.randn(2, 1, 5, 5), "embedding": torch.arange(6)}[name]
+    base, dora = layer.base_layer(x), layer(x)
+    assert not torch.allclose(base, dora)
+    set_dora_strength(model, 0.25)
+    torch.testing.assert_close(layer(x), torch.lerp(base, dora, 0.25))
+    set_dora_strength(model, 0)
+    torch.testing.assert_close(layer(x), base)

@@ -54,7 +54,8 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
         """PEFT's ``g * (result + embed_scale * scaling * A[x] B)``."""
         weights = cls.read(module, active_adapter)
         if weights is None:
-            return cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+            dora = cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+            return interpolated(module, active_adapter, result, dora)
         h = module._embed(x, weights.lora_A.t())
         # Since peft 0.18; PEFT before it leaves the scale out here, and so does what was trained with it.
         embed_scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
