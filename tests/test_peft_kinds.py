@@ -626,3 +626,21 @@ def test_options_that_are_none(patch, options, error, message):
     with pytest.raises(error, match=message):
         patch(**options) if patch else dora_kernels.patch_peft(model, **options)
     assert not any(SWITCH in vars(layer) for layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "embedding" not in kind])
+def test_options_where_pefts_own_code_runs(kind):
+    """Behind a hook on the magnitude, as under FSDP1: the same dropout, and no merging that leaves a strength out."""
+    stock, _ = twins(kind, lora_dropout=0.4)
+    ours, hooked = copy.deepcopy(stock), copy.deepcopy(stock)
+    for model in (ours, hooked):
+        dora_kernels.patch_peft(model, dropout="lora")
+    lora_layers(hooked)[0].lora_magnitude_vector["default"].register_forward_hook(lambda *_: None)
+    wanted, results = solve(ours), solve(hooked)
+    for name in wanted:
+        torch.testing.assert_close(results[name], wanted[name], rtol=1e-4, atol=1e-5)
+    if "groups" not in kind:
+        dora_kernels.set_dora_strength(hooked, 0.5)
+        with pytest.raises(ValueError, match="has a strength of 0.5, with which PEFT's own code cannot merge"):
+            hooked.merge_adapter()
+        assert not lora_layers(hooked)[0].merged

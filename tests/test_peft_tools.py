@@ -187,10 +187,12 @@ def test_diffusers_unet(layout):
         y.square().mean().backward()
         return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
 
-    # A net this deep has gradients whose rounding a copy or three do not show: in relation to each tensor's size.
+    # So many gradients that some are beyond what three copies show of rounding; behind a softmax some are nothing else.
     wanted, results = run(stock), run(ours)
+    largest = max(tensor.norm() for tensor in wanted.values())
     for name, tensor in wanted.items():
-        assert (results[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+        off = (results[name] - tensor).norm()
+        assert off <= 1e-4 * tensor.norm() + 1e-7 * largest, f"{name} of {tensor.norm():.1e}: {off:.1e}, {largest:.1e}"
     for model in (stock, ours):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         for _ in range(3):

@@ -126,8 +126,7 @@ class _DoraConvVariant(DoraVariant):
         """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Options.dropout` says."""
         weights = cls.read(module, active_adapter)
         if weights is None:
-            dora = cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
-            return interpolated(module, active_adapter, result, dora)
+            return cls.pefts_forward(module, active_adapter, x, result, **kwargs)
         per_channel = (-1, *(1 for _ in range(module.base_layer.weight.dim() - 2)))
         g = scale(module, active_adapter, weights, cls.divisor(module, active_adapter, weights)).view(per_channel)
         bias = None if weights.bias is None else weights.bias.view(per_channel)

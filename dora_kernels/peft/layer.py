@@ -12,7 +12,16 @@ from dora_kernels import ops
 from dora_kernels.backends import resolve
 from dora_kernels.content import Sample
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.peft.state import Weights, divisor, dora_adapters, forget_norms, strength, switch
+from dora_kernels.peft.state import (
+    Weights,
+    active_dropout,
+    divisor,
+    dora_adapters,
+    forget_norms,
+    interpolated,
+    strength,
+    switch,
+)
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
 
 
@@ -37,6 +46,19 @@ class DoraVariant:
         return divisor(layer, adapter, weights)
 
     @classmethod
+    def pefts_forward(cls, module: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Where the tensors are out of reach: PEFT's modules, with this package's options."""
+        state = switch(module)
+        if state is None or state.options.dropout == "peft" or not active_dropout(module, adapter):
+            dora = cls.stock.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
+        else:
+            dora = result + module.lora_magnitude_vector[adapter](
+                module.lora_dropout[adapter](x), lora_A=module.lora_A[adapter], lora_B=module.lora_B[adapter],
+                scaling=module.scaling[adapter], base_layer=module.get_base_layer(), base_result=result,
+            )  # fmt: skip
+        return interpolated(module, adapter, result, dora)
+
+    @classmethod
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The merged weight."""
         merged = cls._merged(module, active_adapter, orig_weight)
@@ -57,9 +79,12 @@ class DoraVariant:
         """``g * (weight + s B A)`` rounded once, g from the unmerged weight; None where PEFT's own code has to."""
         state = switch(layer)
         weights = cls.read(layer, adapter)
+        k = strength(layer, adapter)
         if state is None or weights is None or (layer.merged_adapters and state.unmerged is None):
+            if k != 1.0:
+                raise ValueError(f"adapter {adapter!r} has a strength of {k}, with which PEFT's own code cannot merge")
             return None
-        scaling, k = layer.scaling[adapter], strength(layer, adapter)
+        scaling = layer.scaling[adapter]
         unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)
         factors = weights.lora_A.detach(), weights.lora_B.detach()
         norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)

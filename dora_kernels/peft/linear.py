@@ -79,8 +79,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Options.dropout` says."""
         weights = cls.read(module, active_adapter)
         if weights is None:
-            dora = cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
-            return interpolated(module, active_adapter, result, dora)
+            return cls.pefts_forward(module, active_adapter, x, result, **kwargs)
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropped = None
         if active_dropout(module, active_adapter):
