@@ -194,7 +194,7 @@ def compose(
     """
     kernels = primitives(backend)
     if bias is not None and not holds_bias(result):
-        base = result - bias
+        base = result - cast(bias, result.dtype)
     else:
         base = result.clone() if kernels.KEEPS_SUM else result
         if bias is not None:

@@ -337,9 +337,14 @@ def _block_rows(rows: int, width: int) -> int:
 def _scratch(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Unwritten memory for a block, to be used before the next is asked for."""
     size = rows * width
-    if size > _BLOCK_ELEMENTS or dtype != torch.float32 or device.type != "cpu":
+    if size > _BLOCK_ELEMENTS or dtype != torch.float32 or device.type != "cpu" or _recorded():
         return torch.empty(rows, width, dtype=dtype, device=device)
     if _kept.block is None:
         with torch.inference_mode(False):
             _kept.block = torch.empty(_BLOCK_ELEMENTS, dtype=dtype, device=device)
     return _kept.block[:size].view(rows, width)
+
+
+def _recorded() -> bool:
+    """Whether a tensor made elsewhere would end up in a graph, or one made here is a fake one."""
+    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0

@@ -79,6 +79,21 @@ def test_only_the_gradients_asked_for(lane, absent):
     check(solve(composed, problem, needs, backend=lane.backend), problem, needs)
 
 
+def test_a_bias_of_a_wider_dtype():
+    """The output has the base result's dtype, whatever the bias is kept in."""
+
+    def run(x, weight, lora_A, lora_B, magnitude, bias, scaling, backend, **_):
+        result = F.linear(x, weight, bias.to(x.dtype))
+        norm = compute_divisor(weight.detach(), lora_A.detach(), lora_B.detach(), scaling, "out", "torch")
+        return run_compose(result, F.linear(x, lora_A), lora_B, magnitude, bias, scaling, lambda _: norm, backend)
+
+    problem = make_problem()
+    problem = problem.replace(bias=problem.bias.double())
+    solved = solve(run, problem, backend="torch")
+    assert solved["y"].dtype == f32
+    check(solved, problem)
+
+
 def test_the_base_result_stays_as_it_is(lane):
     problem = make_problem(device=lane.device)
     for leaves in (leaves_of(problem), leaves_of(problem, ())):

@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from peft_kinds import MERGEABLE, active, add, config, given, twins
 from peft_models import (
     lora_layers,
     move_adapter,
     one_thread,  # noqa: F401
 )
-from test_peft_kinds import MERGEABLE, active, add, config, given, twins
 
 import dora_kernels
 
@@ -93,7 +93,7 @@ def test_of_a_common_rank(kind):
 def test_saved_as_an_adapter_of_its_own(tmp_path):
     """Which stock PEFT reads."""
     from peft import PeftModel
-    from test_peft_kinds import Net
+    from peft_kinds import Net
 
     ours, *_ = three("linear")
     ours.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum", combination_type="cat")

@@ -13,12 +13,12 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_kinds import Net, config, given, twins
 from peft_models import (
     lora_layers,
     move_adapter,
     one_thread,  # noqa: F401
 )
-from test_peft_kinds import Net, config, given, twins
 
 import dora_kernels
 

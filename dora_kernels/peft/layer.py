@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.backends import resolve
-from dora_kernels.content import Sample
+from dora_kernels.content import digest
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft.state import (
     Weights,
@@ -122,29 +122,38 @@ class DoraVariant:
 
 
 class Unmerged:
-    """A copy of a base layer's weight and bias on the CPU, and a sample of what merging made of the weight."""
+    """A copy of a base layer's weight and bias on the CPU, and what merging made of them."""
 
     def __init__(self, base: Any) -> None:
         self.weight = base.weight.detach().to("cpu", copy=True)
-        bias = getattr(base, "bias", None)
-        self.bias = None if bias is None else bias.detach().to("cpu", copy=True)
-        self._merged: Sample | None = None
+        self._bias = _copy(base)
+        self._merged: tuple[Tensor, Tensor | None] | None = None
 
     def merged(self, base: Any) -> None:
-        """Note what the merged weight is."""
-        self._merged = Sample(base.weight)
+        """Note what merging made of the layer."""
+        self._merged = digest(base.weight).cpu(), _copy(base)
 
     def put_back(self, base: Any) -> bool:
-        """Write the copy into the layer; False if its weight is no longer what merging left."""
+        """Write the copies into the layer; False if its weight is no longer what merging left."""
         weight = base.weight
-        if weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
+        if self._merged is None or weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
             return False
-        if self._merged is None or not self._merged.is_held_by(weight):
+        merged, merged_bias = self._merged
+        if not torch.equal(merged, digest(weight).cpu()):
             return False
         weight.data.copy_(self.weight)
-        if self.bias is not None:
-            base.bias.data.copy_(self.bias)
+        bias = _copy(base)
+        if bias is not None and self._bias is not None and merged_bias is not None:
+            # One that was changed since keeps the change: merging adds to it, where an adapter has a bias of its own.
+            changed = not torch.equal(bias, merged_bias)
+            base.bias.data.copy_(bias - (merged_bias - self._bias) if changed else self._bias)
         return True
+
+
+def _copy(base: Any) -> Tensor | None:
+    """Of the bias, on the CPU."""
+    bias = getattr(base, "bias", None)
+    return None if bias is None else bias.detach().to("cpu", copy=True)
 
 
 class DoraLayer:
