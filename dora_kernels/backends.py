@@ -34,8 +34,8 @@ def resolve(backend: str, tensors: tuple[Tensor | None, ...]) -> str:
     """The backend that runs a call on `tensors` (x or the weight first): "reference", "torch" or "triton".
 
     "auto" takes triton on a GPU where it runs and torch elsewhere; under `torch.func` transforms, forward-mode
-    AD and for tensor subclasses (DTensor, …) it warns once and takes the reference. A backend asked for by name is
-    taken, or `UnsupportedError` says why it cannot be.
+    AD, `torch.jit.trace` and for tensor subclasses (DTensor, …) it warns once and takes the reference. A backend asked
+    for by name is taken, or `UnsupportedError` says why it cannot be.
     """
     if backend == "reference":
         return backend
@@ -74,6 +74,8 @@ def _only_reference(tensors: tuple[Tensor | None, ...]) -> str | None:
         return "torch.func transforms"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
     return None
 
 

@@ -23,7 +23,7 @@ _GRAM_FEATURES = 1024
 
 # Rows whose squared norm is below this fraction of the squared terms it is summed from have lost digits to
 # cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
-_CANCELLATION = 0.25
+CANCELLATION = 0.25
 
 # Weights of fewer elements, or of fewer features for each of the rank, take the direct norm. Two cores, times of the
 # factored form over the direct one: 1.1 to 1.3 for 576x576 to 1536x576 in a model's training, rank 16; at 2048x2048 0.7
@@ -34,7 +34,7 @@ _FACTORED_FEATURES = 64
 
 # Elements of one block: 4 MB in float32. Blocks of half and a quarter of it took the direct norm of 576x576 to
 # 4096x4096 weights, ranks 16 to 384, on two cores up to 1.2 times as long.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 # 16-bit activations up to this size meet float32 in one operation, which makes float32 copies of all that it reads and
 # writes: 8x2048 elements times g 8 us on two cores, 14 us as a normalization; 512x2048 elements 2137 us and 104 us.
@@ -87,8 +87,8 @@ def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_s
     u = mm_wide(weight, a.t()).addmm_(b, gram, alpha=0.5 * scaling)
     square = torch.add(weight_square, u.mul_(b).sum(1), alpha=2.0 * scaling)
     # The size of what was summed, whatever cancels among it, duplicate rows of A included.
-    terms = _CANCELLATION * scaling * scaling
-    kept = square >= torch.addmv(weight_square, b.square(), gram.diagonal(), beta=_CANCELLATION, alpha=terms)
+    terms = CANCELLATION * scaling * scaling
+    kept = square >= torch.addmv(weight_square, b.square(), gram.diagonal(), beta=CANCELLATION, alpha=terms)
     if bool(kept.all()):
         return square.sqrt_()
     norm = square.sqrt_()
@@ -239,7 +239,10 @@ def _normalizes(x: Tensor) -> bool:
 
 
 def _affine(x: Tensor, g: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """``g * x + bias`` in x's dtype, rounded once; into `out`, which may be x."""
+    """``g * x + bias`` in x's dtype, rounded once; into `out`, which may be x.
+
+    Where g is infinite, a large 16-bit x gives NaN and a small one infinity.
+    """
     if _normalizes(x) and x.numel() > _MIXED_ELEMENTS:
         out = torch.empty_like(x) if out is None else out
         mean, variance, unused = _standard(x)
@@ -331,17 +334,17 @@ def _blocks(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[
 
 def _block_rows(rows: int, width: int) -> int:
     """How many of these rows make a block, at least one."""
-    return max(1, min(rows, max(16, _BLOCK_ELEMENTS // max(width, 1))))
+    return max(1, min(rows, max(16, BLOCK_ELEMENTS // max(width, 1))))
 
 
 def _scratch(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Unwritten memory for a block, to be used before the next is asked for."""
     size = rows * width
-    if size > _BLOCK_ELEMENTS or dtype != torch.float32 or device.type != "cpu" or _recorded():
+    if size > BLOCK_ELEMENTS or dtype != torch.float32 or device.type != "cpu" or _recorded():
         return torch.empty(rows, width, dtype=dtype, device=device)
     if _kept.block is None:
         with torch.inference_mode(False):
-            _kept.block = torch.empty(_BLOCK_ELEMENTS, dtype=dtype, device=device)
+            _kept.block = torch.empty(BLOCK_ELEMENTS, dtype=dtype, device=device)
     return _kept.block[:size].view(rows, width)
 
 

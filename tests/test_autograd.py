@@ -10,7 +10,7 @@ import torch
 from helpers import NAMES, bf16, check, f32, f64, gradients, leaves_of, make_problem, ours, same_bits, saved_by
 from torch.utils.checkpoint import checkpoint
 
-from dora_kernels import dora_linear, ops
+from dora_kernels import DoRALinear, dora_linear, ops
 from dora_kernels.backends import UnsupportedError
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
@@ -309,3 +309,18 @@ def test_parameters_are_plain_tensors(lane):
         warnings.simplefilter("error", RuntimeWarning)
         y = dora_linear(**parameters, **problem.options, backend=lane.backend)
     assert torch.equal(y, ours(problem, lane.backend)["y"])
+
+
+@pytest.mark.filterwarnings("ignore:dora_kernels. torch.jit.trace:RuntimeWarning")
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_traced_layer_trains(recording):
+    """Traced without a graph or with one: the trace is of plain operations, which have gradients."""
+    torch.manual_seed(0)
+    layer = DoRALinear(24, 17, rank=3, alpha=6)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(5, 24)
+    with torch.set_grad_enabled(recording):
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+    x = torch.randn(7, 24, requires_grad=True)
+    wanted, solved = (torch.autograd.grad(f(x).square().sum(), [x, layer.lora_B.weight]) for f in (layer, traced))
+    torch.testing.assert_close(solved, wanted)

@@ -70,28 +70,6 @@ def test_what_changes_places_is_seen(shape, dtype):
         assert not record.is_held_by(tensor), f"change {number} was not seen"
 
 
-def test_what_is_kept_of_a_large_tensor_is_small():
-    tensor = torch.randn(64, 4096)
-    assert 64 * Record(tensor)._kept_nbytes == tensor.nbytes
-
-
-@pytest.mark.skipif(not content._PROJECTS, reason="nothing but copies where there is no product of bytes")
-def test_two_words_of_one_line(monkeypatch):
-    """Signs and places within 256 bytes: one of a thousand such changes may be missed, and hardly more."""
-    tensor = torch.randn(16, 4096)
-    record, generator = Record(tensor), torch.Generator().manual_seed(0)
-    missed = 0
-    for _ in range(2000):
-        first, second = torch.randperm(64, generator=generator)[:2].tolist()
-        before = tensor[3, :64].clone()
-        tensor[3, first], tensor[3, second] = -before[first], -before[second]
-        missed += record.is_held_by(tensor)
-        tensor[3, first], tensor[3, second] = before[second], before[first]
-        missed += record.is_held_by(tensor)
-        tensor[3, :64] = before
-    assert missed <= 8
-
-
 @DTYPES
 def test_a_digest(dtype):
     tensor = torch.randn(3, 700_001).to(dtype)
@@ -103,7 +81,8 @@ def test_a_digest(dtype):
         assert not torch.equal(digest(other), kept), place
     for other in (-tensor, tensor.flip(1), tensor.flip(0), tensor.roll(1, 1)):
         assert not torch.equal(digest(other), kept)
-    assert torch.equal(digest(tensor.t().contiguous().t()), kept) and torch.equal(digest(tensor[:0]), digest(tensor[:0]))
+    assert torch.equal(digest(tensor.t().contiguous().t()), kept)
+    assert torch.equal(digest(tensor[:0]), digest(tensor[:0]))
 
 
 def test_another_shape():

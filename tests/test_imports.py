@@ -107,7 +107,7 @@ LAYERS = [
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
-    ["modules", "peft/state", "peft/dequantize"],
+    ["modules", "peft/state", "peft/dequantize", "peft/on_demand"],
     ["peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],

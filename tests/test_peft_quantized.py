@@ -238,7 +238,7 @@ def test_the_norm(kind, monkeypatch):
     variant = layer.lora_variant["default"]
     a, b = (part["default"].weight.detach().to(f64) for part in (layer.lora_A, layer.lora_B))
     wanted = (weight + layer.scaling["default"] * b @ a).norm(dim=1)
-    monkeypatch.setattr(dequantize, "_BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(dequantize, "BLOCK_ELEMENTS", 1024)
     blocks = [block.numel() for _, block in dequantize.row_blocks(layer.base_layer)()]
     assert sum(blocks) == OUT * IN
     if kind != "hqq 3":  # whose parts end within rows
@@ -410,8 +410,8 @@ def test_a_batch_of_several_adapters(kind):
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int8"])
 def test_nothing_of_the_weights_size(kind, monkeypatch):
     """A training step makes no dense copy of W beyond those of the library's own product; stock makes several."""
-    monkeypatch.setattr(dequantize, "_BLOCK_ELEMENTS", 1024)
-    monkeypatch.setattr("dora_kernels.torch_backend._BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(dequantize, "BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr("dora_kernels.torch_backend.BLOCK_ELEMENTS", 1024)
     monkeypatch.setattr("dora_kernels.torch_backend._kept.block", None)
     counts = []
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Elements of one block: 2 to 4 MB, so that a block and its norm stay in the caches and nothing of W's size is made.
-_BLOCK_ELEMENTS = 1 << 20
+from dora_kernels.torch_backend import BLOCK_ELEMENTS
 
 Blocks = Iterator[tuple[slice, Tensor]]
 
@@ -58,7 +57,7 @@ def dequantized(base: nn.Module) -> Tensor | None:
 
 
 def _steps(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
-    step = max(multiple, _BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
+    step = max(multiple, BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -7,8 +7,6 @@ weight's size is made in a training step.
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +22,10 @@ from dora_kernels.functional import dora_weight_norm, run_compose
 from dora_kernels.peft import dequantize
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.linear import DoraLinearVariant, factors_fit, single_dora_adapter
+from dora_kernels.peft.on_demand import OnDemand, Recipe
 from dora_kernels.peft.state import AdapterCache, Weights, active_dropout, divisor, hooked, norm_cache, read, switch
 from dora_kernels.reference import accumulation_dtype, no_autocast
-
-# Rows whose square is below this fraction of the squares it is summed from are computed anew, as in `torch_backend`.
-_CANCELLATION = 0.25
+from dora_kernels.torch_backend import CANCELLATION
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
@@ -94,7 +91,7 @@ def _norm(cache: AdapterCache, layer: Any, base: Any, weights: Weights, scaling:
     u = (base.forward(like) - bias).t().to(square.dtype)
     found = square + 2.0 * scaling * ((u + 0.5 * scaling * (low[1] @ gram)) * low[1]).sum(1)
     terms = square + scaling * scaling * (low[1].square() @ gram.diagonal())
-    lost = found < _CANCELLATION * terms
+    lost = found < CANCELLATION * terms
     if not (a.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(lost.any()):
         found = torch.where(lost, _forward_square(layer, base, like, a, b, scaling), found)
     return found.clamp_min_(0.0).sqrt_()
@@ -251,40 +248,18 @@ class DoraTorchao(DoraQuantized):
         return variant.merge_safe(self, adapter, weight) - weight
 
 
-_STOCK = {
-    "DoraLinear4bit": ("peft.tuners.lora.bnb", "Linear4bit"),
-    "DoraLinear8bitLt": ("peft.tuners.lora.bnb", "Linear8bitLt"),
-    "DoraHqqLinear": ("peft.tuners.lora.hqq", "HqqLoraLinear"),
-    "DoraTorchaoLinear": ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
-}
-"""PEFT's classes, which are there only where the library is that they are for."""
-
-
-@functools.cache
-def _patched(name: str) -> Any:
-    module, stock_name = _STOCK[name]
-    stock = getattr(importlib.import_module(module), stock_name)
-
+def _forward_of(stock: Any) -> Callable[..., Tensor]:
     def run(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return forward(stock, self, x, args, kwargs)
 
-    doc = f"PEFT's {stock_name} whose DoRA adapters run on this package."
-    mixin = {"hqq": DoraHqq, "torchao": DoraTorchao}.get(module.rpartition(".")[2], DoraQuantized)
-    return type(name, (mixin, stock), {
-        "stock": stock, "forward": run, "__doc__": doc, "__module__": __name__, "__qualname__": name
-    })  # fmt: skip
+    return run
 
 
-def __getattr__(name: str) -> Any:
-    # Made when they are asked for, by pickle too, which finds classes by their names.
-    if name in _STOCK:
-        return _patched(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_CLASSES = OnDemand(__name__, {
+    "DoraLinear4bit": Recipe("peft.tuners.lora.bnb", "Linear4bit", DoraQuantized, _forward_of),
+    "DoraLinear8bitLt": Recipe("peft.tuners.lora.bnb", "Linear8bitLt", DoraQuantized, _forward_of),
+    "DoraHqqLinear": Recipe("peft.tuners.lora.hqq", "HqqLoraLinear", DoraHqq, _forward_of),
+    "DoraTorchaoLinear": Recipe("peft.tuners.lora.torchao", "TorchaoLoraLinear", DoraTorchao, _forward_of),
+})  # fmt: skip
 
-
-def patched_class(kind: type) -> Any:
-    """What takes the place of a class of PEFT's, None where there is nothing."""
-    for name, (module, stock) in _STOCK.items():
-        if kind.__module__ == module and kind.__name__ == stock:
-            return _patched(name)
-    return None
+__getattr__, patched_class = _CLASSES.attribute, _CLASSES.instead_of

@@ -15,15 +15,9 @@ from typing import Any
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from dora_kernels.peft.on_demand import OnDemand, Recipe
 from dora_kernels.peft.quantized import DoraQuantized, DoraQuantizedVariant, forward
 from dora_kernels.peft.state import SWITCH, Switch
-
-_STOCK = {
-    "DoraGptqLinear": ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
-    "DoraAwqLinear": ("peft.tuners.lora.awq", "AwqLoraLinear"),
-    "DoraEetqLinear": ("peft.tuners.lora.eetq", "EetqLoraLinear"),
-    "DoraAqlmLinear": ("peft.tuners.lora.aqlm", "AqlmLoraLinear"),
-}
 
 
 class DoraRefused(DoraQuantized):
@@ -37,40 +31,29 @@ class DoraRefused(DoraQuantized):
         return super().resolve_lora_variant(**arguments)
 
 
-@functools.cache
-def _patched(name: str) -> Any:
-    module, stock_name = _STOCK[name]
-    stock = getattr(importlib.import_module(module), stock_name)
-
+def _forward_of(stock: Any) -> Callable[..., Tensor]:
     def run(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # PEFT's forward of these classes does not look at variants; that of its linear layer does.
         return forward(lora.Linear, self, x, args, kwargs)
 
-    doc = f"PEFT's {stock_name} with DoRA adapters on this package."
-    return type(name, (DoraRefused, stock), {
-        "stock": stock, "forward": run, "__doc__": doc, "__module__": __name__, "__qualname__": name
-    })  # fmt: skip
+    return run
 
 
-def __getattr__(name: str) -> Any:
-    if name in _STOCK:
-        return _patched(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_CLASSES = OnDemand(__name__, {
+    "DoraGptqLinear": Recipe("peft.tuners.lora.gptq", "GPTQLoraLinear", DoraRefused, _forward_of),
+    "DoraAwqLinear": Recipe("peft.tuners.lora.awq", "AwqLoraLinear", DoraRefused, _forward_of),
+    "DoraEetqLinear": Recipe("peft.tuners.lora.eetq", "EetqLoraLinear", DoraRefused, _forward_of),
+    "DoraAqlmLinear": Recipe("peft.tuners.lora.aqlm", "AqlmLoraLinear", DoraRefused, _forward_of),
+})  # fmt: skip
 
-
-def patched_class(kind: type) -> Any:
-    """What takes the place of a class of PEFT's, None where there is nothing."""
-    for name, (module, stock) in _STOCK.items():
-        if kind.__module__ == module and kind.__name__ == stock:
-            return _patched(name)
-    return None
+__getattr__, patched_class = _CLASSES.attribute, _CLASSES.instead_of
 
 
 def allow() -> Callable[[], None]:
     """Let PEFT's classes take DoRA adapters from now on; what is returned ends it."""
     undone = []
-    for name, (module, stock_name) in _STOCK.items():
-        stock = getattr(importlib.import_module(module), stock_name, None)
+    for name, recipe in _CLASSES.recipes.items():
+        stock = getattr(importlib.import_module(recipe.module), recipe.stock, None)
         if stock is not None:  # EETQ's class is there only where the library is
             undone.append((stock, stock.__init__))
             stock.__init__ = _wrapped(stock.__init__, name)
@@ -96,7 +79,7 @@ def _wrapped(original: Any, name: str) -> Any:
             kwargs["config"] = copy.copy(config)
             kwargs["config"].use_dora = False
         original(self, base_layer, adapter_name, *args, **kwargs)
-        self.__class__ = _patched(name)
+        self.__class__ = _CLASSES[name]
         setattr(self, SWITCH, Switch())
         self.use_dora[adapter_name] = True
         self.lora_variant[adapter_name] = DoraQuantizedVariant()
