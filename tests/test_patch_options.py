@@ -158,6 +158,17 @@ def test_exact_init_is_not_undone_where_training_went_on():
     assert torch.equal(magnitude, kept)
 
 
+def test_exact_init_says_what_it_cannot_reach(caplog):
+    model = get_peft_model(Net("linear").to(bf16), config("linear"))
+    layer = lora_layers(model)[0]
+    layer.scaling["default"] = torch.tensor(1.5)
+    before = layer.lora_magnitude_vector["default"].weight.detach().clone()
+    with caplog.at_level("WARNING", "dora_kernels"):
+        assert dora_kernels.patch_peft(model, exact_init=True).rewritten == []
+    assert "left 1 magnitudes as they are" in caplog.text and "model.layer (default)" in caplog.text
+    assert torch.equal(layer.lora_magnitude_vector["default"].weight, before)
+
+
 @pytest.mark.parametrize("patch", [dora_kernels.patch_peft_globally, None], ids=["globally", ""])
 @pytest.mark.parametrize(
     ("options", "error", "message"),

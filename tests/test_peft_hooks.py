@@ -50,17 +50,19 @@ def test_hooks_fire_once(register, part, dropout):
 
 
 @with_dropout
-def test_hooks_on_all_modules_at_once(dropout, monkeypatch):
-    """But for the magnitude's, on which PEFT takes over, and PEFT calls A and B twice."""
+@pytest.mark.parametrize("magnitude", [False, True], ids=["", "magnitude"])
+def test_hooks_on_all_modules_at_once(dropout, magnitude, monkeypatch):
+    """With one on the magnitude PEFT's own module composes, which would call A and B twice."""
     stock, ours, _ = toy_twins(lora_dropout=dropout)
     fired = []
-    for name in ("base", "A", "B"):
+    hooked = ("base", "A", "B", *(("magnitude",) if magnitude else ()))
+    for name in hooked:
         for kind, register in HOOKS.items():
             register(parts(ours)[name], lambda *args, name=name, kind=kind: fired.append((name, kind)))
     with counted(monkeypatch) as counts:
         agree(stock, ours)
-    assert sorted(fired) == sorted((name, kind) for name in ("base", "A", "B") for kind in HOOKS)
-    assert sum(counts.values()) == 2
+    assert sorted(fired) == sorted((name, kind) for name in hooked for kind in HOOKS)
+    assert sum(counts.values()) == 2 - magnitude
 
 
 @with_dropout

@@ -121,6 +121,16 @@ def test_several_adapters(kind):
 
 
 @KINDS
+def test_compiled(kind):
+    """One graph, forward and backward; none of the kinds breaks it."""
+    torch._dynamo.reset()
+    stock, ours = twins(kind)
+    ours.forward = torch.compile(ours.forward, backend="aot_eager", fullgraph=True)
+    check(solve, stock, ours)
+    torch._dynamo.reset()
+
+
+@KINDS
 def test_disabled(kind):
     stock, ours = twins(kind)
     with stock.disable_adapter(), ours.disable_adapter():

@@ -110,7 +110,8 @@ class _DoraConvVariant(DoraVariant):
         scaling, groups = layer.scaling[adapter], layer.base_layer.groups
         a: Tensor = layer.lora_A[adapter].weight
         grouped, exact = groups > 1, adapter in vars(layer)[SWITCH].exact_norms
-        if not grouped and weights.lora_A.data_ptr() == a.data_ptr():
+        copied = not (a if layer.base_layer.weight.is_contiguous() else a.movedim(1, -1)).is_contiguous()
+        if not grouped and not copied:
             return super().divisor(layer, adapter, weights)
 
         def norm() -> Tensor:

@@ -6,6 +6,7 @@ fresh model is up to 3.5e-3 away from the base model.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from dora_kernels.peft.layer import DoraVariant
 from dora_kernels.peft.state import Weights, dora_adapters, switch
+
+logger = logging.getLogger("dora_kernels")
 
 
 class Rewritten(NamedTuple):
@@ -29,16 +32,20 @@ class Rewritten(NamedTuple):
 def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
     """Set every fresh magnitude of the patched layers to the norm of its base weight, and say which.
 
-    Fresh: B is 0 (of an embedding A), and the magnitude bit for bit what PEFT's own initialisation gives.
+    Fresh: B is 0 (of an embedding A), and the magnitude bit for bit what PEFT's own initialisation gives. Adapters
+    whose tensors are out of reach are left alone, with a warning in the log.
     """
-    done = []
+    done, unread = [], []
     for name, layer in model.named_modules():
         if switch(layer) is None or getattr(layer, "merged_adapters", None):
             continue
         for adapter in dora_adapters(layer):
             variant = getattr(layer, "lora_variant", {}).get(adapter)
             weights = variant.read(layer, adapter) if isinstance(variant, DoraVariant) else None
-            if weights is None or (weights.lora_A.any() and weights.lora_B.any()) or not _fresh(layer, adapter):
+            if weights is None:
+                unread.append(f"{name} ({adapter})")
+                continue
+            if (weights.lora_A.any() and weights.lora_B.any()) or not _fresh(layer, adapter):
                 continue
             magnitude: Tensor = layer.lora_magnitude_vector[adapter].weight
             before, exact = magnitude.detach().clone(), _norm(layer, adapter, variant, weights)
@@ -46,6 +53,11 @@ def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
             if not torch.equal(before, magnitude):
                 after = magnitude.detach().clone()
                 done.append(Rewritten(f"{name} ({adapter})", weakref.ref(magnitude), before, after))
+    if unread:
+        logger.warning(
+            "exact_init left %d magnitudes as they are, since their weights cannot be read now (sharded, offloaded, "
+            "on meta): patch before the model is wrapped; the first: %s", len(unread), unread[0],
+        )  # fmt: skip
     return done
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.other import _freeze_adapter
 from torch import nn
 
@@ -154,10 +155,20 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
         kind = _kind(type(layer))
         if kind is not None and unsupported(layer) is None:
             layer.__class__ = kind.patched
-        if _is_ours(layer) and SWITCH not in vars(layer):
+        if not _is_ours(layer):
+            continue
+        for magnitude in _magnitudes(layer, DoraLinearLayer):
+            magnitude.__class__ = linear.DoraMagnitude
+        if SWITCH not in vars(layer):
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
+
+
+def _magnitudes(layer: Any, kind: type) -> list[Any]:
+    """Its modules of magnitudes of just that class, within whatever wrapper."""
+    vectors = getattr(layer, "lora_magnitude_vector", None)  # before there is one
+    return [] if vectors is None else [module for module in vectors.modules() if type(module) is kind]
 
 
 def restore_layers(model: nn.Module) -> None:
@@ -171,6 +182,8 @@ def restore_layers(model: nn.Module) -> None:
                 layer.__class__ = layer.stock
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = DoraLayer.restored_variant(variant)
+            for magnitude in _magnitudes(layer, linear.DoraMagnitude):
+                magnitude.__class__ = DoraLinearLayer
             layer.__dict__.pop(SWITCH, None)
 
 

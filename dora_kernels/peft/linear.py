@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
@@ -56,11 +57,56 @@ def factors_fit(layer: Any, adapter: str, weights: Weights) -> bool:
     """Whether the adapter's modules are plain ones, and their tensors of fitting shapes."""
     names = ("lora_A", "lora_B", "lora_magnitude_vector")
     lora_A, lora_B, magnitude = (layer._modules[name]._modules[adapter] for name in names)
-    if not (type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None and type(magnitude) is DoraLinearLayer):
+    if not (type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None):
+        return False
+    if type(magnitude) not in (DoraMagnitude, DoraLinearLayer):
         return False
     _, a, b, m, _ = weights
     shapes = a.dim() == b.dim() == 2 and m.dim() == 1
     return shapes and a.shape[1] == layer.in_features and b.shape[0] == m.shape[0] == layer.out_features
+
+
+class DoraMagnitude(DoraLinearLayer):
+    """PEFT's module of a magnitude, as which it calls lora_A and lora_B once.
+
+    PEFT calls them twice, the first time with an identity for their weights, which may be whole during a call alone.
+    """
+
+    def forward(self, x: Tensor, *, lora_A: Any, lora_B: Any, **kwargs: Any) -> Tensor:
+        """PEFT's, given what the calls have shown."""
+        cached = getattr(peft_dora, "ENABLE_DORA_CACHING", False)  # which leaves the identity out
+        if not cached and not torch.compiler.is_compiling() and _inner_linear(lora_A) and _inner_linear(lora_B):
+            lora_A = _Called(lora_A, x)
+            lora_B = _Called(lora_B, lora_A.result)
+        result: Tensor = super().forward(x, lora_A=lora_A, lora_B=lora_B, **kwargs)
+        return result
+
+
+class _Called:
+    """lora_A or lora_B after its call, to be called by PEFT: with what shows the weight, then for the result."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        seen: list[Tensor] = []
+        inner: Any = _inner_linear(module)
+        handle = inner.register_forward_hook(lambda one, *_: seen.append(one.weight.detach().clone()), prepend=True)
+        try:
+            self.result: Tensor = module(x)
+        finally:
+            handle.remove()
+        self.weight = seen[0]
+        self._shown = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._shown:
+            return self.result
+        self._shown = True
+        return F.linear(x, self.weight)
+
+
+def _inner_linear(module: nn.Module) -> nn.Linear | None:
+    """What a wrapper is around, if that shows its weight by what it makes of an identity."""
+    inner = next((one for one in module.modules() if isinstance(one, nn.Linear)), None)
+    return inner if type(inner) is nn.Linear and inner.bias is None else None
 
 
 class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):

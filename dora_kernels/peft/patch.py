@@ -62,7 +62,11 @@ class PatchHandle:
 
     @property
     def patched(self) -> list[str]:
-        """Names of the DoRA layers whose calls run on this package, those of adapters added later included."""
+        """Names of the DoRA layers whose calls run on this package, those of adapters added later included.
+
+        As things stand at this moment: FSDP2 gathers for a call what is out of reach between calls, so that the layers
+        it has sharded are listed in `skipped` although their calls run on this package.
+        """
         return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
 
     @property
