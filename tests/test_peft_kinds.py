@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -182,19 +183,20 @@ def test_a_batch_of_several_adapters(kind, adapters):
     add(models, kind, "plain", use_dora=False, init_lora_weights=False)
     for model in models:
         model.eval()
-    names = (["second", "__base__", "default", "plain"] * 2)[: len(given(ours))]
-    with pytest.raises(ValueError, match="DoRA"):
-        output(stock, adapter_names=names)
-    mixed = output(ours, adapter_names=names)["y"]
-    assert mixed.dtype == output(ours)["y"].dtype
-    for row, name in enumerate(names):
-        if name == "__base__":
-            with ours.disable_adapter():
-                alone = output(ours)["y"]
-        else:
-            alone = output(active(ours, name))["y"]
+    rows = len(given(ours))
+    alone = {}
+    for name in ("default", "second", "plain", "__base__"):
+        with ours.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            alone[name] = output(ours if name == "__base__" else active(ours, name))["y"]
+    for names in (["second", "__base__", "default", "plain"], ["default", "default", "plain", "default"]):
+        names = names[:rows]
+        with pytest.raises(ValueError, match="DoRA"):
+            output(stock, adapter_names=names)
+        mixed = output(ours, adapter_names=names)["y"]
+        assert mixed.dtype == alone["default"].dtype
+        wanted = torch.stack([alone[name][row] for row, name in enumerate(names)])
         # A bfloat16 layer on its own is one function, in a batch a composition: one rounding of 1 apart.
-        torch.testing.assert_close(mixed[row], alone[row], **({} if adapters else {"rtol": 0, "atol": 2**-7}))
+        torch.testing.assert_close(mixed, wanted, **({} if adapters else {"rtol": 0, "atol": 2**-7}))
 
 
 @KINDS

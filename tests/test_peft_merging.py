@@ -51,7 +51,8 @@ def test_merging(kind, safe_merge, dtype):
         assert weight.dtype == dtype and not torch.equal(weight, before)
         ours.unmerge_adapter()
         assert torch.equal(weight, before)
-        assert not lora_layers(ours)[0].merged_adapters and vars(lora_layers(ours)[0])[SWITCH].unmerged is None
+        layer = lora_layers(ours)[0]
+        assert not layer.merged_adapters and not layer._caches and vars(layer)[SWITCH].unmerged is None
         check(output, stock, ours, dtype)
 
 

@@ -210,7 +210,6 @@ class DoraLayer:
             super().unmerge()  # type: ignore[misc]
         if state is not None:
             state.unmerged = None
-        forget_norms(self)
 
     def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """PEFT's checks, without its refusal of DoRA in a batch of several adapters."""
