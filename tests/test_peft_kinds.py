@@ -132,6 +132,37 @@ def test_compiled(kind):
 
 
 @KINDS
+def test_pefts_own_caching(kind):
+    """`DoraCaching` fills and empties PEFT's caches as without this package."""
+    helpers = pytest.importorskip("peft.helpers")
+    if not hasattr(helpers, "DoraCaching"):
+        pytest.skip("since peft 0.18")
+    models = twins(kind)
+    caches = [lora_layers(model)[0].lora_magnitude_vector["default"]._dora_cache for model in models]
+
+    def run(full):
+        with torch.no_grad():
+            stock, ours = (model(given(model)) for model in models)
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+        assert [bool(cache) for cache in caches] == [full, full]
+
+    run(False)
+    with helpers.DoraCaching():
+        run(False)  # in training
+        for model in models:
+            model.eval()
+        run(True)
+        pickle.dumps(models[1])
+    run(False)
+    with helpers.DoraCaching():
+        run(True)
+        for model in models:
+            model.train()
+        assert not any(caches)
+        run(False)
+
+
+@KINDS
 def test_disabled(kind):
     stock, ours = twins(kind)
     with stock.disable_adapter(), ours.disable_adapter():

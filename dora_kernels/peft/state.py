@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import dora as peft_dora
 from torch import Tensor, nn
 
 from dora_kernels.backends import resolve
@@ -192,7 +193,17 @@ def read(
         if not (all(addresses) and _fit(layer, adapter, weights, fit)):
             return None
         cache.checked = seen, addresses, shapes
+    if magnitude.__dict__.get("_dora_cache") or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
+        _show_caching(magnitude, cache)
     return weights
+
+
+def _show_caching(magnitude: Any, cache: AdapterCache) -> None:
+    """In PEFT's own place, where its ``DoraCaching`` asks for it, what the norm is kept in; elsewhere nothing."""
+    if peft_dora.ENABLE_DORA_CACHING and not magnitude.training:
+        magnitude._cache_store(SWITCH, cache)
+    else:
+        magnitude._cache_clear()
 
 
 def _fit(layer: Any, adapter: str, weights: Weights, fit: Callable[[Any, str, Weights], bool]) -> bool:
