@@ -25,6 +25,11 @@ def layer_output(model):
         return lora_layers(model)[0](given(model)).double()
 
 
+def norm_of(layer, adapter):
+    variant = layer.lora_variant[adapter]
+    return variant.divisor(layer, adapter, variant.read(layer, adapter))("torch")
+
+
 def three(kind):
     """A patched model with a DoRA adapter of rank 4, one of rank 2, and a plain one; each one's share of the output."""
     _, ours = twins(kind)
@@ -50,6 +55,22 @@ def test_the_sum_of_the_ranks_is_exact(kind, names):
     )
     for name in ("default", "second", "plain"):
         torch.testing.assert_close(layer_output(active(ours, name)) - base, shares[name])
+
+
+@MERGEABLE
+def test_a_row_whose_factors_cancel(kind):
+    """``1 + w (g - 1)`` is 0: nothing is left of W to be scaled, and what is added stays what it is."""
+    ours, _, _ = three(kind)
+    layer = lora_layers(ours)[0]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    active(ours, "default")
+    with torch.no_grad():
+        magnitude.view(-1)[0] = 2.0 * norm_of(layer, "default")[0]
+        with ours.disable_adapter():
+            base = layer_output(ours)
+        share = layer_output(ours) - base
+    ours.add_weighted_adapter(["default"], [-1.0], "sum", combination_type="cat")
+    torch.testing.assert_close(layer_output(active(ours, "sum")), base - share, rtol=1e-4, atol=1e-4)
 
 
 @MERGEABLE

@@ -171,3 +171,15 @@ def test_a_bias_that_was_changed_while_merged(kind, lora_bias, change):
         bias += float(change)
     ours.unmerge_adapter()
     assert torch.equal(bias, before) if not change else torch.allclose(bias, before + 1.0)
+
+
+def test_a_failed_merge_and_unload_leaves_the_options_as_they_were():
+    _, ours = twins("linear")
+    layer = lora_layers(ours)[0]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    kept = magnitude.detach().clone()
+    magnitude.data[0] = torch.inf
+    with pytest.raises(ValueError, match="NaNs detected"):
+        ours.merge_and_unload(safe_merge=True)
+    magnitude.data.copy_(kept)
+    assert vars(layer)[SWITCH].options.keep_unmerged

@@ -202,6 +202,7 @@ def test_saved_and_loaded(kind, everywhere, tmp_path):
         warnings.simplefilter("ignore")
         loaded = PeftModel.from_pretrained(Net(Opaque(linear_layer(f32))), tmp_path, config=lora_config)
     torch.testing.assert_close(loaded.eval()(x), y)
+    assert not any(p.requires_grad for p in loaded.parameters())  # not loaded to be trained
     assert torch.equal(copy.deepcopy(loaded)(x), loaded(x))
 
 

@@ -36,7 +36,7 @@ def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
-    """Write the weighted sum into the adapter `result`; the relative error of ``B A`` that its rank leaves.
+    """Write the weighted sum into the adapter `result`, of scaling 1; the relative error of ``B A`` its rank leaves.
 
     Raises:
         ValueError: a tensor cannot be read, or the layer is a grouped convolution, whose update is no product.
@@ -59,7 +59,7 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
     right = torch.cat([found[0].flatten(1).to(dtype) for _, _, found in parts])
     left, right, error = _of_rank(left, right, a.shape[0])
     a.copy_(right.view(a.shape))
-    b.copy_((left / layer.scaling[result]).view(b.shape))
+    b.copy_(left.view(b.shape))
     if result in dora_adapters(layer):
         variant = layer.lora_variant[result]
         weights_of = variant.read(layer, result) if isinstance(variant, DoraVariant) else None

@@ -84,7 +84,5 @@ def _wrapped(original: Any, name: str) -> Any:
         self.use_dora[adapter_name] = True
         self.lora_variant[adapter_name] = DoraQuantizedVariant()
         DoraQuantizedVariant.init(self, adapter_name)
-        magnitude = self.lora_magnitude_vector[adapter_name].weight
-        magnitude.requires_grad_(self.lora_A[adapter_name].weight.requires_grad)
 
     return __init__
