@@ -158,6 +158,15 @@ def test_exact_init_is_not_undone_where_training_went_on():
     assert torch.equal(magnitude, kept)
 
 
+def test_exact_init_is_for_adapters_that_add_nothing():
+    """With a B that is not 0 the magnitude may be PEFT's own start all the same."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net("linear").to(bf16), config("linear", init_lora_weights=False))
+    before = lora_layers(model)[0].lora_magnitude_vector["default"].weight.detach().clone()
+    assert dora_kernels.patch_peft(model, exact_init=True).rewritten == []
+    assert torch.equal(lora_layers(model)[0].lora_magnitude_vector["default"].weight, before)
+
+
 def test_exact_init_says_what_it_cannot_reach(caplog):
     model = get_peft_model(Net("linear").to(bf16), config("linear"))
     layer = lora_layers(model)[0]

@@ -262,6 +262,24 @@ def test_under_autocast(kind):
         assert model(x).dtype == expected
     assert results["y"].dtype == expected
     check(results, oracle(model, weight, b, x), 4 * torch.finfo(bf16).eps, bf16)
+    dropping, _, _ = peft_model(kind, f32, lora_dropout=0.4)
+    dora_kernels.patch_peft(dropping)
+    with torch.autocast("cpu", bf16):
+        assert dropping(x).dtype == expected
+
+
+@KINDS
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_hooks_fire_once(kind, part):
+    model, weight, b = peft_model(kind, f32)
+    x = batch(f32)
+    error = layer_error(model, weight, b, x.clone().requires_grad_())
+    dora_kernels.patch_peft(model)
+    module = getattr(lora_layers(model)[0], part)
+    fired = []
+    (module if part == "base_layer" else module["default"]).register_forward_hook(lambda *_: fired.append(part))
+    check(solve(model, x), oracle(model, weight, b, x), error, f32)
+    assert fired == [part]
 
 
 def add(model, weight, name="second", **options):

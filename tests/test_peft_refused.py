@@ -138,6 +138,23 @@ def test_the_norm_where_terms_cancel(kind, everywhere):
 
 
 @KINDS
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_another_base_weight(kind, training, in_place, everywhere):
+    """What was computed once of a layer that shows itself through its forward is of the weight that it was."""
+    model, weight, b = peft_model(kind)
+    move(model, weight, "default")
+    x, layer = batch(f32), lora_layers(model)[0].base_layer
+    model.train(training)
+    check(solve(model, x), oracle(model, weight, b, x), 1e-7, f32)
+    packed = layer.qweight
+    layer.pack(weight.float().flip(0))
+    if in_place:
+        layer.qweight = packed.copy_(layer.qweight)
+    check(solve(model, x), oracle(model, weight.flip(0), b, x), 1e-7, f32)
+
+
+@KINDS
 @pytest.mark.parametrize("dropout", ["peft", "lora"])
 def test_dropout_and_several_adapters(kind, dropout):
     handle = dora_kernels.patch_peft_globally(dropout=dropout)
