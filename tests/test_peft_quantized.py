@@ -266,6 +266,11 @@ def test_under_autocast(kind):
     dora_kernels.patch_peft(dropping)
     with torch.autocast("cpu", bf16):
         assert dropping(batch(bf16)).dtype == bf16
+        # On a GPU PEFT leaves the dtype to the variant.
+        layer = lora_layers(dropping)[0]
+        result = layer.base_layer(batch(bf16))
+        dora = layer.lora_variant["default"].forward(layer, active_adapter="default", x=batch(bf16), result=result)
+        assert dora.dtype == result.dtype
 
 
 @KINDS
