@@ -22,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Patch, then run."""
     parser = argparse.ArgumentParser(
         prog="python -m dora_kernels.run",
-        description="Run a training script with every PEFT DoRA model on dora_kernels.",
+        usage="%(prog)s [--dropout {peft,lora}] [--exact-init] (SCRIPT | -m MODULE) ...",
+        description="Run a training script or module with every PEFT DoRA model on dora_kernels.",
+        epilog="What follows SCRIPT or MODULE are its own arguments.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--dropout", choices=("peft", "lora"), default="peft",
@@ -32,12 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--exact-init", action="store_true", help="give fresh magnitudes the float32 norm of the base weight"
     )
-    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
-    parser.add_argument("script", metavar="SCRIPT", help="what to run")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
-    options = parser.parse_args(arguments)
-    if not options.module and not os.path.exists(options.script):
-        parser.error(f"no file {options.script!r}; a module's name needs -m before it")
+    own, script = _split(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(own)
+    module = bool(script) and script[0].startswith("-m")
+    if module:
+        script = ([script[0][2:]] if script[0] != "-m" else []) + script[1:]
+    if not script:
+        parser.error("expected a MODULE after -m" if module else "expected a SCRIPT, or -m and a MODULE")
+    name = script[0]
+    if not module and not os.path.exists(name):
+        parser.error(f"no file {name!r}; a module's name needs -m before it")
 
     import dora_kernels
 
@@ -45,13 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dora_kernels.patch_peft_globally(dropout=options.dropout, exact_init=options.exact_init)
     except ImportError as error:
         parser.error(str(error))
-    sys.argv = [options.script, *options.arguments]
-    if options.module:
+    sys.argv = script
+    if module:
         sys.path[0] = os.getcwd()
-        runpy.run_module(options.script, run_name="__main__", alter_sys=True)
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(options.script))
-        runpy.run_path(options.script, run_name="__main__")
+        path = os.path.abspath(name)
+        sys.path[0] = os.path.dirname(path)
+        runpy.run_path(path, run_name="__main__")
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options of the launcher's own, and the rest as it is: argparse would take a ``--`` out of it."""
+    place = 0
+    while place < len(arguments) and arguments[place].startswith("-") and not arguments[place].startswith("-m"):
+        place += 2 if arguments[place] == "--dropout" else 1
+    return list(arguments[:place]), list(arguments[place:])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from helpers import bf16
 from peft import get_peft_model
-from peft_kinds import KINDS, LAYERS, SCALES, Net, config, given, output, solve, twins
+from peft_kinds import KINDS, LAYERS, SCALES, Net, active, add, config, given, output, solve, twins
 from peft_models import (
     check,
     lora_layers,
@@ -67,6 +67,33 @@ def test_strengths_that_are_none(arguments, error, message):
     with pytest.raises(error, match=message):
         dora_kernels.set_dora_strength(*(ours if each == "ours" else each for each in arguments))
     assert not vars(lora_layers(ours)[0])[SWITCH].strengths
+
+
+@KINDS
+def test_a_strength_of_0_in_training(kind):
+    """The base model's results, and gradients of 0 for whoever waits for them."""
+    stock, ours = twins(kind)
+    dora_kernels.set_dora_strength(ours, 0.0)
+    results = solve(ours)
+    with stock.disable_adapter():
+        assert torch.equal(results["y"], stock(given(stock)))
+    grads = [value for name, value in results.items() if "lora" in name]
+    assert len(grads) == 3 and not any(grad.any() for grad in grads)
+
+
+@KINDS
+def test_a_strength_goes_with_its_adapter(kind):
+    """Another one of the same name is at full strength."""
+    stock, ours = twins(kind)
+    add([ours], kind)
+    dora_kernels.set_dora_strength(ours, 0.3, "second")
+    for model in (stock, ours):
+        if model is ours:
+            model.delete_adapter("second")
+        add([model], kind)
+        active(model, "second").eval()
+    assert not vars(lora_layers(ours)[0])[SWITCH].strengths
+    check(output, stock, ours)
 
 
 @KINDS

@@ -15,8 +15,10 @@ from peft_models import (
     FIRST,
     Toy,
     anatomy,
+    base_model,
     lora_layers,
     one_thread,  # noqa: F401
+    peft_model,
     toy,
 )
 from safetensors.torch import load_file, save_file
@@ -89,31 +91,52 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = {
     "truncated": (cut, WEIGHTS, "truncated, or no safetensors file"),
     "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"pickle"), WEIGHTS, "truncated, or no safetensors file"),
-    "no magnitude": (lambda f: rewrite(f, lambda t: t.pop(M)), WEIGHTS, f"{FIRST} has no lora_magnitude_vector"),
+    "no magnitude": (lambda f: rewrite(f, lambda t: t.pop(M)), WEIGHTS, "first has no lora_magnitude_vector"),
     "NaN": (lambda f: rewrite(f, lambda t: t[M].fill_(float("nan"))), WEIGHTS, f"{M} has values that are not finite"),
     "another rank": (
         lambda f: rewrite(f, lambda t: t.update({A: torch.zeros(7, 12)})), WEIGHTS,
-        f"{FIRST}.lora_A has rank 7, its configuration says 3",
+        "first.lora_A [7, 12] has not the rank 3 that its configuration says",
     ),
     "factors of two ranks": (
         lambda f: rewrite(f, lambda t: t.update({A.replace("_A", "_B"): torch.zeros(20, 2)})), WEIGHTS,
-        f"{FIRST}.lora_B [20, 2] does not fit lora_A [3, 12]",
+        "first.lora_B [20, 2] does not fit lora_A [3, 12]",
     ),
     "a short magnitude": (
         lambda f: rewrite(f, lambda t: t.update({M: torch.zeros(5)})), WEIGHTS,
-        f"{FIRST}.lora_magnitude_vector has 5 values, lora_B 20 rows",
+        "first.lora_magnitude_vector [5]: lora_B asks for [20]",
+    ),
+    "a magnitude of two dimensions": (
+        lambda f: rewrite(f, lambda t: t.update({M: torch.ones(1, 20)})), WEIGHTS,
+        "first.lora_magnitude_vector [1, 20]: lora_B asks for [20]",
+    ),
+    "a vector for a factor": (
+        lambda f: rewrite(f, lambda t: t.update({A: torch.ones(3)})), WEIGHTS, "first.lora_A [3] has not the rank 3",
+    ),
+    "integers": (
+        lambda f: rewrite(f, lambda t: t.update({A: torch.ones(3, 12, dtype=torch.int32)})), WEIGHTS,
+        f"{A} is of torch.int32, which is no floating-point type",
     ),
     "another model": (
-        lambda f: rewrite(f, renamed), WEIGHTS, "third: the model has no such layer",
+        lambda f: (rewrite(f, renamed), configure(f, target_modules=".*")), WEIGHTS,
+        "third: the model has no such layer",
+    ),
+    "a smaller model": (
+        lambda f: rewrite(f, lambda t: [t.pop(key) for key in list(t) if "second" in key]), WEIGHTS,
+        "has nothing for second, which its configuration's target_modules name",
+    ),
+    "other targets": (
+        lambda f: configure(f, target_modules=["second", "conv", "special", "embedding"]), WEIGHTS,
+        "first: its configuration's target_modules do not name it",
     ),
     "another size": (
         lambda f: rewrite(f, lambda t: t.update({A: torch.zeros(3, 13)})), WEIGHTS,
-        f"{FIRST} is of a layer with 13 inputs and 20 outputs, the model's has 12 and 20",
+        "first is of a layer with 13 inputs and 20 outputs, the model's has 12 and 20",
     ),
     "empty": (lambda f: save_file({}, f / WEIGHTS), WEIGHTS, "no LoRA tensors in it"),
     "no DoRA": (
         lambda f: configure(f, use_dora=False), CONFIG, "expected peft_type 'LORA' with use_dora, got 'LORA', False"
     ),
+    "no scaling": (lambda f: configure(f, lora_alpha=None), CONFIG, "lora_alpha: expected a number, got None"),
     "no configuration": (lambda f: (f / CONFIG).write_text("{"), CONFIG, "no adapter configuration"),
 }  # fmt: skip
 
@@ -134,6 +157,37 @@ def test_files_that_are_not_there(name, saved):
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
         dora_kernels.check_adapter(saved)
+
+
+def test_a_pickle(saved):
+    """Which is not read."""
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=f"{WEIGHTS}: no such file, only adapter_model.bin, a pickle"):
+        dora_kernels.check_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("nowhere/there",), FileNotFoundError, "^nowhere/there: no such folder; expected one that save_pretrained"),
+        ((None,), TypeError, r"^path: expected a str or os\.PathLike, got NoneType"),
+        ((".", "llama"), TypeError, r"^model: expected a torch\.nn\.Module, got str"),
+    ],
+)
+def test_what_is_no_folder(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dora_kernels.check_adapter(*arguments)
+
+
+def test_replicated_layers(tmp_path):
+    """The file has more layers than the base model that they are made from."""
+    model = peft_model("llama", layer_replication=[[0, 2], [1, 2], [0, 1]])
+    model.save_pretrained(tmp_path)
+    dora_kernels.check_adapter(tmp_path, base_model("llama"))
+    dora_kernels.check_adapter(tmp_path, model)
+    configure(tmp_path, layer_replication=None)
+    with pytest.raises(ValueError, match=r"layers\.2.*: the model has no such layer"):
+        dora_kernels.check_adapter(tmp_path, base_model("llama"))
 
 
 def test_against_a_peft_model_and_with_rank_patterns(tmp_path):

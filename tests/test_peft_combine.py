@@ -58,6 +58,37 @@ def test_the_sum_of_the_ranks_is_exact(kind, names):
 
 
 @MERGEABLE
+def test_at_the_strengths_that_are_set(kind):
+    """Of a DoRA adapter; plain LoRA has none."""
+    ours, base, _ = three(kind)
+    dora_kernels.set_dora_strength(ours, 0.4, "default")
+    names = ["default", "second", "plain"]
+    shares = [layer_output(active(ours, name)) - base for name in names]
+    ours.add_weighted_adapter(names, [0.6, -0.7, 0.3], "sum", combination_type="cat")
+    wanted = base + 0.6 * shares[0] - 0.7 * shares[1] + 0.3 * shares[2]
+    torch.testing.assert_close(layer_output(active(ours, "sum")), wanted, rtol=1e-4, atol=1e-4)
+
+
+@MERGEABLE
+@pytest.mark.parametrize("combination", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 3}])
+def test_under_autocast(kind, combination):
+    """As outside it."""
+    ours, *_ = three(kind)
+    arguments = ["default", "second"], [0.6, -0.7]
+    ours.add_weighted_adapter(*arguments, "sum", **combination)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours.add_weighted_adapter(*arguments, "within", **combination)
+    assert torch.equal(layer_output(active(ours, "within")), layer_output(active(ours, "sum")))
+
+
+def test_one_adapter_twice():
+    ours, base, shares = three("linear")
+    ours.add_weighted_adapter(["default", "default"], [0.5, 0.25], "sum", combination_type="cat")
+    wanted = base + 0.75 * shares["default"]
+    torch.testing.assert_close(layer_output(active(ours, "sum")), wanted, rtol=1e-4, atol=1e-4)
+
+
+@MERGEABLE
 def test_a_row_whose_factors_cancel(kind):
     """``1 + w (g - 1)`` is 0: nothing is left of W to be scaled, and what is added stays what it is."""
     ours, _, _ = three(kind)

@@ -32,6 +32,7 @@ from peft_models import (
 
 import dora_kernels
 from dora_kernels.peft.linear import DoraLinear
+from dora_kernels.peft.state import SWITCH
 
 
 @pytest.fixture
@@ -150,6 +151,34 @@ def test_a_wrapper_put_on_top_of_the_global_patch_stays(monkeypatch):
         assert anatomy(toy()) and calls and not dora(toy())
     finally:
         BaseTuner.inject_adapter = original
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_globally_twice(first_ends_first):
+    """The last one's options count, as long as it is on; PEFT is as it was when both have ended."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.lora import awq
+    from test_peft_refused import peft_model
+
+    def as_it_is():
+        return BaseTuner.inject_adapter, awq.AwqLoraLinear.__init__, PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA]
+
+    def dropout():
+        return vars(lora_layers(toy())[0])[SWITCH].options.dropout
+
+    before = as_it_is()
+    one, two = dora_kernels.patch_peft_globally(), dora_kernels.patch_peft_globally(dropout="lora")
+    assert dropout() == "lora"
+    ends, stays = (one, two) if first_ends_first else (two, one)
+    ends.restore()
+    assert dropout() == ("lora" if first_ends_first else "peft")
+    assert lora_layers(peft_model("awq")[0])[0].use_dora["default"]
+    model = toy()
+    assert stays.patched and not ends.patched
+    stays.restore()
+    assert as_it_is() == before and not dora(model)
+    stays.restore()
+    assert as_it_is() == before
 
 
 def test_globally_and_locally(everywhere):

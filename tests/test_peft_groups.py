@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -21,8 +22,10 @@ from peft_models import (
 )
 
 import dora_kernels
+from dora_kernels.peft.config import DoraLoraConfig
 
 KIND = "conv2d, 2 groups"
+VALUES = {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["layer"]}
 
 
 def exact_output(model, name="default"):
@@ -109,6 +112,42 @@ def test_files_of_others_say_nothing(tmp_path):
         assert torch.equal(output(copy.deepcopy(again)), output(again))
     finally:
         handle.restore()
+
+
+def test_the_norm_goes_with_its_adapter():
+    """One that is injected brings its own, and another of the same name has PEFT's again."""
+    stock, ours = twins(KIND)
+    ours.add_adapter("second", DoraLoraConfig(**VALUES, grouped_norm="exact"))
+    move_adapter(ours, "second", 5)
+    ours.set_adapter("second")
+    torch.testing.assert_close(output(ours.eval()), exact_output(ours, "second"), rtol=1e-5, atol=1e-5)
+    ours.set_adapter("default")
+    torch.testing.assert_close(output(ours), output(stock.eval()), rtol=1e-5, atol=1e-5)
+    ours.delete_adapter("second")
+    for model in (stock, ours):
+        model.add_adapter("second", config(KIND))
+        move_adapter(model, "second", 5)
+        model.set_adapter("second")
+        model.eval()
+    torch.testing.assert_close(output(ours), output(stock), rtol=1e-5, atol=1e-5)
+
+
+def test_a_configuration_of_another_class():
+    """The norm is what was asked for; that it will not be saved is said."""
+
+    @dataclasses.dataclass
+    class Own(LoraConfig):
+        more: int = 1
+
+    torch.manual_seed(0)
+    model = move_adapter(get_peft_model(Net(KIND), Own(**VALUES, more=2))).eval()
+    before = output(model)
+    with pytest.warns(UserWarning, match="grouped_norm='exact' will not be saved: .* is a Own, no plain LoraConfig"):
+        handle = dora_kernels.patch_peft(model, grouped_norm="exact")
+    torch.testing.assert_close(output(model), exact_output(model), rtol=1e-5, atol=1e-5)
+    handle.restore()
+    torch.testing.assert_close(output(model), before, rtol=1e-5, atol=1e-5)
+    assert type(model.peft_config["default"]) is Own and "grouped_norm" not in vars(model.peft_config["default"])
 
 
 def test_another_name():

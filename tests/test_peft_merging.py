@@ -15,7 +15,9 @@ from peft_kinds import (
     MERGEABLE,
     active,
     add,
+    given,
     output,
+    solve,
     twins,
 )
 from peft_models import (
@@ -183,3 +185,80 @@ def test_a_failed_merge_and_unload_leaves_the_options_as_they_were():
         ours.merge_and_unload(safe_merge=True)
     magnitude.data.copy_(kept)
     assert vars(layer)[SWITCH].options.keep_unmerged
+
+
+@MERGEABLE
+@pytest.mark.parametrize("unload", [False, True], ids=["", "unload"])
+def test_several_at_once_without_a_copy(kind, unload):
+    """Each norm from the unmerged weight: there is a copy for as long as it takes."""
+    stock, _ = twins(kind)
+    add([stock], kind, r=2, lora_alpha=3)
+    ours = active(stock, "default", "second").eval()
+    dora_kernels.patch_peft(ours, keep_unmerged=False)
+    wanted = output(ours)["y"]
+    if unload:
+        x = given(ours).detach()
+        merged = ours.merge_and_unload()(x).detach()
+    else:
+        layer = lora_layers(ours)[0]
+        before = layer.get_base_layer().weight.detach().clone()
+        ours.merge_adapter(["default", "second"])
+        merged = output(ours)["y"]
+        assert vars(layer)[SWITCH].unmerged is None
+        ours.unmerge_adapter()
+        torch.testing.assert_close(layer.get_base_layer().weight.detach(), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-5)
+
+
+@MERGEABLE
+def test_one_after_the_other(kind):
+    """A plain adapter and then a DoRA adapter: its norm is the unmerged weight's, which comes back bit for bit."""
+    _, ours = twins(kind)
+    add([ours], kind, "plain", use_dora=False, init_lora_weights=False)
+    active(ours, "plain", "default").eval()
+    layer, wanted = lora_layers(ours)[0], output(ours)["y"]
+    before = layer.get_base_layer().weight.detach().clone()
+    ours.merge_adapter(["plain"])
+    ours.merge_adapter(["default"])
+    torch.testing.assert_close(output(ours)["y"], wanted, rtol=1e-5, atol=1e-5)
+    ours.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@MERGEABLE
+def test_a_weight_that_was_changed_between_two_merges(kind):
+    """The copy is of another weight then: PEFT's arithmetic, as stock."""
+    stock, ours = models = twins(kind)
+    add(models, kind, r=2, lora_alpha=3)
+    results = []
+    for model in models:
+        weight = lora_layers(model)[0].get_base_layer().weight
+        model.merge_adapter(["default"])
+        with torch.no_grad():
+            weight.mul_(1.5)
+        model.merge_adapter(["second"])
+        merged = weight.detach().clone()
+        model.unmerge_adapter()
+        results.append((merged, weight.detach().clone()))
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@MERGEABLE
+@pytest.mark.parametrize("names", [["default"], ["default", "second"]], ids=["", "two"])
+def test_merged_in_inference_mode(kind, names):
+    """And unmerged in it: the weights can be trained with afterwards."""
+    _, ours = twins(kind)
+    add([ours], kind, r=2, lora_alpha=3)
+    active(ours, *names)
+    wanted = solve(ours)
+    with torch.inference_mode():
+        ours.merge_adapter(names)
+        merged = ours(given(ours).detach())
+    torch.testing.assert_close(merged.clone(), wanted["y"], rtol=1e-5, atol=1e-5)
+    lora_layers(ours)[0].get_base_layer().weight.requires_grad_().square().sum().backward()
+    lora_layers(ours)[0].get_base_layer().weight.requires_grad_(False).grad = None
+    with torch.inference_mode():
+        ours.unmerge_adapter()
+    for name, value in solve(ours).items():
+        assert torch.equal(value, wanted[name]), name

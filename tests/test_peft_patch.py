@@ -126,15 +126,19 @@ def test_restore_reaches_classes_derived_from_the_patch():
     assert layers and not any(calls.values())
 
 
-def test_restored_while_merged():
-    """PEFT's own unmerge finds the norm that it divides by."""
-    stock, ours, handle = toy_twins(others=True)
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("keep_unmerged", [True, False], ids=["", "no copy"])
+def test_restored_while_merged(strength, keep_unmerged):
+    """Unmerged: PEFT knows neither the copy nor the strength."""
+    stock, ours, _ = toy_twins(others=True)
+    handle = dora_kernels.patch_peft(ours, keep_unmerged=keep_unmerged)
     before = {name: p.clone() for name, p in ours.named_parameters() if "base_layer" in name}
+    dora_kernels.set_dora_strength(ours, strength)
     ours.merge_adapter()
     handle.restore()
-    ours.unmerge_adapter()
     for name, parameter in before.items():
-        torch.testing.assert_close(ours.get_parameter(name), parameter)
+        rounding = {"rtol": 0, "atol": 0} if keep_unmerged else {}
+        torch.testing.assert_close(ours.get_parameter(name), parameter, **rounding)
     assert anatomy(ours) == anatomy(stock)
 
 

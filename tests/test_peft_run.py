@@ -78,6 +78,24 @@ def test_a_module(project):
     assert lines == ["RESULT DoraLinear peft beside train.py -x -"]
 
 
+def test_a_module_as_python_takes_it(project):
+    lines, _ = run(project, sys.executable, "-m", "dora_kernels.run", "--exact-init", "-mtrain", "-m")
+    assert lines == ["RESULT DoraLinear peft beside train.py -m -"]
+
+
+def test_arguments_after_two_dashes(project):
+    """They are the script's, the dashes too, as without the launcher."""
+    lines, _ = run(project, sys.executable, "-m", "dora_kernels.run", "train.py", "--", "--x", "--", "-y")
+    assert lines == ["RESULT DoraLinear peft beside train.py -- --x -- -y -"]
+
+
+def test_where_the_script_is(project):
+    """Python gives a script its absolute path."""
+    (project / "where.py").write_text("import sys\nprint('RESULT', __file__, sys.path[0])\n")
+    plain, _ = run(project, sys.executable, "where.py")
+    assert run(project, sys.executable, "-m", "dora_kernels.run", "where.py")[0] == plain
+
+
 def test_its_exit_status(project):
     run(project, sys.executable, "-m", "dora_kernels.run", "train.py", "--fail", code=7)
 
@@ -85,7 +103,11 @@ def test_its_exit_status(project):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: SCRIPT"),
+        ([], "error: expected a SCRIPT, or -m and a MODULE"),
+        (["--exact-init"], "error: expected a SCRIPT, or -m and a MODULE"),
+        (["-m"], "error: expected a MODULE after -m"),
+        (["--drop", "lora", "train.py"], "unrecognized arguments: --drop"),
+        (["--lr", "train.py"], "unrecognized arguments: --lr"),
         (["nowhere.py"], "no file 'nowhere.py'; a module's name needs -m before it"),
         (["--dropout", "torchtune", "train.py"], "argument --dropout: invalid choice: 'torchtune'"),
     ],

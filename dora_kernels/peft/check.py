@@ -7,10 +7,12 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft.tuners import lora
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from dora_kernels.peft.combine import factors
@@ -65,30 +67,47 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
 
     Args:
         path: a folder that ``save_pretrained`` has written.
-        model: the base model, or a `PeftModel` of it: the layers must be there, of fitting sizes.
+        model: the base model, or a `PeftModel` of it: it must have the file's layers, of fitting sizes, and no further
+            one that the adapter's configuration names.
 
     Raises:
+        TypeError: `path` is no path, or `model` no `torch.nn.Module`.
         FileNotFoundError: the folder, its configuration or its weights are not there.
         ValueError: the file is truncated or no safetensors file, a tensor is missing, of another rank or size, or has
-            values that are not finite, or the model has no such layer; the message names the file and the tensor.
+            values that are not finite, or the model's layers are others; the message names the file and the tensor.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a str or os.PathLike, got {type(path).__name__}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file")
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        peft_type, use_dora = config["peft_type"], config["use_dora"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _CONFIG}: no adapter configuration: {type(error).__name__}: {error}") from error
-    if peft_type != "LORA" or not use_dora:
-        found = f"{peft_type!r}, {use_dora!r}"
-        raise ValueError(f"{folder / _CONFIG}: expected peft_type 'LORA' with use_dora, got {found}")
-    file = folder / _WEIGHTS
-    for module, parts in _parts(file).items():
+            pickled = name == _WEIGHTS and (folder / "adapter_model.bin").is_file()
+            hint = ", only adapter_model.bin, a pickle, which is not read: save it as safetensors" if pickled else ""
+            raise FileNotFoundError(f"{folder / name}: no such file{hint}")
+    file, config = folder / _WEIGHTS, _config(folder / _CONFIG)
+    modules = _parts(file)
+    for module, parts in modules.items():
         _check_parts(file, module, parts, config)
-        if model is not None:
-            _check_module(file, module, parts, model)
+    if model is not None:
+        _check_layers(file, modules, model, config)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The adapter's configuration."""
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        peft_type, use_dora, alpha = config["peft_type"], config["use_dora"], config["lora_alpha"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no adapter configuration: {type(error).__name__}: {error}") from error
+    if peft_type != "LORA" or not use_dora:
+        raise ValueError(f"{file}: expected peft_type 'LORA' with use_dora, got {peft_type!r}, {use_dora!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(f"{file}: lora_alpha: expected a number, got {alpha!r}")
+    return config
 
 
 def _parts(file: Path) -> dict[str, dict[str, Tensor]]:
@@ -102,9 +121,12 @@ def _parts(file: Path) -> dict[str, dict[str, Tensor]]:
                 found = _KEY.match(key)
                 if found is not None:
                     tensor = tensors.get_tensor(key)
+                    if not tensor.is_floating_point():
+                        raise ValueError(f"{file}: {key} is of {tensor.dtype}, which is no floating-point type")
                     if not bool(tensor.isfinite().all()):
                         raise ValueError(f"{file}: {key} has values that are not finite")
-                    modules[found["module"]][found["part"].replace("embedding_", "")] = tensor
+                    name = found["module"].removeprefix("base_model.model.")
+                    modules[name][found["part"].replace("embedding_", "")] = tensor
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from error
     if not modules:
@@ -118,34 +140,79 @@ def _check_parts(file: Path, module: str, parts: dict[str, Tensor], config: dict
         raise ValueError(f"{file}: {module} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
     patterns = config.get("rank_pattern") or {}
-    short = module.removeprefix("base_model.model.")
-    rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", short)), config.get("r"))
-    if a.shape[0] != rank:
-        raise ValueError(f"{file}: {module}.lora_A has rank {a.shape[0]}, its configuration says {rank}")
+    rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("r"))
+    if a.dim() < 2 or a.shape[0] != rank:
+        raise ValueError(f"{file}: {module}.lora_A {list(a.shape)} has not the rank {rank} that its configuration says")
     # A grouped convolution's B has a group's share of the rank.
-    if b.dim() < 2 or a.shape[0] % b.shape[1] or (b.dim() == 2 and b.shape[1] != a.shape[0]):
+    if b.dim() != a.dim() or not b.numel() or a.shape[0] % b.shape[1] or (b.dim() == 2 and b.shape[1] != a.shape[0]):
         raise ValueError(f"{file}: {module}.lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
-    if m.numel() != b.shape[0]:
-        raise ValueError(f"{file}: {module}.lora_magnitude_vector has {m.numel()} values, lora_B {b.shape[0]} rows")
+    shape = [b.shape[0]] if b.dim() == 2 else [1, b.shape[0], *(1 for _ in b.shape[2:])]
+    if list(m.shape) != shape:
+        raise ValueError(f"{file}: {module}.lora_magnitude_vector {list(m.shape)}: lora_B asks for {shape}")
 
 
-def _check_module(file: Path, module: str, parts: dict[str, Tensor], model: nn.Module) -> None:
-    name = module.removeprefix("base_model.model.")
-    modules = dict(model.named_modules())
-    layer: Any = modules.get(module, modules.get(name))
-    if layer is None:
-        raise ValueError(f"{file}: {module}: the model has no such layer")
-    base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else layer
-    sizes = [
-        (getattr(base, first, None), getattr(base, second, None))
-        for first, second in (
-            ("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim")
-        )
-    ]  # fmt: skip
+def _check_layers(
+    file: Path, modules: dict[str, dict[str, Tensor]], model: nn.Module, config: dict[str, Any]
+) -> None:
+    layers = _layers(model)
+    names = config.get("target_modules"), config.get("target_parameters")
+    targets = SimpleNamespace(**{**config, "target_modules": names[0], "target_parameters": names[1]})
+    known = names[0] is not None and names[0] != "all-linear"
+    replicated, found = config.get("layer_replication"), set()
+    for module, parts in modules.items():
+        if known and not check_target_module_exists(targets, module):
+            raise ValueError(f"{file}: {module}: its configuration's target_modules do not name it")
+        name = module if module in layers else _before_replication(module, replicated)
+        if name not in layers:
+            raise ValueError(f"{file}: {module}: the model has no such layer")
+        found.add(name)
+        _check_sizes(file, module, parts, layers[name])
+    others = [name for name, base in layers.items() if name not in found and _sizes(base) is not None]
+    if known and not replicated:
+        for name in others:
+            if check_target_module_exists(targets, name):
+                raise ValueError(f"{file}: has nothing for {name}, which its configuration's target_modules name")
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules as PEFT finds them, without adapters."""
+    layers: dict[str, nn.Module] = {}
+    adapted: Any
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside) or not inside:
+            adapted = module
+            if isinstance(module, lora.LoraLayer):
+                adapted = adapted.get_base_layer()
+                inside = (*inside, f"{name}.")
+            layers[name.removeprefix("base_model.model.")] = adapted
+    return layers
+
+
+def _before_replication(module: str, layer_map: Any) -> str:
+    """The name of the base model's layer that ``layer_replication`` made this one from."""
+    indices = [index for start, end in layer_map or () for index in range(start, end)]
+    number = re.search(r"\.(\d+)\.", module)
+    if number is None or int(number[1]) >= len(indices):
+        return module
+    return f"{module[: number.start()]}.{indices[int(number[1])]}.{module[number.end() :]}"
+
+
+def _sizes(base: Any) -> tuple[Any, Any] | None:
+    """Inputs and outputs, None for what is no layer that LoRA adapts."""
     if type(base).__name__ == "Conv1D":
-        sizes = [tuple(base.weight.shape)]
-    size = next((pair for pair in sizes if None not in pair), None)
-    found = parts["lora_A"].shape[1], parts["lora_B"].shape[0]
+        inputs, outputs = base.weight.shape
+        return inputs, outputs
+    pairs = ("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim")
+    for first, second in pairs:
+        sizes = getattr(base, first, None), getattr(base, second, None)
+        if None not in sizes:
+            return sizes
+    return None
+
+
+def _check_sizes(file: Path, module: str, parts: dict[str, Tensor], base: nn.Module) -> None:
+    size, found = _sizes(base), (parts["lora_A"].shape[1], parts["lora_B"].shape[0])
     if size is not None and size != found:
         raise ValueError(
             f"{file}: {module} is of a layer with {found[0]} inputs and {found[1]} outputs, the model's has "

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dora_kernels.peft.layer import DoraVariant
-from dora_kernels.peft.state import dora_adapters
+from dora_kernels.peft.state import dora_adapters, strength
+from dora_kernels.reference import no_autocast
 
 COMBINATIONS = ("cat", "svd", "linear")
 """PEFT's names: of the summed rank, of a rank of one's own, of the adapters' common rank."""
@@ -38,26 +39,18 @@ def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
 def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
     """Write the weighted sum into the adapter `result`, of scaling 1; the relative error of ``B A`` its rank leaves.
 
+    Each adapter at its strength (`set_dora_strength`).
+
     Raises:
         ValueError: a tensor cannot be read, or the layer is a grouped convolution, whose update is no product.
     """
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise ValueError(f"{name}: adapters of a grouped convolution cannot be added up")
-    parts = [(one, weight, found) for one, weight in zip(adapters, weights, strict=True)
-             if (found := factors(layer, one)) is not None]  # fmt: skip
-    scales = {one: _scale(layer, name, one) for one, _, _ in parts}
     a, b = factors(layer, result) or (None, None)
     assert a is not None and b is not None
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    c = 1.0 + sum(weight * (scales[one] - 1.0) for one, weight, _ in parts)
-    c = torch.as_tensor(c, dtype=dtype, device=b.device).expand(b.shape[0]).clone()
-    c = torch.where(c.abs() < _LEAST, torch.full_like(c, _LEAST), c)
-    left = torch.cat([
-        (weight * layer.scaling[one] * scales[one] / c).expand(b.shape[0])[:, None] * found[1].flatten(1).to(dtype)
-        for one, weight, found in parts
-    ], 1)  # fmt: skip
-    right = torch.cat([found[0].flatten(1).to(dtype) for _, _, found in parts])
-    left, right, error = _of_rank(left, right, a.shape[0])
+    with no_autocast(b.device):
+        c, left, right = _sum(layer, name, list(zip(adapters, weights, strict=True)), b)
+        left, right, error = _of_rank(left, right, a.shape[0])
     a.copy_(right.view(a.shape))
     b.copy_(left.view(b.shape))
     if result in dora_adapters(layer):
@@ -69,6 +62,24 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
         magnitude: Tensor = layer.lora_magnitude_vector[result].weight
         magnitude.copy_((c * norm.masked_fill(torch.isinf(norm), 0.0)).view(magnitude.shape))
     return error
+
+
+def _sum(
+    layer: Any, name: str, weights: Sequence[tuple[str, float]], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """c, and the factors of the summed rank."""
+    parts = [(one, weight * strength(layer, one), found) for one, weight in weights
+             if (found := factors(layer, one)) is not None]  # fmt: skip
+    scales = {one: _scale(layer, name, one) for one, _, _ in parts}
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    c = 1.0 + sum(weight * (scales[one] - 1.0) for one, weight, _ in parts)
+    c = torch.as_tensor(c, dtype=dtype, device=like.device).expand(like.shape[0]).clone()
+    c = torch.where(c.abs() < _LEAST, torch.full_like(c, _LEAST), c)
+    left = torch.cat([
+        (weight * layer.scaling[one] * scales[one] / c).expand(like.shape[0])[:, None] * found[1].flatten(1).to(dtype)
+        for one, weight, found in parts
+    ], 1)  # fmt: skip
+    return c, left, torch.cat([found[0].flatten(1).to(dtype) for _, _, found in parts])
 
 
 def _scale(layer: Any, name: str, adapter: str) -> Tensor | float:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from dora_kernels.backends import warn_once
 from dora_kernels.peft.state import dora_adapters, switch
 
 NORMS = ("peft", "exact")
@@ -41,11 +42,18 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
 
 
 def set_grouped_norm(configs: dict[str, Any], norm: str) -> None:
-    """Record the norm in the configuration of every DoRA adapter."""
+    """Record the norm in the configuration of every DoRA adapter; one of somebody's own class will not save it."""
     for config in configs.values():
-        if getattr(config, "use_dora", False) and type(config) in (LoraConfig, DoraLoraConfig):
+        if not getattr(config, "use_dora", False):
+            continue
+        if type(config) is LoraConfig:
             config.__class__ = DoraLoraConfig
-            config.grouped_norm = norm
+        elif not isinstance(config, DoraLoraConfig):
+            warn_once(
+                f"grouped_norm={norm!r} will not be saved: the adapter's configuration is a {type(config).__name__}, "
+                "no plain LoraConfig"
+            )
+        config.grouped_norm = norm
 
 
 def follow_configs(model: nn.Module, configs: dict[str, Any]) -> None:
@@ -65,7 +73,8 @@ def forget_grouped_norm(configs: dict[str, Any]) -> None:
     for config in configs.values():
         if type(config) is DoraLoraConfig:
             config.__class__ = LoraConfig
-            config.__dict__.pop("grouped_norm", None)
+        if not isinstance(config, DoraLoraConfig):
+            getattr(config, "__dict__", {}).pop("grouped_norm", None)
 
 
 def read_from_files() -> Callable[[], None]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from dora_kernels.peft import conv, embedding, linear, quantized, refused
 from dora_kernels.peft.combine import COMBINATIONS, combine
+from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, switch
 
@@ -62,6 +63,7 @@ class LoraModel(lora.LoraModel):
         """PEFT's injection, then the patch."""
         super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
+        follow_configs(model, self.peft_config)
 
     def add_weighted_adapter(
         self,
@@ -172,11 +174,16 @@ def _magnitudes(layer: Any, kind: type) -> list[Any]:
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Undo `patch_layers`; of what PEFT has no DoRA for, all that can be undone is a layer without such an adapter."""
+    """Undo `patch_layers`; of what PEFT has no DoRA for, all that can be undone is a layer without such an adapter.
+
+    What is merged is unmerged: PEFT alone might not get there, without the copy and the strengths.
+    """
     layer: Any
     for layer in model.modules():
         if dora_adapters(layer) and isinstance(layer, refused.DoraRefused):
             continue
+        if switch(layer) is not None and layer.merged_adapters:
+            layer.unmerge()
         if isinstance(layer, DoraLayer):
             if _is_ours(layer):  # a class that FSDP2 derived from it stays, with the switch off
                 layer.__class__ = layer.stock

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -126,32 +127,47 @@ class Unmerged:
 
     def __init__(self, base: Any) -> None:
         self.weight = base.weight.detach().to("cpu", copy=True)
-        self._bias = _copy(base)
-        self._merged: tuple[Tensor, Tensor | None] | None = None
+        self._bias = UnmergedBias(base)
+        self._merged: Tensor | None = None
 
     def merged(self, base: Any) -> None:
         """Note what merging made of the layer."""
-        self._merged = digest(base.weight).cpu(), _copy(base)
+        self._merged = digest(base.weight).cpu()
+        self._bias.merged(base)
 
-    def put_back(self, base: Any) -> bool:
-        """Write the copies into the layer; False if its weight is no longer what merging left."""
+    def is_of(self, base: Any) -> bool:
+        """Whether the layer's weight is still what merging left."""
         weight = base.weight
         if self._merged is None or weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
             return False
-        merged, merged_bias = self._merged
-        if not torch.equal(merged, digest(weight).cpu()):
-            return False
-        weight.data.copy_(self.weight)
-        bias = _copy(base)
-        if bias is not None and self._bias is not None and merged_bias is not None:
-            # One that was changed since keeps the change: merging adds to it, where an adapter has a bias of its own.
-            changed = not torch.equal(bias, merged_bias)
-            base.bias.data.copy_(bias - (merged_bias - self._bias) if changed else self._bias)
-        return True
+        return torch.equal(self._merged, digest(weight).cpu())
+
+    def put_back(self, base: Any) -> None:
+        """Write the copies into the layer."""
+        base.weight.data.copy_(self.weight)
+        self._bias.put_back(base)
 
 
-def _copy(base: Any) -> Tensor | None:
-    """Of the bias, on the CPU."""
+class UnmergedBias:
+    """A base layer's bias, to which merging adds where an adapter has one of its own."""
+
+    def __init__(self, base: Any) -> None:
+        self._before = self._merged = _bias(base)
+
+    def merged(self, base: Any) -> None:
+        """Note what merging made of it."""
+        self._merged = _bias(base)
+
+    def put_back(self, base: Any) -> None:
+        """As it was. One that somebody has changed since keeps the change."""
+        now = _bias(base)
+        if now is not None and self._before is not None and self._merged is not None:
+            changed = not torch.equal(now, self._merged)
+            base.bias.data.copy_(now - (self._merged - self._before) if changed else self._before)
+
+
+def _bias(base: Any) -> Tensor | None:
+    """A copy on the CPU."""
     bias = getattr(base, "bias", None)
     return None if bias is None else bias.detach().to("cpu", copy=True)
 
@@ -179,37 +195,70 @@ class DoraLayer:
         return variant.stock() if isinstance(variant, DoraVariant) else variant
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's merge. The unmerged weight is kept on the CPU, for `unmerge` and for further adapters' norms."""
+        """PEFT's merge. The unmerged weight is kept on the CPU, for `unmerge` and for further adapters' norms.
+
+        Without `Options.keep_unmerged` it is there for as long as several are merged at once.
+        """
         state = switch(self)
         if state is None:
             return super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        keep = state.options.keep_unmerged
         names = self.active_adapters if adapter_names is None else adapter_names
-        if not self.merged_adapters and state.options.keep_unmerged and set(names) & set(dora_adapters(self)):
-            state.unmerged = self._keep()
-        try:
-            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
-        finally:  # it writes the weight through `.data`, which no version shows
-            forget_norms(self)
-            if not self.merged_adapters:
-                state.unmerged = None
-            elif state.unmerged is not None:
-                state.unmerged.merged(self.get_base_layer())
-
-    def _keep(self: Any) -> Any:
-        return Unmerged(self.get_base_layer())
+        with self._writing():
+            if self.merged_adapters:
+                if state.unmerged is not None and not state.unmerged.is_of(self.get_base_layer()):
+                    state.unmerged = None  # somebody has changed the weight since
+            elif names and dora_adapters(self) and (keep or set(names[1:]) & set(dora_adapters(self))):
+                state.unmerged = self._keep()
+            try:
+                self._merge(safe_merge, adapter_names)
+            finally:  # it writes the weight through `.data`, which no version shows
+                forget_norms(self)
+                if not self.merged_adapters or not keep:
+                    state.unmerged = None
+                elif state.unmerged is not None:
+                    state.unmerged.merged(self.get_base_layer())
 
     def unmerge(self: Any) -> None:
         """Put the kept weight back, bit for bit; PEFT's arithmetic where there is none or it was changed since."""
         state = switch(self)
-        kept = None if state is None else state.unmerged
-        if kept is not None and self.merged_adapters and kept.put_back(self.get_base_layer()):
-            for name in self.merged_adapters:
-                self._caches.pop(f"{name}-weight_norm", None)
-            self.merged_adapters.clear()
-        else:
-            super().unmerge()  # type: ignore[misc]
+        if state is None:
+            return super().unmerge()  # type: ignore[misc]
+        kept, state.unmerged = state.unmerged, None
+        with self._writing():
+            if kept is not None and self.merged_adapters and kept.is_of(self.get_base_layer()):
+                kept.put_back(self.get_base_layer())
+                for name in self.merged_adapters:
+                    self._caches.pop(f"{name}-weight_norm", None)
+                self.merged_adapters.clear()
+            else:
+                self._unmerge()
+        forget_norms(self)
+
+    def _merge(self: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+
+    def _unmerge(self: Any) -> None:
+        super().unmerge()  # type: ignore[misc]
+
+    def _keep(self: Any) -> Any:
+        return Unmerged(self.get_base_layer())
+
+    @contextmanager
+    def _writing(self: Any) -> Iterator[None]:
+        """What is written in inference mode could not be trained on afterwards."""
+        inference = torch.is_inference_mode_enabled() and any(t.is_inference() for t in self.base_layer.parameters())
+        with torch.inference_mode(inference), torch.no_grad():
+            yield
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        """PEFT's; another adapter of this name starts anew."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        state = switch(self)
         if state is not None:
-            state.unmerged = None
+            state.pop(adapter_name, None)
+            state.strengths.pop(adapter_name, None)
+            state.exact_norms.discard(adapter_name)
 
     def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """PEFT's checks, without its refusal of DoRA in a batch of several adapters."""

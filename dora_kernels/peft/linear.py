@@ -134,7 +134,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         if of_base or hooked(lora_B) or nn_module._has_any_global_hook():
             base = result
             if of_base:
-                base = cls.base_product(module, active_adapter, x, weights)
+                base = cls.base_product(module, active_adapter, x, weights, result)
             elif (bias := cls.bias(module, active_adapter, weights)) is not None:
                 base = result - bias
             g = scale(module, active_adapter, weights, cls.divisor(module, active_adapter, weights))
@@ -154,8 +154,8 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         return weights.bias
 
     @classmethod
-    def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights) -> Tensor:
-        """``x Wᵀ`` of what dropout left."""
+    def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights, result: Tensor) -> Tensor:
+        """``x Wᵀ`` of what dropout left, where `result` is that of all of x."""
         return F.linear(x, weights.weight.to(x.dtype))
 
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -52,7 +52,6 @@ class PatchHandle:
         self._models: list[weakref.ref[nn.Module]] = []
         self._tuners: list[weakref.ref[nn.Module]] = []
         self._undo = undo
-        self._restored = False
         self._rewritten: list[Rewritten] = []
 
     @property
@@ -76,15 +75,14 @@ class PatchHandle:
         return {name: reason for name, reason in reasons if reason is not None}
 
     def restore(self) -> None:
-        """Give every model back as it was. Calling it again does nothing."""
-        self._restored = True
+        """Give every model back as it was, unmerged. Calling it again does nothing."""
         if self._undo is not None:
             self._undo()
-        undo(self._rewritten)
-        self._rewritten = []
         for model in self._live_models():
             restore_layers(model)
             forget_grouped_norm(configs_of(model))
+        undo(self._rewritten)
+        self._rewritten = []
         for tuner in [reference() for reference in self._tuners]:
             if type(tuner) is LoraModel:
                 tuner.__class__ = lora.LoraModel
@@ -184,6 +182,19 @@ def patch_peft(
     return handle
 
 
+class _Globally(NamedTuple):
+    """One `patch_peft_globally` that is on."""
+
+    handle: PatchHandle
+    options: Options
+    exact_init: bool
+    grouped_norm: str | None
+
+
+_on: list[_Globally] = []
+"""The last one's options count."""
+
+
 def patch_peft_globally(
     *, dropout: str = "peft", exact_init: bool = False, keep_unmerged: bool = True, grouped_norm: str | None = None
 ) -> PatchHandle:
@@ -191,7 +202,8 @@ def patch_peft_globally(
 
     All of PEFT's entrances (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the integrations of
     transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
-    left alone. `PatchHandle.restore` undoes the wrapping and every model that is still alive.
+    left alone. `PatchHandle.restore` undoes every model that is still alive, and the wrapping. Called twice, the
+    options of the last call are those of the models made from then on, until it is restored.
 
     While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
 
@@ -199,23 +211,32 @@ def patch_peft_globally(
     """
     options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
     _warn_of_version()
+    handle = PatchHandle(lambda: _off(handle))
+    if not _on:
+        _wrap_inject_adapter()
+    _on.append(_Globally(handle, options, exact_init, grouped_norm))
+    return handle
+
+
+def _off(handle: PatchHandle) -> None:
+    _on[:] = [one for one in _on if one.handle is not handle]
+    if not _on:
+        while _unwrap:
+            _unwrap.pop()()
+
+
+_unwrap: list[Callable[[], None]] = []
+
+
+def _wrap_inject_adapter() -> None:
     original = BaseTuner.inject_adapter
-    refuse_again, read_pefts = refused.allow(), read_from_files()
-
-    def undo_globally() -> None:
-        refuse_again()
-        read_pefts()
-        # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
-        if BaseTuner.inject_adapter is inject_adapter:
-            BaseTuner.inject_adapter = original
-
-    handle = PatchHandle(undo_globally)
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, model, *args, **kwargs)
-        if handle._restored or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
+        if not _on or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
             return
+        handle, options, exact_init, grouped_norm = _on[-1]
         patch_layers(model, options)
         if grouped_norm is not None:
             set_grouped_norm(self.peft_config, grouped_norm)
@@ -228,8 +249,13 @@ def patch_peft_globally(
         count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
+    def unwrap() -> None:
+        # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
+        if BaseTuner.inject_adapter is inject_adapter:
+            BaseTuner.inject_adapter = original
+
     BaseTuner.inject_adapter = inject_adapter
-    return handle
+    _unwrap.extend([refused.allow(), read_from_files(), unwrap])
 
 
 def _warn_of_version() -> None:

@@ -7,7 +7,8 @@ weight's size is made in a training step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from dora_kernels.content import Sample
 from dora_kernels.functional import dora_weight_norm, run_compose
 from dora_kernels.peft import dequantize
-from dora_kernels.peft.layer import DoraLayer
+from dora_kernels.peft.layer import DoraLayer, UnmergedBias
 from dora_kernels.peft.linear import DoraLinearVariant, factors_fit, single_dora_adapter
 from dora_kernels.peft.on_demand import OnDemand, Recipe
 from dora_kernels.peft.state import AdapterCache, Weights, active_dropout, divisor, hooked, norm_cache, read, switch
@@ -44,15 +46,17 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
 def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """|W|² of each row and the bias of a layer that shows itself through its forward alone, computed once."""
-    of_base = dequantize.carrier(base)
-    key = id(base), id(of_base), *((of_base.data_ptr(), of_base._version) if of_base is not None else ())
-    if cache.constants is None or cache.constants[0] != key:
-        with torch.no_grad(), no_autocast(like.device):
+    tensors, of_base = [*base.parameters(), *base.buffers()], dequantize.carrier(base)
+    key = id(base), *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    known = cache.constants
+    if known is None or known[0] != key or not (known[1] is None or known[1].is_held_by(of_base)):
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(like.device):
             like = like.detach().to(_input_dtype(base, like))
             bias = base.forward(like.new_zeros(1, layer.in_features))[0].detach()
             square = _forward_square(layer, base, like, None, None, 0.0)
-        cache.constants = key, square, bias, (base, of_base)  # which keeps their ids theirs
-    return cache.constants[1], cache.constants[2]
+            held = None if of_base is None else Sample(of_base)
+        cache.constants = known = key, held, square, bias, (base, tensors)  # the last keeps their ids theirs
+    return known[2], known[3]
 
 
 def _input_dtype(base: nn.Module, a: Tensor) -> torch.dtype:
@@ -134,6 +138,16 @@ class DoraQuantizedVariant(DoraLinearVariant):
         return divisor(layer, adapter, weights, lambda: _norm(cache, layer, base, weights, scaling))
 
     @classmethod
+    def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight, from W as it is read here: PEFT takes repacked 4-bit for what it was before."""
+        return super().merge_safe(module, active_adapter, _dequantized(module, orig_weight)).to(orig_weight.dtype)
+
+    @classmethod
+    def unmerge(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Likewise."""
+        return super().unmerge(module, active_adapter, _dequantized(module, orig_weight)).to(orig_weight.dtype)
+
+    @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """As the linear variant, in the base result's dtype under autocast too (peft issue 1692)."""
         dora = super().forward(module, active_adapter, x, result, **kwargs)
@@ -143,16 +157,22 @@ class DoraQuantizedVariant(DoraLinearVariant):
     def bias(module: Any, adapter: str, weights: Weights) -> Tensor | None:
         """The layer's, or what it makes of zeros."""
         base = module.base_layer
-        if dequantize.row_blocks(base) is not None:
+        shown = isinstance(weights.bias, Tensor) and weights.bias.requires_grad
+        if shown or dequantize.row_blocks(base) is not None:
             return weights.bias
         return _constants(norm_cache(module, adapter), module, base, weights.lora_A)[1]
 
     @classmethod
-    def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights) -> Tensor:
+    def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights, result: Tensor) -> Tensor:
         """Of what dropout left: the layer's own, whose hooks have seen this call already."""
-        product: Tensor = module.base_layer.forward(x)
+        product: Tensor = module.base_layer.forward(x.to(result.dtype))
         bias = cls.bias(module, adapter, weights)
         return product if bias is None else product - bias
+
+
+def _dequantized(layer: Any, otherwise: Tensor) -> Tensor:
+    weight = dequantize.dequantized(layer.base_layer)
+    return otherwise if weight is None else weight
 
 
 class UnmergedParts:
@@ -164,6 +184,7 @@ class UnmergedParts:
         self._before.__dict__.update(_parameters=dict(self._base._parameters), _buffers=dict(self._base._buffers))
         if hasattr(self._base, "state"):
             self._before.state = copy.copy(self._base.state)
+        self._bias = UnmergedBias(self._base)
         self._after: list[tuple[Tensor, int]] = []
 
     @property
@@ -174,19 +195,31 @@ class UnmergedParts:
 
     def merged(self, base: Any) -> None:
         """Note what the merged layer consists of."""
-        self._after = [(t, t._version) for t in (*base.parameters(), *base.buffers())]
+        self._after = [(t, _version(t)) for t in _parts(base)]
+        self._bias.merged(base)
 
-    def put_back(self, base: Any) -> bool:
-        """Give the layer its old parts; False if they are no longer what merging left."""
-        now = [*base.parameters(), *base.buffers()]
-        if len(now) != len(self._after):
-            return False
-        if not all(one is t and t._version == version for one, (t, version) in zip(now, self._after, strict=True)):
-            return False
-        own = self._base.__dict__
-        own.update({name: value for name, value in self._before.__dict__.items() if name != "_modules"})
+    def is_of(self, base: Any) -> bool:
+        """Whether it still consists of that."""
+        now = _parts(base)
+        return len(now) == len(self._after) and all(
+            one is t and _version(t) == version for one, (t, version) in zip(now, self._after, strict=True)
+        )
+
+    def put_back(self, base: Any) -> None:
+        """Give the layer its old parts."""
+        self._bias.put_back(base)
+        kept = self._before.__dict__.items()
+        self._base.__dict__.update({name: value for name, value in kept if name not in ("_modules", "training")})
         self._layer.base_layer = self._base
-        return True
+
+
+def _parts(base: Any) -> list[Tensor]:
+    """Its tensors but the bias."""
+    return [t for t in (*base.parameters(), *base.buffers()) if t is not getattr(base, "bias", None)]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class DoraQuantized(DoraLayer):
@@ -221,11 +254,19 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
 class DoraHqq(DoraQuantized):
     """On HQQ's layers, of which PEFT's merging makes new ones without their bias."""
 
-    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, and the bias."""
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        with self._keeping_bias():
+            super()._merge(safe_merge, adapter_names)
+
+    def _unmerge(self) -> None:
+        with self._keeping_bias():
+            super()._unmerge()
+
+    @contextmanager
+    def _keeping_bias(self: Any) -> Iterator[None]:
         bias = self.base_layer.bias
         try:
-            super().merge(*args, **kwargs)
+            yield
         finally:
             self.base_layer.bias = bias
 
@@ -233,18 +274,30 @@ class DoraHqq(DoraQuantized):
 class DoraTorchao(DoraQuantized):
     """On torchao's tensors, whose merging in PEFT adds ``s B A`` and leaves the magnitude out."""
 
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """One adapter after the other: PEFT's loop loses its weight after the first."""
+    def _merge(self: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """One after the other, for PEFT's loop loses its weight after the first; PEFT checks it before it adds."""
         for name in check_adapters_to_merge(self, adapter_names):
-            super().merge(safe_merge, [name])
+            if safe_merge and not bool(self.get_delta_weight(name).isfinite().all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            super()._merge(safe_merge, [name])
+
+    def _unmerge(self) -> None:
+        state: Any = switch(self)  # type: ignore[arg-type]
+        state.unmerging = True
+        try:
+            super()._unmerge()
+        finally:
+            state.unmerging = False
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        """What merging adds: of a DoRA adapter the merged weight less what it is now."""
-        variant = self.lora_variant.get(adapter)
-        if switch(self) is None or not isinstance(variant, DoraQuantizedVariant):
+        """What merging adds: of a DoRA adapter the merged weight less what it is now. What unmerging takes off."""
+        variant, state = self.lora_variant.get(adapter), switch(self)
+        if state is None or not isinstance(variant, DoraQuantizedVariant):
             delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
             return delta
         weight: Any = dequantize.dequantized(self.base_layer)
+        if state.unmerging:
+            return weight - variant.unmerge(self, adapter, weight)
         return variant.merge_safe(self, adapter, weight) - weight
 
 

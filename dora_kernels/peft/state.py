@@ -68,6 +68,8 @@ class Switch(dict[str, AdapterCache]):
         self.exact_norms: set[str] = set()
         """Adapters of a grouped convolution whose norm is not PEFT's."""
         self.unmerged: Any = None
+        """The base weight before merging, while something is merged."""
+        self.unmerging = False
 
 
 def switch(layer: nn.Module) -> Switch | None:
@@ -79,11 +81,7 @@ def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """The layer's kept norm for one adapter."""
     caches: dict[str, AdapterCache] = vars(layer)[SWITCH]
     cache = caches.get(adapter)
-    if cache is None:
-        for name in [name for name in caches if name not in layer.lora_magnitude_vector]:  # deleted since
-            caches.pop(name, None)
-        cache = caches.setdefault(adapter, AdapterCache())
-    return cache
+    return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
 
 
 def forget_norms(layer: Any) -> None:
@@ -150,7 +148,10 @@ def interpolated(layer: Any, adapter: str, base: Tensor, dora: Tensor) -> Tensor
     k = strength(layer, adapter)
     if k == 1.0:
         return dora
-    return base if k == 0.0 else torch.lerp(base.to(dora.dtype), dora, k)
+    # In training the adapter stays in the graph, for whoever waits for its gradients.
+    if k == 0.0 and not (layer.training and torch.is_grad_enabled()):
+        return base
+    return torch.lerp(base.to(dora.dtype), dora, k)
 
 
 def read(
