@@ -12,7 +12,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -59,18 +58,6 @@ def torchao(linear, name="Int8WeightOnlyConfig", **options):
     net = nn.Sequential(copy.deepcopy(linear))
     quantization.quantize_(net, getattr(quantization, name)(**options))
     return net[0]
-
-
-class Opaque(nn.Module):
-    """Exposes nothing but its forward."""
-
-    def __init__(self, linear):
-        super().__init__()
-        weight, bias = linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone()
-        self._call = [lambda x: F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))]
-
-    def forward(self, x):
-        return self._call[0](x)
 
 
 FORMATS = {
@@ -343,53 +330,6 @@ def test_a_step_of_an_optimizer_is_seen(kind):
     for _ in range(3):
         check(solve(model, x), oracle(model, weight, b, x), error, f32)
         optimizer.step()
-
-
-def merged_weight(layer, weight, names):
-    merged = weight
-    for name in names:
-        a, b, m = (
-            part[name].weight.to(f64) for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
-        )
-        low = layer.scaling[name] * b @ a
-        merged = (m / (weight + low).norm(dim=1)).view(-1, 1) * (merged + low)
-    return merged
-
-
-@KINDS
-def test_merging(kind):
-    """Requantised by PEFT; unmerged bit for bit; a second adapter's norm from the unmerged weight."""
-    if "torchao" in kind:
-        quantization = pytest.importorskip("torchao.quantization")
-    model, weight, b = peft_model(kind, f32)
-    layer = lora_layers(model)[0]
-    if "torchao" in kind:
-        config = {
-            "torchao int8": lambda: quantization.Int8WeightOnlyConfig(),
-            "torchao int8, 2": lambda: quantization.Int8WeightOnlyConfig(version=2),
-            "torchao float8": lambda: quantization.Float8WeightOnlyConfig(),
-        }[kind]
-        layer.get_apply_tensor_subclass = config
-    dora_kernels.patch_peft(model)
-    add(model, weight)
-    x = batch(f32)
-    with contextlib.suppress(UserWarning), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        model.train()
-        before = layer.base_layer.forward(x.clone())
-        for names in (["default"], ["default", "second"]):
-            model.base_model.set_adapter(names)
-            unmerged = model(x.clone())
-            model.merge_adapter(names)
-            merged = model(x.clone())
-            anew = linear_layer(f32)
-            anew.weight.copy_(merged_weight(layer, weight, names))
-            fresh = FORMATS[kind](anew).forward(x.clone())
-            # Quantised after each: as far off as the library is from the exactly merged weight.
-            assert off(merged, unmerged.to(f64)) <= 2 * len(names) * off(fresh, unmerged.to(f64))
-            model.unmerge_adapter()
-            assert torch.equal(layer.base_layer.forward(x.clone()), before)
-            assert torch.equal(model(x.clone()), unmerged)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if "hqq" not in kind])  # whose layers cannot be copied

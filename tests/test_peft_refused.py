@@ -31,12 +31,13 @@ KINDS = pytest.mark.parametrize("kind", STOCK)
 
 
 class Opaque(nn.Module):
-    """A product, the sizes that PEFT makes A and B by, and a packed weight that nobody else can read."""
+    """A product in its own dtype, the sizes that PEFT makes A and B by, and a weight that nobody else can read."""
 
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = IN, OUT
         self.register_buffer("qweight", torch.empty(0))
+        self.register_buffer("scales", torch.ones(1, dtype=linear.weight.dtype))
         self.pack(linear.weight.detach())
         self._bias = [None if linear.bias is None else linear.bias.detach().clone()]
         self.calls = 0
@@ -48,7 +49,19 @@ class Opaque(nn.Module):
     def forward(self, x):
         self.calls += 1
         weight, bias = (~self.qweight).view(self._dtype), self._bias[0]
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+
+
+class Bare(nn.Module):
+    """A product and the sizes, and not a tensor to be seen."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = IN, OUT
+        self._call = [lambda x: F.linear(x, linear.weight.detach(), linear.bias.detach())]
+
+    def forward(self, x):
+        return self._call[0](x)
 
 
 @pytest.fixture
@@ -61,15 +74,15 @@ def everywhere():
 def config(kind, **options):
     values = {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["layer"], **options}
     lora_config = LoraConfig(**values)
-    lora_config._register_custom_module({Opaque: STOCK[kind]})
+    lora_config._register_custom_module({Opaque: STOCK[kind], Bare: STOCK[kind]})
     return lora_config
 
 
-def peft_model(kind, dtype=f32, bias=True, **options):
+def peft_model(kind, dtype=f32, bias=True, layer=Opaque, **options):
     linear = linear_layer(dtype, bias)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(Net(Opaque(linear)), config(kind, **options))
+        model = get_peft_model(Net(layer(linear)), config(kind, **options))
     return model, linear.weight.detach().to(f64), None if bias is False else linear.bias.detach().to(f64)
 
 
@@ -115,6 +128,17 @@ def test_from_the_start(kind, bias, dtype, everywhere):
 
 
 @KINDS
+def test_nothing_but_a_forward(kind, everywhere):
+    model, weight, b = peft_model(kind, layer=Bare)
+    move(model, weight, "default")
+    x = batch(f32)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for training in (True, True, False, True):
+        check(solve(model.train(training), x), oracle(model, weight, b, x), 1e-7, f32)
+        optimizer.step()
+
+
+@KINDS
 def test_the_norm_where_terms_cancel(kind, everywhere):
     """A row of V that is much smaller than its parts, and one that is nothing, are computed directly."""
     model, weight, b = peft_model(kind)
@@ -155,15 +179,57 @@ def test_another_base_weight(kind, training, in_place, everywhere):
 
 
 @KINDS
+def test_a_base_weight_that_no_version_shows(kind, everywhere):
+    """Written through `.data`, in evaluation, which compares a sample of it."""
+    model, weight, b = peft_model(kind)
+    move(model, weight, "default")
+    x, layer = batch(f32), lora_layers(model)[0].base_layer
+    model.eval()(x)
+    packed = layer.qweight
+    layer.pack(weight.float().flip(0))
+    packed.data.copy_(layer.qweight)
+    layer.qweight = packed
+    check({"y": model(x).detach()}, oracle(model, weight.flip(0), b, x), 1e-7, f32)
+
+
+@KINDS
+def test_trained_after_inference_mode(kind, everywhere):
+    """What was computed once in it can be saved for a backward."""
+    model, weight, b = peft_model(kind)
+    move(model, weight, "default")
+    x = batch(f32)
+    with torch.inference_mode():
+        model.eval()(x)
+    check(solve(model.train(), x), oracle(model, weight, b, x), 1e-7, f32)
+
+
+@KINDS
+def test_a_bias_that_trains(kind, everywhere):
+    model, weight, b = peft_model(kind)
+    move(model, weight, "default")
+    layer, x = lora_layers(model)[0].base_layer, batch(f32)
+    layer.bias = nn.Parameter(b.float())
+    layer._bias = [layer.bias]
+    optimizer = torch.optim.SGD([layer.bias], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        results = solve(model, x)
+        check(results, oracle(model, weight, layer.bias.detach().to(f64), x), 1e-7, f32)
+        torch.testing.assert_close(layer.bias.grad, 2 * results["y"].sum((0, 1)))
+        optimizer.step()
+
+
+@KINDS
 @pytest.mark.parametrize("dropout", ["peft", "lora"])
-def test_dropout_and_several_adapters(kind, dropout):
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=["f32", "bf16"])
+def test_dropout(kind, dropout, dtype):
     handle = dora_kernels.patch_peft_globally(dropout=dropout)
     try:
-        model, weight, b = peft_model(kind, lora_dropout=0.4)
+        model, weight, b = peft_model(kind, dtype, lora_dropout=0.4)
     finally:
         handle.restore()
     move(model, weight, "default")
-    layer, x = lora_layers(model)[0], batch(f32)
+    layer, x = lora_layers(model)[0], batch(dtype)
     torch.manual_seed(1)
     y = model(x)
     torch.manual_seed(1)
@@ -175,7 +241,7 @@ def test_dropout_and_several_adapters(kind, dropout):
     g, low = m / (weight + s * b_ @ a).norm(dim=1), s * dropped @ a.t() @ b_.t()
     base = x.to(f64) @ weight.t()
     wanted = base + (g - 1) * (dropped @ weight.t()) + g * low if dropout == "peft" else g * (base + low)
-    check({"y": y.detach()}, {"y": wanted + b}, 1e-7, f32)
+    check({"y": y.detach()}, {"y": wanted + b}, torch.finfo(dtype).eps, dtype)
 
 
 @KINDS

@@ -208,8 +208,8 @@ class UnmergedParts:
     def put_back(self, base: Any) -> None:
         """Give the layer its old parts."""
         self._bias.put_back(base)
-        kept = self._before.__dict__.items()
-        self._base.__dict__.update({name: value for name, value in kept if name not in ("_modules", "training")})
+        kept = {name: value for name, value in self._before.__dict__.items() if name != "_modules"}
+        self._base.__dict__.update(kept, training=base.training)
         self._layer.base_layer = self._base
 
 
