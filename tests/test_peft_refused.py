@@ -52,18 +52,6 @@ class Opaque(nn.Module):
         return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
-class Bare(nn.Module):
-    """A product and the sizes, and not a tensor to be seen."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = IN, OUT
-        self._call = [lambda x: F.linear(x, linear.weight.detach(), linear.bias.detach())]
-
-    def forward(self, x):
-        return self._call[0](x)
-
-
 @pytest.fixture
 def everywhere():
     handle = dora_kernels.patch_peft_globally()
@@ -74,15 +62,15 @@ def everywhere():
 def config(kind, **options):
     values = {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["layer"], **options}
     lora_config = LoraConfig(**values)
-    lora_config._register_custom_module({Opaque: STOCK[kind], Bare: STOCK[kind]})
+    lora_config._register_custom_module({Opaque: STOCK[kind]})
     return lora_config
 
 
-def peft_model(kind, dtype=f32, bias=True, layer=Opaque, **options):
+def peft_model(kind, dtype=f32, bias=True, **options):
     linear = linear_layer(dtype, bias)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(Net(layer(linear)), config(kind, **options))
+        model = get_peft_model(Net(Opaque(linear)), config(kind, **options))
     return model, linear.weight.detach().to(f64), None if bias is False else linear.bias.detach().to(f64)
 
 
@@ -125,17 +113,6 @@ def test_from_the_start(kind, bias, dtype, everywhere):
             check({"y": model(x)}, wanted, error, dtype)
             calls.append(lora_layers(model)[0].base_layer.calls - before)
     assert calls[1:] == [1, 1], "an evaluation computes its norm once"
-
-
-@KINDS
-def test_nothing_but_a_forward(kind, everywhere):
-    model, weight, b = peft_model(kind, layer=Bare)
-    move(model, weight, "default")
-    x = batch(f32)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for training in (True, True, False, True):
-        check(solve(model.train(training), x), oracle(model, weight, b, x), 1e-7, f32)
-        optimizer.step()
 
 
 @KINDS
