@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from helpers import bf16, f16, f32
+from peft.tuners.lora import LoraLayer
 from peft_kinds import (
     MERGEABLE,
     active,
@@ -228,6 +229,8 @@ def test_one_after_the_other(kind):
 @MERGEABLE
 def test_a_weight_that_was_changed_between_two_merges(kind):
     """The copy is of another weight then: PEFT's arithmetic, as stock."""
+    if kind == "Conv1D" and not hasattr(LoraLayer, "_unmerged_base_weight"):
+        pytest.skip("before peft 0.21 stock cannot unmerge a Conv1D")
     stock, ours = models = twins(kind)
     add(models, kind, r=2, lora_alpha=3)
     results = []
