@@ -180,7 +180,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     adapted: Any
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if not name.startswith(inside) or not inside:
+        if not name.startswith(inside):
             adapted = module
             if isinstance(module, lora.LoraLayer):
                 adapted = adapted.get_base_layer()

@@ -49,7 +49,7 @@ def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> tupl
     tensors, of_base = [*base.parameters(), *base.buffers()], dequantize.carrier(base)
     key = id(base), *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
     known = cache.constants
-    if known is None or known[0] != key or not (known[1] is None or known[1].is_held_by(of_base)):
+    if known is None or known[0] != key or not (_unasked(layer, of_base) or known[1].is_held_by(of_base)):
         with torch.inference_mode(False), torch.no_grad(), no_autocast(like.device):
             like = like.detach().to(_input_dtype(base, like))
             bias = base.forward(like.new_zeros(1, layer.in_features))[0].detach()
@@ -57,6 +57,13 @@ def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> tupl
             held = None if of_base is None else Sample(of_base)
         cache.constants = known = key, held, square, bias, (base, tensors)  # the last keeps their ids theirs
     return known[2], known[3]
+
+
+def _unasked(layer: Any, of_base: Tensor | None) -> bool:
+    """Whether its sample is not compared: on a GPU the host would wait for it at every step, and a capture fail."""
+    if of_base is None:
+        return True
+    return of_base.is_cuda and (layer.training or torch.cuda.is_current_stream_capturing())
 
 
 def _input_dtype(base: nn.Module, a: Tensor) -> torch.dtype:
