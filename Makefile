@@ -33,7 +33,7 @@ help:
 	@echo "Settings: PYTHON=$(PYTHON)  VENV=$(VENV)  WORKERS=$(WORKERS) (pytest processes)  PIP_ARGS='...' (more options for pip)"
 
 test: $(VENV)/.stamp-dev
-	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} )$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} )$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
