@@ -173,8 +173,12 @@ def test_plain_adapters_are_pefts_affair():
         (None, {"adapters": ["default", "missing"]}, "missing"),
         (lambda model: model.merge_adapter(["default"]), {}, "merged; call unmerge_adapter"),
         (lambda model: lora_layers(model)[0].lora_A["second"].to("meta"), {}, "adapter 'second' cannot be read"),
+        (
+            lambda model: add([model], "linear", "biased", use_dora=False, lora_bias=True, init_lora_weights=False),
+            {"adapters": ["default", "biased"]}, "adapter 'biased' has a bias",
+        ),
     ],
-    ids=["ties", "weights", "missing", "merged", "away"],
+    ids=["ties", "weights", "missing", "merged", "away", "bias"],
 )
 def test_refused(change, arguments, message):
     """And the model is as it was."""

@@ -42,10 +42,14 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
     Each adapter at its strength (`set_dora_strength`).
 
     Raises:
-        ValueError: a tensor cannot be read, or the layer is a grouped convolution, whose update is no product.
+        ValueError: a tensor cannot be read, an adapter has a bias, which no DoRA adapter has, or the layer is a grouped
+            convolution, whose update is no product.
     """
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise ValueError(f"{name}: adapters of a grouped convolution cannot be added up")
+    biased = [one for one in adapters if layer.lora_bias.get(one)]
+    if biased:
+        raise ValueError(f"{name}: adapter {biased[0]!r} has a bias (lora_bias), which a DoRA adapter cannot take over")
     a, b = factors(layer, result) or (None, None)
     assert a is not None and b is not None
     with no_autocast(b.device):

@@ -254,8 +254,8 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    BaseTuner.inject_adapter = inject_adapter
     _unwrap.extend([refused.allow(), read_from_files(), unwrap])
+    BaseTuner.inject_adapter = inject_adapter
 
 
 def _warn_of_version() -> None:
