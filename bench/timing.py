@@ -7,11 +7,14 @@ device idle before, so that a candidate which keeps the device waiting for Pytho
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +135,7 @@ def peak_bytes(device: torch.device, work: Work) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     held = most = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -140,6 +143,20 @@ def peak_bytes(device: torch.device, work: Work) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's C++ code writes to file descriptor 2 whenever it starts and stops."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def copies_beyond(cache_bytes: int, bytes_each: int, most: int = 64) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +22,17 @@ FLOOR = 1e-6
 
 
 DTYPES = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16+fp32": (torch.bfloat16, torch.float32),
     "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
 }
 """Of the weight and the activations, and of the adapter."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row of the layer table."""
+class LayerShape:
+    """A layer and its input."""
 
     hidden: int
     rank: int
@@ -56,7 +58,15 @@ class Case:
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.hidden}x{self.hidden}, rank {self.rank}, {self.tokens} tokens, {self.dtypes}"
+        words = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        return f"{self.hidden}x{self.hidden}, rank {self.rank}, {words}, {self.dtypes}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row of figures states."""
+        return {
+            "shape": [self.hidden, self.hidden], "rank": self.rank, "tokens": self.tokens, "dtypes": self.dtypes,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Problem:
     magnitude: Tensor
     dy: Tensor
     scaling: float
+    bias: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,32 +88,39 @@ class Problem:
         return sum(t.nbytes for t in (self.x, self.weight, self.lora_A, self.lora_B, self.dy))
 
 
-def make_problem(case: Case, seed: int) -> Problem:
+def make_problem(shape: LayerShape, seed: int) -> Problem:
     """Fresh random tensors."""
-    generator = torch.Generator(case.device).manual_seed(seed)
+    generator = torch.Generator(shape.device).manual_seed(seed)
 
-    def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, device=case.device)).to(dtype)
+    def normal(*sizes: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*sizes, generator=generator, device=shape.device)).to(dtype)
 
-    size = case.hidden
-    weight = normal(size, size, dtype=case.base, scale=size**-0.5)
-    lora_A = normal(case.rank, size, dtype=case.adapters, scale=size**-0.5)
-    lora_B = normal(size, case.rank, dtype=case.adapters, scale=case.rank**-0.5)
+    size = shape.hidden
+    weight = normal(size, size, dtype=shape.base, scale=size**-0.5)
+    lora_A = normal(shape.rank, size, dtype=shape.adapters, scale=size**-0.5)
+    lora_B = normal(size, shape.rank, dtype=shape.adapters, scale=shape.rank**-0.5)
     scaling = 0.5
     norm = reference.weight_norm(weight, lora_A, lora_B, scaling, "out")
-    moved = norm * (0.75 + 0.5 * torch.rand(size, generator=generator, device=case.device))
-    x, dy = (normal(case.tokens, size, dtype=case.base) for _ in range(2))
-    return Problem(x, weight, lora_A, lora_B, moved.to(case.adapters), dy, scaling)
+    moved = norm * (0.75 + 0.5 * torch.rand(size, generator=generator, device=shape.device))
+    x, dy = (normal(shape.tokens, size, dtype=shape.base) for _ in range(2))
+    return Problem(x, weight, lora_A, lora_B, moved.to(shape.adapters), dy, scaling)
 
 
-def eager_dora(problem: Problem, x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+def eager_dora(problem: Problem, detached: bool, x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
     """DoRA in plain PyTorch operations in x's dtype, the norm in float32."""
-    norm = reference.weight_norm(problem.weight, a.detach(), b.detach(), problem.scaling, "out")
-    return eager_lora(problem, x, a, b) * (m / norm).to(x.dtype)
+    factors = (a.detach(), b.detach()) if detached else (a, b)
+    norm = reference.weight_norm(problem.weight, *factors, problem.scaling, "out")
+    y = _eager(problem, x, a, b) * (m / norm).to(x.dtype)
+    return y if problem.bias is None else y + problem.bias
 
 
 def eager_lora(problem: Problem, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """LoRA in plain PyTorch operations in x's dtype."""
+    y = _eager(problem, x, a, b)
+    return y if problem.bias is None else y + problem.bias
+
+
+def _eager(problem: Problem, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     low = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
     return F.linear(x, problem.weight) + problem.scaling * low
 
@@ -114,20 +132,29 @@ def solve(function: Callable[..., Tensor], problem: Problem, names: tuple[str, .
     return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, leaves, problem.dy.to(y.dtype))))}
 
 
-NAMES = {"frozen": ("x",), "lora": ("x", "lora_A", "lora_B"), "dora": ("x", "lora_A", "lora_B", "magnitude")}
+NAMES = {
+    "frozen": ("x",),
+    "lora": ("x", "lora_A", "lora_B"),
+    "dora": ("x", "lora_A", "lora_B", "magnitude"),
+    "dora_attached": ("x", "lora_A", "lora_B", "magnitude"),
+}
+"""Kinds of layers, and whose gradients each has. "dora_attached" differentiates the norm too."""
 
 
 def oracle(problem: Problem, kind: str) -> dict[str, Tensor]:
-    """Output and gradients in float64 of a layer of a kind: "frozen", "lora" or "dora"."""
+    """Output and gradients of a kind of layer in float64."""
     f64 = torch.float64
-    names = ("x", "weight", "lora_A", "lora_B", "magnitude", "dy")
-    exact = replace(problem, **{name: getattr(problem, name).to(f64) for name in names})
+    names = ("x", "weight", "lora_A", "lora_B", "magnitude", "dy", "bias")
+    tensors = {name: getattr(problem, name) for name in names}
+    exact = replace(problem, **{name: t if t is None else t.to(f64) for name, t in tensors.items()})
 
     def dense(x: Tensor, *adapter: Tensor) -> Tensor:
         if kind == "frozen":
-            return F.linear(x, exact.weight)
+            return F.linear(x, exact.weight, exact.bias)
         a, b, m = (*adapter, None)[:3]
-        return reference.dora_linear(x, exact.weight, a, b, m, None, exact.scaling, "out", True, None, f64)
+        return reference.dora_linear(
+            x, exact.weight, a, b, m, exact.bias, exact.scaling, "out", kind != "dora_attached", None, f64
+        )
 
     return solve(dense, exact, NAMES[kind])
 
@@ -135,9 +162,10 @@ def oracle(problem: Problem, kind: str) -> dict[str, Tensor]:
 def plain(problem: Problem, kind: str) -> dict[str, Tensor]:
     """The same in plain PyTorch operations in the problem's own dtypes."""
     if kind == "frozen":
-        return solve(lambda x: F.linear(x, problem.weight), problem, NAMES[kind])
-    function = eager_dora if kind == "dora" else eager_lora
-    return solve(lambda *leaves: function(problem, *leaves), problem, NAMES[kind])
+        return solve(lambda x: F.linear(x, problem.weight, problem.bias), problem, NAMES[kind])
+    if kind == "lora":
+        return solve(lambda *leaves: eager_lora(problem, *leaves), problem, NAMES[kind])
+    return solve(lambda *leaves: eager_dora(problem, kind == "dora", *leaves), problem, NAMES[kind])
 
 
 def error(result: Tensor, wanted: Tensor) -> float:
@@ -147,7 +175,7 @@ def error(result: Tensor, wanted: Tensor) -> float:
 
 def errors(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
     """The error of each result by name."""
-    return {name: error(results[name], wanted[name]) for name in wanted}
+    return {name: error(results[name].view_as(wanted[name]), wanted[name]) for name in wanted}
 
 
 def limits(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

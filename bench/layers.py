@@ -1,0 +1,328 @@
+"""One adapted linear layer by every provider, on the same numbers; the suites layer, decode, memory and host time it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dora_kernels
+from bench import timing
+from bench.problem import NAMES, LayerShape, Problem, errors, limits, make_problem, oracle, plain
+from bench.providers import Missing, Subject, Work
+from dora_kernels.backends import triton_problem
+
+PROVIDERS = (
+    "frozen", "peft_lora", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris", "dense",
+    "ours", "ours_compiled", "ours_triton", "ours_torch", "ours_reference",
+)  # fmt: skip
+KINDS = {"frozen": "frozen", "peft_lora": "lora", "lycoris": "dora_attached", "dense": "dora_attached"}
+"""What a provider computes, where it is not DoRA with the norm detached: LyCORIS and the usual tutorial train it."""
+ACCUMULATED = 4
+"""Micro-batches of the longer optimizer step."""
+
+
+@dataclass
+class Layer:
+    """One provider's layer on one copy of the tensors."""
+
+    kind: str
+    forward: Callable[[Tensor], Tensor]
+    leaves: list[Tensor]
+    """x and the trainable parameters, in the order of `NAMES[kind]`."""
+    dy: Tensor
+    module: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+    def run_forward(self) -> Tensor:
+        """The forward pass of a training step: what the backward needs is kept, then dropped with the output."""
+        return self.forward(self.leaves[0])
+
+    def run_both(self) -> tuple[Tensor, ...]:
+        """Forward and backward: the gradients of x and of the parameters."""
+        return torch.autograd.grad(self.run_forward(), self.leaves, self.dy)
+
+    def run_step(self, micro_batches: int = 1) -> None:
+        """An optimizer step of so many forward and backward passes: one refresh of the norm."""
+        if self.optimizer is None and self.leaves[1:]:
+            self.optimizer = torch.optim.AdamW(self.leaves[1:], lr=1e-4)
+        for _ in range(micro_batches):
+            self.leaves[0].grad = None
+            self.run_forward().backward(self.dy)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def run_step_accumulated(self) -> None:
+        """The same with `ACCUMULATED` micro-batches."""
+        self.run_step(ACCUMULATED)
+
+    @torch.no_grad()
+    def run_inference(self) -> Tensor:
+        """One forward pass in evaluation; the layer is left there."""
+        if self.module is not None and self.module.training:
+            self.module.eval()
+        return self.run_forward()
+
+    def results(self) -> dict[str, Tensor]:
+        """The output and the gradients by name."""
+        y = self.run_forward()
+        return {"y": y.detach(), **dict(zip(NAMES[self.kind], torch.autograd.grad(y, self.leaves, self.dy)))}
+
+
+def make_layer(provider: str, problem: Problem, shape: LayerShape) -> Layer:
+    """A provider's layer on these tensors; raises Missing, or what the library it needs has to say."""
+    x = problem.x.detach().requires_grad_()
+    kind = KINDS.get(provider, "dora")
+    module, parameters = _MAKERS[provider](problem, shape)
+    forward: Callable[[Tensor], Tensor] = module
+    if provider.endswith("_compiled"):
+        forward = torch.compile(module)
+    if shape.autocast:
+        called = forward
+
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast(shape.device.type, shape.base):
+                return called(x)
+
+    if provider.startswith("ours"):
+        # A norm is reused after a backward only where an optimizer that has stepped owns A and B.
+        torch.optim.SGD(parameters, lr=0.0).step()
+    return Layer(kind, forward, [x, *parameters], problem.dy, module)
+
+
+Made = tuple[nn.Module, list[Tensor]]
+
+
+def _frozen(problem: Problem, shape: LayerShape) -> Made:
+    rows, columns = problem.weight.shape
+    layer = nn.Linear(columns, rows, bias=problem.bias is not None, device="meta", dtype=problem.weight.dtype)
+    layer.weight = nn.Parameter(problem.weight, requires_grad=False)
+    if problem.bias is not None:
+        layer.bias = nn.Parameter(problem.bias, requires_grad=False)
+    return layer, []
+
+
+def _peft(problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = False) -> Made:
+    """A PEFT model of one linear layer with the problem's numbers; that layer."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
+    model = nn.Module()
+    model.linear = _frozen(problem, shape)[0]
+    alpha = problem.scaling * shape.rank
+    config = LoraConfig(r=shape.rank, lora_alpha=alpha, target_modules=["linear"], use_dora=dora, lora_dropout=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=shape.base != shape.adapters)
+    layer: Any = peft_model.base_model.model.linear
+    parameters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    if dora:
+        parameters.append(layer.lora_magnitude_vector["default"].weight)
+    _fill(parameters, problem, shape)
+    if not math.isclose(layer.scaling["default"], problem.scaling, rel_tol=1e-12):
+        raise RuntimeError(f"PEFT's scaling is {layer.scaling['default']}, not {problem.scaling}")
+    peft_model.train()
+    if patch:
+        handle = dora_kernels.patch_peft(peft_model)
+        if not handle.patched:
+            raise RuntimeError(f"patch_peft skipped the layer: {handle.skipped}")
+    return layer, parameters
+
+
+def _torchtune(problem: Problem, shape: LayerShape) -> Made:
+    try:
+        from torchtune.modules.peft import DoRALinear
+    except ImportError as error:
+        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
+    rows, columns = problem.weight.shape
+    layer: Any = DoRALinear(
+        columns, rows, shape.rank, problem.scaling * shape.rank, use_bias=problem.bias is not None
+    ).to(shape.device)  # fmt: skip
+    layer.weight = nn.Parameter(problem.weight, requires_grad=False)
+    if problem.bias is not None:
+        layer.bias = nn.Parameter(problem.bias, requires_grad=False)
+    for factor in (layer.lora_a, layer.lora_b):
+        factor.to(shape.adapters)
+    layer.magnitude = nn.Parameter(layer.magnitude.detach().to(shape.adapters))
+    parameters = [layer.lora_a.weight, layer.lora_b.weight, layer.magnitude]
+    _fill(parameters, problem, shape)
+    return layer, parameters
+
+
+def _lycoris(problem: Problem, shape: LayerShape) -> Made:
+    try:
+        from lycoris.modules.locon import LoConModule
+    except ImportError as error:
+        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
+    base, _ = _frozen(problem, shape)
+    layer: Any = LoConModule(
+        "layer", base, lora_dim=shape.rank, alpha=problem.scaling * shape.rank, weight_decompose=True, wd_on_out=True
+    ).to(shape.device, shape.adapters)
+    layer.dora_scale = nn.Parameter(layer.dora_scale.detach())
+    layer.apply_to()
+    parameters = [layer.lora_down.weight, layer.lora_up.weight, layer.dora_scale]
+    _fill(parameters, problem, shape)
+    base.adapter = layer  # so that train() and eval() reach it
+    return base, parameters
+
+
+class DenseDoRA(nn.Module):
+    """DoRA as tutorials write it: the adapted weight is formed, normalised and multiplied with in every call."""
+
+    def __init__(self, problem: Problem, shape: LayerShape) -> None:
+        super().__init__()
+        self.linear, _ = _frozen(problem, shape)
+        self.lora_A, self.lora_B, self.magnitude = (
+            nn.Parameter(torch.empty_like(t, dtype=shape.adapters))
+            for t in (problem.lora_A, problem.lora_B, problem.magnitude)
+        )
+        self.scaling = problem.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of shape ``[M, in_features]``; ``[M, out_features]``."""
+        adapted = self.linear.weight + self.scaling * (self.lora_B @ self.lora_A)
+        direction = adapted / adapted.norm(dim=1, keepdim=True)
+        return F.linear(x, (self.magnitude[:, None] * direction).to(x.dtype), self.linear.bias)
+
+
+def _dense(problem: Problem, shape: LayerShape) -> Made:
+    module = DenseDoRA(problem, shape)
+    parameters: list[Tensor] = [module.lora_A, module.lora_B, module.magnitude]
+    _fill(parameters, problem, shape)
+    return module, parameters
+
+
+def _module(problem: Problem, shape: LayerShape, backend: str) -> Made:
+    """`DoRALinear` with a backend asked for by name."""
+    if backend == "triton" and (reason := triton_problem(shape.device)):
+        raise Missing(reason)
+    layer = dora_kernels.DoRALinear.from_linear(
+        _frozen(problem, shape)[0], rank=shape.rank, alpha=problem.scaling * shape.rank, backend=backend,
+        adapter_dtype=shape.adapters,
+    ).to(shape.device)  # fmt: skip
+    parameters: list[Tensor] = [layer.lora_A.weight, layer.lora_B.weight, layer.magnitude]
+    _fill(parameters, problem, shape)
+    return layer.train(), parameters
+
+
+def _fill(parameters: Sequence[Tensor], problem: Problem, shape: LayerShape) -> None:
+    values = (problem.lora_A, problem.lora_B, problem.magnitude)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values):
+            if parameter.dtype != shape.adapters:
+                raise RuntimeError(f"a parameter is {parameter.dtype}, not {shape.adapters}")
+            parameter.copy_(value.view_as(parameter)).requires_grad_()
+
+
+_MAKERS: dict[str, Callable[[Problem, LayerShape], Made]] = {
+    "frozen": _frozen,
+    "peft_lora": functools.partial(_peft, dora=False),
+    "peft_dora": _peft,
+    "peft_dora_compiled": _peft,
+    "torchtune": _torchtune,
+    "lycoris": _lycoris,
+    "dense": _dense,
+    "ours": functools.partial(_peft, patch=True),
+    "ours_compiled": functools.partial(_peft, patch=True),
+    "ours_triton": functools.partial(_module, backend="triton"),
+    "ours_torch": functools.partial(_module, backend="torch"),
+    "ours_reference": functools.partial(_module, backend="reference"),
+}
+
+PARTS: dict[str, tuple[Callable[[Layer], Any], int, bool]] = {
+    "forward": (Layer.run_forward, 1, False),
+    "forward and backward": (Layer.run_both, 1, True),
+    "step": (Layer.run_step, 1, True),
+    f"step of {ACCUMULATED}": (Layer.run_step_accumulated, ACCUMULATED, True),
+    "inference": (Layer.run_inference, 1, False),
+    "inference in a graph": (Layer.run_inference, 1, False),
+}
+"""What is timed of a layer: the call, its micro-batches, and whether it has a backward."""
+
+
+@dataclass
+class LayerCase:
+    """A comparison of layers."""
+
+    suite: str
+    shape: LayerShape
+    parts: Sequence[str]
+    providers: Sequence[str] = PROVIDERS
+    most_copies: int = 8
+    label: str = field(init=False)
+    _judges: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.label = self.shape.label
+
+    @property
+    def dtypes(self) -> str:
+        """Of the layer and the adapter."""
+        return self.shape.dtypes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row states."""
+        return self.shape.facts
+
+    @functools.cached_property
+    def problems(self) -> list[Problem]:
+        """Copies that exceed the cache."""
+        first = make_problem(self.shape, 0)
+        count = timing.copies_beyond(timing.cache_bytes(self.shape.device), first.nbytes, most=self.most_copies)
+        return [first, *(make_problem(self.shape, seed) for seed in range(1, count))]
+
+    def judge(self, kind: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The oracle's results for a kind of layer, and the errors that are allowed."""
+        if kind not in self._judges:
+            wanted = oracle(self.problems[0], kind)
+            self._judges[kind] = wanted, limits(plain(self.problems[0], kind), wanted)
+        return self._judges[kind]
+
+    def subject(self, provider: str) -> Subject:
+        """The provider's layer on every copy, checked on the first."""
+        compiled = provider.endswith("_compiled")
+        problems = self.problems[:1] if compiled else self.problems
+        layers = [make_layer(provider, problem, self.shape) for problem in problems]
+        wanted, allowed = self.judge(layers[0].kind)
+        names = [name for name in self.parts if name != "inference in a graph" or self.shape.device.type == "cuda"]
+        parts: dict[str, list[Work]] = {
+            name: [functools.partial(PARTS[name][0], layer) for layer in layers] for name in names
+        }
+        found = errors(layers[0].results(), wanted)
+        least = {name: least_of(self.shape, layers[0].kind, *PARTS[name][1:], "step" in name) for name in names}
+        return Subject(provider, parts, found, allowed, least, frozenset({"inference in a graph"}))
+
+
+def least_of(shape: LayerShape, kind: str, micro_batches: int, backward: bool, step: bool) -> tuple[int, int]:
+    """The fewest bytes and FLOPs: every operand read or written once in each pass, every product done once.
+
+    An optimizer step reads and writes each trained parameter, its gradient and two moments, and refreshes the norm.
+    """
+    m, n, k, r = shape.tokens, shape.hidden, shape.hidden, shape.rank
+    wide, narrow = (torch.finfo(dtype).bits // 8 for dtype in (shape.base, shape.adapters))
+    adapted = kind != "frozen"
+    factors = r * (n + k) + (n if kind.startswith("dora") else 0) if adapted else 0
+    low = 2 * m * r * (n + k) if adapted else 0
+    forward = wide * (m * k + n * k + m * n) + narrow * factors, 2 * m * n * k + low
+    size, flops = forward
+    if backward:
+        # dY, W and dX; x for dA, and the base product for dm.
+        kept = (m * k if adapted else 0) + (m * n if kind.startswith("dora") else 0)
+        size += wide * (m * n + n * k + m * k + kept) + narrow * 2 * factors
+        flops += 2 * m * n * k + 2 * low
+    size, flops = micro_batches * size, micro_batches * flops
+    if step and adapted:
+        size += narrow * 7 * factors
+        if kind.startswith("dora"):
+            size, flops = size + wide * n * k, flops + 2 * n * k * r
+    return size, flops

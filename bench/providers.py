@@ -1,0 +1,75 @@
+"""Who is compared, by the name that `--providers` takes, and what is asked of a comparison. Imports no torch.
+
+A provider is the real, installed library; one that is not installed, or does not run here, raises `Missing`, and the
+run says so by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+LABELS = {
+    "frozen": "frozen layer",
+    "peft_lora": "PEFT LoRA",
+    "peft_dora": "PEFT DoRA",
+    "peft_dora_compiled": "PEFT DoRA, compiled",
+    "torchtune": "torchtune DoRALinear",
+    "lycoris": "LyCORIS, decomposed",
+    "dense": "dense, from scratch",
+    "ours": "ours: patch_peft",
+    "ours_compiled": "ours, compiled",
+    "ours_triton": "ours, triton",
+    "ours_torch": "ours, torch",
+    "ours_reference": "ours, reference",
+    "ours_direct": "ours, direct form",
+    "ours_factored": "ours, factored form",
+    "ours_unchanged": "ours, unchanged",
+    "ours_fused": "ours, one kernel",
+}
+REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen")
+"""Those that every row has its ratio to, where they take part."""
+
+Work = Callable[[], Any]
+
+
+class Missing(Exception):
+    """A provider that cannot be had here, and why, in one line."""
+
+
+@dataclass
+class Subject:
+    """One provider's work at one case, checked against the oracle."""
+
+    provider: str
+    parts: dict[str, Sequence[Work]]
+    """What is timed, by name: the same call on one or several copies of its inputs."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative to float64."""
+    limits: dict[str, float] = field(default_factory=dict)
+    least: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By part: the fewest bytes that have to be moved, and the fewest FLOPs."""
+    in_graph: frozenset[str] = frozenset()
+    """Parts that are replayed from a CUDA graph, so that no time of the host counts."""
+
+
+class Case(Protocol):
+    """One comparison: a shape, a rank, a number of tokens, dtypes."""
+
+    @property
+    def suite(self) -> str: ...  # noqa: D102
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def dtypes(self) -> str: ...  # noqa: D102
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row of the case states: shape, rank, tokens, dtypes."""
+
+    @property
+    def providers(self) -> Sequence[str]:
+        """Those that the suite offers, in the order of its tables."""
+
+    def subject(self, provider: str) -> Subject:
+        """A provider's work; raises Missing, or what the library has to say."""

@@ -1,0 +1,122 @@
+"""The JSON record of a run: made, written whole or not at all, and read back with its faults named.
+
+bench/results/README.md describes what it holds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+
+SCHEMA = 3
+TABLES = ("rows", "curves", "failures")
+_KEYS = ("schema", "commit", "date", "hardware", "versions", "settings", "ceilings", "missing", "seconds", *TABLES)
+_LABELS = ("suite", "case", "part", "provider")
+
+Record = dict[str, Any]
+
+
+class RecordError(Exception):
+    """A file that is no record, in one line."""
+
+
+def new(device: torch.device, settings: dict[str, Any]) -> Record:
+    """A record with everything but figures."""
+    return {
+        "schema": SCHEMA,
+        "commit": machine.commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(),
+        "settings": settings,
+        "ceilings": {},
+        "missing": {},
+        "seconds": {},
+        **{name: [] for name in TABLES},
+    }
+
+
+def read(path: Path) -> Record:
+    """The record in a file, or RecordError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: truncated, or not JSON: {error}") from error
+    if not isinstance(found, dict) or "schema" not in found:
+        raise RecordError(f"{path}: not a record of `python -m bench run`")
+    if found["schema"] != SCHEMA:
+        raise RecordError(f"{path}: a record of schema {found['schema']!r}, expected {SCHEMA}")
+    if absent := [key for key in _KEYS if key not in found]:
+        raise RecordError(f"{path}: a record without {', '.join(map(repr, absent))}")
+    for name in TABLES:
+        rows = found[name]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise RecordError(f"{path}: {name!r} is not a list of objects")
+    for row in found["rows"]:
+        if absent := [key for key in (*_LABELS, "us") if key not in row]:
+            raise RecordError(f"{path}: a row without {', '.join(map(repr, absent))}")
+    return found
+
+
+def write(record: Record, path: Path) -> None:
+    """The record so far, a row a line, and beside it a CSV file of the same figures."""
+    parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key not in TABLES]
+    for key in TABLES:
+        lines = ",\n".join(f"  {json.dumps(value)}" for value in record[key])
+        parts.append(f" {json.dumps(key)}: [\n{lines}\n ]" if lines else f" {json.dumps(key)}: []")
+    replace(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    if record["rows"]:
+        replace(path.with_suffix(".csv"), _csv(record["rows"]))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole, through a temporary name."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """One line for each row; dictionaries are spread over columns."""
+    flat = []
+    for row in rows:
+        line: dict[str, Any] = {}
+        for key, value in row.items():
+            if isinstance(value, dict):
+                line.update({f"{key}.{name}": figure for name, figure in value.items()})
+            else:
+                line[key] = value
+        flat.append(line)
+    columns = dict.fromkeys((*_LABELS, *(name for line in flat for name in line)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def significant(figure: float, digits: int = 4) -> float | None:
+    """Rounded for the record; None for what JSON has no number for."""
+    return float(f"{figure:.{digits}g}") if math.isfinite(figure) else None
+
+
+def rounded(figures: dict[str, float], digits: int = 3) -> dict[str, float | None]:
+    """Several figures for the record."""
+    return {name: significant(figure, digits) for name, figure in figures.items()}

@@ -1,0 +1,199 @@
+"""One run: the suites' stages in turn, the record that they fill, and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import record, suites, timing
+from bench.problem import DTYPES, beyond
+from bench.providers import LABELS, REFERENCES, Case, Missing, Subject
+from bench.record import rounded, significant
+from bench.timing import Candidate
+
+_TRACE_LINES = 12
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; None where each suite has a default of its own."""
+
+    suites: Sequence[str]
+    device: str
+    dtypes: Sequence[str]
+    hidden: Sequence[int] | None = None
+    ranks: Sequence[int] | None = None
+    tokens: Sequence[int] | None = None
+    providers: Sequence[str] | None = None
+    block: tuple[int, int, int, int] = (4096, 14336, 32, 8)
+    steps: int = 200
+    seeds: int = 3
+    rounds: int = 21
+    sample_ms: float = 4.0
+    limit_s: float = 300.0
+    folder: Path = Path("bench-output")
+    out: Path | None = None
+
+
+class Run:
+    """A run of the options' suites."""
+
+    def __init__(self, given: Options, console: Console | None = None) -> None:
+        self.given = given
+        self.device = torch.device(given.device)
+        settings = {name: value for name, value in asdict(given).items() if name not in ("folder", "out")}
+        self.record = record.new(self.device, settings)
+        self.shared: dict[str, Any] = {}
+        """What stages of one suite keep for each other; dropped between suites."""
+        self.console = console or Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self.console, transient=True,
+            auto_refresh=False,  # nothing is drawn while something is timed
+        )  # fmt: skip
+        self._bar = self.progress.add_task("", total=None)
+        self._detail = self.progress.add_task("", total=None, visible=False)
+        self._start = time.perf_counter()
+
+    def all(self) -> None:
+        """Every stage; a failed one leaves the others alone."""
+        stages = deque([("ceilings", self.ceilings), *self.stages()])
+        with self.progress:
+            self.progress.update(self._bar, total=len(stages))
+            suite = None
+            while stages:  # a stage that is done lets go of its tensors
+                name, work = stages.popleft()
+                if suite != (suite := name.partition(":")[0]):
+                    self.shared.clear()
+                self.stage(name, work)
+                self.progress.advance(self._bar)
+        if self.given.out:
+            record.write(self.record, self.given.out)
+
+    def stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """All stages of all suites, by name."""
+        for name in self.given.suites:
+            yield from suites.load(name).stages(self)
+
+    def stage(self, name: str, work: Callable[[], None]) -> None:
+        """Run one stage, or say why not, and write the record."""
+        begun = time.perf_counter()
+        if begun - self._start > self.given.limit_s:
+            self.fail(name, f"skipped: {self.given.limit_s:g} s were over (--limit-s)")
+            return
+        self.progress.update(self._bar, description=name)
+        self.progress.update(self._detail, visible=False)
+        self.progress.refresh()
+        try:
+            work()
+        except Missing as reason:
+            self.record["missing"][name.partition(":")[0]] = str(reason)
+        except Exception as error:
+            self.fail(name, f"{type(error).__name__}: {error}")
+            print("".join(traceback.format_exc().splitlines(True)[-_TRACE_LINES:]), file=sys.stderr, flush=True)
+        if any(name.endswith("_compiled") for name in self.given.providers or LABELS):
+            torch.compiler.reset()  # after a few recompilations of one function torch runs it uncompiled
+        gc.collect()
+        self.record["seconds"][name] = round(time.perf_counter() - begun, 1)
+        if self.given.out:
+            record.write(self.record, self.given.out)
+
+    def advance(self, done: int, total: int) -> None:
+        """Show how far a long stage has come."""
+        self.progress.update(self._detail, visible=True, completed=done, total=total, description="")
+        self.progress.refresh()
+
+    def fail(self, stage: str, message: str) -> None:
+        """Note a failure."""
+        self.record["failures"].append({"stage": stage, "message": message.strip()[:600]})
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that `--providers` asks for."""
+        return [name for name in names if self.given.providers is None or name in self.given.providers]
+
+    def ceilings(self) -> None:
+        """The bandwidth and the matrix rates that everything else is held against, of this device, now."""
+        cuda = self.device.type == "cuda"
+        found = self.record["ceilings"]
+        found["copy_bytes_per_s"] = significant(timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26))
+        for dtype in dict.fromkeys(DTYPES[name][0] for name in self.given.dtypes):
+            rate = timing.blas_rate(self.device, 8192 if cuda else 1024, dtype)
+            found[f"flop_per_s.{str(dtype).removeprefix('torch.')}"] = significant(rate)
+
+    def floor(self, least: tuple[int, int] | None, dtypes: str) -> float | None:
+        """Seconds that the fewest bytes or FLOPs take at the measured ceilings, whichever are more."""
+        rate = self.record["ceilings"].get(f"flop_per_s.{str(DTYPES[dtypes][0]).removeprefix('torch.')}")
+        copy = self.record["ceilings"].get("copy_bytes_per_s")
+        return max(least[0] / copy, least[1] / rate) if least and rate and copy else None
+
+    def subjects(self, case: Case) -> list[Subject]:
+        """The chosen providers that run, each checked; a wrong one is a failure, and is timed all the same."""
+        found = []
+        for name in self.chosen(case.providers):
+            try:
+                subject = case.subject(name)
+            except Missing as reason:
+                self.record["missing"][name] = str(reason)
+                continue
+            except Exception as error:
+                self.fail(f"{case.suite}: {case.label}", f"{LABELS[name]}: {type(error).__name__}: {error}")
+                continue
+            if wrong := beyond(subject.errors, subject.limits):
+                self.fail(f"{case.suite}: {case.label}", f"{LABELS[name]}: wrong result: {'; '.join(wrong)}")
+            found.append(subject)
+        return found
+
+    def measure(self, case: Case, *, rounds: int | None = None, timed: bool = True) -> None:
+        """Check and time the providers of a case side by side, and add a row for each and each part."""
+        subjects = self.subjects(case)
+        for part in dict.fromkeys(part for subject in subjects for part in subject.parts):
+            candidates: dict[str, Candidate] = {}
+            for subject in (subject for subject in subjects if part in subject.parts):
+                calls = subject.parts[part]
+                try:
+                    candidates[subject.provider] = (
+                        timing.captured(subject.provider, calls, self.device)
+                        if part in subject.in_graph
+                        else Candidate(subject.provider, calls)
+                    )
+                except Exception as error:
+                    where = f"{case.suite}: {case.label}"
+                    self.fail(where, f"{LABELS[subject.provider]}: no CUDA graph: {type(error).__name__}: {error}")
+            if timed:
+                timing.interleave(
+                    list(candidates.values()), self.device, rounds=rounds or self.given.rounds,
+                    sample_seconds=self.given.sample_ms / 1e3, limit_seconds=self.given.limit_s / 20,
+                )  # fmt: skip
+            for subject in (subject for subject in subjects if subject.provider in candidates):
+                self.record["rows"].append(self._row(case, part, subject, candidates))
+
+    def _row(self, case: Case, part: str, subject: Subject, candidates: dict[str, Candidate]) -> dict[str, Any]:
+        candidate = candidates[subject.provider]
+        least = subject.least.get(part)
+        row = {
+            "suite": case.suite, "case": case.label, "part": part, "provider": subject.provider, **case.facts,
+            "us": None, "spread": None, "peak_bytes": timing.peak_bytes(self.device, subject.parts[part][0]),
+            "bytes": least and least[0], "flops": least and least[1], "floor_us": None, "fraction": None,
+            "ratios": {}, "errors": rounded(subject.errors), "limits": rounded(subject.limits),
+        }  # fmt: skip
+        if candidate.samples:
+            floor = self.floor(least, case.dtypes)
+            row["us"], row["spread"] = significant(candidate.seconds * 1e6), significant(candidate.spread, 2)
+            row["ratios"] = {
+                name: significant(candidate.ratio(candidates[name]), 3) for name in REFERENCES if name in candidates
+            }
+            if floor is not None:
+                row["floor_us"], row["fraction"] = significant(floor * 1e6), significant(floor / candidate.seconds, 3)
+        return row

@@ -1,0 +1,137 @@
+"""Learning curves: SmolLM2-135M fine-tuned on real prose by stock DoRA, patched DoRA and LoRA, from several seeds.
+
+Each seed gives A other numbers; the batches stay the same, so that the seeds differ as little as they can and the
+comparison is the harder to pass: at every step, and on held-out text, the patched model has to be nearer to the stock
+one of the same seed than two seeds of the stock model are to each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench.demo import data, train
+from bench.demo import model as models
+from bench.demo.settings import Settings
+from bench.providers import LABELS, Missing
+from bench.record import significant
+
+if TYPE_CHECKING:
+    from bench.run import Run
+
+PROVIDERS = ("peft_dora", "ours", "peft_lora")
+KINDS = {"peft_dora": "stock", "ours": "patched", "peft_lora": "lora"}
+"""What `bench.demo` calls them."""
+TOKENS = 128
+WINDOWS = 12
+"""Of held-out text, 256 tokens each."""
+DIGITS = 9
+
+
+def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+    """One seed after another, then the comparison."""
+    for seed in range(run.given.seeds):
+        yield f"finetune: seed {seed}", lambda seed=seed: _train(run, seed)
+    yield "finetune: comparison", lambda: _compare(run)
+
+
+def settings(run: Run, seed: int = 0) -> Settings:
+    """Of the demo's machinery, for this run."""
+    return Settings(rank=16, lr=5e-4, out=run.given.folder, seed=seed)
+
+
+def load(run: Run) -> tuple[Any, Any, data.Corpus]:
+    """Base model, tokenizer and text, converted once and kept."""
+    if "finetune" not in run.shared:
+        given = settings(run)
+        try:
+            source = models.prepare(given)
+        except (models.DemoError, ImportError) as reason:
+            raise Missing(str(reason)) from reason
+        base, tokenizer = models.load(source), models.load_tokenizer(source)
+        run.shared["finetune"] = base, tokenizer, data.make_corpus(*data.read_text(None), tokenizer, 256)
+    return run.shared["finetune"]
+
+
+def adapted(run: Run, provider: str, base: Any, seed: int) -> Any:
+    """A provider's model of the base, its A drawn from the seed."""
+    model = models.adapt(base, KINDS[provider], settings(run, seed))
+    if provider == "ours":
+        models.patch(model)
+    return model
+
+
+def _train(run: Run, seed: int) -> None:
+    base, _, corpus = load(run)
+    names = run.chosen(PROVIDERS)
+    trained = {
+        name: train.make_run(KINDS[name], adapted(run, name, base, seed), settings(run, seed)) for name in names
+    }
+    windows = [window.to(models.device()) for window in corpus.windows(256, WINDOWS)]
+    before = {name: _held_out(one.model, windows) for name, one in trained.items()}
+    orders = list(itertools.permutations(trained.values()))
+    steps = run.given.steps
+    for step, batch in enumerate(corpus.batches(TOKENS, steps, seed=0)):
+        for one in orders[step % len(orders)]:
+            train.train_step(one, batch.to(models.device()), step)
+        run.advance(step + 1, steps)
+    for name, one in trained.items():
+        after = _held_out(one.model, windows)
+        run.record["curves"].append({
+            "suite": "finetune", "provider": name, "rank": 16, "seed": seed, "tokens": TOKENS, "dtypes": "fp32",
+            "losses": [significant(loss, DIGITS) for loss in one.losses],
+            "held_out_before": significant(before[name][0], DIGITS), "held_out": significant(after[0], DIGITS),
+            "accuracy_before": significant(before[name][1]), "accuracy": significant(after[1]),
+            "largest_rescale": models.largest_rescale(one.model),
+        })  # fmt: skip
+
+
+@torch.no_grad()
+def _held_out(model: Any, windows: list[torch.Tensor]) -> tuple[float, float]:
+    """Mean loss, and the share of next tokens that the model puts first."""
+    model.eval()
+    losses, hits = [], []
+    for window in windows:
+        output = model(input_ids=window, labels=window, use_cache=False)
+        losses.append(output.loss.item())
+        hits.append((output.logits[:, :-1].argmax(-1) == window[:, 1:]).float().mean().item())
+    model.train()
+    return sum(losses) / len(losses), sum(hits) / len(hits)
+
+
+def gaps(curves: list[dict[str, Any]]) -> dict[str, float]:
+    """How far ours is from stock, and stock's seeds from each other: at most over steps, and on held-out text.
+
+    Between seeds the smallest difference of any two counts.
+    """
+    of = {(curve["provider"], curve["seed"]): curve for curve in curves if curve["suite"] == "finetune"}
+    seeds = sorted({seed for _, seed in of})
+    stock = [of["peft_dora", seed] for seed in seeds]
+    pairs = [(of["ours", seed], of["peft_dora", seed]) for seed in seeds]
+    others = list(itertools.combinations(stock, 2))
+    return {
+        "loss, ours to stock": max(_apart(*pair) for pair in pairs),
+        "loss, seed to seed": min(_apart(*pair) for pair in others),
+        "held-out loss, ours to stock": max(abs(a["held_out"] - b["held_out"]) for a, b in pairs),
+        "held-out loss, seed to seed": min(abs(a["held_out"] - b["held_out"]) for a, b in others),
+        "held-out accuracy, ours to stock": max(abs(a["accuracy"] - b["accuracy"]) for a, b in pairs),
+        "held-out accuracy, seed to seed": min(abs(a["accuracy"] - b["accuracy"]) for a, b in others),
+    }
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+
+
+def _compare(run: Run) -> None:
+    curves = run.record["curves"]
+    if run.given.seeds < 2 or not {"peft_dora", "ours"} <= {curve["provider"] for curve in curves}:
+        return
+    found = gaps(curves)
+    for what in ("loss", "held-out loss"):
+        ours, seeds = found[f"{what}, ours to stock"], found[f"{what}, seed to seed"]
+        if not ours < seeds:
+            run.fail("finetune", f"{LABELS['ours']}: {what} {ours:.1e} from stock's, seeds differ by {seeds:.1e}")
