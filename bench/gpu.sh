@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
 # Tests and tables on a GPU machine that can install nothing: it needs torch, triton, peft, pytest, hypothesis.
 #
-#   bash bench/gpu.sh OUTDIR [options of `python -m bench.layer`]
+#   bash bench/gpu.sh OUTDIR [options of `python -m bench run`]
 #
-# Writes tests.log, layer.json, layer.csv, layer.txt and layer.log to OUTDIR, in under nine minutes, and ends with the
+# Writes tests.log, run.json, run.csv, run.txt, run.html and run.log to OUTDIR, in under nine minutes, and ends with the
 # tables.
 # Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
 #
-#   bash bench/gpu.sh rehearsal --device cpu --hidden 256 --tokens 32 --ranks 4 --norms 256x256x4 \
-#       --block 256x512x4x2 --no-compile
+#   bash bench/gpu.sh rehearsal --device cpu --hidden 256 --tokens 32 --rank 4 --block 256x512x4x2
 set -uo pipefail
 
 TESTS_SECONDS=${TESTS_SECONDS:-145}
 TABLES_SECONDS=${TABLES_SECONDS:-335}
 
 if [ $# -lt 1 ]; then
-    echo "usage: bash bench/gpu.sh OUTDIR [options of python -m bench.layer]" >&2
+    echo "usage: bash bench/gpu.sh OUTDIR [options of python -m bench run]" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -52,19 +51,20 @@ if [ "$code" -eq 0 ] && ! grep -qE "^(\[gw[0-9]+\] .*PASSED |tests/[^ ]+ PASSED)
     case " $* " in *" --device cpu "*) ;; *) status=1 ;; esac
 fi
 
-echo "== tables, at most $TABLES_SECONDS s: $out/layer.json"
-rm -f "$out/layer.json" "$out/layer.txt"
+echo "== tables, at most $TABLES_SECONDS s: $out/run.json"
+rm -f "$out"/run.{json,csv,txt,html}
 timeout --kill-after=10 $((TABLES_SECONDS + 15)) \
-    "$python" -m bench.layer --out "$out/layer.json" --limit-s "$TABLES_SECONDS" "$@" >/dev/null 2>"$out/layer.log"
+    "$python" -m bench run --suite norm compose layer decode block memory host fidelity --rank 16 384 \
+    --limit-s "$TABLES_SECONDS" --out "$out/run.json" "$@" >"$out/run.txt" 2>"$out/run.log"
 code=$?
 if [ "$code" -ne 0 ]; then
     echo "   failed: exit status $code"
     status=1
 fi
-# From the record, which is written stage by stage: a run that was killed has its table too.
-if [ -s "$out/layer.json" ]; then
-    "$python" -m bench.layer --show "$out/layer.json" | tee "$out/layer.txt" || status=1
+# The record is written stage by stage: of a run that was killed, too, `python -m bench plot` draws what there is.
+if [ -s "$out/run.txt" ]; then
+    cat "$out/run.txt"
 else
-    tail -n 15 "$out/layer.log"
+    tail -n 15 "$out/run.log"
 fi
 exit "$status"

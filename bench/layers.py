@@ -1,4 +1,4 @@
-"""One adapted linear layer by every provider, on the same numbers; the suites layer, decode, memory and host time it."""
+"""One adapted linear layer by every provider, on the same numbers, for the suites layer, decode, memory and host."""
 
 from __future__ import annotations
 
@@ -299,30 +299,39 @@ class LayerCase:
             name: [functools.partial(PARTS[name][0], layer) for layer in layers] for name in names
         }
         found = errors(layers[0].results(), wanted)
-        least = {name: least_of(self.shape, layers[0].kind, *PARTS[name][1:], "step" in name) for name in names}
+        least = {name: self._least(name, layers[0].kind) for name in names}
         return Subject(provider, parts, found, allowed, least, frozenset({"inference in a graph"}))
 
+    def _least(self, part: str, kind: str) -> tuple[int, int]:
+        shape = self.shape
+        return least_of(
+            (shape.tokens, shape.hidden, shape.hidden, shape.rank), shape.widths, kind, *PARTS[part][1:], "step" in part
+        )
 
-def least_of(shape: LayerShape, kind: str, micro_batches: int, backward: bool, step: bool) -> tuple[int, int]:
+
+def least_of(
+    sizes: tuple[int, int, int, int], widths: tuple[int, int], kind: str, micro_batches: int, backward: bool, step: bool
+) -> tuple[int, int]:
     """The fewest bytes and FLOPs: every operand read or written once in each pass, every product done once.
 
-    An optimizer step reads and writes each trained parameter, its gradient and two moments, and refreshes the norm.
+    Sizes are tokens, out_features, in_features and rank, widths the bytes of an element of the layer and of the
+    adapter. An optimizer step reads and writes each trained parameter, its gradient and two moments, and refreshes
+    the norm.
     """
-    m, n, k, r = shape.tokens, shape.hidden, shape.hidden, shape.rank
-    wide, narrow = (torch.finfo(dtype).bits // 8 for dtype in (shape.base, shape.adapters))
-    adapted = kind != "frozen"
-    factors = r * (n + k) + (n if kind.startswith("dora") else 0) if adapted else 0
+    m, n, k, r = sizes
+    wide, narrow = widths
+    dora, adapted = kind.startswith("dora"), kind != "frozen"
+    factors = r * (n + k) + (n if dora else 0) if adapted else 0
     low = 2 * m * r * (n + k) if adapted else 0
-    forward = wide * (m * k + n * k + m * n) + narrow * factors, 2 * m * n * k + low
-    size, flops = forward
+    size, flops = wide * (m * k + n * k + m * n) + narrow * factors, 2 * m * n * k + low
     if backward:
         # dY, W and dX; x for dA, and the base product for dm.
-        kept = (m * k if adapted else 0) + (m * n if kind.startswith("dora") else 0)
+        kept = (m * k if adapted else 0) + (m * n if dora else 0)
         size += wide * (m * n + n * k + m * k + kept) + narrow * 2 * factors
         flops += 2 * m * n * k + 2 * low
     size, flops = micro_batches * size, micro_batches * flops
     if step and adapted:
         size += narrow * 7 * factors
-        if kind.startswith("dora"):
+        if dora:
             size, flops = size + wide * n * k, flops + 2 * n * k * r
     return size, flops

@@ -6,6 +6,7 @@ operations and the same dtypes. PEFT's norm is rounded to the adapter's dtype, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,11 @@ class LayerShape:
     def adapters(self) -> torch.dtype:
         """Of A, B and the magnitude."""
         return DTYPES[self.dtypes][1]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Bytes of an element of each."""
+        return self.base.itemsize, self.adapters.itemsize
 
     @property
     def autocast(self) -> bool:
@@ -185,5 +191,5 @@ def limits(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, f
 
 def beyond(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
     """Which errors exceed their limits; NaN always does."""
-    wrong = [name for name in found if not found[name] <= allowed[name]]
+    wrong = [name for name in found if not found[name] <= allowed.get(name, math.inf)]
     return [f"{name} off by {found[name]:.1e}, allowed {allowed[name]:.1e}" for name in wrong]

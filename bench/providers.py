@@ -15,8 +15,8 @@ LABELS = {
     "peft_lora": "PEFT LoRA",
     "peft_dora": "PEFT DoRA",
     "peft_dora_compiled": "PEFT DoRA, compiled",
-    "torchtune": "torchtune DoRALinear",
-    "lycoris": "LyCORIS, decomposed",
+    "torchtune": "torchtune DoRA",
+    "lycoris": "LyCORIS DoRA",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
     "ours_compiled": "ours, compiled",
@@ -58,11 +58,11 @@ class Case(Protocol):
     """One comparison: a shape, a rank, a number of tokens, dtypes."""
 
     @property
-    def suite(self) -> str: ...  # noqa: D102
+    def suite(self) -> str: ...
     @property
-    def label(self) -> str: ...  # noqa: D102
+    def label(self) -> str: ...
     @property
-    def dtypes(self) -> str: ...  # noqa: D102
+    def dtypes(self) -> str: ...
     @property
     def facts(self) -> dict[str, Any]:
         """What every row of the case states: shape, rank, tokens, dtypes."""

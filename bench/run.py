@@ -37,7 +37,7 @@ class Options:
     ranks: Sequence[int] | None = None
     tokens: Sequence[int] | None = None
     providers: Sequence[str] | None = None
-    block: tuple[int, int, int, int] = (4096, 14336, 32, 8)
+    block: Sequence[int] | None = None
     steps: int = 200
     seeds: int = 3
     rounds: int = 21

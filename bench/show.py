@@ -1,7 +1,10 @@
-"""The tables of a record, for a terminal."""
+"""The tables of a record, as sheets of cells, and those on a terminal."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -14,6 +17,17 @@ from bench.record import Record
 
 WIDTH = 80  # where there is no terminal to ask
 EMPTY = "–"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: each row has a kind, "ours", "wrong" or "", and its cells."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    note: str | None = None
 
 
 def console() -> Console:
@@ -24,16 +38,14 @@ def console() -> Console:
 
 def show(record: Record, screen: Console) -> None:
     """Where it ran, a table for each comparison, what is missing and what failed."""
-    hardware, ceilings = record["hardware"], record["ceilings"]
+    hardware = record["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     screen.print(f"{hardware['device']}, {hardware['threads']} threads; {versions}; commit {record['commit'][:12]}")
-    screen.print("measured here: " + ", ".join(f"{_ceiling(name)} {rate(value)}" for name, value in ceilings.items()))
-    for rows in groups(record["rows"]):
+    found = ", ".join(ceiling(name, value) for name, value in record["ceilings"].items())
+    screen.print(f"measured here: {found}")
+    for sheet in tables(record):
         screen.print()
-        screen.print(table(rows))
-    if record["curves"]:
-        screen.print()
-        screen.print(quality_table(record["curves"]))
+        screen.print(table(sheet))
     for name, reason in record["missing"].items():
         screen.print(f"[yellow]missing[/yellow] {LABELS.get(name, name)}: {escape(reason)}")
     for failure in record["failures"]:
@@ -42,107 +54,137 @@ def show(record: Record, screen: Console) -> None:
     screen.print(seconds + ("" if record["failures"] else ", nothing failed"))
 
 
-def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def tables(record: Record) -> list[Sheet]:
+    """Every comparison, then what is compared by errors or quality alone."""
+    rows = record["rows"]
+    found = [comparison(group) for group in groups(row for row in rows if row["suite"] != "fidelity")]
+    errors = [row for row in rows if row["suite"] == "fidelity"]
+    return [*found, *fidelity(errors), *([quality(record["curves"])] if record["curves"] else [])]
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows that were measured side by side."""
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["suite"], row["case"], row["part"]), []).append(row)
     return list(found.values())
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """One comparison: what all rows share stands in the title."""
+def comparison(rows: Sequence[Row]) -> Sheet:
+    """One comparison: what all rows share stands in the title and below."""
     first = rows[0]
-    found = Table(
-        title=f"[bold]{first['suite']}[/bold]: {escape(first['part'])}, {escape(first['case'])}",
-        caption=_least(rows), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for name, justify in _COLUMNS.items():
-        found.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    timed = any(row["us"] is not None for row in rows)
+    head = ["provider", "time", "spread", "×DoRA", "×LoRA", "MiB", "ceiling", "error"]
+    cells = []
     for row in rows:
         wrong = is_wrong(row)
-        error = worst(row)
-        found.add_row(
+        cells.append((_kind(row), [
             LABELS.get(row["provider"], row["provider"]),
             EMPTY if row["us"] is None else duration(row["us"]),
             EMPTY if row["spread"] is None else f"±{row['spread'] * 50:.0f}%",
-            *(ratio(row, name) for name in ("peft_dora", "peft_lora")),
-            EMPTY if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
-            EMPTY if row["fraction"] is None else f"{row['fraction']:.0%}",
-            f"[red]WRONG[/red] {error}" if wrong else error,
-        )
-    return found
+            *(_number(row["ratios"].get(name), "{:.2f}") for name in ("peft_dora", "peft_lora")),
+            EMPTY if row["peak_bytes"] is None else mebibytes(row["peak_bytes"]),
+            _number(row["fraction"], "{:.0%}"),
+            f"WRONG {worst(row)}" if wrong else worst(row),
+        ]))  # fmt: skip
+    kept = [i for i in range(len(head)) if timed or i not in (1, 2, 3, 4, 6)]
+    return Sheet(
+        f"{first['suite']}: {first['part']}, {first['case']}", [head[i] for i in kept],
+        [(kind, [row[i] for i in kept]) for kind, row in cells], _least(rows),
+    )  # fmt: skip
 
 
-_COLUMNS = {
-    "provider": "left", "time": "right", "spread": "right", "×DoRA": "right", "×LoRA": "right", "peak MiB": "right",
-    "limit": "right", "error": "right",
-}  # fmt: skip
+def fidelity(rows: Sequence[Row]) -> list[Sheet]:
+    """Largest error of any rank: ours over PEFT's, and PEFT's."""
+    stock = {row["case"]: row["errors"] for row in rows if row["provider"] == "peft_dora"}
+    sheets = []
+    for provider in dict.fromkeys(row["provider"] for row in rows if row["provider"] != "peft_dora"):
+        mine = [row for row in rows if row["provider"] == provider and row["case"] in stock]
+        names = list(dict.fromkeys(name for row in mine for name in row["errors"] if name != "g"))
+        cells = []
+        trained = [row for row in mine if "y" in row["errors"]]
+        for dtypes, condition in dict.fromkeys((row["dtypes"], row["condition"]) for row in trained):
+            group = [row for row in trained if (row["dtypes"], row["condition"]) == (dtypes, condition)]
+            figures = [quotient(group, stock, name) for name in names]
+            kind = "wrong" if any(is_wrong(row) for row in group) else ""
+            cells.append((kind, [dtypes, condition, *figures]))
+        ratios = [ratio for row in mine for ratio in _ratios(row, stock)]
+        note = None
+        if ratios:
+            below = sum(ratio <= 1.0 for ratio in ratios)
+            note = f"at most PEFT's in {below} of {len(ratios)} cells; the largest quotient is {max(ratios):.3f}"
+        if cells:
+            title = f"fidelity: error over PEFT's, the largest of all ranks: {LABELS[provider]}"
+            sheets.append(Sheet(title, ["dtypes", "condition", *names], cells, note))
+    fresh = [row for row in rows if "g" in row["errors"]]
+    if fresh:
+        cells = [(_kind(row), [LABELS[row["provider"]], row["dtypes"], worst(row)]) for row in fresh]
+        title = "fidelity: max |g − 1| of a layer that nobody has trained"
+        sheets.append(Sheet(title, ["provider", "dtypes", "g"], cells))
+    return sheets
 
 
-def _least(rows: list[dict[str, Any]]) -> str | None:
-    least: dict[tuple[int, int], float | None] = {}
-    for row in rows:
-        if row["bytes"] is not None:
-            least.setdefault((row["bytes"], row["flops"]), row["floor_us"])
-    if not least:
-        return None
-    (size, flops), floor = max(least.items())
-    at_best = "" if floor is None else f": {duration(floor)} at the measured ceilings"
-    return f"at least {quantity(size, 'B')} and {quantity(flops, 'FLOP')}{at_best}"
+def quotient(group: Sequence[Row], stock: dict[str, Any], name: str) -> str:
+    """The largest error over PEFT's in a group; PEFT's where it is not a number."""
+    found = []
+    for row in group:
+        mine, theirs = row["errors"][name], stock[row["case"]][name]
+        if theirs is None:
+            return "PEFT: not finite"
+        found.append(math.inf if mine is None else mine / theirs if theirs else float(mine > 0))
+    return f"{max(found):.2g}" if max(found) < 0.01 else f"{max(found):.2f}"
 
 
-def quality_table(curves: list[dict[str, Any]]) -> Table:
+def _ratios(row: Row, stock: dict[str, Any]) -> list[float]:
+    """Of every error that both have."""
+    pairs = [(row["errors"][name], stock[row["case"]].get(name)) for name in row["errors"] if name != "g"]
+    return [math.inf if mine is None else mine / theirs for mine, theirs in pairs if theirs]
+
+
+def quality(curves: Sequence[Row]) -> Sheet:
     """What the trainings led to, on held-out examples: the mean over seeds, and from the least to the most."""
-    found = Table(title="[bold]quality[/bold] on held-out text", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("suite", "provider", "rank", "seeds", "loss", "accuracy"):
-        found.add_column(name, justify="left" if name in ("suite", "provider") else "right", no_wrap=True)
-    by: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    by: dict[tuple[str, str, int], list[Row]] = {}
     for curve in curves:
         by.setdefault((curve["suite"], curve["provider"], curve["rank"]), []).append(curve)
+    cells = []
     for (suite, provider, rank), group in sorted(by.items(), key=lambda item: (item[0][0], item[0][2])):
-        found.add_row(
-            suite, LABELS[provider], str(rank), str(len(group)),
+        cells.append(("ours" if provider == "ours" else "", [
+            LABELS[provider], suite, str(rank), str(len(group)),
             _range([curve["held_out"] for curve in group], "{:.4f}"),
             _range([curve["accuracy"] for curve in group], "{:.2%}"),
-        )  # fmt: skip
-    return found
+        ]))  # fmt: skip
+    head = ["provider", "suite", "rank", "seeds", "loss", "accuracy"]
+    return Sheet("quality on held-out text: mean (least – most)", head, cells)
 
 
-def _range(values: list[float], form: str) -> str:
-    mean = form.format(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} – {form.format(max(values))})"
-
-
-def is_wrong(row: dict[str, Any]) -> bool:
+def is_wrong(row: Row) -> bool:
     """Whether an error exceeds its limit, or is not a number."""
     errors, limits = row["errors"], row["limits"]
-    return any(errors[name] is None or errors[name] > limits[name] for name in errors)
+    return any(name in limits and (errors[name] is None or errors[name] > limits[name]) for name in errors)
 
 
-def worst(row: dict[str, Any]) -> str:
+def worst(row: Row) -> str:
     """The error nearest to its limit, or furthest beyond."""
     errors, limits = row["errors"], row["limits"]
     if not errors:
         return EMPTY
     if any(value is None for value in errors.values()):
         return "not finite"
-    name = max(errors, key=lambda name: errors[name] / limits[name])
-    return f"{errors[name]:.0e}"
-
-
-def ratio(row: dict[str, Any], other: str) -> str:
-    """The row's time over another provider's."""
-    found = row["ratios"].get(other)
-    return EMPTY if found is None else f"{found:.2f}"
+    return f"{errors[max(errors, key=lambda name: errors[name] / limits.get(name, 1.0))]:.0e}"
 
 
 def duration(microseconds: float) -> str:
     """With three digits and the unit that fits."""
-    for unit, size in (("µs", 1.0), ("ms", 1e3), ("s", 1e6)):
-        if microseconds < 1e3 * size:
+    for unit, size in (("µs", 1.0), ("ms", 1e3)):
+        if microseconds < 999.5 * size:
             return f"{microseconds / size:.3g} {unit}"
-    return f"{microseconds / 1e6:.0f} s"
+    return f"{microseconds / 1e6:.3g} s"
+
+
+def mebibytes(size: int) -> str:
+    """With three digits or more."""
+    mib = size / 2**20
+    return f"{mib:.2f}" if mib < 10 else f"{mib:.1f}" if mib < 100 else f"{mib:.0f}"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -153,12 +195,43 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def rate(value: float) -> str:
-    """Per second, of bytes or operations; see `_ceiling`."""
-    return quantity(value, "/s").replace(" ", " ")
-
-
-def _ceiling(name: str) -> str:
+def ceiling(name: str, value: float) -> str:
+    """A measured rate in words."""
     if name == "copy_bytes_per_s":
-        return "copy bandwidth in bytes"
-    return f"{name.removeprefix('flop_per_s.')} product in FLOP"
+        return f"copying {quantity(value, 'B/s')}"
+    return f"{name.removeprefix('flop_per_s.')} products {quantity(value, 'FLOP/s')}"
+
+
+def _kind(row: Row) -> str:
+    return "wrong" if is_wrong(row) else "ours" if row["provider"] == "ours" else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return EMPTY if value is None else form.format(value)
+
+
+def _least(rows: Sequence[Row]) -> str | None:
+    least = {(row["bytes"], row["flops"]): row["floor_us"] for row in rows if row["bytes"] is not None}
+    if not least:
+        return None
+    (size, flops), floor = max(least.items())
+    at_best = "" if floor is None else f", {duration(floor)} at the ceilings"
+    return f"MiB: peak memory; at least {quantity(size, 'B')} and {quantity(flops, 'FLOP')}{at_best}"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    mean = form.format(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} – {form.format(max(values))})"
+
+
+def table(sheet: Sheet) -> Table:
+    """A sheet for the terminal."""
+    found = Table(
+        title=f"[bold]{escape(sheet.title)}[/bold]", caption=sheet.note, title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for index, name in enumerate(sheet.head):
+        found.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for kind, cells in sheet.rows:
+        found.add_row(*cells, style={"ours": "bold", "wrong": "red"}.get(kind))
+    return found

@@ -88,7 +88,7 @@ def interleave(
     for candidate in candidates:
         for work in candidate.copies:  # compiles, allocates, fills caches
             work()
-        once = elapsed(device, lambda candidate=candidate: _run(candidate, 1))
+        once = elapsed(device, lambda candidate=candidate: run_passes(candidate, 1))
         passes[candidate.name] = max(1, min(1000, math.ceil(sample_seconds / max(once, 1e-7))))
     orders = itertools.cycle([list(candidates), list(reversed(candidates))])
     for index in range(rounds):
@@ -99,12 +99,12 @@ def interleave(
         for candidate in order[turn:] + order[:turn]:
             count = passes[candidate.name]
             if count > 1:
-                _run(candidate, 1)
-            seconds = elapsed(device, lambda candidate=candidate, count=count: _run(candidate, count))
+                run_passes(candidate, 1)
+            seconds = elapsed(device, lambda candidate=candidate, count=count: run_passes(candidate, count))
             candidate.samples.append(seconds / (count * candidate.calls))
 
 
-def _run(candidate: Candidate, passes: int) -> None:
+def run_passes(candidate: Candidate, passes: int) -> None:
     for _ in range(passes):
         for work in candidate.copies:
             work()
@@ -135,7 +135,8 @@ def peak_bytes(device: torch.device, work: Work) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()
     held = most = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -226,7 +226,7 @@ def _differentiable_compose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None
     if base is not None:  # the magnitude's gradient alone reads it
         with torch.no_grad():
             result = base.view(dy.shape)
-            if linear.primitives(backend).KEEPS_SUM:
+            if linear.primitives(backend).keeps_sum(dy, lora_B):
                 result = result - scaling * (h @ lora_B.to(h.dtype).t())
             if bias is not None and not linear.holds_bias(dy):
                 result = result + bias

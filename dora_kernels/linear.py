@@ -93,7 +93,7 @@ def forward(
     """``(y [M, N], h = x Aᵀ [M, r], base [M, N] or None)``, all in x's dtype.
 
     Where a divisor is given, g is the magnitude, still to be divided by it.
-    What `base` holds is the backend's: the base product, or (`KEEPS_SUM`) its sum with the low-rank product.
+    What `base` holds is the backend's: the base product, or (`keeps_sum`) its sum with the low-rank product.
     Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
     """
     if g is not None and magnitude_axis == "in":
@@ -193,15 +193,16 @@ def compose(
     The base that is kept holds the bias too where `holds_bias`.
     """
     kernels = primitives(backend)
+    keeps_sum = kernels.keeps_sum(result, lora_B)
     if bias is not None and not holds_bias(result):
         base = result - cast(bias, result.dtype)
     else:
-        base = result.clone() if kernels.KEEPS_SUM else result
+        base = result.clone() if keeps_sum else result
         if bias is not None:
             if divisor is not None:
                 g, divisor = quotient(g, divisor, result), None
             bias = (1.0 - g) * bias
-    y = kernels.compose(base, h, lora_B, g, bias, scaling, keep_base or not kernels.KEEPS_SUM, divisor)
+    y = kernels.compose(base, h, lora_B, g, bias, scaling, keep_base or not keeps_sum, divisor)
     return y, base if keep_base else None
 
 
@@ -237,7 +238,7 @@ def compose_backward(
     out: Any = None
     total: Any = None
     want_sum = needs.sum or (base is not None and base_bias is not None)
-    lacks_low_rank = base is not None and not kernels.KEEPS_SUM
+    lacks_low_rank = base is not None and not kernels.keeps_sum(dy, lora_B)
     if scaled or base is not None or want_sum:
         one_pass = kernels.scale_partials if lacks_low_rank else kernels.scale_reduce
         out, dot, total = one_pass(dy, base, g, scaled, want_sum)

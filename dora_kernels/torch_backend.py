@@ -16,9 +16,6 @@ from torch import Tensor
 
 from dora_kernels.reference import accumulation_dtype, full_precision, magnitude_scale
 
-# What `compose` keeps holds the low-rank product too, so that `scale_reduce`'s dot is all of the magnitude's gradient.
-KEEPS_SUM = True
-
 _GRAM_FEATURES = 1024
 
 # Rows whose squared norm is below this fraction of the squared terms it is summed from have lost digits to
@@ -189,14 +186,56 @@ def compose(
     """``y = g * (base + s h Bᵀ) + bias``, shape ``[tokens, out_features]``, in base's dtype.
 
     Where a divisor is given, g is the magnitude, still to be divided by it.
-    `base` is overwritten: with the sum in the bracket if `keep` (never for plain LoRA, g None), else with y itself.
+    `base` is overwritten: with the sum in the bracket if `keep` and `keeps_sum` (never for plain LoRA, g None), with y
+    itself if not `keep`.
     """
     if g is not None and divisor is not None:
         g = quotient(g, divisor, base)
+    if g is not None and not keeps_sum(base, lora_B):
+        return _compose_wide(base, h, lora_B, g, bias, scaling, torch.empty_like(base) if keep else base)
     total = base.addmm_(h, cast(lora_B, base.dtype).t(), alpha=scaling)
     if g is None:
         return total if bias is None else total.add_(bias)
     return _affine(total, g, bias, None if keep else base)
+
+
+def keeps_sum(base: Tensor, lora_B: Tensor) -> bool:
+    """Whether what `compose` keeps holds the low-rank product too, so that a dot with it is all of dm.
+
+    Not of a 16-bit base product and float32 factors on the CPU, where that sum would be rounded once more than in
+    PEFT's layer, which adds up in float32.
+    """
+    return base.device.type != "cpu" or base.dtype in (accumulation_dtype(base), lora_B.dtype)
+
+
+def _compose_wide(
+    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor, bias: Tensor | None, scaling: float, out: Tensor
+) -> Tensor:
+    """`compose` in float32 blocks, rounded once; `out` may be `base`."""
+    dtype = accumulation_dtype(base, lora_B)
+    h, right = cast(h, dtype), cast(lora_B, dtype).t()
+    step = _block_rows(*base.shape)
+    buffer = _scratch(step, base.shape[1], dtype, base.device)
+    for rows, left, target in _blocks(step, base, h, out):
+        block = buffer[: rows.shape[0]].copy_(rows).addmm_(left, right, alpha=scaling)
+        target.copy_(block.mul_(g) if bias is None else torch.addcmul(bias, block, g, out=block))
+    return out
+
+
+def scale_partials(
+    grad: Tensor, other: Tensor | None, g: Any, want_scaled: bool, want_sum: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`scale_reduce`, its two sums as one strip: ``[1, features]``."""
+    scaled, dot, total = scale_reduce(grad, other, g, want_scaled, want_sum)
+    return scaled, None if dot is None else dot.unsqueeze(0), None if total is None else total.unsqueeze(0)
+
+
+def factor_grads(
+    p: Tensor, lora_B: Tensor, dot: Tensor, g: Tensor, divisor: Tensor, scaling: float, dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor]:
+    """``(dB = s g * P, dm = (Σ_strips dot + s Σ_k B * P) / divisor)``; dB in `dtype`, None where that is."""
+    dm = torch.add(dot.sum(0), (p * lora_B).sum(1), alpha=scaling).div_(divisor)
+    return None if dtype is None else scaled_rows(p, g * scaling, dtype), dm
 
 
 def scale_reduce(

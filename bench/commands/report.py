@@ -1,18 +1,30 @@
-"""Render the documents' tables from the newest committed results: `python -m bench.readme [--check]`."""
+"""Render the tables and figures of README.md and docs/benchmarks.md from the newest records in bench/results.
+
+    python -m bench report              rewrite what has changed
+    python -m bench report --check      change nothing; exit status 1 if a document is out of date
+
+What stands between `<!-- NAME: rendered ... -->` and `<!-- NAME: end -->` is rendered, with the machine, the versions,
+the commit and the date of the record it comes from. A record that cannot be read leaves every document as it is.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-LABELS = {
+from bench import record, show
+from bench.machine import REPOSITORY
+from bench.providers import LABELS
+from bench.record import Record
+
+RESULTS = REPOSITORY / "bench" / "results"
+FIGURES = REPOSITORY / "docs" / "figures"
+DRAWN = {"growth": "growth", "run": "run", "finetune": "finetune", "classify": "classify"}
+"""Kinds of records that figures are drawn from; of growth, all that there are of its newest day."""
+DEMO = {
     "stock": "PEFT DoRA",
     "patched": "**PEFT DoRA + `patch_peft`**",
     "lora": "PEFT LoRA",
@@ -21,21 +33,64 @@ LABELS = {
 }
 
 
-def newest(kind: str) -> dict[str, Any]:
-    """The newest result of a kind; names begin with the date."""
-    path = max((ROOT / "bench" / "results").glob(f"*-{kind}-*.json"))
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench report`."""
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
 
 
-def demo_table(result: dict[str, Any]) -> str:
+def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Rewrite the documents and draw the figures, or say whether a document would change."""
+    try:
+        texts = documents()
+    except record.RecordError as error:
+        parser.error(str(error))
+    stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    if given.check:
+        for path in stale:
+            print(f"{path.relative_to(REPOSITORY)} is out of date: python -m bench report")
+        return 1 if stale else 0
+    from bench.commands import plot
+
+    FIGURES.mkdir(exist_ok=True)
+    for kind in DRAWN:
+        if found := newest(kind):
+            from bench import plots
+
+            for path in plot.write(plots.merged(found), FIGURES):
+                print(path.relative_to(REPOSITORY))
+    for path in stale:
+        record.replace(path, texts[path])
+        print(path.relative_to(REPOSITORY))
+    return 0
+
+
+def newest(kind: str) -> list[Record]:
+    """The records of a kind from its newest day; names begin with the date."""
+    paths = sorted(RESULTS.glob(f"*-{kind}-*.json"))
+    return [record.read(path) for path in paths if path.name[:10] == paths[-1].name[:10]]
+
+
+def documents() -> dict[Path, str]:
+    """Every document with its tables rendered anew."""
+    texts: dict[Path, str] = {}
+    for name, (document, render) in TABLES.items():
+        path = REPOSITORY / document
+        text = texts.get(path) or path.read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: rendered by `python -m bench report` -->", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        texts[path] = f"{before}{begin}\n{render()}\n{end}{rest.split(end)[1]}"
+    return texts
+
+
+def demo_table() -> str:
     """The demo's three runs and two controls."""
+    path = max(RESULTS.glob("*-demo-*.json"))
+    result = json.loads(path.read_text(encoding="utf-8"))
     variants = result["variants"]
     lengths = list(variants["lora"]["step_seconds"])
-    steps = [f"step, {length} tokens" for length in lengths]
-    head = ["", *steps, "generated token", "peak memory", "same losses as PEFT DoRA"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"]]
-    for kind, label in LABELS.items():
+    head = ["", *(f"step, {length} tokens" for length in lengths), "generated token", "peak memory"]
+    rows = []
+    for kind, label in DEMO.items():
         variant = variants[kind]
         cells = [label]
         for length in lengths:
@@ -44,77 +99,177 @@ def demo_table(result: dict[str, Any]) -> str:
         token, peak = variant["token_seconds"], variant["peak_bytes"]
         cells.append("" if token is None else _timed(token, variant["token_ratio"]))
         cells.append("" if peak is None else f"{peak / 2**20:.0f} MiB")
-        cells.append(_same(variant["loss_difference"]))
-        rows.append(cells)
+        rows.append([*cells, _same(variant["loss_difference"])])
     hardware, versions, settings = result["hardware"], result["versions"], result["settings"]
     place = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     note = (
-        f"{settings['model']}, all linear layers, rank {settings['rank']}, float32, on {place}; "
-        f"torch {versions['torch']}, peft {versions['peft']}; ratios are medians over steps run in turn, "
-        "in one process."
+        f"{settings['model']}, all linear layers, rank {settings['rank']}, float32, on {place}; torch "
+        f"{versions['torch']}, peft {versions['peft']}; commit {result['commit'][:7]}, {result['date']}; ratios are "
+        "medians over steps run in turn, in one process."
     )
-    return _markdown(rows) + "\n\n" + note
+    return _markdown([*head, "same losses as PEFT DoRA"], rows, "l" + "r" * (len(head) - 1) + "l") + "\n\n" + note
 
 
-def norm_table(result: dict[str, Any]) -> str:
+def norm_table() -> str:
     """PEFT's norm over ours, and ours in milliseconds."""
-    found = {(row["dtypes"], row["shape"], row["rank"], row["provider"]): row for row in result["kernels"]}
-    ranks = sorted({row["rank"] for row in result["kernels"]})
-    rows = [["W and adapters", "shape", *(f"rank {rank}" for rank in ranks)], ["---", "---"] + ["---:"] * len(ranks)]
+    (result,) = newest("norm")
+    found = {(row["dtypes"], tuple(row["shape"]), row["rank"], row["provider"]): row for row in result["rows"]}
+    ranks = sorted({row["rank"] for row in result["rows"]})
+    rows = []
     for dtypes, shape in dict.fromkeys(key[:2] for key in found):
         cells = []
         for rank in ranks:
-            ours, peft = (found[dtypes, shape, rank, provider] for provider in ("ours", "peft"))
-            cells.append(f"{peft['ratio_to_ours']:.1f}× ({ours['us'] / 1e3:.1f} ms)")
-        rows.append([dtypes, shape, *cells])
+            ours, peft = (found[dtypes, shape, rank, provider] for provider in ("ours", "peft_dora"))
+            cells.append(f"{peft['ratios']['ours']:.1f}× ({ours['us'] / 1e3:.1f} ms)")
+        rows.append([dtypes, "x".join(map(str, shape)), *cells])
     note = (
-        f"{_place(result)}; medians over calls made in turn, in one process, W not in the cache. "
-        f"Largest errors against float64, relative: ours {_worst(result, 'ours')}, PEFT's {_worst(result, 'peft')}."
+        f"{place([result])}; medians over calls made in turn, in one process, W not in the cache. Largest errors "
+        f"against float64, relative: ours {_largest(result, 'ours')}, PEFT's {_largest(result, 'peft_dora')}."
     )
-    return _markdown(rows) + "\n\n" + note
+    head = ["W and adapters", "shape", *(f"rank {rank}" for rank in ranks)]
+    return _markdown(head, rows, "ll" + "r" * len(ranks)) + "\n\n" + note
 
 
-def layer_table(result: dict[str, Any]) -> str:
+def layer_table() -> str:
     """Steps and inference over PEFT's LoRA: ours, and PEFT's DoRA in brackets."""
+    results = newest("layer")
     ratios: dict[tuple[str, int, str], dict[int, dict[str, float]]] = {}
-    for row in result["layers"]:
-        for part, words in (("step", "step of {} tokens four times"), ("inference", "inference, {} token(s)")):
-            if part in row:
-                key = row["dtypes"], row["hidden"], words.format(row["tokens"])
-                ratios.setdefault(key, {}).setdefault(row["rank"], {})[row["provider"]] = row[part]["ratio_to_lora"]
-    ranks = sorted({row["rank"] for row in result["layers"]})
-    rows = [["dtypes", "hidden", "", *(f"rank {rank}" for rank in ranks)]]
-    rows.append(["---", "---:", "---"] + ["---:"] * len(ranks))
-    for (dtypes, hidden, words), by_rank in ratios.items():
-        cells = [(by_rank[rank]["ours_patched"], by_rank[rank]["peft_dora"]) for rank in ranks]
-        rows.append([dtypes, str(hidden), words, *(f"{ours:.2f} ({peft:.2f})" for ours, peft in cells)])
-    steps = [row for row in result["layers"] if "step" in row and row["provider"] == "ours_patched"]
-    mean = statistics.geometric_mean(row["step"]["ratio_to_lora"] for row in steps)
+    words = {
+        "step": "step of {} tokens", "step of 4": "step of {} tokens four times", "inference": "inference, {} token(s)",
+    }  # fmt: skip
+    rows = [row for result in results for row in result["rows"]]
+    for row in rows:
+        if row["part"] in words:
+            key = row["dtypes"], row["shape"][0], words[row["part"]].format(row["tokens"])
+            ratios.setdefault(key, {}).setdefault(row["rank"], {})[row["provider"]] = row["ratios"]["peft_lora"]
+    ranks = sorted({row["rank"] for row in rows})
+    lines = []
+    for (dtypes, hidden, label), by_rank in ratios.items():
+        cells = [(by_rank[rank]["ours"], by_rank[rank]["peft_dora"]) for rank in ranks]
+        lines.append([dtypes, str(hidden), label, *(f"{ours:.2f} ({peft:.2f})" for ours, peft in cells)])
+    ours = [row["ratios"]["peft_lora"] for row in rows if row["provider"] == "ours" and row["part"] == "step of 4"]
     note = (
-        f"{_place(result)}; medians over runs made in turn, in one process. Over all steps the geometric mean of ours "
-        f"is {mean:.3f}."
+        f"{place(results)}; medians over runs made in turn, in one process. Over all steps of four micro-batches the "
+        f"geometric mean of ours is {statistics.geometric_mean(ours):.3f}."
     )
-    return _markdown(rows) + "\n\n" + note
+    head = ["dtypes", "hidden", "", *(f"rank {rank}" for rank in ranks)]
+    return _markdown(head, lines, "lrl" + "r" * len(ranks)) + "\n\n" + note
 
 
-def _place(result: dict[str, Any]) -> str:
-    hardware, versions = result["hardware"], result["versions"]
-    return (
-        f"{hardware['device']}, {hardware['threads']} threads; torch {versions['torch']}, peft {versions['peft']}; "
-        f"commit {result['commit'][:7]}"
+def providers_table() -> str:
+    """Everyone beside PEFT's LoRA, from the run of all suites."""
+    (result,) = newest("run")
+    columns = {
+        ("layer", "forward and backward"): "forward and backward",
+        ("layer", "step"): "optimizer step",
+        ("decode", "inference"): "one token",
+        ("host", "inference"): "tiny layer",
+    }
+    found = {(row["suite"], row["part"], row["provider"]): row for row in result["rows"]}
+    rows = []
+    for name in LABELS:
+        cells = []
+        for suite, part in columns:
+            row = found.get((suite, part, name))
+            cells.append("" if row is None else f"{row['ratios']['peft_lora']:.2f} ({show.duration(row['us'])})")
+        peak = found.get(("memory", "step", name))
+        if any(cells):
+            label = f"**{LABELS[name]}**" if name == "ours" else LABELS[name]
+            rows.append([label, *cells, "" if peak is None else f"{peak['peak_bytes'] / 2**20:.1f} MiB"])
+    cases = {row["suite"]: row["case"] for row in result["rows"]}
+    note = (
+        f"Times over those of PEFT's plain LoRA, and in brackets the times. Training: {cases['layer']}; one token: "
+        f"{cases['decode']}; tiny layer, one call in evaluation: {cases['host']}; peak memory of an optimizer step: "
+        f"{cases['memory']}. {place([result])}."
     )
+    head = ["provider", *columns.values(), "peak memory"]
+    return _markdown(head, rows, "l" + "r" * (len(head) - 1)) + "\n\n" + note
 
 
-def _worst(result: dict[str, Any], provider: str) -> str:
+def run_tables() -> str:
+    """All tables of the run of all suites."""
+    (result,) = newest("run")
+    return "\n\n".join([_sheets(show.tables(result)), _ceilings(result), place([result]) + "."])
+
+
+def quality_table() -> str:
+    """Learning curves and the classification task."""
+    from bench.suites.finetune import gaps
+
+    finetune, classify = newest("finetune"), newest("classify")
+    parts = [_sheet(show.quality([curve for one in (*finetune, *classify) for curve in one["curves"]]))]
+    found = gaps([curve for one in finetune for curve in one["curves"]])
+    rows = [
+        [what, _small(found[f"{what}, ours to stock"]), _small(found[f"{what}, seed to seed"])]
+        for what in ("loss", "held-out loss", "held-out accuracy")
+    ]
+    head = ["SmolLM2-135M: difference", "ours to stock, at most", "stock, seed to seed, at least"]
+    parts.append(_markdown(head, rows, "lrr"))
+    curve = finetune[0]["curves"][0]
+    parts.append(
+        f"{len(curve['losses'])} steps of {curve['tokens']} tokens, {place(finetune)}; classification: "
+        f"{classify[0]['curves'][0]['examples']} held-out docstrings, {len(classify[0]['curves'][0]['losses'])} steps, "
+        f"{place(classify)}."
+    )
+    return "\n\n".join(parts)
+
+
+def fidelity_table() -> str:
+    """Ours over PEFT's error."""
+    results = newest("fidelity")
+    rows = [row for one in results for row in one["rows"]]
+    ours = [sheet for sheet in show.fidelity(rows) if "torch" not in sheet.title]
+    return _sheets(ours) + f"\n\n{place(results)}."
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "demo": ("README.md", demo_table),
+    "providers": ("README.md", providers_table),
+    "run": ("docs/benchmarks.md", run_tables),
+    "norm": ("docs/benchmarks.md", norm_table),
+    "layer": ("docs/benchmarks.md", layer_table),
+    "quality": ("docs/benchmarks.md", quality_table),
+    "fidelity": ("docs/benchmarks.md", fidelity_table),
+}
+"""Of each marker, the document and what is written there."""
+
+
+def place(results: Sequence[Record]) -> str:
+    """Machine, versions, commit and date."""
+    first = results[0]
+    hardware, versions = first["hardware"], first["versions"]
+    named = [name for name in ("torch", "triton", "peft", "transformers") if name in versions]
+    names = ", ".join(f"{name} {versions[name]}" for name in named)
+    commits = ", ".join(dict.fromkeys(one["commit"][:7] for one in results))
+    return f"{hardware['device']}, {hardware['threads']} threads; {names}; commit {commits}, {first['date']}"
+
+
+def _largest(result: Record, provider: str) -> str:
     errors: dict[str, float] = {}
-    for row in result["kernels"]:
+    for row in result["rows"]:
         if row["provider"] == provider:
-            errors[row["dtypes"]] = max(errors.get(row["dtypes"], 0.0), row["error"])
+            errors[row["dtypes"]] = max(errors.get(row["dtypes"], 0.0), *row["errors"].values())
     return ", ".join(f"{error:.0e} ({dtypes})" for dtypes, error in errors.items())
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _ceilings(result: Record) -> str:
+    return "Measured: " + ", ".join(show.ceiling(name, value) for name, value in result["ceilings"].items()) + "."
+
+
+def _sheets(sheets: Sequence[show.Sheet]) -> str:
+    return "\n\n".join(_sheet(sheet) for sheet in sheets)
+
+
+def _sheet(sheet: show.Sheet) -> str:
+    rows = [[f"**{cells[0]}**" if kind == "ours" else cells[0], *cells[1:]] for kind, cells in sheet.rows]
+    table = _markdown(sheet.head, rows, "l" + "r" * (len(sheet.head) - 1))
+    note = f"\n\n{sheet.note[0].upper()}{sheet.note[1:]}." if sheet.note else ""
+    return f"{sheet.title[0].upper()}{sheet.title[1:]}\n\n{table}{note}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    rule = ["---" if side == "l" else "---:" for side in align]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def _timed(seconds: float, ratio: float) -> str:
@@ -127,40 +282,5 @@ def _same(difference: float | None) -> str:
     return f"yes, within {difference:.1e}" if difference <= 1e-5 else f"**no**, off by {difference:.1e}"
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("README.md", demo_table),
-    "norm": ("docs/benchmarks.md", norm_table),
-    "layer": ("docs/benchmarks.md", layer_table),
-}
-"""Of each kind of result, the document and what is written into it between the markers."""
-
-
-def documents() -> dict[Path, str]:
-    """Every document with its tables rendered anew."""
-    texts: dict[Path, str] = {}
-    for kind, (name, table) in TABLES.items():
-        path = ROOT / name
-        text = texts.get(path) or path.read_text(encoding="utf-8")
-        begin, end = f"<!-- {kind}: rendered by `python -m bench.readme` -->", f"<!-- {kind}: end -->"
-        before, rest = text.split(begin)
-        texts[path] = f"{before}{begin}\n{table(newest(kind))}\n{end}{rest.split(end)[1]}"
-    return texts
-
-
-def main() -> int:
-    """Rewrite the documents, or with --check say whether one would change (exit status 1)."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
-    check = parser.parse_args().check
-    for path, text in documents().items():
-        if check and path.read_text(encoding="utf-8") != text:
-            return 1
-        if not check:
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _small(value: float) -> str:
+    return f"{value:.1e}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from bench.providers import LABELS
 from bench.suites import DEFAULT, SUITES
 
 DTYPES = ("fp32", "bf16", "fp16", "bf16+fp32")
+LONG = ("fidelity", "finetune", "classify")
+"""Suites that may take longer than five minutes."""
+FOLDER = Path("bench-output")
 
 
 class Several(argparse.Action):
@@ -30,18 +34,18 @@ class Several(argparse.Action):
         setattr(given, self.dest, list(dict.fromkeys([*kept, *(value for part in values for value in part)])))
 
 
-def _names(allowed: Any, what: str) -> Any:
+def names(allowed: Any, what: str) -> Any:
     def parse(text: str) -> list[str]:
-        names = [name for name in text.replace("-", "_").split(",") if name]
-        for name in names:
+        found = [name for name in text.replace("-", "_").split(",") if name]
+        for name in found:
             if name not in allowed:
-                raise argparse.ArgumentTypeError(f"no {what} {name!r}; there are {', '.join(allowed)}")
-        return names
+                raise argparse.ArgumentTypeError(f"there is no {what} {name!r}, only {', '.join(allowed)}")
+        return found
 
     return parse
 
 
-def _counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",") if part]
     except ValueError:
@@ -51,8 +55,8 @@ def _counts(text: str) -> list[int]:
     return found
 
 
-def _count(text: str) -> int:
-    found = _counts(text)
+def count(text: str) -> int:
+    found = counts(text)
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"expected one whole number, got {text!r}")
     return found[0]
@@ -75,83 +79,106 @@ def _block(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m bench run`."""
-    suites = "\n".join(f"  {name:9} {words}" for name, words in SUITES.items())
-    parser.epilog = f"suites ({', '.join(DEFAULT)} where none is named):\n{suites}"
-    several: dict[str, Any] = {"action": Several, "nargs": "+", "metavar": "N", "type": _counts}
-    names: dict[str, Any] = {"action": Several, "nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--suite", **names, type=_names(SUITES, "suite"), default=DEFAULT, help="see below")
+def add_shape_arguments(parser: argparse.ArgumentParser, suites: Sequence[str], default: Sequence[str]) -> None:
+    """What is measured, where, and whose; shared with `compare`."""
+    several: dict[str, Any] = {"action": Several, "nargs": "+", "metavar": "N", "type": counts}
+    named: dict[str, Any] = {"action": Several, "nargs": "+", "metavar": "NAME"}
+    described = "\n".join(f"  {name:9} {SUITES[name]}" for name in suites)
+    parser.epilog = f"suites ({', '.join(default)} where none is named):\n{described}"
+    parser.add_argument("--suite", **named, type=names(suites, "suite"), default=default, help="see below")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", **names, type=_names(DTYPES, "dtype"),
+        "--dtype", **named, type=names(DTYPES, "dtype"),
         help="fp32, bf16, fp16 or bf16+fp32: float32 adapters on a bfloat16 layer under autocast, PEFT's default",
     )  # fmt: skip
     parser.add_argument("--hidden", **several, help="in_features and out_features")
     parser.add_argument("--rank", **several)
     parser.add_argument("--tokens", **several)
-    parser.add_argument("--providers", **names, type=_names(LABELS, "provider"), help=", ".join(LABELS))
+    parser.add_argument("--providers", **named, type=names(LABELS, "provider"), help=", ".join(LABELS))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench run`."""
+    add_shape_arguments(parser, list(SUITES), DEFAULT)
     parser.add_argument(
-        "--block", type=_block, default=(4096, 14336, 32, 8), metavar="HxIxAxK",
+        "--block", type=_block, metavar="HxIxAxK",
         help="of the suite block: hidden and intermediate size, attention heads, key and value heads",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_count, default=200, metavar="N", help="of finetune and classify")
-    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="of finetune and classify")
-    parser.add_argument("--rounds", type=_count, default=21, metavar="N", help="of a comparison, at most")
-    parser.add_argument("--sample-ms", type=_seconds, default=4.0, metavar="MS", help="length of one sample, about")
+    parser.add_argument("--steps", type=count, default=200, metavar="N", help="of finetune and classify (200)")
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="of finetune and classify (3)")
+    parser.add_argument("--rounds", type=count, default=21, metavar="N", help="of a comparison, at most (21)")
+    parser.add_argument("--sample-ms", type=_seconds, default=4.0, metavar="MS", help="length of one sample, about (4)")
     parser.add_argument(
-        "--limit-s", type=_seconds, metavar="S", help="no stage begins after this (300; finetune and classify: 7200)"
+        "--limit-s", type=_seconds, metavar="S", help="no stage begins after this (300; the long suites: 7200)"
     )
     parser.add_argument("--out", type=Path, help="the record, a new .json file (default: bench-output/TIME.json)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="a report with pictures, one file, a new one")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a report with pictures, one new .html file")
 
 
-def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Measure and show."""
-    long = {"finetune", "classify"} & set(given.suite)
-    if long or "model" in given.suite:
-        machine.wait_passively()
+def checked_device(name: str | None, parser: argparse.ArgumentParser) -> str:
+    """The device's name, or exit status 2."""
     import torch
 
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(device).type
+        device = torch.device(name)
     except RuntimeError:
-        kind = "unknown"
-    if kind not in ("cpu", "cuda"):
-        parser.error(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {device}: no GPU that torch can use; --device cpu runs on the CPU")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
-    folder = Path("bench-output")
-    out = given.out or folder / time.strftime("%Y-%m-%d-%H%M%S.json")
-    for option, path, suffix in (("--out", out, ".json"), ("--html", given.html, ".html")):
+        parser.error(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {name}: no GPU that torch can use; --device cpu runs on the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    return name
+
+
+def dtypes(given: argparse.Namespace, device: str) -> list[str]:
+    """Those asked for, or what is usual on the device."""
+    return given.dtype or (["bf16", "bf16+fp32"] if device.startswith("cuda") else ["fp32"])
+
+
+def _new_files(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+    """The record's path; exit status 2 for files that are there already, or have no place."""
+    for option, path, suffix in (("--out", given.out, ".json"), ("--html", given.html, ".html")):
         if path is None:
             continue
         if path.suffix != suffix:
             parser.error(f"{option} {path}: expected a name that ends in {suffix}")
         if path.exists():
             parser.error(f"{option} {path}: there is such a file; earlier results are never overwritten")
-        if path == given.out and not path.parent.is_dir() or path == given.html and not path.parent.is_dir():
+        if not path.parent.is_dir():
             parser.error(f"{option} {path}: there is no folder {path.parent}")
+    if given.out:
+        return Path(given.out)
+    FOLDER.mkdir(exist_ok=True)
+    return FOLDER / time.strftime("%Y-%m-%d-%H%M%S.json")
 
-    from bench import show
-    from bench.run import Options, Run
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure and show."""
+    if {"model", "finetune", "classify"} & set(given.suite):
+        machine.wait_passively()  # before torch is imported
+    device = checked_device(given.device, parser)
+    out = _new_files(given, parser)
+    try:
+        from bench import show
+        from bench.run import Options, Run
+
+        if given.html:
+            from bench import html
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
+    limit = given.limit_s or (7200.0 if set(LONG) & set(given.suite) else 300.0)
     one = Run(Options(
-        suites=given.suite, device=device, dtypes=given.dtype or (["bf16", "bf16+fp32"] if kind == "cuda" else ["fp32"]),
-        hidden=given.hidden, ranks=given.rank, tokens=given.tokens, providers=given.providers, block=given.block,
-        steps=given.steps, seeds=given.seeds, rounds=given.rounds, sample_ms=given.sample_ms,
-        limit_s=given.limit_s or (7200.0 if long else 300.0), folder=folder, out=out,
+        suites=given.suite, device=device, dtypes=dtypes(given, device), hidden=given.hidden, ranks=given.rank,
+        tokens=given.tokens, providers=given.providers, block=given.block, steps=given.steps, seeds=given.seeds,
+        rounds=given.rounds, sample_ms=given.sample_ms, limit_s=limit, folder=FOLDER, out=out,
     ))  # fmt: skip
     one.all()
     show.show(one.record, show.console())
     print(f"record: {out}")
     if given.html:
-        from bench import html
-
         html.write(one.record, given.html)
         print(f"report: {given.html}")
     return 1 if one.record["failures"] else 0

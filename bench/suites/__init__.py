@@ -1,4 +1,4 @@
-"""The suites by name. A suite is a module of that name here, with `stages(run)`; it is imported when it is asked for."""
+"""The suites by name: each a module here, with `stages(run)`, imported when it is asked for."""
 
 from __future__ import annotations
 

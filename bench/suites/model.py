@@ -1,0 +1,143 @@
+"""SmolLM2-135M with adapters on all linear layers: training steps and generated tokens, adapters unmerged.
+
+A step is one sequence, forward and backward, then AdamW. The adapters are moved away from their start, the same for
+all, and the logits are compared with those of the stock model in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.demo import train
+from bench.layers import least_of
+from bench.problem import ALLOWED, FLOOR, error
+from bench.providers import Subject, Work
+from bench.suites.finetune import KINDS, PROVIDERS, adapted, load, settings
+
+if TYPE_CHECKING:
+    from bench.run import Run
+
+PROMPT, CONTINUED = 16, 48
+"""Tokens before the first one that is timed, and those made before the cache starts again."""
+
+
+def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A step at every number of tokens, and a token."""
+    for tokens in run.given.tokens or [128]:
+        case = ModelCase(run, tokens)
+        yield f"model: {case.label}", lambda case=case: run.measure(case)
+
+
+@dataclass
+class ModelCase:
+    """The model at a length."""
+
+    run: Run
+    tokens: int
+    suite: str = "model"
+    dtypes: str = "fp32"
+    providers: Sequence[str] = PROVIDERS
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"SmolLM2-135M, rank 16, {self.tokens} tokens, fp32"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row states."""
+        return {"shape": "SmolLM2-135M", "rank": 16, "tokens": self.tokens, "dtypes": self.dtypes}
+
+    @functools.cached_property
+    def batch(self) -> Tensor:
+        """Real text."""
+        base, _, corpus = load(self.run)
+        return corpus.batches(self.tokens, 1, seed=0)[0].to(next(base.parameters()).device)
+
+    def subject(self, provider: str) -> Subject:
+        """The provider's model, its logits checked."""
+        model = self._moved(provider)
+        one = train.make_run(KINDS[provider], model, settings(self.run))
+        wanted, limit = self._lora_judge if provider == "peft_lora" else self._dora_judge
+        kind = "lora" if provider == "peft_lora" else "dora"
+        parts: dict[str, list[Work]] = {
+            "step": [lambda: train.train_step(one, self.batch, 0)],
+            "token": [Continuation(model, self.batch)],
+        }
+        least = {"step": _least(model, kind, self.tokens, True), "token": _least(model, kind, 1, False)}
+        return Subject(provider, parts, {"logits": error(self._logits(model), wanted)}, {"logits": limit}, least)
+
+    def _moved(self, provider: str) -> Any:
+        """A model whose B is not zero and whose magnitudes are not the norms."""
+        model = adapted(self.run, provider, load(self.run)[0], seed=0)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    moved = 0.02 * torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(moved)
+                elif "lora_magnitude_vector" in name:
+                    parameter.mul_(1.05)
+        return model
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module) -> Tensor:
+        model.eval()
+        found: Tensor = model(input_ids=self.batch, use_cache=False).logits
+        model.train()
+        return found
+
+    def _judge(self, provider: str) -> tuple[Tensor, float]:
+        """The stock model's logits in float64, and the error allowed."""
+        stock = self._moved(provider)
+        plain = self._logits(stock)
+        wanted = self._logits(copy.deepcopy(stock).double())
+        return wanted, max(FLOOR, ALLOWED * error(plain, wanted))
+
+    @functools.cached_property
+    def _dora_judge(self) -> tuple[Tensor, float]:
+        return self._judge("peft_dora")
+
+    @functools.cached_property
+    def _lora_judge(self) -> tuple[Tensor, float]:
+        return self._judge("peft_lora")
+
+
+class Continuation:
+    """Each call makes one more token, greedily; after `CONTINUED` of them it starts again."""
+
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self.model, self.prompt, self.made, self.state = model, ids[:, :PROMPT], 0, None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """One token."""
+        if self.model.training:
+            self.model.eval()
+        if self.state is None or self.made >= CONTINUED:
+            first = self.model(input_ids=self.prompt, use_cache=True)
+            self.made, self.state = 0, (first.logits[:, -1:].argmax(-1), first.past_key_values)
+        token, cache = self.state
+        output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+        self.made, self.state = self.made + 1, (output.logits[:, -1:].argmax(-1), output.past_key_values)
+
+
+def _least(model: nn.Module, kind: str, tokens: int, training: bool) -> tuple[int, int]:
+    """Bytes and FLOPs of the linear layers; attention, a few hundredths of them at these lengths, is left out."""
+    size = flops = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or ".lora_" in name:
+            continue
+        layer_kind = kind if name.endswith("base_layer") else "frozen"
+        more = least_of(
+            (tokens, module.out_features, module.in_features, 16), (4, 4), layer_kind, 1, training, training
+        )
+        size, flops = size + more[0], flops + more[1]
+    return size, flops

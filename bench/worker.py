@@ -1,0 +1,96 @@
+"""A process of `python -m bench compare`: measures the package that it finds first, when it is asked to.
+
+Questions come as lines of JSON: first the options, whose answer is the cases' labels; then `prepare` of a case by its
+index, and `sample` of one of its works.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+SAMPLE_SECONDS = 0.02
+
+
+class Worker:
+    """The cases of some suites, and the work of the one that is prepared."""
+
+    def __init__(self, package: str, suites: list[str], **options: Any) -> None:
+        import dora_kernels
+
+        found = Path(str(dora_kernels.__file__)).resolve().parents[1]
+        if found != Path(package).resolve():
+            raise RuntimeError(f"dora_kernels comes from {found}, not from {package}")
+        from bench import suites as all_suites
+        from bench.run import Options, Run
+
+        self.cases: list[Any] = []
+        self.run = Run(Options(suites=suites, **options))
+        self.run.measure = lambda case, **_: self.cases.append(case)  # type: ignore[method-assign]
+        for name in suites:
+            for _, work in all_suites.load(name).stages(self.run):
+                work()
+        self.works: dict[tuple[str, str], Any] = {}
+
+    def prepare(self, index: int) -> dict[str, Any]:
+        """The works of a case, each run once, and what is wrong with them."""
+        from bench import timing
+
+        self.works.clear()
+        case, self.cases[index] = self.cases[index], None  # its tensors go when the next is prepared
+        self.run.record["failures"].clear()
+        subjects = self.run.subjects(case)
+        answers = []
+        for subject in subjects:
+            for part, calls in subject.parts.items():
+                key = part, subject.provider
+                candidate = timing.Candidate(subject.provider, calls)
+                timing.run_passes(candidate, 1)
+                once = timing.elapsed(self.run.device, lambda candidate=candidate: timing.run_passes(candidate, 1))
+                self.works[key] = candidate
+                answers.append({
+                    "key": list(key), "passes": max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))),
+                    "peak": timing.peak_bytes(self.run.device, calls[0]),
+                })  # fmt: skip
+        return {"works": answers, "failures": [failure["message"] for failure in self.run.record["failures"]]}
+
+    def sample(self, key: list[str], passes: int) -> float:
+        """Seconds of so many passes over a work's calls, per call."""
+        from bench import timing
+
+        candidate = self.works[tuple(key)]  # type: ignore[index]
+        timing.run_passes(candidate, 1)
+        seconds = timing.elapsed(self.run.device, lambda: timing.run_passes(candidate, passes))
+        return seconds / (passes * candidate.calls)
+
+
+def main() -> int:
+    """Answer until the questions end."""
+    answers = os.fdopen(os.dup(1), "w")  # what a library prints goes to the other stream
+    os.dup2(2, 1)
+    worker: Worker | None = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        result: Any
+        try:
+            if worker is None:
+                worker = Worker(**question)
+                result = [f"{case.suite}: {case.label}" for case in worker.cases]
+            elif "prepare" in question:
+                result = worker.prepare(question["prepare"])
+            else:
+                result = worker.sample(question["sample"], question["passes"])
+            answer = {"result": result}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

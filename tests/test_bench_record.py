@@ -1,0 +1,217 @@
+"""Records of benchmarks, their tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from bench import html, plots, record, show
+from bench.__main__ import main
+from bench.providers import LABELS
+
+
+def row(suite="layer", part="step of 4", provider="ours", hidden=64, rank=4, tokens=32, us=1000.0, **more):
+    return {
+        "suite": suite, "case": f"{hidden}x{hidden}, rank {rank}, {tokens} tokens, fp32", "part": part,
+        "provider": provider, "shape": [hidden, hidden], "rank": rank, "tokens": tokens, "dtypes": "fp32", "us": us,
+        "spread": 0.1, "peak_bytes": 1 << 20, "bytes": 4096, "flops": 8192, "floor_us": 10.0, "fraction": 0.01,
+        "ratios": {"peft_lora": 1.5}, "errors": {"y": 1e-7}, "limits": {"y": 1e-6}, **more,
+    }  # fmt: skip
+
+
+def a_record(rows=(), curves=(), **more):
+    return {
+        "schema": record.SCHEMA, "commit": "0123456789abcdef", "date": "2026-01-02",
+        "hardware": {"device": "a CPU", "threads": 2, "cores": 2}, "versions": {"python": "3", "torch": "2", "peft": "0"},
+        "settings": {}, "ceilings": {"copy_bytes_per_s": 1e10, "flop_per_s.float32": 1e11}, "missing": {},
+        "seconds": {"a": 1.0}, "rows": list(rows), "curves": list(curves), "failures": [], **more,
+    }  # fmt: skip
+
+
+def curve(suite="finetune", provider="ours", seed=0, rank=16, off=0.0):
+    return {
+        "suite": suite, "provider": provider, "seed": seed, "rank": rank, "tokens": 8, "dtypes": "fp32",
+        "losses": [3.0 - 0.1 * step + off + 0.01 * seed for step in range(12)], "held_out": 2.0 + off + 0.02 * seed,
+        "accuracy": 0.5 + 0.01 * seed, "examples": 9,
+    }  # fmt: skip
+
+
+def full():
+    """Something for every figure."""
+    rows = [
+        row(provider=name, hidden=h, rank=r, tokens=t, us=3000.0 + 200 * t + 5 * r)
+        for name in ("ours", "peft_dora", "peft_lora")
+        for h, r, t in [(64, 4, 32), (64, 4, 64), (64, 4, 128), (64, 8, 32), (64, 16, 32), (128, 4, 32)]
+    ]
+    rows += [row("norm", "refresh"), row("compose", "compose"), row("memory", "step", us=None, spread=None)]
+    rows += [row("model", part, shape="a model") for part in ("step", "token")]
+    curves = [curve(provider=name, seed=seed) for name in ("ours", "peft_dora", "peft_lora") for seed in (0, 1)]
+    curves += [curve("classify", name, rank=rank) for name in ("ours", "peft_lora") for rank in (4, 8)]
+    return a_record(rows, curves)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "a.json"
+    record.write(full(), path)
+    assert record.read(path) == full()
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert len(lines) == 1 + len(full()["rows"]) and "errors.y" in lines[0] and "ratios.peft_lora" in lines[0]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["a.csv", "a.json"]
+
+
+BAD = {
+    "truncated": ('{"schema": 3, "rows": [', "truncated, or not JSON"),
+    "a list": ("[]", "not a record"),
+    "another": ("{}", "not a record"),
+    "an older schema": ('{"schema": 2, "kernels": []}', "a record of schema 2, expected 3"),
+    "without rows": (json.dumps({k: v for k, v in a_record().items() if k != "rows"}), "a record without 'rows'"),
+    "rows of another kind": (json.dumps(a_record(rows=[1])), "'rows' is not a list of objects"),
+    "rows without a time": (json.dumps(a_record(rows=[{"suite": "layer"}])), "a row without 'case', 'part', 'provider'"),
+    "not text": (b"\xff\xfe\x00", "not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
+def test_a_bad_record(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "growth.svg").write_text("as it was")
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", str(path), "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and str(path) in said and said.count("\n") == 1
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["bad.json", "growth.svg"]
+    assert (tmp_path / "growth.svg").read_text() == "as it was"
+
+
+def test_no_record(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", str(tmp_path / "no.json")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no.json: No such file or directory" in said and said.count("\n") == 1
+
+
+def test_a_row_of_rubbish(tmp_path, capsys):
+    rows = [row(shape="a string")]
+    path = tmp_path / "a.json"
+    record.write(a_record(rows), path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", str(path), "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "nothing to draw" in capsys.readouterr().err
+
+
+def test_pictures(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    record.write(full(), path)
+    assert main(["plot", str(path), "--out", str(tmp_path / "out")]) == 0
+    names = sorted(found.name for found in (tmp_path / "out").iterdir())
+    assert names == sorted(f"{name}.svg" for name in plots.FIGURES)
+    growth = (tmp_path / "out" / "growth.svg").read_text()
+    assert all(words in growth for words in ("tokens in a step", "rank", "hidden size", "PEFT LoRA", "R² = 1.0000"))
+    for name in names:
+        text = (tmp_path / "out" / name).read_text()
+        assert "0123456" in text and "a CPU" in text and "2026-01-02" in text
+    main(["plot", str(path), "--out", str(tmp_path / "again")])
+    assert all((tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text() for name in names)
+
+
+def test_series_keep_all_else_equal():
+    rows = [row(tokens=t, rank=r, us=t + 1000 * r) for r, t in [(4, 32), (4, 64), (4, 128), (8, 32)]]
+    assert plots._series(rows, "tokens") == (
+        "fp32, 64x64, rank 4", {"ours": {32: 4.032, 64: 4.064, 128: 4.128}},
+    )  # fmt: skip
+    assert plots._series(rows, "rank")[1] == {"ours": {4: 4.032, 8: 8.032}}
+
+
+def test_the_straight_line():
+    assert plots.straight({1: 5.0, 2: 7.0, 4: 11.0}) == pytest.approx((3.0, 2.0, 1.0))
+    assert plots.straight({1: 1.0, 2: 4.0, 3: 1.0})[2] == pytest.approx(0.0)
+
+
+def test_a_wrong_row_shows():
+    rows = [row(), row(provider="peft_dora", errors={"y": 1e-7, "x": 2e-3}, limits={"y": 1e-6, "x": 1e-3})]
+    sheet = show.comparison(rows)
+    assert [kind for kind, _ in sheet.rows] == ["ours", "wrong"]
+    assert sheet.rows[1][1][-1] == "WRONG 2e-03" and sheet.rows[0][1][-1] == "1e-07"
+    assert show.is_wrong(row(errors={"y": None})), "not a number"
+    assert not show.is_wrong(row(errors={"g": 1.0})), "nothing is asked of g here"
+
+
+def test_tables_fit_a_terminal(capsys):
+    screen = show.Console(width=80, highlight=False)
+    rows = [row(provider=name, us=123456.7, peak_bytes=4 << 30, errors={"y": 1e-3}) for name in LABELS]
+    show.show(a_record(rows), screen)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines), "nothing is cut off"
+    assert all(any(line.strip().startswith(label) for line in lines) for label in LABELS.values())
+
+
+def test_fidelity_names_the_largest_quotient():
+    def cell(provider, rank, y):
+        case = f"trained, rank {rank}"
+        return row("fidelity", "results", provider, rank=rank, errors={"y": y}, limits={}) | {
+            "case": case, "condition": "trained",
+        }  # fmt: skip
+
+    rows = [cell("peft_dora", 1, 1e-3), cell("ours", 1, 5e-4), cell("peft_dora", 4, 1e-3), cell("ours", 4, 2e-3)]
+    (sheet,) = show.fidelity(rows)
+    assert sheet.rows == [("", ["fp32", "trained", "2.00"])]
+    assert "at most PEFT's in 1 of 2 cells" in sheet.note
+
+
+def test_html_is_one_file_that_asks_for_nothing(tmp_path):
+    made = a_record([row(provider="<b>"), *full()["rows"]], full()["curves"])
+    made["failures"] = [{"stage": "layer: <script>", "message": "a & b"}]
+    path = tmp_path / "report.html"
+    html.write(made, path)
+    text = path.read_text()
+    assert "&lt;script&gt;" in text and "<script" not in text and "a &amp; b" in text
+    assert text.count("data:image/svg+xml;base64,") == len(plots.FIGURES)
+    assert "http://" not in text and "https://" not in text and "src=\"/" not in text and "@import" not in text
+    assert [found.name for found in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.fixture
+def browser():
+    """Chromium without a window and without a network: what it writes for a file and an option."""
+    command = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if command is None:
+        pytest.skip("there is no Chromium")
+
+    def ask(path, *options):
+        with tempfile.TemporaryDirectory() as profile:
+            done = subprocess.run(
+                [
+                    command, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                    "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * 0.0.0.0",
+                    f"--user-data-dir={profile}", *options, path.as_uri(),
+                ],
+                capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return ask
+
+
+def test_html_in_a_browser(tmp_path, browser):
+    path = tmp_path / "report.html"
+    html.write(full(), path)
+    page = browser(path, "--dump-dom")
+    assert page.count("<img") == len(plots.FIGURES) and "dora_kernels benchmarks" in page
+    shot = tmp_path / "shot.png"
+    browser(path, f"--screenshot={shot}", "--window-size=1200,4000")
+    assert shot.stat().st_size > 20000, "an empty page takes less"
+
+
+def test_documents_show_the_newest_results():
+    command = [sys.executable, "-m", "bench", "report", "--check"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,230 @@
+"""`python -m bench run`: suites at tiny shapes, providers, what is wrong or missing, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from bench import layers, record, suites
+from bench.__main__ import main
+from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
+from bench.problem import LayerShape, beyond, errors, limits, make_problem, oracle, plain
+from bench.providers import Missing
+from bench.run import Options, Run
+from bench.suites import fidelity
+
+CPU = torch.device("cpu")
+SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
+EAGER = [name for name in PROVIDERS if not name.endswith("_compiled") and name != "ours_triton"]
+
+
+def options(*names, **more):
+    given = {"dtypes": ["fp32"], "hidden": [32], "ranks": [4], "tokens": [6], "rounds": 3, "sample_ms": 0.1} | more
+    return Options(names, "cpu", **given)
+
+
+@pytest.fixture(autouse=True)
+def plain_memory(monkeypatch):
+    """The libraries that are compared may read memory that they have not written, and torch's profiler counts fills."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16+fp32"])
+@pytest.mark.parametrize("provider", EAGER)
+def test_every_provider_computes_the_same_layer(provider, dtypes):
+    """Output and gradients within the limits; those of LyCORIS and the tutorial include the norm's own."""
+    case = LayerCase("layer", dataclasses.replace(SHAPE, dtypes=dtypes), ("forward and backward",))
+    subject = case.subject(provider)
+    assert not beyond(subject.errors, subject.limits)
+    assert all(call() is not None for call in subject.parts["forward and backward"])
+
+
+@pytest.mark.parametrize("provider", EAGER)
+@pytest.mark.parametrize("part", ["step", "step of 4"])
+def test_a_step_changes_the_adapter(provider, part):
+    case = LayerCase("layer", SHAPE, (part,))
+    layer = layers.make_layer(provider, case.problems[0], SHAPE)
+    before = [t.clone() for t in layer.leaves[1:]]
+    layers.PARTS[part][0](layer)
+    assert all(not torch.equal(was, now) for was, now in zip(before, layer.leaves[1:]))
+
+
+def test_a_wrong_layer_is_beyond_its_limits():
+    problem = make_problem(SHAPE, 0)
+    wanted = oracle(problem, "dora")
+    allowed = limits(plain(problem, "dora"), wanted)
+    off = {name: value * (1 + 1e-5) for name, value in wanted.items()}
+    assert len(beyond(errors(off, wanted), allowed)) == len(wanted)
+    assert beyond({"y": math.nan}, {"y": 1.0}) and not beyond({"y": 1.0}, {})
+    attached = oracle(problem, "dora_attached")
+    assert beyond(errors(attached, wanted), allowed), "the norm's gradient is told from none"
+
+
+def test_a_wrong_provider_fails_the_run_and_shows(monkeypatch, tmp_path):
+    made = layers.make_layer
+
+    def off(provider, problem, shape):
+        layer = made(provider, problem, shape)
+        if provider == "peft_lora":
+            right = layer.forward
+            layer.forward = lambda x: right(x) * 1.001
+        return layer
+
+    monkeypatch.setattr(layers, "make_layer", off)
+    run = Run(options("decode", providers=["peft_lora", "ours"], out=tmp_path / "a.json"))
+    run.all()
+    (failure,) = run.record["failures"]
+    assert "PEFT LoRA: wrong result: y off by 1.0e-03" in failure["message"]
+    assert {row["provider"] for row in run.record["rows"]} == {"peft_lora", "ours"}, "it is timed all the same"
+    assert record.read(tmp_path / "a.json")["failures"] == run.record["failures"]
+
+
+def test_a_missing_library_is_named_as_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchtune.modules.peft", None)
+    run = Run(options("decode", providers=["torchtune", "ours", "ours_triton"]))
+    monkeypatch.setattr(layers, "triton_problem", lambda device: "no GPU")
+    run.all()
+    assert set(run.record["missing"]) == {"torchtune", "ours_triton"} and not run.record["failures"]
+    assert "pip install" in run.record["missing"]["torchtune"]
+
+
+@pytest.mark.parametrize("name", ["norm", "compose", "layer", "decode", "memory", "host", "block"])
+def test_every_row_states_everything(name):
+    quick = ["frozen", "peft_lora", "peft_dora", "ours", "ours_direct"]
+    run = Run(options(name, providers=quick, hidden=None if name == "block" else [32], block=(32, 64, 2, 1)))
+    run.all()
+    assert not run.record["failures"] and run.record["rows"]
+    for row in run.record["rows"]:
+        assert row["suite"] == name and row["provider"] in quick and row["dtypes"] == "fp32" and row["shape"]
+        assert row["errors"] and set(row["errors"]) == set(row["limits"])
+        assert row["bytes"] > 0 and row["flops"] > 0 and row["peak_bytes"] is not None
+        if name != "memory":
+            assert row["us"] > 0 and row["floor_us"] > 0 and 0 < row["fraction"]
+            assert row["ratios"][row["provider"]] == 1.0 if row["provider"] in row["ratios"] else True
+
+
+def test_ratios_are_those_of_neighbours():
+    run = Run(options("decode", providers=["frozen", "peft_lora"]))
+    run.all()
+    rows = {row["provider"]: row for row in run.record["rows"]}
+    assert rows["frozen"]["ratios"]["frozen"] == 1.0 and rows["frozen"]["ratios"]["peft_lora"] < 1.0
+    assert set(rows["frozen"]["ratios"]) == {"frozen", "peft_lora"}
+
+
+def test_the_model_suite_is_missing_without_weights(monkeypatch):
+    from bench.demo import model
+
+    def absent():
+        raise model.DemoError("no weights")
+
+    monkeypatch.setattr(model, "builtin_gguf", absent)
+    run = Run(options("model", folder=__import__("pathlib").Path("/nonexistent")))
+    run.all()
+    assert run.record["missing"] == {"model": "no weights"} and not run.record["failures"]
+
+
+def test_a_stage_after_the_limit_is_skipped_by_name():
+    run = Run(options("decode", "host", limit_s=1e-9))
+    run.all()
+    assert not run.record["rows"] and any("skipped" in failure["message"] for failure in run.record["failures"])
+
+
+def test_ours_is_as_near_as_peft_in_every_condition():
+    run = Run(options("fidelity", dtypes=["fp32", "bf16", "bf16+fp32"], hidden=[64], tokens=[64], ranks=[8]))
+    run.all()
+    assert not [failure for failure in run.record["failures"] if "fp32" not in failure["stage"].split(", ")]
+    conditions = {row["condition"] for row in run.record["rows"]}
+    assert conditions == {*fidelity.CONDITIONS, "fresh"}
+    fresh = {(row["provider"], row["dtypes"]): row["errors"]["g"] for row in run.record["rows"] if "g" in row["errors"]}
+    assert fresh["ours", "bf16+fp32"] < fidelity.FRESH_LIMIT < 1e-4 < fresh["peft_dora", "bf16+fp32"]
+
+
+def test_least_bytes_and_flops():
+    m, n, k, r = 3, 5, 7, 2
+    assert least_of((m, n, k, r), (4, 4), "frozen", 1, False, False) == (4 * (m * k + n * k + m * n), 2 * m * n * k)
+    size, flops = least_of((m, n, k, r), (2, 4), "dora", 1, False, False)
+    assert size == 2 * (m * k + n * k + m * n) + 4 * (r * (n + k) + n) and flops == 2 * m * (n * k + r * (n + k))
+    once, four = (least_of((m, n, k, r), (4, 4), "lora", count, True, False) for count in (1, 4))
+    assert four == (4 * once[0], 4 * once[1]) and once[1] == 2 * m * 2 * n * k + 6 * m * r * (n + k)
+    step = least_of((m, n, k, r), (4, 4), "dora", 1, True, True)
+    both = least_of((m, n, k, r), (4, 4), "dora", 1, True, False)
+    assert step[1] - both[1] == 2 * n * k * r and step[0] - both[0] == 4 * (7 * (r * (n + k) + n) + n * k)
+
+
+def test_kinds_have_oracles():
+    problem = make_problem(SHAPE, 0)
+    for kind in {*KINDS.values(), "dora"}:
+        assert all(value.dtype == torch.float64 for value in oracle(problem, kind).values())
+
+
+BAD = {
+    "suite": (["--suite", "kernels"], "there is no suite 'kernels', only norm, "),
+    "provider": (["--providers", "ours,nobody"], "there is no provider 'nobody'"),
+    "dtype": (["--dtype", "int8"], "there is no dtype 'int8'"),
+    "device": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+    "rank": (["--rank", "0"], "expected whole numbers of at least 1, got '0'"),
+    "tokens": (["--tokens", "many"], "expected whole numbers of at least 1, got 'many'"),
+    "limit": (["--limit-s", "nan"], "expected a positive number, got 'nan'"),
+    "block": (["--block", "4x4"], "expected four sizes"),
+    "out": (["--out", "results.txt"], "expected a name that ends in .json"),
+    "folder": (["--out", "nowhere/a.json"], "there is no folder nowhere"),
+    "html": (["--html", "a.htm"], "expected a name that ends in .html"),
+    "option": (["--fast"], "unrecognized arguments: --fast"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *arguments])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--device", "cuda"])
+    assert stopped.value.code == 2 and "no GPU that torch can use" in capsys.readouterr().err
+
+
+def test_no_command(capsys):
+    for arguments in ([], ["measure"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_earlier_results_are_never_overwritten(capsys, tmp_path):
+    for name, option in (("a.json", "--out"), ("a.html", "--html")):
+        path = tmp_path / name
+        path.write_text("earlier")
+        with pytest.raises(SystemExit) as stopped:
+            main(["run", "--suite", "decode", option, str(path)])
+        assert stopped.value.code == 2 and "never overwritten" in capsys.readouterr().err
+        assert path.read_text() == "earlier"
+
+
+def test_a_run_from_the_command_line(capsys, tmp_path):
+    out, page = tmp_path / "a.json", tmp_path / "a.html"
+    words = "run --suite decode norm --hidden 32 --tokens 2 --rank 2,4 --providers peft-lora,ours peft_dora --rounds 3"
+    assert main([*words.split(), "--device", "cpu", "--out", str(out), "--html", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "decode: inference, 32x32, rank 4, 2 tokens, fp32" in said and str(out) in said and "nothing failed" in said
+    made = record.read(out)
+    assert {row["provider"] for row in made["rows"]} == {"peft_lora", "ours", "peft_dora"}
+    assert {row["rank"] for row in made["rows"]} == {2, 4}
+    assert made["settings"]["rounds"] == 3 and made["ceilings"]["flop_per_s.float32"] > 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert json.loads(out.read_text())["commit"]
+
+
+def test_every_suite_has_its_module():
+    assert all(suites.load(name).__doc__ and suites.load(name).stages for name in suites.SUITES)
+    assert set(suites.DEFAULT) <= set(suites.SUITES)
