@@ -1,7 +1,7 @@
 """A candidate: base product, low-rank product, rescale and bias in one launch, timed beside the BLAS with `compose`.
 
 The package does not have it: a kernel is taken in where it has been measured faster, and this one has not been measured
-yet. The table's row `fused` in `kernels` of `python -m bench.layer` is to say for which shapes that is.
+yet. Its row in `python -m bench run --suite compose` is to say for which shapes that is.
 
 Shapes: x ``[M, K]``, W ``[N, K]``, h = x Aᵀ ``[M, R]``, B ``[N, R]``, all row-major and 16-bit; g and bias ``[N]``;
 y and the base product ``[M, N]``. Bytes: x, W, y and the base product once, where a row of tiles of W stays in the L2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -61,15 +60,10 @@ def write(record: Record, path: Path) -> None:
     """The report of a record, whole or not at all."""
     ceilings = ", ".join(show.ceiling(name, value) for name, value in record["ceilings"].items())
     missing = [(LABELS.get(name, name), reason) for name, reason in record["missing"].items()]
-    tables = [_table(*table) for table in show.tables(record)]
     text = _TEMPLATE.render(
-        record=record, ceilings=ceilings, missing=missing, figures=_figures(record), tables=tables
-    )  # fmt: skip
+        record=record, ceilings=ceilings, missing=missing, figures=_figures(record), tables=show.tables(record)
+    )
     replace(path, text)
-
-
-def _table(table: show.Sheet) -> dict[str, Any]:
-    return {"title": table.title, "head": table.head, "rows": table.rows, "note": table.note}
 
 
 def _figures(record: Record) -> list[tuple[str, str]]:

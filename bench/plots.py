@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench.layers import ACCUMULATED
 from bench.providers import LABELS
@@ -106,7 +107,8 @@ def roofline(record: Record) -> Figure | None:
     for panel, kernel in zip(axes, kernels):
         mine = [row for row in rows if row["part"] == kernel]
         intensities = [row["flops"] / row["bytes"] for row in mine]
-        low, high = min(intensities) / 4, max(intensities) * 4
+        low, high = min(intensities) / 5, max(intensities) * 5
+        slowest = min(row["flops"] / row["us"] for row in mine) / 1e3
         for name, rate in rates.items():
             xs = [low, min(high, max(low, rate / copy)), high]
             label = f"measured ceiling, {name.removeprefix('flop_per_s.')}"
@@ -121,7 +123,10 @@ def roofline(record: Record) -> Figure | None:
         panel.set(
             xscale="log", yscale="log", title="norm, a refresh" if kernel == "refresh" else kernel,
             xlabel="FLOPs per byte, at least", ylabel="GFLOP/s",
+            ylim=(slowest / 3, max(min(rate, high * copy) for rate in rates.values()) / 1e9 * 2),
         )  # fmt: skip
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter(NullFormatter())
     _legend(figure, axes)
     return _titled(figure, record, "Kernels under the measured ceilings")
 

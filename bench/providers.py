@@ -44,7 +44,7 @@ class Subject:
 
     provider: str
     parts: dict[str, Sequence[Work]]
-    """What is timed, by name: the same call on one or several copies of its inputs."""
+    """What is timed, by name: the same call on one or several copies of its inputs; none where nothing is."""
     errors: dict[str, float] = field(default_factory=dict)
     """Relative to float64."""
     limits: dict[str, float] = field(default_factory=dict)

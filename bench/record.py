@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.providers import LABELS
 
 SCHEMA = 3
 TABLES = ("rows", "curves", "failures")
@@ -69,6 +70,8 @@ def read(path: Path) -> Record:
     for row in found["rows"]:
         if absent := [key for key in (*_LABELS, "us") if key not in row]:
             raise RecordError(f"{path}: a row without {', '.join(map(repr, absent))}")
+        if row["provider"] not in LABELS:
+            raise RecordError(f"{path}: a row of {row['provider']!r}, no provider that is known here")
     return found
 
 

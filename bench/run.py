@@ -39,7 +39,7 @@ class Options:
     providers: Sequence[str] | None = None
     block: Sequence[int] | None = None
     steps: int = 200
-    seeds: int = 3
+    seeds: Sequence[int] = (0, 1, 2)
     rounds: int = 21
     sample_ms: float = 4.0
     limit_s: float = 300.0
@@ -184,7 +184,8 @@ class Run:
         least = subject.least.get(part)
         row = {
             "suite": case.suite, "case": case.label, "part": part, "provider": subject.provider, **case.facts,
-            "us": None, "spread": None, "peak_bytes": timing.peak_bytes(self.device, subject.parts[part][0]),
+            "us": None, "spread": None,
+            "peak_bytes": timing.peak_bytes(self.device, subject.parts[part][0]) if subject.parts[part] else None,
             "bytes": least and least[0], "flops": least and least[1], "floor_us": None, "fraction": None,
             "ratios": {}, "errors": rounded(subject.errors), "limits": rounded(subject.limits),
         }  # fmt: skip

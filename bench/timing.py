@@ -44,9 +44,9 @@ class Candidate:
 
     @property
     def spread(self) -> float:
-        """The distance between the quartiles, relative to the median: differences smaller than this are noise."""
+        """The distance between the quartiles, of fewer than four samples between the extremes, over the median."""
         if len(self.samples) < 4:
-            return math.nan
+            return (max(self.samples) - min(self.samples)) / self.seconds
         low, _, high = statistics.quantiles(self.samples, n=4)
         return (high - low) / self.seconds
 

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from bench.commands.static import resources
 from bench.static import launches
-from bench.static.command import resources
 from bench.static.resources import TARGETS, Compiled, problems
 from bench.static.traffic import FORMULAS
 

@@ -28,8 +28,9 @@ def row(suite="layer", part="step of 4", provider="ours", hidden=64, rank=4, tok
 def a_record(rows=(), curves=(), **more):
     return {
         "schema": record.SCHEMA, "commit": "0123456789abcdef", "date": "2026-01-02",
-        "hardware": {"device": "a CPU", "threads": 2, "cores": 2}, "versions": {"python": "3", "torch": "2", "peft": "0"},
-        "settings": {}, "ceilings": {"copy_bytes_per_s": 1e10, "flop_per_s.float32": 1e11}, "missing": {},
+        "hardware": {"device": "a CPU", "threads": 2, "cores": 2}, "settings": {},
+        "versions": {"python": "3", "torch": "2", "peft": "0"}, "missing": {},
+        "ceilings": {"copy_bytes_per_s": 1e10, "flop_per_s.float32": 1e11},
         "seconds": {"a": 1.0}, "rows": list(rows), "curves": list(curves), "failures": [], **more,
     }  # fmt: skip
 
@@ -72,7 +73,8 @@ BAD = {
     "an older schema": ('{"schema": 2, "kernels": []}', "a record of schema 2, expected 3"),
     "without rows": (json.dumps({k: v for k, v in a_record().items() if k != "rows"}), "a record without 'rows'"),
     "rows of another kind": (json.dumps(a_record(rows=[1])), "'rows' is not a list of objects"),
-    "rows without a time": (json.dumps(a_record(rows=[{"suite": "layer"}])), "a row without 'case', 'part', 'provider'"),
+    "rows without a time": (json.dumps(a_record(rows=[{"suite": "layer"}])), "a row without 'case', 'part', 'prov"),
+    "an unknown provider": (json.dumps(a_record(rows=[row(provider="nobody")])), "a row of 'nobody', no provider"),
     "not text": (b"\xff\xfe\x00", "not UTF-8 text"),
 }
 
@@ -167,12 +169,12 @@ def test_fidelity_names_the_largest_quotient():
 
 
 def test_html_is_one_file_that_asks_for_nothing(tmp_path):
-    made = a_record([row(provider="<b>"), *full()["rows"]], full()["curves"])
+    made = full() | {"missing": {"<b>": "it's absent"}}
     made["failures"] = [{"stage": "layer: <script>", "message": "a & b"}]
     path = tmp_path / "report.html"
     html.write(made, path)
     text = path.read_text()
-    assert "&lt;script&gt;" in text and "<script" not in text and "a &amp; b" in text
+    assert "&lt;script&gt;" in text and "<script" not in text and "a &amp; b" in text and "<b>" not in text
     assert text.count("data:image/svg+xml;base64,") == len(plots.FIGURES)
     assert "http://" not in text and "https://" not in text and "src=\"/" not in text and "@import" not in text
     assert [found.name for found in tmp_path.iterdir()] == ["report.html"]
@@ -190,8 +192,8 @@ def browser():
             done = subprocess.run(
                 [
                     command, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-                    "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * 0.0.0.0",
-                    f"--user-data-dir={profile}", *options, path.as_uri(),
+                    "--disable-background-networking", "--disable-component-update",
+                    "--host-resolver-rules=MAP * 0.0.0.0", f"--user-data-dir={profile}", *options, path.as_uri(),
                 ],
                 capture_output=True, text=True, timeout=120,
             )  # fmt: skip

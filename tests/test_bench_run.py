@@ -13,7 +13,6 @@ from bench import layers, record, suites
 from bench.__main__ import main
 from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
 from bench.problem import LayerShape, beyond, errors, limits, make_problem, oracle, plain
-from bench.providers import Missing
 from bench.run import Options, Run
 from bench.suites import fidelity
 
@@ -103,7 +102,7 @@ def test_every_row_states_everything(name):
         assert row["errors"] and set(row["errors"]) == set(row["limits"])
         assert row["bytes"] > 0 and row["flops"] > 0 and row["peak_bytes"] is not None
         if name != "memory":
-            assert row["us"] > 0 and row["floor_us"] > 0 and 0 < row["fraction"]
+            assert row["us"] > 0 and row["floor_us"] > 0 and row["fraction"] > 0
             assert row["ratios"][row["provider"]] == 1.0 if row["provider"] in row["ratios"] else True
 
 
@@ -133,10 +132,11 @@ def test_a_stage_after_the_limit_is_skipped_by_name():
     assert not run.record["rows"] and any("skipped" in failure["message"] for failure in run.record["failures"])
 
 
+@pytest.mark.slow
 def test_ours_is_as_near_as_peft_in_every_condition():
-    run = Run(options("fidelity", dtypes=["fp32", "bf16", "bf16+fp32"], hidden=[64], tokens=[64], ranks=[8]))
+    run = Run(options("fidelity", dtypes=["bf16", "bf16+fp32"], hidden=[64], tokens=[64], ranks=[8]))
     run.all()
-    assert not [failure for failure in run.record["failures"] if "fp32" not in failure["stage"].split(", ")]
+    assert not run.record["failures"]
     conditions = {row["condition"] for row in run.record["rows"]}
     assert conditions == {*fidelity.CONDITIONS, "fresh"}
     fresh = {(row["provider"], row["dtypes"]): row["errors"]["g"] for row in run.record["rows"] if "g" in row["errors"]}

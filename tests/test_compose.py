@@ -22,6 +22,7 @@ from helpers import (
     solve,
 )
 
+from dora_kernels import linear
 from dora_kernels.backends import UnsupportedError
 from dora_kernels.functional import run_compose
 from dora_kernels.norm_cache import compute_divisor
@@ -69,6 +70,36 @@ def test_a_large_bias_as_exact_as_peft(lane, dtype):
     ours, theirs = solve(composed, problem, backend=lane.backend), solve(peft, problem)
     for name in wanted:
         assert distance(ours[name], wanted[name]) <= 2 * distance(theirs[name], wanted[name]), name
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_float32_factors_are_added_before_rounding(lane, dtype, bias):
+    """As PEFT's layer adds them under autocast: y is the nearest to the sum of the 16-bit base product and the rest."""
+    generator = torch.Generator(lane.device).manual_seed(0)
+
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator, device=lane.device)
+
+    tokens, features, rank = 37, 300, 5
+    base, h = normal(tokens, features).to(dtype), normal(tokens, rank).to(dtype)
+    b, g, offset = normal(features, rank), 0.5 + normal(features).abs(), normal(features).to(dtype) if bias else None
+
+    def exact(b):
+        y = g.double() * (base.double() + 0.7 * h.double() @ b.double().t())
+        return y if offset is None else y + offset.double()
+
+    wanted = exact(b)
+    # The kernels round B for the tensor cores, as autocast does.
+    nearest = exact(b.to(dtype) if lane.backend == "triton" else b).to(dtype)
+    kernels = linear.primitives(lane.backend)
+    for keep in (True, False):
+        given = base.clone()
+        y = kernels.compose(given, h, b, g, offset, 0.7, keep)
+        # The nearest, but for what float32 leaves open between two.
+        assert distance(y, wanted) <= 1.02 * distance(nearest, wanted)
+        if keep:
+            assert not kernels.keeps_sum(base, b) and torch.equal(given, base)
 
 
 @pytest.mark.parametrize("absent", NAMES)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 def test_against_the_formula(lane, tokens, dtypes, bias):
     if lane.backend != "triton":
         pytest.skip("about the kernels")
-    from bench.layer.fused import fused
+    from bench.fused import fused
 
     out_features, in_features, rank = 70, 90, 5
     shapes = {"x": (tokens, in_features), "weight": (out_features, in_features), "h": (tokens, rank)}

@@ -55,6 +55,12 @@ def counts(text: str) -> list[int]:
     return found
 
 
+def _seeds(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers of at least 0, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
 def count(text: str) -> int:
     found = counts(text)
     if len(found) != 1:
@@ -105,7 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the suite block: hidden and intermediate size, attention heads, key and value heads",
     )  # fmt: skip
     parser.add_argument("--steps", type=count, default=200, metavar="N", help="of finetune and classify (200)")
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="of finetune and classify (3)")
+    parser.add_argument(
+        "--seeds", action=Several, nargs="+", type=_seeds, default=(0, 1, 2), metavar="N", help="of the same (0 1 2)"
+    )
     parser.add_argument("--rounds", type=count, default=21, metavar="N", help="of a comparison, at most (21)")
     parser.add_argument("--sample-ms", type=_seconds, default=4.0, metavar="MS", help="length of one sample, about (4)")
     parser.add_argument(

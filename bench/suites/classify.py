@@ -30,8 +30,8 @@ CLASSES = (
     "asyncio", "email", "http", "importlib", "logging", "mailbox", "multiprocessing", "tkinter", "unittest", "xml",
 )  # fmt: skip
 LEAST_WORDS = 8
-MOST_TOKENS = 64
-BATCH = 16
+MOST_TOKENS = 48
+BATCH = 8
 HELD_OUT_SHARE = 0.25
 LEARNING_RATE = 1e-3
 
@@ -39,7 +39,7 @@ LEARNING_RATE = 1e-3
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """One training after another: they are compared by quality, not by time."""
     for rank in run.given.ranks or RANKS:
-        for seed in range(run.given.seeds):
+        for seed in run.given.seeds:
             yield f"classify: rank {rank}, seed {seed}", lambda rank=rank, seed=seed: _train(run, rank, seed)
 
 

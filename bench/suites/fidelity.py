@@ -90,7 +90,7 @@ class FidelityCase:
         limits = {}
         if provider != "peft_dora":  # where PEFT's own is not finite, none
             limits = {name: NOISE * off for name, off in self._stock.items() if math.isfinite(off)}
-        return Subject(provider, {"results": [layer.run_both]}, found, limits)
+        return Subject(provider, {"results": []}, found, limits)
 
     @functools.cached_property
     def _problem(self) -> Problem:
@@ -124,18 +124,17 @@ class FreshCase(FidelityCase):
             layer = dora_kernels.DoRALinear.from_linear(
                 model.linear, rank=self.shape.rank, backend="torch", adapter_dtype=self.shape.adapters
             )
-            magnitude, run = layer.magnitude, layer
+            magnitude = layer.magnitude
         else:
             config = LoraConfig(r=self.shape.rank, target_modules=["linear"], use_dora=True)
             peft_model = get_peft_model(model, config)
             if provider == "ours":
                 dora_kernels.patch_peft(peft_model, exact_init=True)
-            run = peft_model.base_model.model.linear
-            magnitude = run.lora_magnitude_vector["default"].weight
+            magnitude = peft_model.base_model.model.linear.lora_magnitude_vector["default"].weight
         norm = torch.linalg.vector_norm(weight.double(), dim=1)
         off = float((magnitude.detach().double() / norm - 1).abs().max())
         limits = {} if provider == "peft_dora" else {"g": FRESH_LIMIT}
-        return Subject(provider, {"results": [functools.partial(run, self._problem.x)]}, {"g": off}, limits)
+        return Subject(provider, {"results": []}, {"g": off}, limits)
 
 
 def make(shape: LayerShape, condition: str) -> Problem:

@@ -33,7 +33,7 @@ DIGITS = 9
 
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """One seed after another, then the comparison."""
-    for seed in range(run.given.seeds):
+    for seed in run.given.seeds:
         yield f"finetune: seed {seed}", lambda seed=seed: _train(run, seed)
     yield "finetune: comparison", lambda: _compare(run)
 
@@ -128,7 +128,7 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def _compare(run: Run) -> None:
     curves = run.record["curves"]
-    if run.given.seeds < 2 or not {"peft_dora", "ours"} <= {curve["provider"] for curve in curves}:
+    if len(run.given.seeds) < 2 or not {"peft_dora", "ours"} <= {curve["provider"] for curve in curves}:
         return
     found = gaps(curves)
     for what in ("loss", "held-out loss"):

@@ -32,7 +32,12 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """A step at every number of tokens, and a token."""
     for tokens in run.given.tokens or [128]:
         case = ModelCase(run, tokens)
-        yield f"model: {case.label}", lambda case=case: run.measure(case)
+        yield f"model: {case.label}", lambda case=case: _measure(run, case)
+
+
+def _measure(run: Run, case: ModelCase) -> None:
+    load(run)  # without weights the suite is missing, not each of its providers
+    run.measure(case)
 
 
 @dataclass

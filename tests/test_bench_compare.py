@@ -1,0 +1,121 @@
+"""`python -m bench compare`: what counts as a change, and two packages side by side."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import compare
+from bench.__main__ import main
+from bench.compare import Change, Comparison, Worker, regressions, trimmed
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {
+    "suites": ["host"], "device": "cpu", "dtypes": ["fp32"], "hidden": [16], "ranks": [2], "tokens": [2],
+    "providers": ["ours_torch"],
+}  # fmt: skip
+
+
+def change(ratios, peaks=(0, 0)):
+    return Change("a case", "a part", "ours", [1.0] * len(ratios), list(ratios), peaks)
+
+
+@pytest.mark.parametrize("pairs", [8, 9, 15, 21, 40])
+def test_the_interval_holds_its_confidence(pairs):
+    """The median of n fair pairs lies outside with at most a hundredth, and one more pair cut off would be too many."""
+    cut = trimmed(pairs)
+    outside = 2 * sum(math.comb(pairs, k) for k in range(cut + 1)) / 2**pairs
+    assert outside <= 0.01 < outside + 2 * math.comb(pairs, cut + 1) / 2**pairs
+
+
+def test_too_few_pairs_say_nothing():
+    assert trimmed(7) is None and change([9.0] * 7).verdict == "" and change([9.0] * 8).verdict == "slower"
+
+
+def test_verdicts():
+    wide = [0.8, 0.9, 1.0, 1.1, 1.2] * 3
+    assert change(wide).verdict == "" and change([2 * r for r in wide]).verdict == "slower"
+    assert change([r / 2 for r in wide]).verdict == "faster"
+    assert change([1.03] * 15).verdict == "", "within the margin"
+    assert change([*[1.2] * 9, *[0.9] * 6]).verdict == "", "its interval reaches down"
+    assert change([1.0] * 15, (1 << 20, 2 << 20)).verdict == "more memory"
+    assert change([1.0] * 15, (100, 200)).verdict == "", "a few bytes"
+    slow, fast = change([2.0] * 15), change([0.5] * 15)
+    assert regressions([slow, fast]) == [slow]
+
+
+def test_a_pair_is_compared_with_its_neighbour():
+    drifting = Change("a case", "a part", "ours", [1.0, 2.0, 4.0] * 5, [1.1, 2.2, 4.4] * 5)
+    assert drifting.ratio == pytest.approx(1.1) and drifting.interval == pytest.approx((1.1, 1.1))
+
+
+@pytest.fixture
+def slow_package(tmp_path):
+    """The package, with a pause in every `compose`."""
+    shutil.copytree(ROOT / "dora_kernels", tmp_path / "dora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    backend = tmp_path / "dora_kernels" / "torch_backend.py"
+    text = backend.read_text()
+    assert text.count("    if g is not None and divisor is not None:\n") == 1
+    pause = "    __import__('time').sleep(0.02)\n    if g is not None and divisor is not None:\n"
+    backend.write_text(text.replace("    if g is not None and divisor is not None:\n", pause))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slower_now", "verdict"), [(True, "slower"), (False, "faster")])
+def test_a_slow_package_is_told_from_a_fast_one(slow_package, slower_now, verdict):
+    packages = (ROOT, slow_package) if slower_now else (slow_package, ROOT)
+    done = []
+    with Worker(packages[0], OPTIONS) as old, Worker(packages[1], OPTIONS) as new:
+        found = compare.compare(old, new, 8, lambda *counts: done.append(counts))
+    assert isinstance(found, Comparison) and not found.notes and done == [(1, 1)]
+    assert {change.part for change in found.changes} == {"inference", "forward and backward"}
+    assert all(change.verdict == verdict for change in found.changes)
+    assert all(len(change.before) == len(change.after) == 8 for change in found.changes)
+
+
+@pytest.mark.slow
+def test_what_a_revision_gets_wrong_is_noted(slow_package):
+    backend = slow_package / "dora_kernels" / "torch_backend.py"
+    backend.write_text(backend.read_text().replace("alpha=scaling", "alpha=1.01 * scaling"))
+    with Worker(ROOT, OPTIONS) as old, Worker(slow_package, OPTIONS) as new:
+        found = compare.compare(old, new, 1, lambda *_: None)
+    assert any("now: ours, torch: wrong result" in note for note in found.notes)
+    assert not any("before:" in note for note in found.notes)
+
+
+def test_a_worker_measures_the_package_it_was_given(tmp_path):
+    with pytest.raises(RuntimeError, match=r"dora_kernels comes from .*, not from"):
+        Worker(tmp_path, OPTIONS)
+
+
+BAD = {
+    "revision": (["no-such-revision"], "there is no revision 'no-such-revision'"),
+    "option": (["--help-me"], "the following arguments are required: REF"),
+    "an option for a revision": (["--", "--all"], "there is no revision '--all'"),
+    "suite": (["HEAD", "--suite", "model"], "there is no suite 'model'"),
+    "provider": (["HEAD", "--providers", "nobody"], "there is no provider 'nobody'"),
+    "device": (["HEAD", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *arguments])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")
+def test_a_revision_beside_itself(capsys):
+    status = main([
+        "compare", "HEAD", "--suite", "host", "--hidden", "16", "--rank", "2", "--providers", "ours-torch",
+        "--rounds", "3", "--device", "cpu",
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    assert status == 0 and "no regression beyond noise" in said
+    assert "host: 16x16, rank 2, 1 token, fp32: inference" in said
