@@ -139,6 +139,7 @@ def _peft(problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = 
 
 
 def _torchtune(problem: Problem, shape: LayerShape) -> Made:
+    _needs_one_dtype(shape)
     try:
         from torchtune.modules.peft import DoRALinear
     except ImportError as error:
@@ -159,6 +160,7 @@ def _torchtune(problem: Problem, shape: LayerShape) -> Made:
 
 
 def _lycoris(problem: Problem, shape: LayerShape) -> Made:
+    _needs_one_dtype(shape)
     try:
         from lycoris.modules.locon import LoConModule
     except ImportError as error:
@@ -195,6 +197,7 @@ class DenseDoRA(nn.Module):
 
 
 def _dense(problem: Problem, shape: LayerShape) -> Made:
+    _needs_one_dtype(shape)
     module = DenseDoRA(problem, shape)
     parameters: list[Tensor] = [module.lora_A, module.lora_B, module.magnitude]
     _fill(parameters, problem, shape)
@@ -212,6 +215,11 @@ def _module(problem: Problem, shape: LayerShape, backend: str) -> Made:
     parameters: list[Tensor] = [layer.lora_A.weight, layer.lora_B.weight, layer.magnitude]
     _fill(parameters, problem, shape)
     return layer.train(), parameters
+
+
+def _needs_one_dtype(shape: LayerShape) -> None:
+    if shape.base != shape.adapters and not shape.autocast:
+        raise Missing(f"float32 adapters on a {shape.base} layer need autocast here".replace("torch.", ""))
 
 
 def _fill(parameters: Sequence[Tensor], problem: Problem, shape: LayerShape) -> None:

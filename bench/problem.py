@@ -27,6 +27,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
     "bf16+fp32": (torch.bfloat16, torch.float32),
+    "bf16/fp32": (torch.bfloat16, torch.float32),
 }
 """Of the weight and the activations, and of the adapter."""
 
@@ -58,8 +59,8 @@ class LayerShape:
 
     @property
     def autocast(self) -> bool:
-        """float32 adapters on a bfloat16 layer are PEFT's default, and run under autocast."""
-        return self.base != self.adapters
+        """float32 adapters on a bfloat16 layer are PEFT's default; "+" runs them under autocast, "/" without."""
+        return "+" in self.dtypes
 
     @property
     def label(self) -> str:

@@ -108,11 +108,13 @@ def fidelity(rows: Sequence[Row]) -> list[Sheet]:
             figures = [quotient(group, stock, name) for name in names]
             kind = "wrong" if any(is_wrong(row) for row in group) else ""
             cells.append((kind, [dtypes, condition, *figures]))
-        ratios = [ratio for row in mine for ratio in _ratios(row, stock)]
-        note = None
-        if ratios:
-            below = sum(ratio <= 1.0 for ratio in ratios)
-            note = f"at most PEFT's in {below} of {len(ratios)} cells; the largest quotient is {max(ratios):.3f}"
+        notes = []
+        for dtypes in dict.fromkeys(row["dtypes"] for row in mine):
+            ratios = [ratio for row in mine if row["dtypes"] == dtypes for ratio in _ratios(row, stock)]
+            if ratios:
+                below = sum(ratio <= 1.0 for ratio in ratios)
+                notes.append(f"{dtypes} in {below} of {len(ratios)} cells, at most {max(ratios):.2f} times it")
+        note = f"at most PEFT's: {'; '.join(notes)}" if notes else None
         if cells:
             title = f"fidelity: error over PEFT's, the largest of all ranks: {LABELS[provider]}"
             sheets.append(Sheet(title, ["dtypes", "condition", *names], cells, note))
@@ -132,7 +134,8 @@ def quotient(group: Sequence[Row], stock: dict[str, Any], name: str) -> str:
         if theirs is None:
             return "PEFT: not finite"
         found.append(math.inf if mine is None else mine / theirs if theirs else float(mine > 0))
-    return f"{max(found):.2g}" if max(found) < 0.01 else f"{max(found):.2f}"
+    largest = max(found)
+    return f"{largest:.2g}" if largest < 0.01 else f"{largest:.2f}" if largest < 100 else f"{largest:.0f}"
 
 
 def _ratios(row: Row, stock: dict[str, Any]) -> list[float]:

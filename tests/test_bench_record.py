@@ -165,7 +165,7 @@ def test_fidelity_names_the_largest_quotient():
     rows = [cell("peft_dora", 1, 1e-3), cell("ours", 1, 5e-4), cell("peft_dora", 4, 1e-3), cell("ours", 4, 2e-3)]
     (sheet,) = show.fidelity(rows)
     assert sheet.rows == [("", ["fp32", "trained", "2.00"])]
-    assert "at most PEFT's in 1 of 2 cells" in sheet.note
+    assert sheet.note == "at most PEFT's: fp32 in 1 of 2 cells, at most 2.00 times it"
 
 
 def test_html_is_one_file_that_asks_for_nothing(tmp_path):

@@ -18,7 +18,7 @@ from bench import machine
 from bench.providers import LABELS
 from bench.suites import DEFAULT, SUITES
 
-DTYPES = ("fp32", "bf16", "fp16", "bf16+fp32")
+DTYPES = ("fp32", "bf16", "fp16", "bf16+fp32", "bf16/fp32")
 LONG = ("fidelity", "finetune", "classify")
 """Suites that may take longer than five minutes."""
 FOLDER = Path("bench-output")
@@ -95,7 +95,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser, suites: Sequence[str], 
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", **named, type=names(DTYPES, "dtype"),
-        help="fp32, bf16, fp16 or bf16+fp32: float32 adapters on a bfloat16 layer under autocast, PEFT's default",
+        help="fp32, bf16, fp16; bf16+fp32: float32 adapters on a bfloat16 layer, PEFT's default, under autocast; "
+        "bf16/fp32: the same without autocast",
     )  # fmt: skip
     parser.add_argument("--hidden", **several, help="in_features and out_features")
     parser.add_argument("--rank", **several)

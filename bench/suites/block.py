@@ -113,8 +113,8 @@ class Block:
     def run_pass(self) -> Tensor:
         """One micro-batch, forward and backward; the output."""
         self.x.grad = None
-        base, adapter = DTYPES[self.case.dtypes]
-        with torch.autocast(self.case.device.type, torch.bfloat16, enabled=self.x.dtype == base != adapter):
+        autocast = "+" in self.case.dtypes and self.x.dtype == torch.bfloat16
+        with torch.autocast(self.case.device.type, torch.bfloat16, enabled=autocast):
             y: Tensor = self.model(inputs_embeds=self.x).last_hidden_state
         y.backward(self.dy)
         return y.detach()
