@@ -10,7 +10,7 @@ import jinja2
 
 from bench import plots, show
 from bench.providers import LABELS
-from bench.record import Record, replace
+from bench.record import Record, machine_of, replace
 
 _TEMPLATE = jinja2.Template(
     """<!doctype html>
@@ -31,7 +31,7 @@ img { max-width: 100%; height: auto } .note { color: #555; font-size: .9rem } di
 </head>
 <body>
 <h1>dora_kernels benchmarks</h1>
-<p>{{ record.hardware.device }}, {{ record.hardware.threads }} threads; {{ record.date }}; commit
+<p>{{ machine }}; {{ record.date }}; commit
 <code>{{ record.commit }}</code><br>
 {% for name, version in record.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}<br>
 Measured here: {{ ceilings }}.</p>
@@ -61,8 +61,9 @@ def write(record: Record, path: Path) -> None:
     ceilings = ", ".join(show.ceiling(name, value) for name, value in record["ceilings"].items())
     missing = [(LABELS.get(name, name), reason) for name, reason in record["missing"].items()]
     text = _TEMPLATE.render(
-        record=record, ceilings=ceilings, missing=missing, figures=_figures(record), tables=show.tables(record)
-    )
+        record=record, machine=machine_of(record["hardware"]), ceilings=ceilings, missing=missing, figures=_figures(record),
+        tables=show.tables(record),
+    )  # fmt: skip
     replace(path, text)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import dora_kernels
 from bench import timing
-from bench.problem import NAMES, LayerShape, Problem, errors, limits, make_problem, oracle, plain
-from bench.providers import Missing, Subject, Work
+from bench.problem import NAMES, LayerShape, OfShape, Problem, errors, limits, make_problem, oracle, plain
+from bench.providers import Missing, Subject, Work, library
 from dora_kernels.backends import triton_problem
 
 PROVIDERS = (
@@ -112,10 +112,8 @@ def _frozen(problem: Problem, shape: LayerShape) -> Made:
 
 def _peft(problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = False) -> Made:
     """A PEFT model of one linear layer with the problem's numbers; that layer."""
-    try:
+    with library():
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
     model = nn.Module()
     model.linear = _frozen(problem, shape)[0]
     alpha = problem.scaling * shape.rank
@@ -140,10 +138,8 @@ def _peft(problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = 
 
 def _torchtune(problem: Problem, shape: LayerShape) -> Made:
     _needs_one_dtype(shape)
-    try:
+    with library():
         from torchtune.modules.peft import DoRALinear
-    except ImportError as error:
-        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
     rows, columns = problem.weight.shape
     layer: Any = DoRALinear(
         columns, rows, shape.rank, problem.scaling * shape.rank, use_bias=problem.bias is not None
@@ -161,10 +157,8 @@ def _torchtune(problem: Problem, shape: LayerShape) -> Made:
 
 def _lycoris(problem: Problem, shape: LayerShape) -> Made:
     _needs_one_dtype(shape)
-    try:
+    with library():
         from lycoris.modules.locon import LoConModule
-    except ImportError as error:
-        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
     base, _ = _frozen(problem, shape)
     layer: Any = LoConModule(
         "layer", base, lora_dim=shape.rank, alpha=problem.scaling * shape.rank, weight_decompose=True, wd_on_out=True
@@ -258,7 +252,7 @@ PARTS: dict[str, tuple[Callable[[Layer], Any], int, bool]] = {
 
 
 @dataclass
-class LayerCase:
+class LayerCase(OfShape):
     """A comparison of layers."""
 
     suite: str
@@ -266,21 +260,7 @@ class LayerCase:
     parts: Sequence[str]
     providers: Sequence[str] = PROVIDERS
     most_copies: int = 8
-    label: str = field(init=False)
-    _judges: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.label = self.shape.label
-
-    @property
-    def dtypes(self) -> str:
-        """Of the layer and the adapter."""
-        return self.shape.dtypes
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What every row states."""
-        return self.shape.facts
+    _judges: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = field(default_factory=dict, init=False)
 
     @functools.cached_property
     def problems(self) -> list[Problem]:

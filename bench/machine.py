@@ -40,8 +40,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"device": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type != "cuda":
-        return found
+    if device.type != "cuda":  # the name alone does not tell a CPU with 16-bit products from one without
+        return {**found, "capability": torch.backends.cpu.get_cpu_capability()}
     properties = torch.cuda.get_device_properties(device)
     return {
         **found,

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 from bench.layers import ACCUMULATED
 from bench.providers import LABELS
-from bench.record import Record
+from bench.record import Record, machine_of
 
 COLORS = {
     "frozen": "#000000", "peft_lora": "#7f7f7f", "peft_dora": "#b0413e", "peft_dora_compiled": "#e08a86",
@@ -229,9 +229,9 @@ FIGURES: dict[str, Callable[[Record], Figure | None]] = {
 }  # fmt: skip
 
 
-def draw(record: Record) -> dict[str, Figure]:
-    """All figures that the record has something for; the caller closes them."""
-    made = {name: function(record) for name, function in FIGURES.items()}
+def draw(record: Record, names: Iterable[str] | None = None) -> dict[str, Figure]:
+    """Those figures, or all, that the record has something for; the caller closes them."""
+    made = {name: FIGURES[name](record) for name in names or FIGURES}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -284,7 +284,7 @@ def _titled(figure: Figure, record: Record, words: str) -> Figure:
     hardware, versions = record["hardware"], record["versions"]
     peft = f", peft {versions['peft']}" if "peft" in versions else ""
     figure.suptitle(
-        f"{words}\n{hardware['device']}, {hardware['threads']} threads, torch {versions['torch']}{peft}, "
+        f"{words}\n{machine_of(hardware)}, torch {versions['torch']}{peft}, "
         f"{record['commit'][:7]}, {record['date']}",
         fontsize=9,
     )

@@ -76,6 +76,27 @@ class LayerShape:
         }  # fmt: skip
 
 
+class OfShape:
+    """What a case with one of these shapes says of itself."""
+
+    shape: LayerShape
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.shape.label
+
+    @property
+    def dtypes(self) -> str:
+        """Of the layer and the adapter."""
+        return self.shape.dtypes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row states."""
+        return self.shape.facts
+
+
 @dataclass(frozen=True)
 class Problem:
     """Tensors of a layer in training: B far from zero, magnitudes moved away from the norm."""

@@ -6,7 +6,8 @@ run says so by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +37,15 @@ Work = Callable[[], Any]
 
 class Missing(Exception):
     """A provider that cannot be had here, and why, in one line."""
+
+
+@contextlib.contextmanager
+def library() -> Iterator[None]:
+    """Where one is imported: it is missing if it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
 
 
 @dataclass

@@ -12,12 +12,13 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bench import machine
 from bench.providers import LABELS
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 3
 TABLES = ("rows", "curves", "failures")
@@ -113,6 +114,12 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
+
+
+def machine_of(hardware: dict[str, Any]) -> str:
+    """The machine of a record, in a few words."""
+    capability = f" ({hardware['capability']})" if "capability" in hardware else ""
+    return f"{hardware['device']}{capability}, {hardware['threads']} threads"
 
 
 def significant(figure: float, digits: int = 4) -> float | None:

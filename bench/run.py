@@ -128,15 +128,21 @@ class Run:
         cuda = self.device.type == "cuda"
         found = self.record["ceilings"]
         found["copy_bytes_per_s"] = significant(timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26))
-        for dtype in dict.fromkeys(DTYPES[name][0] for name in self.given.dtypes):
+        for dtype in dict.fromkeys((torch.float32, *(DTYPES[name][0] for name in self.given.dtypes))):
             rate = timing.blas_rate(self.device, 8192 if cuda else 1024, dtype)
             found[f"flop_per_s.{str(dtype).removeprefix('torch.')}"] = significant(rate)
 
     def floor(self, least: tuple[int, int] | None, dtypes: str) -> float | None:
-        """Seconds that the fewest bytes or FLOPs take at the measured ceilings, whichever are more."""
-        rate = self.record["ceilings"].get(f"flop_per_s.{str(DTYPES[dtypes][0]).removeprefix('torch.')}")
-        copy = self.record["ceilings"].get("copy_bytes_per_s")
-        return max(least[0] / copy, least[1] / rate) if least and rate and copy else None
+        """Seconds that the fewest bytes or FLOPs take at the measured ceilings, whichever are more.
+
+        A 16-bit product may be done in float32, where a CPU without 16-bit instructions is hundreds of times faster.
+        """
+        found = self.record["ceilings"]
+        names = ("float32", str(DTYPES[dtypes][0]).removeprefix("torch."))
+        rates = [found[f"flop_per_s.{name}"] for name in names if f"flop_per_s.{name}" in found]
+        if not least or not rates or "copy_bytes_per_s" not in found:
+            return None
+        return max(least[0] / found["copy_bytes_per_s"], least[1] / max(rates))
 
     def subjects(self, case: Case) -> list[Subject]:
         """The chosen providers that run, each checked; a wrong one is a failure, and is timed all the same."""
@@ -155,8 +161,11 @@ class Run:
             found.append(subject)
         return found
 
-    def measure(self, case: Case, *, rounds: int | None = None, timed: bool = True) -> None:
-        """Check and time the providers of a case side by side, and add a row for each and each part."""
+    def measure(self, case: Case, *, timed: bool = True, share: float = 0.05) -> None:
+        """Check and time the providers of a case side by side, and add a row for each and each part.
+
+        A part may take this share of the run's time; three rounds are made in any case.
+        """
         subjects = self.subjects(case)
         for part in dict.fromkeys(part for subject in subjects for part in subject.parts):
             candidates: dict[str, Candidate] = {}
@@ -173,8 +182,8 @@ class Run:
                     self.fail(where, f"{LABELS[subject.provider]}: no CUDA graph: {type(error).__name__}: {error}")
             if timed:
                 timing.interleave(
-                    list(candidates.values()), self.device, rounds=rounds or self.given.rounds,
-                    sample_seconds=self.given.sample_ms / 1e3, limit_seconds=self.given.limit_s / 20,
+                    list(candidates.values()), self.device, rounds=self.given.rounds,
+                    sample_seconds=self.given.sample_ms / 1e3, limit_seconds=self.given.limit_s * share,
                 )  # fmt: skip
             for subject in (subject for subject in subjects if subject.provider in candidates):
                 self.record["rows"].append(self._row(case, part, subject, candidates))

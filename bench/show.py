@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.providers import LABELS
-from bench.record import Record
+from bench.record import Record, machine_of
 
 WIDTH = 80  # where there is no terminal to ask
 EMPTY = "–"
@@ -40,7 +40,7 @@ def show(record: Record, screen: Console) -> None:
     """Where it ran, a table for each comparison, what is missing and what failed."""
     hardware = record["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    screen.print(f"{hardware['device']}, {hardware['threads']} threads; {versions}; commit {record['commit'][:12]}")
+    screen.print(f"{machine_of(hardware)}; {versions}; commit {record['commit'][:12]}")
     found = ", ".join(ceiling(name, value) for name, value in record["ceilings"].items())
     screen.print(f"measured here: {found}")
     for sheet in tables(record):
@@ -87,10 +87,15 @@ def comparison(rows: Sequence[Row]) -> Sheet:
             _number(row["fraction"], "{:.0%}"),
             f"WRONG {worst(row)}" if wrong else worst(row),
         ]))  # fmt: skip
+    note = _least(rows)
+    if first["suite"] == "model" and timed:
+        made = first["tokens"] if first["part"] == "step" else 1
+        rates = ", ".join(f"{LABELS[row['provider']]} {made / row['us'] * 1e6:.3g}" for row in rows)
+        note = f"tokens per second: {rates}; {note}"
     kept = [i for i in range(len(head)) if timed or i not in (1, 2, 3, 4, 6)]
     return Sheet(
         f"{first['suite']}: {first['part']}, {first['case']}", [head[i] for i in kept],
-        [(kind, [row[i] for i in kept]) for kind, row in cells], _least(rows),
+        [(kind, [row[i] for i in kept]) for kind, row in cells], note,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
-        written = write(plots.merged(found), given.out, given.format)
+        written = write(plots.merged(found), given.out, suffix=given.format)
     except OSError as error:
         parser.error(f"--out {given.out}: {error.strerror}")
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -52,12 +53,12 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def write(found: Record, folder: Path, suffix: str = "svg") -> list[Path]:
-    """Every figure of a record into a folder."""
+def write(found: Record, folder: Path, names: Sequence[str] | None = None, suffix: str = "svg") -> list[Path]:
+    """Every figure of a record, or those named, into a folder."""
     from bench import plots
 
     written = []
-    for name, figure in plots.draw(found).items():
+    for name, figure in plots.draw(found, names).items():
         path = folder / f"{name}.{suffix}"
         temporary = folder / f".{name}.tmp-{os.getpid()}"
         try:

@@ -18,12 +18,20 @@ from pathlib import Path
 from bench import record, show
 from bench.machine import REPOSITORY
 from bench.providers import LABELS
-from bench.record import Record
+from bench.record import Record, machine_of
 
 RESULTS = REPOSITORY / "bench" / "results"
 FIGURES = REPOSITORY / "docs" / "figures"
-DRAWN = {"growth": "growth", "run": "run", "finetune": "finetune", "classify": "classify"}
-"""Kinds of records that figures are drawn from; of growth, all that there are of its newest day."""
+DRAWN = {
+    "roofline": ("run", "Kernels under the measured ceilings"),
+    "memory": ("run", "Peak memory of a layer's optimizer step"),
+    "model": ("run", "Step, token and memory of SmolLM2-135M"),
+    "growth": ("growth", "Milliseconds of an optimizer step over tokens, rank and hidden size"),
+    "curves": ("finetune", "Losses, and how far ours is from stock"),
+    "classify": ("classify", "Accuracy by rank"),
+}
+"""Of each figure, the kind of record that it is drawn from, and what it shows."""
+EMPTY = "Not measured yet."
 DEMO = {
     "stock": "PEFT DoRA",
     "patched": "**PEFT DoRA + `patch_peft`**",
@@ -49,14 +57,14 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for path in stale:
             print(f"{path.relative_to(REPOSITORY)} is out of date: python -m bench report")
         return 1 if stale else 0
+    from bench import plots
     from bench.commands import plot
 
     FIGURES.mkdir(exist_ok=True)
-    for kind in DRAWN:
+    for kind in dict.fromkeys(kind for kind, _ in DRAWN.values()):
         if found := newest(kind):
-            from bench import plots
-
-            for path in plot.write(plots.merged(found), FIGURES):
+            names = [name for name, (source, _) in DRAWN.items() if source == kind]
+            for path in plot.write(plots.merged(found), FIGURES, names):
                 print(path.relative_to(REPOSITORY))
     for path in stale:
         record.replace(path, texts[path])
@@ -80,6 +88,12 @@ def documents() -> dict[Path, str]:
         before, rest = text.split(begin)
         texts[path] = f"{before}{begin}\n{render()}\n{end}{rest.split(end)[1]}"
     return texts
+
+
+def figures(*names: str) -> str:
+    """The pictures that have a record."""
+    there = [name for name in names if newest(DRAWN[name][0])]
+    return "\n\n".join(f"![{DRAWN[name][1]}](figures/{name}.svg)" for name in there)
 
 
 def demo_table() -> str:
@@ -112,7 +126,9 @@ def demo_table() -> str:
 
 def norm_table() -> str:
     """PEFT's norm over ours, and ours in milliseconds."""
-    (result,) = newest("norm")
+    if not (results := newest("norm")):
+        return EMPTY
+    result = results[0]
     found = {(row["dtypes"], tuple(row["shape"]), row["rank"], row["provider"]): row for row in result["rows"]}
     ranks = sorted({row["rank"] for row in result["rows"]})
     rows = []
@@ -132,7 +148,8 @@ def norm_table() -> str:
 
 def layer_table() -> str:
     """Steps and inference over PEFT's LoRA: ours, and PEFT's DoRA in brackets."""
-    results = newest("layer")
+    if not (results := newest("layer")):
+        return EMPTY
     ratios: dict[tuple[str, int, str], dict[int, dict[str, float]]] = {}
     words = {
         "step": "step of {} tokens", "step of 4": "step of {} tokens four times", "inference": "inference, {} token(s)",
@@ -158,7 +175,9 @@ def layer_table() -> str:
 
 def providers_table() -> str:
     """Everyone beside PEFT's LoRA, from the run of all suites."""
-    (result,) = newest("run")
+    if not (results := newest("run")):
+        return EMPTY
+    result = results[0]
     columns = {
         ("layer", "forward and backward"): "forward and backward",
         ("layer", "step"): "optimizer step",
@@ -188,8 +207,17 @@ def providers_table() -> str:
 
 def run_tables() -> str:
     """All tables of the run of all suites."""
-    (result,) = newest("run")
-    return "\n\n".join([_sheets(show.tables(result)), _ceilings(result), place([result]) + "."])
+    if not (results := newest("run")):
+        return EMPTY
+    result = results[0]
+    ceilings = ", ".join(show.ceiling(name, value) for name, value in result["ceilings"].items())
+    where = f"{place([result])}; measured there: {ceilings}."
+    return "\n\n".join([where, _sheets(show.tables(result)), figures("roofline", "memory", "model")])
+
+
+def growth_figure() -> str:
+    """The picture and where it was measured."""
+    return figures("growth") + f"\n\n{place(found)}." if (found := newest("growth")) else EMPTY
 
 
 def quality_table() -> str:
@@ -197,6 +225,8 @@ def quality_table() -> str:
     from bench.suites.finetune import gaps
 
     finetune, classify = newest("finetune"), newest("classify")
+    if not finetune or not classify:
+        return EMPTY
     parts = [_sheet(show.quality([curve for one in (*finetune, *classify) for curve in one["curves"]]))]
     found = gaps([curve for one in finetune for curve in one["curves"]])
     rows = [
@@ -211,12 +241,14 @@ def quality_table() -> str:
         f"{classify[0]['curves'][0]['examples']} held-out docstrings, {len(classify[0]['curves'][0]['losses'])} steps, "
         f"{place(classify)}."
     )
+    parts.append(figures("curves", "classify"))
     return "\n\n".join(parts)
 
 
 def fidelity_table() -> str:
     """Ours over PEFT's error."""
-    results = newest("fidelity")
+    if not (results := newest("fidelity")):
+        return EMPTY
     rows = [row for one in results for row in one["rows"]]
     ours = [sheet for sheet in show.fidelity(rows) if "torch" not in sheet.title]
     return _sheets(ours) + f"\n\n{place(results)}."
@@ -228,6 +260,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "run": ("docs/benchmarks.md", run_tables),
     "norm": ("docs/benchmarks.md", norm_table),
     "layer": ("docs/benchmarks.md", layer_table),
+    "growth": ("docs/benchmarks.md", growth_figure),
     "quality": ("docs/benchmarks.md", quality_table),
     "fidelity": ("docs/benchmarks.md", fidelity_table),
 }
@@ -241,7 +274,7 @@ def place(results: Sequence[Record]) -> str:
     named = [name for name in ("torch", "triton", "peft", "transformers") if name in versions]
     names = ", ".join(f"{name} {versions[name]}" for name in named)
     commits = ", ".join(dict.fromkeys(one["commit"][:7] for one in results))
-    return f"{hardware['device']}, {hardware['threads']} threads; {names}; commit {commits}, {first['date']}"
+    return f"{machine_of(hardware)}; {names}; commit {commits}, {first['date']}"
 
 
 def _largest(result: Record, provider: str) -> str:
@@ -250,10 +283,6 @@ def _largest(result: Record, provider: str) -> str:
         if row["provider"] == provider:
             errors[row["dtypes"]] = max(errors.get(row["dtypes"], 0.0), *row["errors"].values())
     return ", ".join(f"{error:.0e} ({dtypes})" for dtypes, error in errors.items())
-
-
-def _ceilings(result: Record) -> str:
-    return "Measured: " + ", ".join(show.ceiling(name, value) for name, value in result["ceilings"].items()) + "."
 
 
 def _sheets(sheets: Sequence[show.Sheet]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from bench import machine
 from bench.demo.settings import DemoError, Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -18,10 +19,7 @@ def prepare_environment(settings: Settings) -> None:
     """Set what torch and the Hugging Face libraries read when they are imported."""
     threads = str(min(2, os.cpu_count() or 1))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
-    # A pool of threads that spins without end starves any other on two cores, as when generation follows training. One
-    # that does not spin takes 0.1 ms to wake for every small operation: 100000 turns, a few milliseconds, avoid both.
-    os.environ["GOMP_SPINCOUNT"] = "100000"
-    os.environ["KMP_BLOCKTIME"] = "2"
+    machine.wait_passively()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"

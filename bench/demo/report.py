@@ -19,6 +19,7 @@ from rich.table import Table
 
 from bench.demo.results import Results, Variant, failures, targets
 from bench.demo.settings import CONTROLS, LABELS, LOSS_LIMIT, MAIN
+from bench.record import replace
 
 COLOURS = {
     "stock": "tab:orange",
@@ -127,9 +128,7 @@ def write_text(results: Results, path: Path) -> None:
     """The same report as plain text."""
     stream = io.StringIO()
     show(results, Console(file=stream, width=WIDTH, color_system=None))
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(stream.getvalue(), encoding="utf-8")
-    os.replace(temporary, path)
+    replace(path, stream.getvalue())
 
 
 def draw(results: Results, path: Path) -> None:

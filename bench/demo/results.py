@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from bench.demo.settings import (
     Settings,
 )
 from bench.machine import cpu_name
-
-VERSIONED = ("torch", "triton", "transformers", "peft", "dora_kernels", "numpy")
+from bench.record import replace
 
 
 @dataclass
@@ -128,17 +126,6 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that shapes the figures."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def settings_record(settings: Settings, source: str, corpus: str) -> dict[str, Any]:
     """The settings as written to JSON, without folders of this machine."""
     return {
@@ -159,6 +146,4 @@ def write_json(results: Results, path: Path) -> None:
     record = asdict(results)
     record["targets"] = [{**asdict(target), "met": target.met} for target in targets(results)]
     record["failures"] = failures(results)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace(path, json.dumps(record, indent=1) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench import machine
 from bench.demo import children, data, generate, report, results, train
 from bench.demo import model as models
 from bench.demo.controls import make_control
@@ -47,7 +48,7 @@ class Demo:
         self.windows = self._placed(self.corpus.windows(longest, settings.windows))
         self.prompt = self.corpus.prompt.to(models.device())
         record = results.settings_record(settings, self.source, self.corpus.name)
-        self.results = Results(results.hardware(), results.versions(), record)
+        self.results = Results(results.hardware(), machine.versions(), record)
         self.results.sample["prompt"] = self.tokenizer.decode(self.prompt[0])
         for kind in (*MAIN, *CONTROLS):
             self.results.variants[kind] = Variant(kind)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dora_kernels
 from bench.layers import ACCUMULATED, least_of
 from bench.problem import ALLOWED, DTYPES, FLOOR, errors
-from bench.providers import Missing, Subject
+from bench.providers import Subject, library
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -162,11 +162,9 @@ def _inputs(case: BlockCase) -> tuple[Tensor, Tensor]:
 
 
 def _model(case: BlockCase, use_dora: bool) -> Any:
-    try:
+    with library():
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaModel
-    except ImportError as error:
-        raise Missing(f"{error}: pip install 'dora-kernels[bench]'") from error
     hidden, intermediate, heads, kv_heads = case.sizes
     base, adapter = DTYPES[case.dtypes]
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problem import ALLOWED, FLOOR, LayerShape, error, make_problem
+from bench.problem import ALLOWED, FLOOR, LayerShape, OfShape, error, make_problem
 from bench.providers import Missing, Subject, Work
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear
@@ -42,28 +42,13 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 @dataclass
-class KernelCase:
+class KernelCase(OfShape):
     """A kernel at a shape."""
 
     shape: LayerShape
     suite: str = "compose"
     kernel: str = ""
     providers: Sequence[str] = ("ours", "ours_triton", "ours_torch")
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        return self.shape.label
-
-    @property
-    def dtypes(self) -> str:
-        """Of the layer and the adapter."""
-        return self.shape.dtypes
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What every row states."""
-        return self.shape.facts
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

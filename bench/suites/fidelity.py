@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dora_kernels
 from bench.layers import make_layer
-from bench.problem import LayerShape, Problem, errors, make_problem, oracle
+from bench.problem import LayerShape, OfShape, Problem, errors, make_problem, oracle
 from bench.providers import Subject
 from dora_kernels import reference
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bench.run import Run
 
 RANKS = (1, 4, 16, 64, 256, 768)
-HIDDEN, TOKENS = 768, 256
+HIDDEN, TOKENS = 768, 64
 PROVIDERS = ("peft_dora", "ours", "ours_triton", "ours_torch")
 NOISE = 1.1
 """In float32 ours and PEFT's differ in the order of sums alone. The rms error of the 768 elements of dm scatters by
@@ -62,7 +62,7 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 @dataclass
-class FidelityCase:
+class FidelityCase(OfShape):
     """One cell of the table."""
 
     shape: LayerShape
@@ -74,11 +74,6 @@ class FidelityCase:
     def label(self) -> str:
         """For people."""
         return f"{self.condition}, {self.shape.label}"
-
-    @property
-    def dtypes(self) -> str:
-        """Of the layer and the adapter."""
-        return self.shape.dtypes
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.problem import DTYPES, error
-from bench.providers import Missing, Subject
+from bench.providers import Missing, Subject, library
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear, reference, torch_backend
 from dora_kernels.backends import resolve, triton_problem
@@ -192,10 +192,8 @@ def _linears(factors: Factors) -> list[nn.Linear]:
 
 
 def _peft(case: NormCase, compiled: bool = False) -> tuple[Any, ...]:
-    try:
+    with library():
         from peft.tuners.lora.dora import DoraLinearLayer
-    except ImportError as reason:
-        raise Missing(f"{reason}: pip install 'dora-kernels[bench]'") from reason
     dora = DoraLinearLayer(fan_in_fan_out=False)
 
     @torch.no_grad()
@@ -211,10 +209,8 @@ def _peft(case: NormCase, compiled: bool = False) -> tuple[Any, ...]:
 
 
 def _torchtune(case: NormCase) -> tuple[Any, ...]:
-    try:
+    with library():
         from torchtune.modules.peft import DoRALinear
-    except ImportError as reason:
-        raise Missing(f"{reason}: pip install 'dora-kernels[bench]'") from reason
     layer = DoRALinear(8, 8, 1, SCALING)  # its method asks for the scaling alone
 
     @torch.no_grad()
