@@ -60,7 +60,7 @@ types: $(VENV)/.stamp-dev
 check: lint types
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-output bench-output .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.

@@ -61,8 +61,8 @@ def write(record: Record, path: Path) -> None:
     ceilings = ", ".join(show.ceiling(name, value) for name, value in record["ceilings"].items())
     missing = [(LABELS.get(name, name), reason) for name, reason in record["missing"].items()]
     text = _TEMPLATE.render(
-        record=record, machine=machine_of(record["hardware"]), ceilings=ceilings, missing=missing, figures=_figures(record),
-        tables=show.tables(record),
+        record=record, machine=machine_of(record["hardware"]), ceilings=ceilings, missing=missing,
+        figures=_figures(record), tables=show.tables(record),
     )  # fmt: skip
     replace(path, text)
 

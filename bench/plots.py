@@ -150,8 +150,8 @@ def model(record: Record) -> Figure | None:
     rows = [row for row in record["rows"] if row["suite"] == "model"]
     if not rows:
         return None
-    length = max(row["tokens"] for row in rows)
-    rows = [row for row in rows if row["tokens"] == length]
+    length, rank = max((row["tokens"], row["rank"]) for row in rows)
+    rows = [row for row in rows if (row["tokens"], row["rank"]) == (length, rank)]
     parts = (
         ("step", "us", 1e3, f"milliseconds, a training step of {length} tokens", "{:.0f}"),
         ("token", "us", 1e3, "milliseconds, a generated token", "{:.0f}"),
@@ -162,12 +162,13 @@ def model(record: Record) -> Figure | None:
         mine = [row for row in rows if row["part"] == part]
         _bars(panel, [row["provider"] for row in mine], [row[key] / unit for row in mine], form)
         panel.set(xlabel=label)
-    return _titled(figure, record, "SmolLM2-135M, adapters of rank 16 on all linear layers, fp32")
+    return _titled(figure, record, f"SmolLM2-135M, adapters of rank {rank} on all linear layers, fp32")
 
 
 def curves(record: Record) -> Figure | None:
     """Learning curves, and how far ours is from stock at every step beside how far two seeds are from each other."""
     found = [curve for curve in record["curves"] if curve["suite"] == "finetune"]
+    found = [curve for curve in found if curve["rank"] == found[0]["rank"]]
     if not found:
         return None
     figure, (losses, apart) = pyplot.subplots(1, 2, figsize=(10.5, 3.9), layout="constrained")

@@ -15,6 +15,7 @@ from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
 from bench.problem import LayerShape, beyond, errors, limits, make_problem, oracle, plain
 from bench.run import Options, Run
 from bench.suites import fidelity
+from bench.suites.finetune import gaps
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
@@ -153,6 +154,27 @@ def test_least_bytes_and_flops():
     step = least_of((m, n, k, r), (4, 4), "dora", 1, True, True)
     both = least_of((m, n, k, r), (4, 4), "dora", 1, True, False)
     assert step[1] - both[1] == 2 * n * k * r and step[0] - both[0] == 4 * (7 * (r * (n + k) + n) + n * k)
+
+
+def test_gaps_between_seeds_and_between_implementations():
+    def curve(provider, seed, *losses, held_out, accuracy):
+        return {
+            "suite": "finetune", "provider": provider, "rank": 4, "seed": seed, "losses": losses, "held_out": held_out,
+            "accuracy": accuracy,
+        }  # fmt: skip
+
+    found = gaps([
+        curve("peft_dora", 0, 3.0, 2.0, held_out=1.0, accuracy=0.50),
+        curve("ours", 0, 3.0, 2.5, held_out=1.25, accuracy=0.50),
+        curve("peft_dora", 1, 4.0, 2.0, held_out=1.5, accuracy=0.75),
+        curve("ours", 1, 4.0, 2.25, held_out=1.5, accuracy=0.75),
+        curve("peft_lora", 0, 9.0, 9.0, held_out=9.0, accuracy=0.0),
+    ])  # fmt: skip
+    assert found == {
+        "loss, ours to stock": 0.5, "loss, seed to seed": 1.0, "held-out loss, ours to stock": 0.25,
+        "held-out loss, seed to seed": 0.5, "held-out accuracy, ours to stock": 0.0,
+        "held-out accuracy, seed to seed": 0.25,
+    }  # fmt: skip
 
 
 def test_kinds_have_oracles():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROVIDERS = ("peft_dora", "ours", "peft_lora")
 KINDS = {"peft_dora": "stock", "ours": "patched", "peft_lora": "lora"}
 """What `bench.demo` calls them."""
+RANK = 16
 TOKENS = 128
 WINDOWS = 12
 """Of held-out text, 256 tokens each."""
@@ -33,14 +34,14 @@ DIGITS = 9
 
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """One seed after another, then the comparison."""
-    for seed in run.given.seeds:
-        yield f"finetune: seed {seed}", lambda seed=seed: _train(run, seed)
+    for rank, seed in itertools.product(run.given.ranks or [RANK], run.given.seeds):
+        yield f"finetune: rank {rank}, seed {seed}", lambda rank=rank, seed=seed: _train(run, rank, seed)
     yield "finetune: comparison", lambda: _compare(run)
 
 
-def settings(run: Run, seed: int = 0) -> Settings:
+def settings(run: Run, rank: int = RANK, seed: int = 0) -> Settings:
     """Of the demo's machinery, for this run."""
-    return Settings(rank=16, lr=5e-4, out=run.given.folder, seed=seed)
+    return Settings(rank=rank, lr=5e-4, out=run.given.folder, seed=seed)
 
 
 def load(run: Run) -> tuple[Any, Any, data.Corpus]:
@@ -51,37 +52,37 @@ def load(run: Run) -> tuple[Any, Any, data.Corpus]:
             source = models.prepare(given)
         except (models.DemoError, ImportError) as reason:
             raise Missing(str(reason)) from reason
-        base, tokenizer = models.load(source), models.load_tokenizer(source)
+        base, tokenizer = models.load(source).to(run.device), models.load_tokenizer(source)
         run.shared["finetune"] = base, tokenizer, data.make_corpus(*data.read_text(None), tokenizer, 256)
     return run.shared["finetune"]
 
 
-def adapted(run: Run, provider: str, base: Any, seed: int) -> Any:
-    """A provider's model of the base, its A drawn from the seed."""
-    model = models.adapt(base, KINDS[provider], settings(run, seed))
+def adapted(run: Run, provider: str, rank: int, seed: int) -> Any:
+    """A provider's model, its A drawn from the seed."""
+    model = models.adapt(load(run)[0], KINDS[provider], settings(run, rank, seed))
     if provider == "ours":
         models.patch(model)
     return model
 
 
-def _train(run: Run, seed: int) -> None:
-    base, _, corpus = load(run)
-    names = run.chosen(PROVIDERS)
+def _train(run: Run, rank: int, seed: int) -> None:
+    _, _, corpus = load(run)
+    given = settings(run, rank, seed)
     trained = {
-        name: train.make_run(KINDS[name], adapted(run, name, base, seed), settings(run, seed)) for name in names
+        name: train.make_run(KINDS[name], adapted(run, name, rank, seed), given) for name in run.chosen(PROVIDERS)
     }
-    windows = [window.to(models.device()) for window in corpus.windows(256, WINDOWS)]
+    windows = [window.to(run.device) for window in corpus.windows(256, WINDOWS)]
     before = {name: _held_out(one.model, windows) for name, one in trained.items()}
     orders = list(itertools.permutations(trained.values()))
     steps = run.given.steps
     for step, batch in enumerate(corpus.batches(TOKENS, steps, seed=0)):
         for one in orders[step % len(orders)]:
-            train.train_step(one, batch.to(models.device()), step)
+            train.train_step(one, batch.to(run.device), step)
         run.advance(step + 1, steps)
     for name, one in trained.items():
         after = _held_out(one.model, windows)
         run.record["curves"].append({
-            "suite": "finetune", "provider": name, "rank": 16, "seed": seed, "tokens": TOKENS, "dtypes": "fp32",
+            "suite": "finetune", "provider": name, "rank": rank, "seed": seed, "tokens": TOKENS, "dtypes": "fp32",
             "losses": [significant(loss, DIGITS) for loss in one.losses],
             "held_out_before": significant(before[name][0], DIGITS), "held_out": significant(after[0], DIGITS),
             "accuracy_before": significant(before[name][1]), "accuracy": significant(after[1]),
@@ -107,11 +108,15 @@ def gaps(curves: list[dict[str, Any]]) -> dict[str, float]:
 
     Between seeds the smallest difference of any two counts.
     """
-    of = {(curve["provider"], curve["seed"]): curve for curve in curves if curve["suite"] == "finetune"}
-    seeds = sorted({seed for _, seed in of})
-    stock = [of["peft_dora", seed] for seed in seeds]
-    pairs = [(of["ours", seed], of["peft_dora", seed]) for seed in seeds]
-    others = list(itertools.combinations(stock, 2))
+    of = {
+        (curve["provider"], curve["rank"], curve["seed"]): curve for curve in curves if curve["suite"] == "finetune"
+    }
+    trainings = sorted({key[1:] for key in of})
+    pairs = [(of[("ours", *key)], of[("peft_dora", *key)]) for key in trainings]
+    others = [
+        (of[("peft_dora", *one)], of[("peft_dora", *other)])
+        for one, other in itertools.combinations(trainings, 2) if one[0] == other[0]
+    ]  # fmt: skip
     return {
         "loss, ours to stock": max(_apart(*pair) for pair in pairs),
         "loss, seed to seed": min(_apart(*pair) for pair in others),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from bench.demo import train
 from bench.layers import least_of
 from bench.problem import ALLOWED, FLOOR, error
 from bench.providers import Subject, Work
-from bench.suites.finetune import KINDS, PROVIDERS, adapted, load, settings
+from bench.suites.finetune import KINDS, PROVIDERS, RANK, adapted, load, settings
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -30,8 +31,8 @@ PROMPT, CONTINUED = 16, 48
 
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """A step at every number of tokens, and a token."""
-    for tokens in run.given.tokens or [128]:
-        case = ModelCase(run, tokens)
+    for tokens, rank in itertools.product(run.given.tokens or [128], run.given.ranks or [RANK]):
+        case = ModelCase(run, tokens, rank)
         yield f"model: {case.label}", lambda case=case: _measure(run, case)
 
 
@@ -46,6 +47,7 @@ class ModelCase:
 
     run: Run
     tokens: int
+    rank: int
     suite: str = "model"
     dtypes: str = "fp32"
     providers: Sequence[str] = PROVIDERS
@@ -53,35 +55,37 @@ class ModelCase:
     @property
     def label(self) -> str:
         """For people."""
-        return f"SmolLM2-135M, rank 16, {self.tokens} tokens, fp32"
+        return f"SmolLM2-135M, rank {self.rank}, {self.tokens} tokens, fp32"
 
     @property
     def facts(self) -> dict[str, Any]:
         """What every row states."""
-        return {"shape": "SmolLM2-135M", "rank": 16, "tokens": self.tokens, "dtypes": self.dtypes}
+        return {"shape": "SmolLM2-135M", "rank": self.rank, "tokens": self.tokens, "dtypes": self.dtypes}
 
     @functools.cached_property
     def batch(self) -> Tensor:
         """Real text."""
-        base, _, corpus = load(self.run)
-        return corpus.batches(self.tokens, 1, seed=0)[0].to(next(base.parameters()).device)
+        return load(self.run)[2].batches(self.tokens, 1, seed=0)[0].to(self.run.device)
 
     def subject(self, provider: str) -> Subject:
         """The provider's model, its logits checked."""
         model = self._moved(provider)
-        one = train.make_run(KINDS[provider], model, settings(self.run))
+        one = train.make_run(KINDS[provider], model, settings(self.run, self.rank))
         wanted, limit = self._lora_judge if provider == "peft_lora" else self._dora_judge
         kind = "lora" if provider == "peft_lora" else "dora"
         parts: dict[str, list[Work]] = {
             "step": [lambda: train.train_step(one, self.batch, 0)],
             "token": [Continuation(model, self.batch)],
         }
-        least = {"step": _least(model, kind, self.tokens, True), "token": _least(model, kind, 1, False)}
+        least = {
+            "step": _least(model, kind, self.tokens, self.rank, True),
+            "token": _least(model, kind, 1, self.rank, False),
+        }
         return Subject(provider, parts, {"logits": error(self._logits(model), wanted)}, {"logits": limit}, least)
 
     def _moved(self, provider: str) -> Any:
         """A model whose B is not zero and whose magnitudes are not the norms."""
-        model = adapted(self.run, provider, load(self.run)[0], seed=0)
+        model = adapted(self.run, provider, self.rank, seed=0)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -134,7 +138,7 @@ class Continuation:
         self.made, self.state = self.made + 1, (output.logits[:, -1:].argmax(-1), output.past_key_values)
 
 
-def _least(model: nn.Module, kind: str, tokens: int, training: bool) -> tuple[int, int]:
+def _least(model: nn.Module, kind: str, tokens: int, rank: int, training: bool) -> tuple[int, int]:
     """Bytes and FLOPs of the linear layers; attention, a few hundredths of them at these lengths, is left out."""
     size = flops = 0
     for name, module in model.named_modules():
@@ -142,7 +146,7 @@ def _least(model: nn.Module, kind: str, tokens: int, training: bool) -> tuple[in
             continue
         layer_kind = kind if name.endswith("base_layer") else "frozen"
         more = least_of(
-            (tokens, module.out_features, module.in_features, 16), (4, 4), layer_kind, 1, training, training
+            (tokens, module.out_features, module.in_features, rank), (4, 4), layer_kind, 1, training, training
         )
         size, flops = size + more[0], flops + more[1]
     return size, flops
