@@ -3,16 +3,18 @@
 #
 #   bash bench/gpu.sh OUTDIR [options of `python -m bench run`]
 #
-# Writes tests.log, run.json, run.csv, run.txt, run.html and run.log to OUTDIR, in under nine minutes, and ends with the
-# tables.
+# Writes tests.log and, of each of three runs, NAME.json, NAME.csv, NAME.txt and NAME.log to OUTDIR, in under nine
+# minutes, and ends with the tables: run (everybody, rank 16), ranks (PEFT and ours, ranks 64 and 384), fidelity.
 # Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
 #
-#   bash bench/gpu.sh rehearsal --device cpu --hidden 256 --tokens 32 --rank 4 --block 256x512x4x2
+#   bash bench/gpu.sh rehearsal --device cpu --dtype fp32 --hidden 256 --tokens 32 --block 256x512x4x2
 set -uo pipefail
 
 TESTS_SECONDS=${TESTS_SECONDS:-145}
-TABLES_SECONDS=${TABLES_SECONDS:-335}
+RUN_SECONDS=${RUN_SECONDS:-180}
+RANKS_SECONDS=${RANKS_SECONDS:-100}
+FIDELITY_SECONDS=${FIDELITY_SECONDS:-40}
 
 if [ $# -lt 1 ]; then
     echo "usage: bash bench/gpu.sh OUTDIR [options of python -m bench run]" >&2
@@ -51,20 +53,23 @@ if [ "$code" -eq 0 ] && ! grep -qE "^(\[gw[0-9]+\] .*PASSED |tests/[^ ]+ PASSED)
     case " $* " in *" --device cpu "*) ;; *) status=1 ;; esac
 fi
 
-echo "== tables, at most $TABLES_SECONDS s: $out/run.json"
-rm -f "$out"/run.{json,csv,txt,html}
-timeout --kill-after=10 $((TABLES_SECONDS + 15)) \
-    "$python" -m bench run --suite norm compose layer decode block memory host fidelity --rank 16 384 \
-    --limit-s "$TABLES_SECONDS" --out "$out/run.json" "$@" >"$out/run.txt" 2>"$out/run.log"
-code=$?
-if [ "$code" -ne 0 ]; then
-    echo "   failed: exit status $code"
-    status=1
-fi
-# The record is written stage by stage: of a run that was killed, too, `python -m bench plot` draws what there is.
-if [ -s "$out/run.txt" ]; then
-    cat "$out/run.txt"
-else
-    tail -n 15 "$out/run.log"
-fi
+# A run of `python -m bench run`: NAME, seconds, options.
+measure() {
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name, at most $seconds s: $out/$name.json"
+    rm -f "$out/$name".{json,csv,txt}
+    timeout --kill-after=10 $((seconds + 30)) "$python" -m bench run --limit-s "$seconds" --out "$out/$name.json" "$@" \
+        >"$out/$name.txt" 2>"$out/$name.log"
+    code=$?
+    if [ "$code" -ne 0 ]; then
+        echo "   failed: exit status $code"
+        status=1
+    fi
+    # The record is written stage by stage: of a run that was killed, too, `python -m bench plot` draws what there is.
+    if [ -s "$out/$name.txt" ]; then cat "$out/$name.txt"; else tail -n 15 "$out/$name.log"; fi
+}
+measure run "$RUN_SECONDS" --suite norm compose layer decode memory host block --rank 16 "$@"
+measure ranks "$RANKS_SECONDS" --suite norm layer decode --rank 64 384 --providers frozen peft_lora peft_dora ours "$@"
+measure fidelity "$FIDELITY_SECONDS" --suite fidelity --rank 1 16 256 "$@"
 exit "$status"

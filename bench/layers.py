@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dora_kernels
 from bench import timing
 from bench.problem import NAMES, LayerShape, OfShape, Problem, errors, limits, make_problem, oracle, plain
-from bench.providers import Missing, Subject, Work, library
+from bench.providers import ACCUMULATED, Missing, Subject, Work, library
 from dora_kernels.backends import triton_problem
 
 PROVIDERS = (
@@ -25,8 +25,6 @@ PROVIDERS = (
 )  # fmt: skip
 KINDS = {"frozen": "frozen", "peft_lora": "lora", "lycoris": "dora_attached", "dense": "dora_attached"}
 """What a provider computes, where it is not DoRA with the norm detached: LyCORIS and the usual tutorial train it."""
-ACCUMULATED = 4
-"""Micro-batches of the longer optimizer step."""
 
 
 @dataclass

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bench.layers import ACCUMULATED
-from bench.providers import LABELS
+from bench.providers import ACCUMULATED, LABELS
 from bench.record import Record, machine_of
 
 COLORS = {

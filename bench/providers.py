@@ -32,6 +32,9 @@ LABELS = {
 REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen")
 """Those that every row has its ratio to, where they take part."""
 
+ACCUMULATED = 4
+"""Micro-batches of the longer optimizer step."""
+
 Work = Callable[[], Any]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,34 @@ def quality(curves: Sequence[Row]) -> Sheet:
         ]))  # fmt: skip
     head = ["provider", "suite", "rank", "seeds", "loss", "accuracy"]
     return Sheet("quality on held-out text: mean (least – most)", head, cells)
+
+
+def gaps(curves: list[dict[str, Any]]) -> dict[str, float]:
+    """How far ours is from stock, and stock's seeds from each other: at most over steps, and on held-out text.
+
+    Between seeds the smallest difference of any two counts.
+    """
+    of = {
+        (curve["provider"], curve["rank"], curve["seed"]): curve for curve in curves if curve["suite"] == "finetune"
+    }
+    trainings = sorted({key[1:] for key in of})
+    pairs = [(of[("ours", *key)], of[("peft_dora", *key)]) for key in trainings]
+    others = [
+        (of[("peft_dora", *one)], of[("peft_dora", *other)])
+        for one, other in itertools.combinations(trainings, 2) if one[0] == other[0]
+    ]  # fmt: skip
+    return {
+        "loss, ours to stock": max(_apart(*pair) for pair in pairs),
+        "loss, seed to seed": min(_apart(*pair) for pair in others),
+        "held-out loss, ours to stock": max(abs(a["held_out"] - b["held_out"]) for a, b in pairs),
+        "held-out loss, seed to seed": min(abs(a["held_out"] - b["held_out"]) for a, b in others),
+        "held-out accuracy, ours to stock": max(abs(a["accuracy"] - b["accuracy"]) for a, b in pairs),
+        "held-out accuracy, seed to seed": min(abs(a["accuracy"] - b["accuracy"]) for a, b in others),
+    }
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
 
 
 def is_wrong(row: Row) -> bool:

@@ -9,13 +9,12 @@ import math
 import pytest
 import torch
 
-from bench import layers, record, suites
+from bench import layers, record, show, suites
 from bench.__main__ import main
 from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
 from bench.problem import LayerShape, beyond, errors, limits, make_problem, oracle, plain
 from bench.run import Options, Run
 from bench.suites import fidelity
-from bench.suites.finetune import gaps
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
@@ -163,7 +162,7 @@ def test_gaps_between_seeds_and_between_implementations():
             "accuracy": accuracy,
         }  # fmt: skip
 
-    found = gaps([
+    found = show.gaps([
         curve("peft_dora", 0, 3.0, 2.0, held_out=1.0, accuracy=0.50),
         curve("ours", 0, 3.0, 2.5, held_out=1.25, accuracy=0.50),
         curve("peft_dora", 1, 4.0, 2.0, held_out=1.5, accuracy=0.75),

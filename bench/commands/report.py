@@ -222,13 +222,11 @@ def growth_figure() -> str:
 
 def quality_table() -> str:
     """Learning curves and the classification task."""
-    from bench.suites.finetune import gaps
-
     finetune, classify = newest("finetune"), newest("classify")
     if not finetune or not classify:
         return EMPTY
     parts = [_sheet(show.quality([curve for one in (*finetune, *classify) for curve in one["curves"]]))]
-    found = gaps([curve for one in finetune for curve in one["curves"]])
+    found = show.gaps([curve for one in finetune for curve in one["curves"]])
     rows = [
         [what, _small(found[f"{what}, ours to stock"]), _small(found[f"{what}, seed to seed"])]
         for what in ("loss", "held-out loss", "held-out accuracy")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import dora_kernels
-from bench.layers import ACCUMULATED, least_of
+from bench.layers import least_of
 from bench.problem import ALLOWED, DTYPES, FLOOR, errors
-from bench.providers import Subject, library
+from bench.providers import ACCUMULATED, Subject, library
 
 if TYPE_CHECKING:
     from bench.run import Run

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench import show
 from bench.demo import data, train
 from bench.demo import model as models
 from bench.demo.settings import Settings
@@ -103,39 +104,11 @@ def _held_out(model: Any, windows: list[torch.Tensor]) -> tuple[float, float]:
     return sum(losses) / len(losses), sum(hits) / len(hits)
 
 
-def gaps(curves: list[dict[str, Any]]) -> dict[str, float]:
-    """How far ours is from stock, and stock's seeds from each other: at most over steps, and on held-out text.
-
-    Between seeds the smallest difference of any two counts.
-    """
-    of = {
-        (curve["provider"], curve["rank"], curve["seed"]): curve for curve in curves if curve["suite"] == "finetune"
-    }
-    trainings = sorted({key[1:] for key in of})
-    pairs = [(of[("ours", *key)], of[("peft_dora", *key)]) for key in trainings]
-    others = [
-        (of[("peft_dora", *one)], of[("peft_dora", *other)])
-        for one, other in itertools.combinations(trainings, 2) if one[0] == other[0]
-    ]  # fmt: skip
-    return {
-        "loss, ours to stock": max(_apart(*pair) for pair in pairs),
-        "loss, seed to seed": min(_apart(*pair) for pair in others),
-        "held-out loss, ours to stock": max(abs(a["held_out"] - b["held_out"]) for a, b in pairs),
-        "held-out loss, seed to seed": min(abs(a["held_out"] - b["held_out"]) for a, b in others),
-        "held-out accuracy, ours to stock": max(abs(a["accuracy"] - b["accuracy"]) for a, b in pairs),
-        "held-out accuracy, seed to seed": min(abs(a["accuracy"] - b["accuracy"]) for a, b in others),
-    }
-
-
-def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
-    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
-
-
 def _compare(run: Run) -> None:
     curves = run.record["curves"]
     if len(run.given.seeds) < 2 or not {"peft_dora", "ours"} <= {curve["provider"] for curve in curves}:
         return
-    found = gaps(curves)
+    found = show.gaps(curves)
     for what in ("loss", "held-out loss"):
         ours, seeds = found[f"{what}, ours to stock"], found[f"{what}, seed to seed"]
         if not ours < seeds:
