@@ -37,7 +37,7 @@ img { max-width: 100%; height: auto } .note { color: #555; font-size: .9rem } di
 Measured here: {{ ceilings }}.</p>
 <p class="note">Providers took turns in one process. A ratio is the median, over rounds, of two times of one round; a
 spread is half the distance between the quartiles. "ceiling" is the time that the fewest bytes or FLOPs would take at
-the measured rates, over the time. Errors are relative to float64.</p>
+the best rates that the run saw, over the time. Errors are relative to float64.</p>
 {% for failure in record.failures %}<p class="failed">FAILED {{ failure.stage }}: {{ failure.message }}</p>{% endfor %}
 {% for name, reason in missing %}<p class="note">Missing: {{ name }}: {{ reason }}</p>{% endfor %}
 {% for name, source in figures %}<p><img alt="{{ name }}" src="{{ source }}"></p>

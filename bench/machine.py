@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,15 @@ def wait_passively() -> None:
     """
     os.environ["GOMP_SPINCOUNT"] = "100000"
     os.environ["KMP_BLOCKTIME"] = "2"
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say about a plain run: that they deprecate, load weights, or have no GPU."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # where they are not imported yet
+    for name in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
 def cpu_name() -> str:

@@ -51,8 +51,9 @@ def growth(record: Record) -> Figure | None:
             ours = {x * ACCUMULATED if axis == "tokens" else x: y for x, y in curves["ours"].items()}
             start, slope, explained = straight(ours)
             ends = [0, max(ours)]
-            label = f"straight line, R² = {explained:.4f}"
-            panel.plot(ends, [start + slope * x for x in ends], linewidth=0.8, color="black", label=label)
+            label = f"ours as a straight line of {axis}, R² = {explained:.4f}"
+            line = [start + slope * x for x in ends]
+            panel.plot(ends, line, linewidth=0.9, linestyle=":", color=COLORS["ours"], label=label)
         label = {"tokens": f"tokens in a step, {ACCUMULATED} micro-batches", "hidden": "hidden size"}.get(axis, axis)
         panel.set(xlabel=label, ylabel="milliseconds", title=fixed, xlim=(0, None), ylim=(0, None))
     _legend(figure, axes)

@@ -122,6 +122,12 @@ def machine_of(hardware: dict[str, Any]) -> str:
     return f"{hardware['device']}{capability}, {hardware['threads']} threads"
 
 
+def commit_of(record: Record) -> str:
+    """The commit, shortened, with its "+"."""
+    commit = str(record["commit"])
+    return commit[:7] + "+" * commit.endswith("+")
+
+
 def significant(figure: float, digits: int = 4) -> float | None:
     """Rounded for the record; None for what JSON has no number for."""
     return float(f"{figure:.{digits}g}") if math.isfinite(figure) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 import traceback
@@ -23,7 +24,6 @@ from bench.record import rounded, significant
 from bench.timing import Candidate
 
 _TRACE_LINES = 12
-WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class Run:
                     self.shared.clear()
                 self.stage(name, work)
                 self.progress.advance(self._bar)
+        if not any(self.record[name] for name in ("rows", "curves", "failures", "missing")):
+            asked = f"{', '.join(self.given.providers or LABELS)} in {', '.join(self.given.suites)}"
+            self.fail("run", f"nothing was measured: none of {asked}")
         if self.given.out:
             record.write(self.record, self.given.out)
 
@@ -106,6 +109,7 @@ class Run:
         if any(name.endswith("_compiled") for name in self.given.providers or LABELS):
             torch.compiler.reset()  # after a few recompilations of one function torch runs it uncompiled
         gc.collect()
+        self.hold_against_ceilings()
         self.record["seconds"][name] = round(time.perf_counter() - begun, 1)
         if self.given.out:
             record.write(self.record, self.given.out)
@@ -123,26 +127,36 @@ class Run:
         """Those of the names that `--providers` asks for."""
         return [name for name in names if self.given.providers is None or name in self.given.providers]
 
-    def ceilings(self) -> None:
-        """The bandwidth and the matrix rates that everything else is held against, of this device, now."""
-        cuda = self.device.type == "cuda"
-        found = self.record["ceilings"]
-        found["copy_bytes_per_s"] = significant(timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26))
-        for dtype in dict.fromkeys((torch.float32, *(DTYPES[name][0] for name in self.given.dtypes))):
-            rate = timing.blas_rate(self.device, 8192 if cuda else 1024, dtype)
-            found[f"flop_per_s.{str(dtype).removeprefix('torch.')}"] = significant(rate)
+    def ceilings(self, rounds: int = 11) -> None:
+        """The bandwidth and the matrix rates that everything is held against: the best seen.
 
-    def floor(self, least: tuple[int, int] | None, dtypes: str) -> float | None:
-        """Seconds that the fewest bytes or FLOPs take at the measured ceilings, whichever are more.
+        Taken first, and again before each comparison: a machine that others use too has its better times.
+        """
+        cuda, found = self.device.type == "cuda", self.record["ceilings"]
+
+        def keep(name: str, rate: float) -> None:
+            found[name] = significant(max(rate, found.get(name, 0.0)))
+
+        keep("copy_bytes_per_s", timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26, rounds))
+        for dtype in dict.fromkeys((torch.float32, *(DTYPES[name][0] for name in self.given.dtypes))):
+            name = f"flop_per_s.{str(dtype).removeprefix('torch.')}"
+            # Without instructions for it a 16-bit product takes seconds, and is no ceiling.
+            if found.get(name, math.inf) > 0.1 * found.get("flop_per_s.float32", 0.0):
+                keep(name, timing.blas_rate(self.device, 8192 if cuda else 1024, dtype, rounds))
+
+    def hold_against_ceilings(self) -> None:
+        """Fill in each row's time at the ceilings, of its fewest bytes or FLOPs, whichever take longer, and the share
+        of that in its own time.
 
         A 16-bit product may be done in float32, where a CPU without 16-bit instructions is hundreds of times faster.
         """
         found = self.record["ceilings"]
-        names = ("float32", str(DTYPES[dtypes][0]).removeprefix("torch."))
-        rates = [found[f"flop_per_s.{name}"] for name in names if f"flop_per_s.{name}" in found]
-        if not least or not rates or "copy_bytes_per_s" not in found:
-            return None
-        return max(least[0] / found["copy_bytes_per_s"], least[1] / max(rates))
+        for row in self.record["rows"]:
+            names = ("float32", str(DTYPES[row["dtypes"]][0]).removeprefix("torch."))
+            rates = [found[f"flop_per_s.{name}"] for name in names if f"flop_per_s.{name}" in found]
+            if row["us"] and row["bytes"] is not None and rates and "copy_bytes_per_s" in found:
+                floor = max(row["bytes"] / found["copy_bytes_per_s"], row["flops"] / max(rates))
+                row["floor_us"], row["fraction"] = significant(floor * 1e6), significant(floor * 1e6 / row["us"], 3)
 
     def subjects(self, case: Case) -> list[Subject]:
         """The chosen providers that run, each checked; a wrong one is a failure, and is timed all the same."""
@@ -166,6 +180,8 @@ class Run:
 
         A part may take this share of the run's time; three rounds are made in any case.
         """
+        if timed:
+            self.ceilings(rounds=3)
         subjects = self.subjects(case)
         for part in dict.fromkeys(part for subject in subjects for part in subject.parts):
             candidates: dict[str, Candidate] = {}
@@ -202,11 +218,8 @@ class Run:
             "ratios": {}, "errors": rounded(subject.errors), "limits": rounded(subject.limits),
         }  # fmt: skip
         if candidate.samples:
-            floor = self.floor(least, case.dtypes)
             row["us"], row["spread"] = significant(candidate.seconds * 1e6), significant(candidate.spread, 2)
             row["ratios"] = {
                 name: significant(candidate.ratio(candidates[name]), 3) for name in REFERENCES if name in candidates
             }
-            if floor is not None:
-                row["floor_us"], row["fraction"] = significant(floor * 1e6), significant(floor / candidate.seconds, 3)
         return row

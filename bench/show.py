@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.providers import LABELS
-from bench.record import Record, machine_of
+from bench.record import Record, commit_of, machine_of
 
 WIDTH = 80  # where there is no terminal to ask
 EMPTY = "–"
@@ -41,7 +41,7 @@ def show(record: Record, screen: Console) -> None:
     """Where it ran, a table for each comparison, what is missing and what failed."""
     hardware = record["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    screen.print(f"{machine_of(hardware)}; {versions}; commit {record['commit'][:12]}")
+    screen.print(f"{machine_of(hardware)}; {versions}; commit {commit_of(record)}")
     found = ", ".join(ceiling(name, value) for name, value in record["ceilings"].items())
     screen.print(f"measured here: {found}")
     for sheet in tables(record):

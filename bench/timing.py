@@ -173,18 +173,18 @@ def cache_bytes(device: torch.device) -> int:
     return 2 * 2**20
 
 
-def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes per second, read plus written, of a large copy on the device."""
-    source = torch.randn(size // 4, device=device)
+def copy_bandwidth(device: torch.device, size: int, rounds: int) -> float:
+    """Bytes per second, read plus written, of a large copy on the device: the best of the rounds."""
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     candidate = Candidate("copy", [lambda: target.copy_(source)])
-    interleave([candidate], device, rounds=11)
-    return 2 * source.nbytes / candidate.seconds
+    interleave([candidate], device, rounds=rounds)
+    return 2 * source.nbytes / min(candidate.samples)
 
 
-def blas_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product on random data."""
+def blas_rate(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> float:
+    """Operations per second of a large square matrix product on random data: the best of the rounds."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     candidate = Candidate("product", [lambda: left @ right])
-    interleave([candidate], device, rounds=11)
-    return 2 * size**3 / candidate.seconds
+    interleave([candidate], device, rounds=rounds)
+    return 2 * size**3 / min(candidate.samples)

@@ -50,7 +50,10 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             "hidden": given.hidden, "ranks": given.rank, "tokens": given.tokens,
             "providers": given.providers or list(PROVIDERS),
         }  # fmt: skip
-        return _compare(Path(folder), given, commit, options)
+        try:
+            return _compare(Path(folder), given, commit, options)
+        except RuntimeError as error:
+            parser.error(f"{given.revision}: {error}")
 
 
 def _compare(folder: Path, given: argparse.Namespace, commit: str, options: dict[str, Any]) -> int:

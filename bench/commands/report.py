@@ -18,7 +18,7 @@ from pathlib import Path
 from bench import record, show
 from bench.machine import REPOSITORY
 from bench.providers import LABELS
-from bench.record import Record, machine_of
+from bench.record import Record, commit_of, machine_of
 
 RESULTS = REPOSITORY / "bench" / "results"
 FIGURES = REPOSITORY / "docs" / "figures"
@@ -118,7 +118,7 @@ def demo_table() -> str:
     place = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     note = (
         f"{settings['model']}, all linear layers, rank {settings['rank']}, float32, on {place}; torch "
-        f"{versions['torch']}, peft {versions['peft']}; commit {result['commit'][:7]}, {result['date']}; ratios are "
+        f"{versions['torch']}, peft {versions['peft']}; commit {commit_of(result)}, {result['date']}; ratios are "
         "medians over steps run in turn, in one process."
     )
     return _markdown([*head, "same losses as PEFT DoRA"], rows, "l" + "r" * (len(head) - 1) + "l") + "\n\n" + note
@@ -271,7 +271,7 @@ def place(results: Sequence[Record]) -> str:
     hardware, versions = first["hardware"], first["versions"]
     named = [name for name in ("torch", "triton", "peft", "transformers") if name in versions]
     names = ", ".join(f"{name} {versions[name]}" for name in named)
-    commits = ", ".join(dict.fromkeys(one["commit"][:7] for one in results))
+    commits = ", ".join(dict.fromkeys(map(commit_of, results)))
     return f"{machine_of(hardware)}; {names}; commit {commits}, {first['date']}"
 
 

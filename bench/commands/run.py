@@ -168,6 +168,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure and show."""
     if {"model", "finetune", "classify"} & set(given.suite):
         machine.wait_passively()  # before torch is imported
+    machine.quiet_libraries()
     device = checked_device(given.device, parser)
     out = _new_files(given, parser)
     try:

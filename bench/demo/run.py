@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import subprocess
 import time
-import warnings
 from typing import Any
 
 import torch
@@ -179,13 +177,6 @@ class Demo:
                     raise RuntimeError(f"{LABELS[kind]} starts from another {name} than stock DoRA")
 
 
-def quiet() -> None:
-    """Silence what the libraries say about a plain run."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-
-
 def console() -> Any:
     """The terminal, or a wide page where the output goes to a file."""
     found = Console()
@@ -197,7 +188,7 @@ def run(settings: Settings) -> int:
     started = time.perf_counter()
     if importlib.util.find_spec("dora_kernels") is None:
         raise DemoError("the package dora_kernels is not installed")
-    quiet()
+    machine.quiet_libraries()
     text = data.read_text(settings.data)
     settings.out.mkdir(parents=True, exist_ok=True)
     screen = console()
