@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and tables on a GPU machine that can install nothing: it needs torch, triton, peft, pytest, hypothesis.
+# Tests and tables on a GPU machine that can install nothing: it needs torch, triton, peft, pytest, hypothesis and rich.
 #
 #   bash bench/gpu.sh OUTDIR [options of `python -m bench run`]
 #

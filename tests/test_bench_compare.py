@@ -10,6 +10,7 @@ import pytest
 
 from bench import compare
 from bench.__main__ import main
+from bench.commands import compare as command
 from bench.compare import Change, Comparison, Worker, regressions, trimmed
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,18 @@ def test_bad_input(capsys, arguments, message):
         main(["compare", *arguments])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
+    def extract(commit, folder):
+        (folder / "dora_kernels").mkdir()
+        (folder / "dora_kernels" / "__init__.py").write_text("raise ImportError('too old')")
+
+    monkeypatch.setattr(command, "_extract", extract)
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "HEAD", "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "HEAD: ImportError: too old" in said and said.count("\n") == 1
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")

@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 
-from bench import layers, record, show, suites
+from bench import layers, record, show, suites, timing
 from bench.__main__ import main
 from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
 from bench.problem import LayerShape, beyond, errors, limits, make_problem, oracle, plain
 from bench.run import Options, Run
 from bench.suites import fidelity
+from bench.timing import Candidate
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
@@ -107,11 +108,38 @@ def test_every_row_states_everything(name):
 
 
 def test_ratios_are_those_of_neighbours():
+    slow, fast = Candidate("slow", [], samples=[2.0, 8.0, 40.0]), Candidate("fast", [], samples=[1.0, 2.0, 20.0])
+    assert slow.ratio(fast) == 2.0 and fast.ratio(slow) == 0.5
     run = Run(options("decode", providers=["frozen", "peft_lora"]))
     run.all()
-    rows = {row["provider"]: row for row in run.record["rows"]}
-    assert rows["frozen"]["ratios"]["frozen"] == 1.0 and rows["frozen"]["ratios"]["peft_lora"] < 1.0
-    assert set(rows["frozen"]["ratios"]) == {"frozen", "peft_lora"}
+    rows = {row["provider"]: row["ratios"] for row in run.record["rows"]}
+    assert rows["frozen"]["frozen"] == rows["peft_lora"]["peft_lora"] == 1.0
+    assert set(rows["frozen"]) == {"frozen", "peft_lora"}
+
+
+def test_ceilings_are_the_best_that_was_seen(monkeypatch):
+    """What a slow moment showed is raised later, for the rows before that too."""
+    copies, products = iter([1e9, 4e9, 2e9]), iter([1e10, 8e10, 4e10])
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda *_: next(copies))
+    monkeypatch.setattr(timing, "blas_rate", lambda *_: next(products))
+    run = Run(options("decode"))
+    row = {"dtypes": "fp32", "us": 1000.0, "bytes": 2_000_000, "flops": 4_000_000}
+    run.record["rows"].append(row)
+    for copy, product, floor in ((1e9, 1e10, 2000.0), (4e9, 8e10, 500.0), (4e9, 8e10, 500.0)):
+        run.ceilings()
+        run.hold_against_ceilings()
+        assert run.record["ceilings"] == {"copy_bytes_per_s": copy, "flop_per_s.float32": product}
+        assert row["floor_us"] == floor and row["fraction"] == floor / 1000.0
+    row["flops"] = 80_000_000
+    run.hold_against_ceilings()
+    assert row["floor_us"] == 1000.0, "the products take longer than the copies"
+
+
+def test_nothing_measured_is_a_failure():
+    run = Run(options("norm", providers=["peft_lora"]))
+    run.all()
+    (failure,) = run.record["failures"]
+    assert failure["message"] == "nothing was measured: none of peft_lora in norm"
 
 
 def test_the_model_suite_is_missing_without_weights(monkeypatch):
