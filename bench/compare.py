@@ -87,7 +87,11 @@ class Worker:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.cases: list[str] = self.ask(package=str(package), **options)
+        try:
+            self.cases: list[str] = self.ask(package=str(package), **options)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def ask(self, **question: Any) -> Any:
         """One question, one answer, both a line of JSON."""
@@ -119,7 +123,9 @@ class Comparison:
 
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What only one revision has, or gets wrong."""
+    """What the old revision has not, or got wrong."""
+    faults: list[str] = field(default_factory=list)
+    """What the working tree gets wrong, or has no more."""
 
 
 def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int], None]) -> Comparison:
@@ -127,12 +133,12 @@ def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int],
     found = Comparison()
     for index, label in enumerate(new.cases):
         before, after = (worker.ask(prepare=index) for worker in (old, new))
-        for name, answer in (("before", before), ("now", after)):
-            found.notes += [f"{label}: {name}: {reason}" for reason in answer["failures"]]
+        found.notes += [f"{label}: before: {reason}" for reason in before["failures"]]
+        found.faults += [f"{label}: now: {reason}" for reason in after["failures"]]
         works = {tuple(work["key"]): work for work in after["works"]}
         others = {tuple(work["key"]): work for work in before["works"]}
-        for key in works.keys() ^ others.keys():
-            found.notes.append(f"{label}: {' '.join(key)}: only {'now' if key in works else 'before'}")
+        found.notes += [f"{label}: {' '.join(key)}: only now" for key in works.keys() - others.keys()]
+        found.faults += [f"{label}: {' '.join(key)}: only before" for key in others.keys() - works.keys()]
         for key in [key for key in works if key in others]:
             part, provider = key
             peaks = others[key]["peak"], works[key]["peak"]

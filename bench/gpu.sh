@@ -3,8 +3,9 @@
 #
 #   bash bench/gpu.sh OUTDIR [options of `python -m bench run`]
 #
-# Writes tests.log and, of each of three runs, NAME.json, NAME.csv, NAME.txt and NAME.log to OUTDIR, in under nine
-# minutes, and ends with the tables: run (everybody, rank 16), ranks (PEFT and ours, ranks 64 and 384), fidelity.
+# Writes tests.log and, of each of three runs, NAME.json, NAME.csv, NAME.txt and NAME.log to OUTDIR, where no earlier
+# results may be, in under nine minutes, and ends with the tables: run (everybody, rank 16), ranks (PEFT and ours, ranks
+# 64 and 384), fidelity.
 # Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
 # PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
 #
@@ -58,7 +59,6 @@ measure() {
     local name=$1 seconds=$2
     shift 2
     echo "== $name, at most $seconds s: $out/$name.json"
-    rm -f "$out/$name".{json,csv,txt}
     timeout --kill-after=10 $((seconds + 30)) "$python" -m bench run --limit-s "$seconds" --out "$out/$name.json" "$@" \
         >"$out/$name.txt" 2>"$out/$name.log"
     code=$?

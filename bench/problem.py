@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_kernels import reference
 
@@ -196,6 +196,17 @@ def plain(problem: Problem, kind: str) -> dict[str, Tensor]:
     return solve(lambda *leaves: eager_dora(problem, kind == "dora", *leaves), problem, NAMES[kind])
 
 
+def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of a PEFT model's adapters, by kind, all layers' in one tensor; NaN where there is none."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = next(kind for kind in ("lora_A", "lora_B", "magnitude") if kind in name)
+            gradient = torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
+            kinds.setdefault(kind, []).append(gradient.flatten())
+    return {kind: torch.cat(found) for kind, found in kinds.items()}
+
+
 def error(result: Tensor, wanted: Tensor) -> float:
     """Relative; NaN where the result has one."""
     return float((result.double() - wanted.double()).norm() / wanted.double().norm())
@@ -214,4 +225,4 @@ def limits(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, f
 def beyond(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
     """Which errors exceed their limits; NaN always does."""
     wrong = [name for name in found if not found[name] <= allowed.get(name, math.inf)]
-    return [f"{name} off by {found[name]:.1e}, allowed {allowed[name]:.1e}" for name in wrong]
+    return [f"{name} off by {found[name]:.1e}, allowed {allowed.get(name, math.inf):.1e}" for name in wrong]

@@ -36,6 +36,8 @@ ACCUMULATED = 4
 """Micro-batches of the longer optimizer step."""
 
 Work = Callable[[], Any]
+Checked = tuple[dict[str, float], dict[str, float]]
+"""Errors relative to float64 by name, and those allowed."""
 
 
 class Missing(Exception):
@@ -65,6 +67,10 @@ class Subject:
     """By part: the fewest bytes that have to be moved, and the fewest FLOPs."""
     in_graph: frozenset[str] = frozenset()
     """Parts that are replayed from a CUDA graph, so that no time of the host counts."""
+    in_place: bool = False
+    """Whether calls change their inputs, so that the next one has another result."""
+    again: Callable[[], Checked] | None = None
+    """Checks what the timed calls have left: a norm that an optimizer's step has made stale, for one."""
 
 
 class Case(Protocol):

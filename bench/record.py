@@ -48,16 +48,21 @@ def new(device: torch.device, settings: dict[str, Any]) -> Record:
     }
 
 
-def read(path: Path) -> Record:
-    """The record in a file, or RecordError."""
+def read_json(path: Path) -> Any:
+    """What a file holds, or RecordError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecordError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     except ValueError as error:
         raise RecordError(f"{path}: truncated, or not JSON: {error}") from error
+
+
+def read(path: Path) -> Record:
+    """The record in a file, or RecordError."""
+    found = read_json(path)
     if not isinstance(found, dict) or "schema" not in found:
         raise RecordError(f"{path}: not a record of `python -m bench run`")
     if found["schema"] != SCHEMA:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import record, suites, timing
 from bench.problem import DTYPES, beyond
-from bench.providers import LABELS, REFERENCES, Case, Missing, Subject
+from bench.providers import LABELS, REFERENCES, Case, Missing, Subject, library
 from bench.record import rounded, significant
 from bench.timing import Candidate
 
@@ -88,7 +88,13 @@ class Run:
     def stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """All stages of all suites, by name."""
         for name in self.given.suites:
-            yield from suites.load(name).stages(self)
+            try:
+                with library():
+                    suite = suites.load(name)
+            except Missing as reason:
+                self.miss(name, str(reason))
+            else:
+                yield from suite.stages(self)
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
         """Run one stage, or say why not, and write the record."""
@@ -102,7 +108,7 @@ class Run:
         try:
             work()
         except Missing as reason:
-            self.record["missing"][name.partition(":")[0]] = str(reason)
+            self.miss(name.partition(":")[0], str(reason))
         except Exception as error:
             self.fail(name, f"{type(error).__name__}: {error}")
             print("".join(traceback.format_exc().splitlines(True)[-_TRACE_LINES:]), file=sys.stderr, flush=True)
@@ -158,6 +164,12 @@ class Run:
                 floor = max(row["bytes"] / found["copy_bytes_per_s"], row["flops"] / max(rates))
                 row["floor_us"], row["fraction"] = significant(floor * 1e6), significant(floor * 1e6 / row["us"], 3)
 
+    def miss(self, name: str, reason: str) -> None:
+        """Note what cannot be had: a provider, or a suite."""
+        known = self.record["missing"].get(name)
+        if not known or reason not in known:
+            self.record["missing"][name] = f"{known}; {reason}" if known else reason
+
     def subjects(self, case: Case) -> list[Subject]:
         """The chosen providers that run, each checked; a wrong one is a failure, and is timed all the same."""
         found = []
@@ -165,7 +177,7 @@ class Run:
             try:
                 subject = case.subject(name)
             except Missing as reason:
-                self.record["missing"][name] = str(reason)
+                self.miss(name, str(reason))
                 continue
             except Exception as error:
                 self.fail(f"{case.suite}: {case.label}", f"{LABELS[name]}: {type(error).__name__}: {error}")
@@ -176,43 +188,63 @@ class Run:
         return found
 
     def measure(self, case: Case, *, timed: bool = True, share: float = 0.05) -> None:
-        """Check and time the providers of a case side by side, and add a row for each and each part.
+        """Check and time the providers of a case side by side, and add a row for each and each part; then check again.
 
         A part may take this share of the run's time; three rounds are made in any case.
         """
         if timed:
             self.ceilings(rounds=3)
-        subjects = self.subjects(case)
+        subjects, first = self.subjects(case), len(self.record["rows"])
         for part in dict.fromkeys(part for subject in subjects for part in subject.parts):
-            candidates: dict[str, Candidate] = {}
-            for subject in (subject for subject in subjects if part in subject.parts):
-                calls = subject.parts[part]
-                try:
-                    candidates[subject.provider] = (
-                        timing.captured(subject.provider, calls, self.device)
-                        if part in subject.in_graph
-                        else Candidate(subject.provider, calls)
-                    )
-                except Exception as error:
-                    words = f"{part} in a CUDA graph: {type(error).__name__}: {error}"
-                    if subject.provider.startswith("ours"):
-                        self.fail(f"{case.suite}: {case.label}", f"{LABELS[subject.provider]}: {words}")
-                    else:
-                        self.record["missing"][subject.provider] = words
+            candidates = self._candidates(case, part, subjects)
             if timed:
                 timing.interleave(
                     list(candidates.values()), self.device, rounds=self.given.rounds,
                     sample_seconds=self.given.sample_ms / 1e3, limit_seconds=self.given.limit_s * share,
                 )  # fmt: skip
+            else:
+                for candidate in candidates.values():  # what only the first call of all holds is not its peak
+                    timing.run_passes(candidate, 1)
             for subject in (subject for subject in subjects if subject.provider in candidates):
                 self.record["rows"].append(self._row(case, part, subject, candidates))
+        for subject in (one for one in subjects if one.again and not beyond(one.errors, one.limits)):
+            self._check_again(case, subject, self.record["rows"][first:])
+
+    def _candidates(self, case: Case, part: str, subjects: Sequence[Subject]) -> dict[str, Candidate]:
+        """By provider; one whose calls cannot be captured in a CUDA graph is missing, ours a failure."""
+        found = {}
+        for subject in (subject for subject in subjects if part in subject.parts):
+            name, calls = subject.provider, subject.parts[part]
+            try:
+                found[name] = (
+                    timing.captured(name, calls, self.device, subject.in_place)
+                    if part in subject.in_graph
+                    else Candidate(name, calls)
+                )
+            except Exception as error:
+                words = f"{part} in a CUDA graph: {type(error).__name__}: {error}"
+                if name.startswith("ours"):
+                    self.fail(f"{case.suite}: {case.label}", f"{LABELS[name]}: {words}")
+                else:
+                    self.miss(name, words)
+        return found
+
+    def _check_again(self, case: Case, subject: Subject, rows: Sequence[dict[str, Any]]) -> None:
+        """After the timed calls, of whom some have trained the layer: rows of one that is wrong now say so."""
+        assert subject.again is not None
+        errors, limits = subject.again()
+        if wrong := beyond(errors, limits):
+            message = f"{LABELS[subject.provider]}: wrong result after what was timed: {'; '.join(wrong)}"
+            self.fail(f"{case.suite}: {case.label}", message)
+            for row in (row for row in rows if row["provider"] == subject.provider):
+                row["errors"], row["limits"] = rounded(errors), rounded(limits)
 
     def _row(self, case: Case, part: str, subject: Subject, candidates: dict[str, Candidate]) -> dict[str, Any]:
         candidate = candidates[subject.provider]
         least = subject.least.get(part)
         row = {
             "suite": case.suite, "case": case.label, "part": part, "provider": subject.provider, **case.facts,
-            "us": None, "spread": None,
+            "us": None, "spread": None, "rounds": len(candidate.samples),
             "peak_bytes": timing.peak_bytes(self.device, subject.parts[part][0]) if subject.parts[part] else None,
             "bytes": least and least[0], "flops": least and least[1], "floor_us": None, "fraction": None,
             "ratios": {}, "errors": rounded(subject.errors), "limits": rounded(subject.limits),

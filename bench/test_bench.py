@@ -3,24 +3,27 @@
     make bench ARGS="--benchmark-save=before"
     make bench ARGS="--benchmark-compare=0001 -k decode"
 
-A case's providers form a group. Each is checked against float64 before it is timed; a wrong one fails, a missing one is
-skipped by name. Here one provider runs after another: `python -m bench run` and `compare` take turns instead, and are
-what to trust where a few per cent matter.
+The providers of a case form a group for each of its parts. Each is checked against float64 before it is timed; a wrong
+one fails, a missing one is skipped by name. Here one provider runs after another: `python -m bench run` and `compare`
+take turns instead, and are what to trust where a few per cent matter. Models and memory are theirs alone.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from bench import suites
+from bench.layers import LayerCase
 from bench.problem import beyond
-from bench.providers import LABELS, Missing
+from bench.providers import LABELS, Missing, Subject
 from bench.run import Options, Run
 
-SUITES = ("norm", "compose", "layer", "decode", "host")
+SUITES = ("norm", "compose", "layer", "decode", "host", "block")
 ROUNDS = 15
 
 
@@ -35,34 +38,47 @@ def _cases() -> list[Any]:
     return found
 
 
-def _parameters() -> list[Any]:
-    return [
-        pytest.param(case, provider, id=f"{case.suite}-{case.label.replace(', ', '-').replace(' ', '_')}-{provider}")
-        for case in _cases()
-        for provider in case.providers
-    ]
+CASES = _cases()
 
 
-_PARTS = {"layer": "forward and backward", "decode": "inference", "host": "inference"}
+def _parameters() -> Iterator[Any]:
+    for index, case in enumerate(CASES):
+        words = f"{case.suite}-{case.label.replace(', ', '-').replace(' ', '_')}"
+        for provider in case.providers:
+            if not isinstance(case, LayerCase):
+                yield pytest.param(index, provider, None, id=f"{words}-{provider}")
+                continue
+            for part in case.parts:
+                if part != "inference in a graph":
+                    yield pytest.param(index, provider, part, id=f"{words}-{provider}-{part.replace(' ', '_')}")
 
 
-@pytest.mark.parametrize(("case", "provider"), _parameters())
-def test(benchmark: Any, case: Any, provider: str) -> None:
-    """One provider at one case."""
+@functools.lru_cache(maxsize=1)
+def _subject(index: int, provider: str) -> Subject:
+    """The parts of one follow each other."""
+    torch.compiler.reset()  # after a few recompilations of one function torch runs it uncompiled
+    return CASES[index].subject(provider)
+
+
+@pytest.mark.parametrize(("index", "provider", "part"), _parameters())
+def test(benchmark: Any, index: int, provider: str, part: str | None) -> None:
+    """One provider's part of a case: the time of one call, the copies of the inputs taken in turn."""
+    case = CASES[index]
     try:
-        subject = case.subject(provider)
+        subject = _subject(index, provider)
     except Missing as reason:
         pytest.skip(f"{LABELS[provider]}: {reason}")
     assert not beyond(subject.errors, subject.limits)
-    part = _PARTS.get(case.suite, next(iter(subject.parts)))
-    calls = subject.parts[part]
+    part = part or next(iter(subject.parts))
+    calls, turn = subject.parts[part], 0
     benchmark.group = f"{case.suite}: {part}, {case.label}"
-    benchmark.extra_info.update(case.facts, errors=subject.errors, least=subject.least[part])
+    benchmark.extra_info.update(case.facts, errors=subject.errors, least=subject.least.get(part))
 
-    def work() -> None:
-        for call in calls:
-            call()
+    def call() -> None:
+        nonlocal turn
+        calls[turn % len(calls)]()
+        turn += 1
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    benchmark.pedantic(work, rounds=ROUNDS, iterations=1, warmup_rounds=2)
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=len(calls), warmup_rounds=2)

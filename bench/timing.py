@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ def interleave(
 ) -> None:
     """Fill the candidates' `samples`: at least 3 rounds, at most `rounds`, none begun after `limit_seconds`.
 
-    A sample repeats the pass over the copies until it lasts about `sample_seconds`, after one that is not timed: the
-    one before it left its own things in the caches, and a candidate of 20 ms leaves more of them than one of 0.5.
+    A sample repeats the pass over the copies until it lasts about `sample_seconds`, after one call that is not timed:
+    the candidate before it left its own things in the caches, and one of 20 ms leaves more of them than one of 0.5.
     """
     start = time.perf_counter()
     passes = {}
@@ -98,8 +99,7 @@ def interleave(
         turn = index // 2 % len(order)
         for candidate in order[turn:] + order[:turn]:
             count = passes[candidate.name]
-            if count > 1:
-                run_passes(candidate, 1)
+            candidate.copies[-1]()
             seconds = elapsed(device, lambda candidate=candidate, count=count: run_passes(candidate, count))
             candidate.samples.append(seconds / (count * candidate.calls))
 
@@ -110,21 +110,32 @@ def run_passes(candidate: Candidate, passes: int) -> None:
             work()
 
 
-def captured(name: str, copies: Sequence[Work], device: torch.device) -> Candidate:
-    """A candidate whose calls are replayed from one CUDA graph, without Python between them; as it is on a CPU."""
+def captured(name: str, copies: Sequence[Work], device: torch.device, in_place: bool = False) -> Candidate:
+    """A candidate whose calls are replayed from one CUDA graph, without Python between them; as it is on a CPU.
+
+    A replay has to have the calls' results, unless those change their own inputs.
+    """
     if device.type != "cuda":
         return Candidate(name, copies)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for work in copies:
-            work()
+        called = [work() for work in copies]
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for work in copies:
-            work()
+        replayed = [work() for work in copies]
+    graph.replay()
+    if not in_place and any(differ(*pair) for pair in zip(called, replayed)):
+        raise RuntimeError("its replay has another result than the calls")
     return Candidate(name, [graph.replay], calls=len(copies))
+
+
+def differ(result: Any, other: Any) -> bool:
+    """Whether two results, tensors or sequences of them, are not the same up to rounding."""
+    if isinstance(result, torch.Tensor):
+        return not float((result.double() - other.double()).norm()) <= 0.01 * float(result.double().norm())
+    return any(differ(*pair) for pair in zip(result, other))
 
 
 def peak_bytes(device: torch.device, work: Work) -> int:
@@ -161,16 +172,17 @@ def _quiet() -> Iterator[None]:
 
 
 def copies_beyond(cache_bytes: int, bytes_each: int, most: int = 64) -> int:
-    """How many copies of inputs of `bytes_each` make three times the cache, so that none is found in it."""
-    return max(2, min(most, math.ceil(3 * cache_bytes / max(bytes_each, 1)) + 1))
+    """How many copies of inputs of `bytes_each` make 1.5 times the cache: taken in turn, none is found there."""
+    return min(most, max(2, math.ceil(1.5 * cache_bytes / max(bytes_each, 1))))
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache: the GPU's L2; for a CPU, that of one core, about."""
+    """The last-level cache: the GPU's L2; for a CPU, the largest that the system names, or 32 MiB."""
     if device.type == "cuda":
         size: int = torch.cuda.get_device_properties(device).L2_cache_size
         return size
-    return 2 * 2**20
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max([int(size[:-1]) * 2**10 for size in sizes if size.endswith("K")], default=32 * 2**20)
 
 
 def copy_bandwidth(device: torch.device, size: int, rounds: int) -> float:

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import machine
+
 SAMPLE_SECONDS = 0.02
 
 
@@ -38,9 +40,13 @@ class Worker:
 
     def prepare(self, index: int) -> dict[str, Any]:
         """The works of a case, each run once, and what is wrong with them."""
+        import torch
+
         from bench import timing
 
         self.works.clear()
+        if any(name.endswith("_compiled") for name in self.run.given.providers or ()):
+            torch.compiler.reset()  # after a few recompilations of one function torch runs it uncompiled
         case, self.cases[index] = self.cases[index], None  # its tensors go when the next is prepared
         self.run.record["failures"].clear()
         subjects = self.run.subjects(case)
@@ -70,6 +76,7 @@ class Worker:
 
 def main() -> int:
     """Answer until the questions end."""
+    machine.wait_passively()  # before torch is imported: the other process measures in the meantime
     answers = os.fdopen(os.dup(1), "w")  # what a library prints goes to the other stream
     os.dup2(2, 1)
     worker: Worker | None = None

@@ -13,6 +13,7 @@ import pytest
 
 from bench import html, plots, record, show
 from bench.__main__ import main
+from bench.commands import report
 from bench.providers import LABELS
 
 
@@ -211,6 +212,36 @@ def test_html_in_a_browser(tmp_path, browser):
     shot = tmp_path / "shot.png"
     browser(path, f"--screenshot={shot}", "--window-size=1200,4000")
     assert shot.stat().st_size > 20000, "an empty page takes less"
+
+
+def test_newest_records_by_machine(tmp_path, monkeypatch):
+    """Of each machine the newest day's, all of that; one machine's do not hide another's."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name in ("2026-01-01-growth-rank-cpu", "2026-01-02-growth-rank-cpu", "2026-01-02-growth-tokens-cpu",
+                 "2026-01-01-growth-rank-h200", "2026-01-03-run-cpu"):  # fmt: skip
+        record.write(full() | {"commit": name}, tmp_path / f"{name}.json")
+    found = {machine: [one["commit"] for one in records] for machine, records in report.newest("growth").items()}
+    assert found == {
+        "cpu": ["2026-01-02-growth-rank-cpu", "2026-01-02-growth-tokens-cpu"], "h200": ["2026-01-01-growth-rank-h200"],
+    }  # fmt: skip
+
+
+def test_a_damaged_record_leaves_the_documents(tmp_path, monkeypatch, capsys):
+    documents = [tmp_path / name for name in ("README.md", "docs/benchmarks.md")]
+    (tmp_path / "docs").mkdir()
+    for path in documents:
+        shutil.copy(report.REPOSITORY / path.relative_to(tmp_path), path)
+    before = [path.read_bytes() for path in documents]
+    for name, value in {"REPOSITORY": tmp_path, "RESULTS": tmp_path, "FIGURES": tmp_path}.items():
+        monkeypatch.setattr(report, name, value)
+    record.write(full(), tmp_path / "2026-01-01-run-cpu.json")
+    whole = (tmp_path / "2026-01-01-run-cpu.json").read_text()
+    for text in (whole[:-200], whole.replace('"schema": 3', '"schema": 2'), whole.replace('"threads"', '"thread"')):
+        (tmp_path / "2026-01-01-run-cpu.json").write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            main(["report"])
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert [path.read_bytes() for path in documents] == before
 
 
 def test_documents_show_the_newest_results():

@@ -12,10 +12,12 @@ import torch
 from bench import layers, record, show, suites, timing
 from bench.__main__ import main
 from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
-from bench.problem import LayerShape, beyond, errors, limits, make_problem, oracle, plain
+from bench.problem import LayerShape, adapter_gradients, beyond, errors, limits, make_problem, oracle, plain
+from bench.providers import Subject
 from bench.run import Options, Run
 from bench.suites import fidelity
 from bench.timing import Candidate
+from dora_kernels import reference
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
@@ -83,6 +85,79 @@ def test_a_wrong_provider_fails_the_run_and_shows(monkeypatch, tmp_path):
     assert record.read(tmp_path / "a.json")["failures"] == run.record["failures"]
 
 
+def test_a_norm_that_steps_made_stale_fails_the_run(monkeypatch):
+    """It is right when the layer is made, and as fast as nobody else."""
+    made = layers.make_layer
+
+    def stale(provider, problem, shape):
+        layer = made(provider, problem, shape)
+        if provider == "ours_torch":
+            norm = reference.weight_norm(problem.weight, problem.lora_A, problem.lora_B, problem.scaling, "out")
+
+            def forward(x):
+                _, a, b, m = layer.leaves
+                return (x @ problem.weight.T + problem.scaling * x @ a.T @ b.T) * (m / norm)
+
+            layer.forward = forward
+        return layer
+
+    monkeypatch.setattr(layers, "make_layer", stale)
+    run = Run(options("layer", providers=["peft_dora", "ours_torch"]))
+    run.all()
+    (failure,) = run.record["failures"]
+    assert "ours, torch: wrong result after what was timed: " in failure["message"]
+    assert all(show.is_wrong(row) == (row["provider"] == "ours_torch") for row in run.record["rows"])
+
+
+def test_memory_is_that_of_a_later_call():
+    """The first of all makes what stays: a step's moments, and the norm of factors that nobody has moved yet."""
+    calls = []
+
+    class Case:
+        suite, label, dtypes, facts, providers = "memory", "a case", "fp32", {"dtypes": "fp32"}, ("ours",)
+
+        def subject(self, provider):
+            return Subject(provider, {"step": [lambda: calls.append(torch.ones(100))]})
+
+    run = Run(options("memory"))
+    run.measure(Case(), timed=False)
+    assert len(calls) == 2 and run.record["rows"][0]["peak_bytes"] == 400
+
+
+def test_a_suite_whose_library_is_missing_leaves_the_others(monkeypatch):
+    load = suites.load
+
+    def without(name):
+        if name == "model":
+            raise ModuleNotFoundError("No module named 'transformers'")
+        return load(name)
+
+    monkeypatch.setattr(suites, "load", without)
+    run = Run(options("model", "host", providers=["frozen"]))
+    run.all()
+    assert "No module named 'transformers'" in run.record["missing"]["model"]
+    assert run.record["rows"] and not run.record["failures"]
+
+
+def test_copies_exceed_the_cache():
+    assert timing.copies_beyond(32, 8) == 6 and timing.copies_beyond(32, 100) == 2
+    assert timing.copies_beyond(32, 1, most=12) == 12 and timing.copies_beyond(32, 1, most=1) == 1
+    assert timing.cache_bytes(CPU) >= 2**19
+
+
+def test_results_that_differ_are_told():
+    one = torch.randn(8)
+    assert not timing.differ([one, one], [one, one + 1e-4]) and timing.differ([one, one], [one, 2 * one])
+    assert timing.differ(one, one * torch.nan)
+
+
+def test_gradients_of_adapters():
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 1), "lora_B": torch.nn.Linear(1, 2, bias=False)})
+    model["lora_A"](torch.ones(2)).sum().backward()
+    found = adapter_gradients(model)
+    assert found["lora_A"].tolist() == [1.0, 1.0, 1.0] and found["lora_B"].isnan().all()
+
+
 def test_a_missing_library_is_named_as_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchtune.modules.peft", None)
     run = Run(options("decode", providers=["torchtune", "ours", "ours_triton"]))
@@ -102,6 +177,7 @@ def test_every_row_states_everything(name):
         assert row["suite"] == name and row["provider"] in quick and row["dtypes"] == "fp32" and row["shape"]
         assert row["errors"] and set(row["errors"]) == set(row["limits"])
         assert row["bytes"] > 0 and row["flops"] > 0 and row["peak_bytes"] is not None
+        assert row["rounds"] == (0 if name == "memory" else 3)
         if name != "memory":
             assert row["us"] > 0 and row["floor_us"] > 0 and row["fraction"] > 0
             assert row["ratios"][row["provider"]] == 1.0 if row["provider"] in row["ratios"] else True
@@ -222,6 +298,8 @@ BAD = {
     "out": (["--out", "results.txt"], "expected a name that ends in .json"),
     "folder": (["--out", "nowhere/a.json"], "there is no folder nowhere"),
     "html": (["--html", "a.htm"], "expected a name that ends in .html"),
+    "no name": (["--suite", ","], "expected a name, got ','"),
+    "heads": (["--block", "100x200x3x2"], "expected an even width for each head"),
     "option": (["--fast"], "unrecognized arguments: --fast"),
 }
 
@@ -251,11 +329,12 @@ def test_no_command(capsys):
 
 
 def test_earlier_results_are_never_overwritten(capsys, tmp_path):
-    for name, option in (("a.json", "--out"), ("a.html", "--html")):
+    for name, words in {"a.json": "--out a.json", "a.html": "--html a.html", "b.csv": "--out b.json"}.items():
+        option, given = words.split()
         path = tmp_path / name
         path.write_text("earlier")
         with pytest.raises(SystemExit) as stopped:
-            main(["run", "--suite", "decode", option, str(path)])
+            main(["run", "--suite", "decode", option, str(tmp_path / given)])
         assert stopped.value.code == 2 and "never overwritten" in capsys.readouterr().err
         assert path.read_text() == "earlier"
 

@@ -3,8 +3,8 @@
     python -m bench compare HEAD~1
     python -m bench compare v0.1.0 --suite layer --hidden 2048 --rank 16 64
 
-Both run this working tree's benchmarks, in a process each, taking turns. Exit status 1 if something has become slower
-or takes more memory, 2 for bad input.
+Both run this working tree's benchmarks, in a process each, taking turns. Exit status 1 if something has become slower,
+takes more memory, is wrong or gone; 2 for bad input, such as a revision that these benchmarks cannot measure.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ from bench.machine import REPOSITORY, git
 SUITES = ("norm", "compose", "layer", "decode", "host", "memory")
 PROVIDERS = ("ours", "ours_triton", "ours_torch")
 PACKAGE = "dora_kernels"
+LEAST = 8
+"""Pairs, for their median to have an interval: `bench.compare.trimmed`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench compare`."""
     parser.add_argument("revision", metavar="REF", help="a commit, branch or tag")
     run_command.add_shape_arguments(parser, SUITES, ("norm", "layer", "decode", "host"))
-    parser.add_argument("--rounds", type=run_command.count, default=15, metavar="N", help="pairs of samples (15)")
+    parser.add_argument(
+        "--rounds", type=run_command.count, default=15, metavar="N", help=f"pairs of samples (15; {LEAST} at least)"
+    )
 
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure both and show what changed."""
+    if given.rounds < LEAST:
+        parser.error(f"--rounds {given.rounds}: expected at least {LEAST}; fewer pairs cannot show a change")
     try:
         commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{given.revision}^{{commit}}")
     except FileNotFoundError:
@@ -84,6 +90,8 @@ def _compare(folder: Path, given: argparse.Namespace, commit: str, options: dict
     screen.print(show.table(show.Sheet(title, ["case", "ours", "ratio", ""], cells)))
     for note in found.notes:
         screen.print(f"note: {note}", markup=False)
+    for fault in found.faults:
+        screen.print(f"REGRESSION {fault}", markup=False)
     worse = compare.regressions(found.changes)
     for change in worse:
         peaks = " -> ".join(show.quantity(peak, "B") for peak in change.peaks)
@@ -91,9 +99,9 @@ def _compare(folder: Path, given: argparse.Namespace, commit: str, options: dict
             f"REGRESSION {change.case}: {change.part}, {show.LABELS[change.provider]}: {change.verdict}, "
             f"{change.ratio:.2f} times the time, peak {peaks}", markup=False,
         )  # fmt: skip
-    if not worse:
+    if not worse and not found.faults:
         screen.print("no regression beyond noise")
-    return 1 if worse else 0
+    return 1 if worse or found.faults else 0
 
 
 def _extract(commit: str, folder: Path) -> None:

@@ -41,10 +41,10 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
-        written = write(plots.merged(found), given.out, suffix=given.format)
+        written = write(plots.merged(found), given.out, suffix=f".{given.format}")
     except OSError as error:
         parser.error(f"--out {given.out}: {error.strerror}")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         parser.error(f"{', '.join(map(str, given.records))}: not what a run writes: {type(error).__name__}: {error}")
     for path in written:
         print(path)
@@ -53,18 +53,19 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def write(found: Record, folder: Path, names: Sequence[str] | None = None, suffix: str = "svg") -> list[Path]:
-    """Every figure of a record, or those named, into a folder."""
+def write(found: Record, folder: Path, names: Sequence[str] | None = None, suffix: str = ".svg") -> list[Path]:
+    """Every figure of a record, or those named, into a folder: NAME and the suffix; none before all are drawn."""
     from bench import plots
 
-    written = []
-    for name, figure in plots.draw(found, names).items():
-        path = folder / f"{name}.{suffix}"
-        temporary = folder / f".{name}.tmp-{os.getpid()}"
-        try:
-            plots.save(figure, temporary, suffix)
+    paths: dict[Path, Path] = {}
+    try:
+        for name, figure in plots.draw(found, names).items():
+            path = folder / f"{name}{suffix}"
+            paths[path] = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+            plots.save(figure, paths[path], path.suffix.removeprefix("."))
+        for path, temporary in paths.items():
             os.replace(temporary, path)
-        finally:
+    finally:
+        for temporary in paths.values():
             temporary.unlink(missing_ok=True)
-        written.append(path)
-    return written
+    return list(paths)

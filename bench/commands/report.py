@@ -10,7 +10,6 @@ the commit and the date of the record it comes from. A record that cannot be rea
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,8 +29,7 @@ DRAWN = {
     "curves": ("finetune", "Losses, and how far ours is from stock"),
     "classify": ("classify", "Accuracy by rank"),
 }
-"""Of each figure, the kind of record that it is drawn from, and what it shows."""
-EMPTY = "Not measured yet."
+"""Of each figure, the kind of record that it is drawn from and the table that it stands below, and what it shows."""
 DEMO = {
     "stock": "PEFT DoRA",
     "patched": "**PEFT DoRA + `patch_peft`**",
@@ -50,8 +48,10 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Rewrite the documents and draw the figures, or say whether a document would change."""
     try:
         texts = documents()
-    except record.RecordError as error:
+    except (record.RecordError, OSError) as error:
         parser.error(str(error))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        parser.error(f"a record in {RESULTS} or a document's markers: {type(error).__name__}: {error}")
     stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
     if given.check:
         for path in stale:
@@ -62,9 +62,9 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     FIGURES.mkdir(exist_ok=True)
     for kind in dict.fromkeys(kind for kind, _ in DRAWN.values()):
-        if found := newest(kind):
-            names = [name for name, (source, _) in DRAWN.items() if source == kind]
-            for path in plot.write(plots.merged(found), FIGURES, names):
+        names = [name for name, (source, _) in DRAWN.items() if source == kind]
+        for machine, found in newest(kind).items():
+            for path in plot.write(plots.merged(found), FIGURES, names, f"-{machine}.svg"):
                 print(path.relative_to(REPOSITORY))
     for path in stale:
         record.replace(path, texts[path])
@@ -72,34 +72,38 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def newest(kind: str) -> list[Record]:
-    """The records of a kind from its newest day; names begin with the date."""
-    paths = sorted(RESULTS.glob(f"*-{kind}-*.json"))
-    return [record.read(path) for path in paths if path.name[:10] == paths[-1].name[:10]]
+def newest(kind: str) -> dict[str, list[Record]]:
+    """The records of a kind from its newest day, by machine: a name is the date, the kind, more words, the machine."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(RESULTS.glob(f"*-{kind}-*.json")):
+        paths = found.setdefault(path.stem.rsplit("-", 1)[1], [])
+        if paths and paths[0].name[:10] != path.name[:10]:
+            paths.clear()
+        paths.append(path)
+    read = record.read_json if kind == "demo" else record.read
+    return {machine: [read(path) for path in paths] for machine, paths in found.items()}
 
 
 def documents() -> dict[Path, str]:
     """Every document with its tables rendered anew."""
     texts: dict[Path, str] = {}
-    for name, (document, render) in TABLES.items():
+    for name, (document, kind, render) in TABLES.items():
         path = REPOSITORY / document
         text = texts.get(path) or path.read_text(encoding="utf-8")
         begin, end = f"<!-- {name}: rendered by `python -m bench report` -->", f"<!-- {name}: end -->"
         before, rest = text.split(begin)
-        texts[path] = f"{before}{begin}\n{render()}\n{end}{rest.split(end)[1]}"
+        parts = []
+        for machine, results in newest(kind).items():
+            shown = [f"![{what}](figures/{one}-{machine}.svg)" for one, (table, what) in DRAWN.items() if table == name]
+            parts.append("\n\n".join([render(results), *shown]))
+        rendered = "\n\n".join(parts) or "Not measured yet."
+        texts[path] = f"{before}{begin}\n{rendered}\n{end}{rest.split(end)[1]}"
     return texts
 
 
-def figures(*names: str) -> str:
-    """The pictures that have a record."""
-    there = [name for name in names if newest(DRAWN[name][0])]
-    return "\n\n".join(f"![{DRAWN[name][1]}](figures/{name}.svg)" for name in there)
-
-
-def demo_table() -> str:
+def demo_table(results: Sequence[Record]) -> str:
     """The demo's three runs and two controls."""
-    path = max(RESULTS.glob("*-demo-*.json"))
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = results[0]
     variants = result["variants"]
     lengths = list(variants["lora"]["step_seconds"])
     head = ["", *(f"step, {length} tokens" for length in lengths), "generated token", "peak memory"]
@@ -124,10 +128,8 @@ def demo_table() -> str:
     return _markdown([*head, "same losses as PEFT DoRA"], rows, "l" + "r" * (len(head) - 1) + "l") + "\n\n" + note
 
 
-def norm_table() -> str:
+def norm_table(results: Sequence[Record]) -> str:
     """PEFT's norm over ours, and ours in milliseconds."""
-    if not (results := newest("norm")):
-        return EMPTY
     result = results[0]
     found = {(row["dtypes"], tuple(row["shape"]), row["rank"], row["provider"]): row for row in result["rows"]}
     ranks = sorted({row["rank"] for row in result["rows"]})
@@ -146,10 +148,8 @@ def norm_table() -> str:
     return _markdown(head, rows, "ll" + "r" * len(ranks)) + "\n\n" + note
 
 
-def layer_table() -> str:
+def layer_table(results: Sequence[Record]) -> str:
     """Steps and inference over PEFT's LoRA: ours, and PEFT's DoRA in brackets."""
-    if not (results := newest("layer")):
-        return EMPTY
     ratios: dict[tuple[str, int, str], dict[int, dict[str, float]]] = {}
     words = {
         "step": "step of {} tokens", "step of 4": "step of {} tokens four times", "inference": "inference, {} token(s)",
@@ -173,10 +173,8 @@ def layer_table() -> str:
     return _markdown(head, lines, "lrl" + "r" * len(ranks)) + "\n\n" + note
 
 
-def providers_table() -> str:
+def providers_table(results: Sequence[Record]) -> str:
     """Everyone beside PEFT's LoRA, from the run of all suites."""
-    if not (results := newest("run")):
-        return EMPTY
     result = results[0]
     columns = {
         ("layer", "forward and backward"): "forward and backward",
@@ -197,7 +195,9 @@ def providers_table() -> str:
             rows.append([label, *cells, "" if peak is None else f"{peak['peak_bytes'] / 2**20:.1f} MiB"])
     cases = {row["suite"]: row["case"] for row in result["rows"]}
     note = (
-        f"Times over those of PEFT's plain LoRA, and in brackets the times. Training: {cases['layer']}; one token: "
+        "Times over those of PEFT's plain LoRA, and in brackets the times. Forward and backward finds the norm at "
+        "hand, as in all micro-batches of a step but the first; an optimizer step, one micro-batch, computes it. "
+        f"Training: {cases['layer']}; one token: "
         f"{cases['decode']}; tiny layer, one call in evaluation: {cases['host']}; peak memory of an optimizer step: "
         f"{cases['memory']}. {place([result])}."
     )
@@ -205,64 +205,59 @@ def providers_table() -> str:
     return _markdown(head, rows, "l" + "r" * (len(head) - 1)) + "\n\n" + note
 
 
-def run_tables() -> str:
+def run_tables(results: Sequence[Record]) -> str:
     """All tables of the run of all suites."""
-    if not (results := newest("run")):
-        return EMPTY
     result = results[0]
     ceilings = ", ".join(show.ceiling(name, value) for name, value in result["ceilings"].items())
     where = f"{place([result])}; measured there: {ceilings}."
-    return "\n\n".join([where, _sheets(show.tables(result)), figures("roofline", "memory", "model")])
+    return f"{where}\n\n{_sheets(show.tables(result))}"
 
 
-def growth_figure() -> str:
-    """The picture and where it was measured."""
-    return figures("growth") + f"\n\n{place(found)}." if (found := newest("growth")) else EMPTY
+def growth_note(results: Sequence[Record]) -> str:
+    """Where the picture was measured."""
+    return f"{place(results)}."
 
 
-def quality_table() -> str:
-    """Learning curves and the classification task."""
-    finetune, classify = newest("finetune"), newest("classify")
-    if not finetune or not classify:
-        return EMPTY
-    parts = [_sheet(show.quality([curve for one in (*finetune, *classify) for curve in one["curves"]]))]
-    found = show.gaps([curve for one in finetune for curve in one["curves"]])
+def finetune_table(results: Sequence[Record]) -> str:
+    """Learning curves of three implementations, and what lies between two of them and between two seeds."""
+    curves = [curve for one in results for curve in one["curves"]]
+    found = show.gaps(curves)
     rows = [
         [what, _small(found[f"{what}, ours to stock"]), _small(found[f"{what}, seed to seed"])]
         for what in ("loss", "held-out loss", "held-out accuracy")
     ]
-    head = ["SmolLM2-135M: difference", "ours to stock, at most", "stock, seed to seed, at least"]
-    parts.append(_markdown(head, rows, "lrr"))
-    curve = finetune[0]["curves"][0]
-    parts.append(
-        f"{len(curve['losses'])} steps of {curve['tokens']} tokens, {place(finetune)}; classification: "
-        f"{classify[0]['curves'][0]['examples']} held-out docstrings, {len(classify[0]['curves'][0]['losses'])} steps, "
-        f"{place(classify)}."
-    )
-    parts.append(figures("curves", "classify"))
-    return "\n\n".join(parts)
+    head = ["difference", "ours to stock, at most", "stock, seed to seed, at least"]
+    note = f"{len(curves[0]['losses'])} steps of {curves[0]['tokens']} tokens; {place(results)}."
+    return "\n\n".join([_sheet(show.quality(curves)), _markdown(head, rows, "lrr"), note])
 
 
-def fidelity_table() -> str:
+def classify_table(results: Sequence[Record]) -> str:
+    """LoRA and DoRA at several ranks."""
+    curves = [curve for one in results for curve in one["curves"]]
+    first = curves[0]
+    note = f"{first['examples']} held-out docstrings, {len(first['losses'])} steps; {place(results)}."
+    return f"{_sheet(show.quality(curves))}\n\n{note}"
+
+
+def fidelity_table(results: Sequence[Record]) -> str:
     """Ours over PEFT's error."""
-    if not (results := newest("fidelity")):
-        return EMPTY
     rows = [row for one in results for row in one["rows"]]
     ours = [sheet for sheet in show.fidelity(rows) if "torch" not in sheet.title]
-    return _sheets(ours) + f"\n\n{place(results)}."
+    return f"{_sheets(ours)}\n\n{place(results)}."
 
 
-TABLES: dict[str, tuple[str, Callable[[], str]]] = {
-    "demo": ("README.md", demo_table),
-    "providers": ("README.md", providers_table),
-    "run": ("docs/benchmarks.md", run_tables),
-    "norm": ("docs/benchmarks.md", norm_table),
-    "layer": ("docs/benchmarks.md", layer_table),
-    "growth": ("docs/benchmarks.md", growth_figure),
-    "quality": ("docs/benchmarks.md", quality_table),
-    "fidelity": ("docs/benchmarks.md", fidelity_table),
+TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
+    "demo": ("README.md", "demo", demo_table),
+    "providers": ("README.md", "run", providers_table),
+    "run": ("docs/benchmarks.md", "run", run_tables),
+    "norm": ("docs/benchmarks.md", "norm", norm_table),
+    "layer": ("docs/benchmarks.md", "layer", layer_table),
+    "growth": ("docs/benchmarks.md", "growth", growth_note),
+    "finetune": ("docs/benchmarks.md", "finetune", finetune_table),
+    "classify": ("docs/benchmarks.md", "classify", classify_table),
+    "fidelity": ("docs/benchmarks.md", "fidelity", fidelity_table),
 }
-"""Of each marker, the document and what is written there."""
+"""Of each marker, the document, the kind of record, and what is written there of one machine's records."""
 
 
 def place(results: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ Exit status 1 if anything failed: a stage, or a provider whose error exceeds its
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ class Several(argparse.Action):
 def names(allowed: Any, what: str) -> Any:
     def parse(text: str) -> list[str]:
         found = [name for name in text.replace("-", "_").split(",") if name]
+        if not found:
+            raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
         for name in found:
             if name not in allowed:
                 raise argparse.ArgumentTypeError(f"there is no {what} {name!r}, only {', '.join(allowed)}")
@@ -82,7 +85,12 @@ def _block(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
     if len(sizes) != 4 or not all(size.isdigit() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"expected four sizes of at least 1, such as 4096x14336x32x8, got {text!r}")
-    return tuple(map(int, sizes))
+    hidden, wide, heads, kv_heads = map(int, sizes)
+    if hidden % (2 * heads) or heads % kv_heads:
+        raise argparse.ArgumentTypeError(
+            f"expected an even width for each head, and heads that the key and value heads divide, got {text!r}"
+        )
+    return hidden, wide, heads, kv_heads
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser, suites: Sequence[str], default: Sequence[str]) -> None:
@@ -154,20 +162,25 @@ def _new_files(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Pa
             continue
         if path.suffix != suffix:
             parser.error(f"{option} {path}: expected a name that ends in {suffix}")
-        if path.exists():
-            parser.error(f"{option} {path}: there is such a file; earlier results are never overwritten")
+        for one in (path, path.with_suffix(".csv")) if suffix == ".json" else (path,):
+            if one.exists():
+                parser.error(f"{option} {one}: there is such a file; earlier results are never overwritten")
         if not path.parent.is_dir():
             parser.error(f"{option} {path}: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            parser.error(f"{option} {path}: the folder {path.parent} cannot be written to")
     if given.out:
         return Path(given.out)
-    FOLDER.mkdir(exist_ok=True)
+    try:
+        FOLDER.mkdir(exist_ok=True)
+    except OSError as error:
+        parser.error(f"{FOLDER}, where records go: {error.strerror}")
     return FOLDER / time.strftime("%Y-%m-%d-%H%M%S.json")
 
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure and show."""
-    if {"model", "finetune", "classify"} & set(given.suite):
-        machine.wait_passively()  # before torch is imported
+    machine.wait_passively()  # before torch is imported
     machine.quiet_libraries()
     device = checked_device(given.device, parser)
     out = _new_files(given, parser)
@@ -185,7 +198,10 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         tokens=given.tokens, providers=given.providers, block=given.block, steps=given.steps, seeds=given.seeds,
         rounds=given.rounds, sample_ms=given.sample_ms, limit_s=limit, folder=FOLDER, out=out,
     ))  # fmt: skip
-    one.all()
+    try:
+        one.all()
+    except OSError as error:
+        parser.error(f"{out}: {error.strerror or error}")
     show.show(one.record, show.console())
     print(f"record: {out}")
     if given.html:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.providers import Missing
+import dora_kernels
+from bench.providers import Missing, library
 from bench.record import significant
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def _folder() -> Path:
 def _load(run: Run) -> tuple[Any, list[Any], list[Any]]:
     """The folder of the model, and batches of held-out and training examples."""
     if "classify" not in run.shared:
-        from transformers import AutoTokenizer
-
+        with library():
+            from transformers import AutoTokenizer
         folder = _folder()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         examples = docstrings()
@@ -93,10 +94,9 @@ def _load(run: Run) -> tuple[Any, list[Any], list[Any]]:
 
 
 def _model(folder: Path, provider: str, rank: int, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
-
-    import dora_kernels
+    with library():
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():

@@ -81,8 +81,8 @@ class KernelCase(OfShape):
 
     def made_subject(self, provider: str, calls: list[Work], errors: dict[str, float], limits: Any) -> Subject:
         """Of the calls on every copy."""
-        name = self.kernel
-        return Subject(provider, {name: calls}, errors, limits, {name: self.least}, frozenset({name}))
+        name, in_place = self.kernel, self.kernel == "compose" and provider.startswith("ours")
+        return Subject(provider, {name: calls}, errors, limits, {name: self.least}, frozenset({name}), in_place)
 
 
 def _peft_expression(base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor, scaling: float) -> Tensor:

@@ -7,6 +7,7 @@ one of the same seed than two seeds of the stock model are to each other.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from bench import show
 from bench.demo import data, train
 from bench.demo import model as models
 from bench.demo.settings import Settings
+from bench.problem import DTYPES
 from bench.providers import LABELS, Missing
 from bench.record import significant
 
@@ -58,9 +60,18 @@ def load(run: Run) -> tuple[Any, Any, data.Corpus]:
     return run.shared["finetune"]
 
 
-def adapted(run: Run, provider: str, rank: int, seed: int) -> Any:
+def adapted(run: Run, provider: str, rank: int, seed: int, dtypes: str = "fp32") -> Any:
     """A provider's model, its A drawn from the seed."""
-    model = models.adapt(load(run)[0], KINDS[provider], settings(run, rank, seed))
+    base_dtype, adapter_dtype = DTYPES[dtypes]
+    base, name = load(run)[0], f"finetune, {base_dtype}"
+    if base_dtype != torch.float32:
+        if name not in run.shared:
+            run.shared[name] = copy.deepcopy(base).to(base_dtype)
+        base = run.shared[name]
+    model = models.adapt(base, KINDS[provider], settings(run, rank, seed))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter_dtype)
     if provider == "ours":
         models.patch(model)
     return model

@@ -1,7 +1,8 @@
 """SmolLM2-135M with adapters on all linear layers: training steps and generated tokens, adapters unmerged.
 
 A step is one sequence, forward and backward, then AdamW. The adapters are moved away from their start, the same for
-all, and the logits are compared with those of the stock model in float64.
+all. The logits, of a text and of one token after a cached prompt, and the gradients of all A, B and magnitudes are
+compared with those of the stock model in float64, and may err four times as much as it in its own dtypes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from bench.demo import train
 from bench.layers import least_of
-from bench.problem import ALLOWED, FLOOR, error
+from bench.problem import DTYPES, adapter_gradients, errors, limits
 from bench.providers import Subject, Work
 from bench.suites.finetune import KINDS, PROVIDERS, RANK, adapted, load, settings
 
@@ -31,8 +32,9 @@ PROMPT, CONTINUED = 16, 48
 
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """A step at every number of tokens, and a token."""
-    for tokens, rank in itertools.product(run.given.tokens or [128], run.given.ranks or [RANK]):
-        case = ModelCase(run, tokens, rank)
+    given = run.given
+    for dtypes, tokens, rank in itertools.product(given.dtypes, given.tokens or [128], given.ranks or [RANK]):
+        case = ModelCase(run, tokens, rank, dtypes)
         yield f"model: {case.label}", lambda case=case: _measure(run, case)
 
 
@@ -48,14 +50,14 @@ class ModelCase:
     run: Run
     tokens: int
     rank: int
+    dtypes: str
     suite: str = "model"
-    dtypes: str = "fp32"
     providers: Sequence[str] = PROVIDERS
 
     @property
     def label(self) -> str:
         """For people."""
-        return f"SmolLM2-135M, rank {self.rank}, {self.tokens} tokens, fp32"
+        return f"SmolLM2-135M, rank {self.rank}, {self.tokens} tokens, {self.dtypes}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -67,25 +69,39 @@ class ModelCase:
         """Real text."""
         return load(self.run)[2].batches(self.tokens, 1, seed=0)[0].to(self.run.device)
 
+    def autocast(self) -> torch.autocast:
+        """Where the dtypes ask for it."""
+        dtype = DTYPES[self.dtypes][0]
+        return torch.autocast(self.run.device.type, dtype, enabled="+" in self.dtypes)
+
     def subject(self, provider: str) -> Subject:
-        """The provider's model, its logits checked."""
+        """The provider's model, its results checked."""
         model = self._moved(provider)
         one = train.make_run(KINDS[provider], model, settings(self.run, self.rank))
-        wanted, limit = self._lora_judge if provider == "peft_lora" else self._dora_judge
         kind = "lora" if provider == "peft_lora" else "dora"
-        parts: dict[str, list[Work]] = {
-            "step": [lambda: train.train_step(one, self.batch, 0)],
-            "token": [Continuation(model, self.batch)],
-        }
+        wanted, limits = self._lora_judge if kind == "lora" else self._dora_judge
+        continuation = Continuation(model, self.batch)
+
+        def step() -> None:
+            with self.autocast():
+                train.train_step(one, self.batch, 0)
+
+        def token() -> None:
+            with self.autocast():
+                continuation()
+
+        parts: dict[str, list[Work]] = {"step": [step], "token": [token]}
         least = {
-            "step": _least(model, kind, self.tokens, self.rank, True),
-            "token": _least(model, kind, 1, self.rank, False),
+            "step": _least(model, kind, self.tokens, self.rank, self.dtypes, True),
+            "token": _least(model, kind, 1, self.rank, self.dtypes, False),
         }
-        return Subject(provider, parts, {"logits": error(self._logits(model), wanted)}, {"logits": limit}, least)
+        with self.autocast():
+            found = errors(_results(model, self.batch), wanted)
+        return Subject(provider, parts, found, limits, least)
 
     def _moved(self, provider: str) -> Any:
         """A model whose B is not zero and whose magnitudes are not the norms."""
-        model = adapted(self.run, provider, self.rank, seed=0)
+        model = adapted(self.run, provider, self.rank, 0, self.dtypes)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -96,27 +112,36 @@ class ModelCase:
                     parameter.mul_(1.05)
         return model
 
-    @torch.no_grad()
-    def _logits(self, model: nn.Module) -> Tensor:
-        model.eval()
-        found: Tensor = model(input_ids=self.batch, use_cache=False).logits
-        model.train()
-        return found
-
-    def _judge(self, provider: str) -> tuple[Tensor, float]:
-        """The stock model's logits in float64, and the error allowed."""
+    def _judge(self, provider: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The stock model's results in float64, and the errors allowed."""
         stock = self._moved(provider)
-        plain = self._logits(stock)
-        wanted = self._logits(copy.deepcopy(stock).double())
-        return wanted, max(FLOOR, ALLOWED * error(plain, wanted))
+        wanted = _results(copy.deepcopy(stock).double(), self.batch)
+        with self.autocast():
+            return wanted, limits(_results(stock, self.batch), wanted)
 
     @functools.cached_property
-    def _dora_judge(self) -> tuple[Tensor, float]:
+    def _dora_judge(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         return self._judge("peft_dora")
 
     @functools.cached_property
-    def _lora_judge(self) -> tuple[Tensor, float]:
+    def _lora_judge(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         return self._judge("peft_lora")
+
+
+def _results(model: Any, batch: Tensor) -> dict[str, Tensor]:
+    """Logits of a text, and of its token after the prompt alone, and the gradients of the adapters."""
+    model.train()
+    output = model(input_ids=batch, labels=batch, use_cache=False)
+    output.loss.backward()
+    found = {"logits": output.logits.detach(), **adapter_gradients(model)}
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    with torch.no_grad():
+        cut = min(PROMPT, batch.shape[1] - 1)
+        prompt = model(input_ids=batch[:, :cut], use_cache=True)
+        following = model(input_ids=batch[:, cut : cut + 1], past_key_values=prompt.past_key_values, use_cache=True)
+    model.train()
+    return {**found, "token": following.logits}
 
 
 class Continuation:
@@ -128,7 +153,7 @@ class Continuation:
     @torch.no_grad()
     def __call__(self) -> None:
         """One token."""
-        if self.model.training:
+        if self.model.training:  # after a step
             self.model.eval()
         if self.state is None or self.made >= CONTINUED:
             first = self.model(input_ids=self.prompt, use_cache=True)
@@ -138,15 +163,16 @@ class Continuation:
         self.made, self.state = self.made + 1, (output.logits[:, -1:].argmax(-1), output.past_key_values)
 
 
-def _least(model: nn.Module, kind: str, tokens: int, rank: int, training: bool) -> tuple[int, int]:
+def _least(model: nn.Module, kind: str, tokens: int, rank: int, dtypes: str, training: bool) -> tuple[int, int]:
     """Bytes and FLOPs of the linear layers; attention, a few hundredths of them at these lengths, is left out."""
     size = flops = 0
+    base, adapter = (dtype.itemsize for dtype in DTYPES[dtypes])
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or ".lora_" in name:
             continue
         layer_kind = kind if name.endswith("base_layer") else "frozen"
         more = least_of(
-            (tokens, module.out_features, module.in_features, rank), (4, 4), layer_kind, 1, training, training
+            (tokens, module.out_features, module.in_features, rank), (base, adapter), layer_kind, 1, training, training
         )
         size, flops = size + more[0], flops + more[1]
     return size, flops

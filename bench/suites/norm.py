@@ -1,9 +1,9 @@
 """The norm: ours in every form and on every backend, and what each library does in its layer to have it.
 
 A row's bytes and FLOPs are the fewest: W, A and B once, the norm once, two operations for each element of W and rank.
-`ours` is what a layer calls when its norm has to be refreshed, |W|² at hand where the factored form wants it; `direct`
-and `factored` are its two forms, whichever it takes; `unchanged` is what a call costs that asks the device and hears
-that nothing has changed.
+`ours` is the norm itself, |W|² at hand where the factored form wants it; what a layer notes beside it, to know later
+whether A, B and W are the same, is in the steps of the suite layer. `direct` and `factored` are its two forms;
+`unchanged` is what a call costs that asks the device and hears that all is as it was.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 LIMIT = 1e-5
 """The norm is computed in float32 accuracy from the factors as stored."""
-ROUNDED_LIMIT = 2e-2
-"""The others compute it in the adapter's dtype."""
+ROUNDINGS = 2.0
+"""Of the adapter's dtype, in which the others compute it."""
 SCALING = 0.5
 SHAPES = ((4096, 4096), (8192, 8192), (8192, 28672))
 """On a GPU where `--hidden` says nothing."""
@@ -102,11 +102,11 @@ class NormCase:
         prepared = _PREPARED[provider](self) if provider in _PREPARED else _ours(self, provider)
         call, *beside = prepared
         calls = [functools.partial(call, *given) for given in zip(self.copies, *beside)]
-        limit = LIMIT if provider.startswith("ours") else ROUNDED_LIMIT
+        rounded = ROUNDINGS * torch.finfo(DTYPES[self.dtypes][1]).eps
+        limit = LIMIT if provider.startswith("ours") else max(LIMIT, rounded)
+        least = {} if provider == "ours_unchanged" else {"refresh": self.least}
         errors = {"norm": error(calls[0]().view_as(self.wanted), self.wanted)}
-        return Subject(
-            provider, {"refresh": calls}, errors, {"norm": limit}, {"refresh": self.least}, frozenset({"refresh"})
-        )
+        return Subject(provider, {"refresh": calls}, errors, {"norm": limit}, least, frozenset({"refresh"}))
 
 
 def _factors(case: NormCase, seed: int) -> Factors:
