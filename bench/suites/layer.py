@@ -25,5 +25,7 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     hidden = given.hidden or ([4096] if cuda else [1024])
     tokens = given.tokens or ([256, 8192] if cuda else [256])
     for dtypes, size, count, rank in itertools.product(given.dtypes, hidden, tokens, given.ranks or [16]):
-        case = LayerCase("layer", LayerShape(size, rank, count, dtypes, run.device), TRAINING)
+        shape = LayerShape(size, rank, count, dtypes, run.device)
+        # One call's tensors fill a cache by themselves, and reading W is a hundredth of its time.
+        case = LayerCase("layer", shape, TRAINING, most_copies=2)
         yield f"layer: {case.label}", lambda case=case: run.measure(case)
