@@ -80,7 +80,8 @@ def trimmed(pairs: int) -> int | None:
 class Worker:
     """A process that measures one revision's package when it is asked to."""
 
-    def __init__(self, package: Path, options: dict[str, Any]) -> None:
+    def __init__(self, package: Path, options: dict[str, Any], old: bool = False) -> None:
+        self.name, self.old = "the old revision" if old else "the working tree", old
         paths = [str(package), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],
@@ -103,10 +104,10 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"the process that measures {question.get('package', 'one revision')} ended")
+            raise RuntimeError(f"{self.name}: its process ended")
         answer = json.loads(line)
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer["result"]
 
     def __enter__(self) -> Worker:
@@ -132,7 +133,9 @@ def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int],
     """Measure every case in both, and say after each how many are done, of how many."""
     found = Comparison()
     for index, label in enumerate(new.cases):
-        before, after = (worker.ask(prepare=index) for worker in (old, new))
+        before, after = (_asked(worker, found, label, prepare=index) for worker in (old, new))
+        if before is None or after is None:
+            continue
         found.notes += [f"{label}: before: {reason}" for reason in before["failures"]]
         found.faults += [f"{label}: now: {reason}" for reason in after["failures"]]
         works = {tuple(work["key"]): work for work in after["works"]}
@@ -147,10 +150,24 @@ def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int],
             for turn in range(rounds):
                 pair = [(old, change.before), (new, change.after)]
                 for worker, samples in pair if turn % 2 else reversed(pair):
-                    samples.append(worker.ask(sample=list(key), passes=passes))
-            found.changes.append(change)
+                    samples.append(_asked(worker, found, label, sample=list(key), passes=passes))
+            if None not in change.before + change.after:
+                found.changes.append(change)
+        for worker, words, name in ((old, found.notes, "before"), (new, found.faults, "now")):
+            words += [f"{label}: {name}: {reason}" for reason in _asked(worker, found, label, finish=True) or ()]
         advance(index + 1, len(new.cases))
     return found
+
+
+def _asked(worker: Worker, found: Comparison, label: str, **question: Any) -> Any:
+    """The answer, or None and a note of the error: the old revision's is nobody's fault."""
+    try:
+        return worker.ask(**question)
+    except RuntimeError as error:
+        words = found.notes if worker.old else found.faults
+        if (line := f"{label}: {error}") not in words:
+            words.append(line)
+        return None
 
 
 def regressions(changes: Sequence[Change]) -> list[Change]:

@@ -15,7 +15,19 @@ from torch import Tensor, nn
 
 import dora_kernels
 from bench import timing
-from bench.problem import NAMES, LayerShape, OfShape, Problem, error, errors, limits, make_problem, oracle, plain
+from bench.problem import (
+    NAMES,
+    LayerShape,
+    OfShape,
+    Problem,
+    error,
+    errors,
+    limits,
+    long_step,
+    make_problem,
+    oracle,
+    plain,
+)  # fmt: skip
 from bench.providers import ACCUMULATED, Checked, Missing, Subject, Work, library
 from dora_kernels.backends import triton_problem
 
@@ -23,6 +35,8 @@ PROVIDERS = (
     "frozen", "peft_lora", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris", "dense",
     "ours", "ours_compiled", "ours_triton", "ours_torch", "ours_reference",
 )  # fmt: skip
+IN_EVALUATION = (*PROVIDERS[:3], "peft_dora_cached", *PROVIDERS[3:])
+"""Those with PEFT's cache of B·A and the norm, which it has in evaluation alone."""
 KINDS = {"frozen": "frozen", "peft_lora": "lora", "lycoris": "dora_attached", "dense": "dora_attached"}
 """What a provider computes, where it is not DoRA with the norm detached: LyCORIS and the usual tutorial train it."""
 
@@ -59,11 +73,12 @@ class Layer:
     def run_step(self, micro_batches: int = 1) -> None:
         """An optimizer step of so many forward and backward passes: one refresh of the norm."""
         for _ in range(micro_batches):
-            self.leaves[0].grad = None
+            self.leaves[0].grad = None  # of an earlier micro-batch
             self.run_forward().backward(self.dy)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+        self.leaves[0].grad = None
 
     def run_step_accumulated(self) -> None:
         """The same with `ACCUMULATED` micro-batches."""
@@ -82,7 +97,10 @@ class Layer:
         return {"y": y.detach(), **dict(zip(NAMES[self.kind], torch.autograd.grad(y, self.leaves, self.dy)))}
 
     def moved(self, problem: Problem) -> Problem:
-        """The problem with the adapter as training has left it."""
+        """The problem with the adapter as one more step, a long one, leaves it."""
+        if self.optimizer is not None:
+            with long_step(self.optimizer):
+                self.run_step()
         names = NAMES[self.kind][1:]
         return replace(problem, **{
             name: leaf.detach().clone().view_as(getattr(problem, name)) for name, leaf in zip(names, self.leaves[1:])
@@ -96,7 +114,17 @@ def make_layer(provider: str, problem: Problem, shape: LayerShape) -> Layer:
     module, parameters = _MAKERS[provider](problem, shape)
     forward: Callable[[Tensor], Tensor] = module
     if provider.endswith("_compiled"):
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on uncompiled
         forward = torch.compile(module)
+    if provider == "peft_dora_cached":
+        with library():
+            from peft.helpers import DoraCaching
+        uncached = forward
+
+        def forward(x: Tensor) -> Tensor:
+            with DoraCaching():
+                return uncached(x)
+
     if shape.autocast:
         called = forward
 
@@ -238,6 +266,7 @@ _MAKERS: dict[str, Callable[[Problem, LayerShape], Made]] = {
     "frozen": _frozen,
     "peft_lora": functools.partial(_peft, dora=False),
     "peft_dora": _peft,
+    "peft_dora_cached": _peft,
     "peft_dora_compiled": _peft,
     "torchtune": _torchtune,
     "lycoris": _lycoris,
@@ -283,7 +312,7 @@ class LayerCase(OfShape):
 
     @functools.cached_property
     def problems(self) -> list[Problem]:
-        """Copies that exceed the cache."""
+        """Copies that exceed the cache, if `most_copies` can."""
         first = make_problem(self.shape, 0)
         count = timing.copies_beyond(timing.cache_bytes(self.shape.device), first.nbytes, most=self.most_copies)
         return [first, *(make_problem(self.shape, seed) for seed in range(1, count))]

@@ -1,13 +1,15 @@
 """The layer that is timed, its float64 oracle, and the error that is allowed.
 
-A result's error is ``|result - oracle| / |oracle|``; the limit is four times that of the same layer in plain PyTorch
-operations and the same dtypes. PEFT's norm is rounded to the adapter's dtype, which the factor leaves room for.
+A result's error is ``|result - oracle| / |oracle|``, of all of it and of its worst row; the limit is four times that of
+the same layer in plain PyTorch operations and the same dtypes. PEFT's norm is rounded to the adapter's dtype, which the
+factor leaves room for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.providers import ROW
 from dora_kernels import reference
 
 ALLOWED = 4.0
 FLOOR = 1e-6
 """Errors below this pass anywhere: plain PyTorch can be exact by luck."""
+PROBE = 0.02
 
 
 DTYPES = {
@@ -196,15 +200,39 @@ def plain(problem: Problem, kind: str) -> dict[str, Tensor]:
     return solve(lambda *leaves: eager_dora(problem, kind == "dora", *leaves), problem, NAMES[kind])
 
 
-def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of a PEFT model's adapters, by kind, all layers' in one tensor; NaN where there is none."""
+def adapter_gradients(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Of a PEFT model's adapters, by kind; NaN where there is none."""
     kinds: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = next(kind for kind in ("lora_A", "lora_B", "magnitude") if kind in name)
             gradient = torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
-            kinds.setdefault(kind, []).append(gradient.flatten())
-    return {kind: torch.cat(found) for kind, found in kinds.items()}
+            kinds.setdefault(kind, []).append(gradient)
+    return kinds
+
+
+def take_adapters(model: nn.Module, trained: nn.Module) -> None:
+    """Give a PEFT model the adapters of another one."""
+    values = dict(trained.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(values[name])
+
+
+@contextlib.contextmanager
+def long_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """For the step before a last check: AdamW moves every element by about `PROBE`, which shows in 16 bits too."""
+    group = optimizer.param_groups[0]
+    before, group["lr"] = group["lr"], PROBE
+    try:
+        yield
+    finally:
+        group["lr"] = before
+
+
+Results = dict[str, Any]
+"""Tensors by name, or several under one name."""
 
 
 def error(result: Tensor, wanted: Tensor) -> float:
@@ -212,17 +240,31 @@ def error(result: Tensor, wanted: Tensor) -> float:
     return float((result.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def errors(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """The error of each result by name."""
-    return {name: error(results[name].view_as(wanted[name]), wanted[name]) for name in wanted}
+def row_error(result: Tensor, wanted: Tensor) -> float:
+    """That of the worst row, or element of a vector, over the rows' root mean square: a fault in one place shows."""
+    shape = (-1, wanted.shape[-1] if wanted.dim() > 1 else 1)
+    off, rows = (t.double().reshape(shape) for t in (result.double() - wanted.double(), wanted))
+    return float(off.norm(dim=1).max() / rows.norm() * rows.shape[0] ** 0.5)
 
 
-def limits(results: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """What is allowed, given plain PyTorch's `results`."""
-    return {name: max(FLOOR, ALLOWED * off) for name, off in errors(results, wanted).items()}
+def errors(results: Results, wanted: Results) -> dict[str, float]:
+    """The error of each result by name, and that of its worst row; of several under one name, the largest."""
+    found = {}
+    for name, right in wanted.items():
+        ones, others = (t if isinstance(t, list) else [t] for t in (results[name], right))
+        pairs = [(one.view_as(other), other) for one, other in zip(ones, others, strict=True)]
+        for suffix, measure in (("", error), (ROW, row_error)):
+            found[name + suffix] = max((measure(*pair) for pair in pairs), key=lambda off: (math.isnan(off), off))
+    return found
+
+
+def limits(results: Results, wanted: Results) -> dict[str, float]:
+    """What is allowed, given plain PyTorch's `results`; nothing where these are not finite."""
+    found = errors(results, wanted)
+    return {name: max(FLOOR, ALLOWED * off) for name, off in found.items() if math.isfinite(off)}
 
 
 def beyond(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
-    """Which errors exceed their limits; NaN always does."""
-    wrong = [name for name in found if not found[name] <= allowed.get(name, math.inf)]
-    return [f"{name} off by {found[name]:.1e}, allowed {allowed.get(name, math.inf):.1e}" for name in wrong]
+    """Which errors exceed their limits; NaN exceeds any."""
+    wrong = [name for name in found if name in allowed and not found[name] <= allowed[name]]
+    return [f"{name} off by {found[name]:.1e}, allowed {allowed[name]:.1e}" for name in wrong]

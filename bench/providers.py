@@ -15,6 +15,7 @@ LABELS = {
     "frozen": "frozen layer",
     "peft_lora": "PEFT LoRA",
     "peft_dora": "PEFT DoRA",
+    "peft_dora_cached": "PEFT DoRA, cached",
     "peft_dora_compiled": "PEFT DoRA, compiled",
     "torchtune": "torchtune DoRA",
     "lycoris": "LyCORIS DoRA",
@@ -32,6 +33,8 @@ LABELS = {
 REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen")
 """Those that every row has its ratio to, where they take part."""
 
+ROW = ", worst row"
+"""What follows the name of a result where the error is that of its worst row, not of all of it."""
 ACCUMULATED = 4
 """Micro-batches of the longer optimizer step."""
 

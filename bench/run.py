@@ -143,7 +143,8 @@ class Run:
         def keep(name: str, rate: float) -> None:
             found[name] = significant(max(rate, found.get(name, 0.0)))
 
-        keep("copy_bytes_per_s", timing.copy_bandwidth(self.device, 2**31 if cuda else 2**26, rounds))
+        size = 2**31 if cuda else max(2**26, 4 * timing.cache_bytes(self.device))
+        keep("copy_bytes_per_s", timing.copy_bandwidth(self.device, size, rounds))
         for dtype in dict.fromkeys((torch.float32, *(DTYPES[name][0] for name in self.given.dtypes))):
             name = f"flop_per_s.{str(dtype).removeprefix('torch.')}"
             # Without instructions for it a 16-bit product takes seconds, and is no ceiling.

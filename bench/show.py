@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.providers import LABELS
+from bench.providers import LABELS, ROW
 from bench.record import Record, commit_of, machine_of
 
 WIDTH = 80  # where there is no terminal to ask
@@ -106,9 +106,9 @@ def fidelity(rows: Sequence[Row]) -> list[Sheet]:
     sheets = []
     for provider in dict.fromkeys(row["provider"] for row in rows if row["provider"] != "peft_dora"):
         mine = [row for row in rows if row["provider"] == provider and row["case"] in stock]
-        names = list(dict.fromkeys(name for row in mine for name in row["errors"] if name != "g"))
         cells = []
         trained = [row for row in mine if "y" in row["errors"]]
+        names = list(dict.fromkeys(name for row in trained for name in row["errors"] if not name.endswith(ROW)))
         for dtypes, condition in dict.fromkeys((row["dtypes"], row["condition"]) for row in trained):
             group = [row for row in trained if (row["dtypes"], row["condition"]) == (dtypes, condition)]
             figures = [quotient(group, stock, name) for name in names]
@@ -116,7 +116,7 @@ def fidelity(rows: Sequence[Row]) -> list[Sheet]:
             cells.append((kind, [dtypes, condition, *figures]))
         notes = []
         for dtypes in dict.fromkeys(row["dtypes"] for row in mine):
-            ratios = [ratio for row in mine if row["dtypes"] == dtypes for ratio in _ratios(row, stock)]
+            ratios = [ratio for row in trained if row["dtypes"] == dtypes for ratio in _ratios(row, stock)]
             if ratios:
                 below = sum(ratio <= 1.0 for ratio in ratios)
                 notes.append(f"{dtypes} in {below} of {len(ratios)} cells, at most {max(ratios):.2f} times it")
@@ -126,9 +126,12 @@ def fidelity(rows: Sequence[Row]) -> list[Sheet]:
             sheets.append(Sheet(title, ["dtypes", "condition", *names], cells, note))
     fresh = [row for row in rows if "g" in row["errors"]]
     if fresh:
-        cells = [(_kind(row), [LABELS[row["provider"]], row["dtypes"], worst(row)]) for row in fresh]
-        title = "fidelity: max |g − 1| of a layer that nobody has trained"
-        sheets.append(Sheet(title, ["provider", "dtypes", "g"], cells))
+        cells = []
+        for row in fresh:
+            own, exact = (f"{row['errors'][name]:.0e}" for name in ("g", "m"))
+            cells.append((_kind(row), [LABELS[row["provider"]], row["dtypes"], own, exact]))
+        title = "fidelity: a layer that nobody has trained, max |m / norm − 1|"
+        sheets.append(Sheet(title, ["provider", "dtypes", "its own norm", "float64's"], cells))
     return sheets
 
 
@@ -146,7 +149,7 @@ def quotient(group: Sequence[Row], stock: dict[str, Any], name: str) -> str:
 
 def _ratios(row: Row, stock: dict[str, Any]) -> list[float]:
     """Of every error that both have."""
-    pairs = [(row["errors"][name], stock[row["case"]].get(name)) for name in row["errors"] if name != "g"]
+    pairs = [(row["errors"][name], stock[row["case"]].get(name)) for name in row["errors"] if not name.endswith(ROW)]
     return [math.inf if mine is None else mine / theirs for mine, theirs in pairs if theirs]
 
 
@@ -166,14 +169,12 @@ def quality(curves: Sequence[Row]) -> Sheet:
     return Sheet("quality on held-out text: mean (least – most)", head, cells)
 
 
-def gaps(curves: list[dict[str, Any]]) -> dict[str, float]:
+def gaps(curves: list[dict[str, Any]], suite: str = "finetune") -> dict[str, float]:
     """How far ours is from stock, and stock's seeds from each other: at most over steps, and on held-out text.
 
     Between seeds the smallest difference of any two counts.
     """
-    of = {
-        (curve["provider"], curve["rank"], curve["seed"]): curve for curve in curves if curve["suite"] == "finetune"
-    }
+    of = {(curve["provider"], curve["rank"], curve["seed"]): curve for curve in curves if curve["suite"] == suite}
     trainings = sorted({key[1:] for key in of})
     pairs = [(of[("ours", *key)], of[("peft_dora", *key)]) for key in trainings]
     others = [
@@ -203,6 +204,8 @@ def is_wrong(row: Row) -> bool:
 def worst(row: Row) -> str:
     """The error nearest to its limit, or furthest beyond."""
     errors, limits = row["errors"], row["limits"]
+    if not is_wrong(row):
+        errors = {name: off for name, off in errors.items() if not name.endswith(ROW)}
     if not errors:
         return EMPTY
     if any(value is None for value in errors.values()):

@@ -3,7 +3,7 @@
     make bench ARGS="--benchmark-save=before"
     make bench ARGS="--benchmark-compare=0001 -k decode"
 
-The providers of a case form a group for each of its parts. Each is checked against float64 before it is timed; a wrong
+The providers of a case form a group for each of its parts. Each is checked against float64 before and after; a wrong
 one fails, a missing one is skipped by name. Here one provider runs after another: `python -m bench run` and `compare`
 take turns instead, and are what to trust where a few per cent matter. Models and memory are theirs alone.
 """
@@ -82,3 +82,4 @@ def test(benchmark: Any, index: int, provider: str, part: str | None) -> None:
             torch.cuda.synchronize()
 
     benchmark.pedantic(call, rounds=ROUNDS, iterations=len(calls), warmup_rounds=2)
+    assert not (subject.again and beyond(*subject.again()))

@@ -1,7 +1,7 @@
 """A process of `python -m bench compare`: measures the package that it finds first, when it is asked to.
 
 Questions come as lines of JSON: first the options, whose answer is the cases' labels; then `prepare` of a case by its
-index, and `sample` of one of its works.
+index, `sample` of one of its works, and `finish`, which checks the results again after all those samples.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Worker:
             for _, work in all_suites.load(name).stages(self.run):
                 work()
         self.works: dict[tuple[str, str], Any] = {}
+        self.subjects: list[Any] = []
 
     def prepare(self, index: int) -> dict[str, Any]:
         """The works of a case, each run once, and what is wrong with them."""
@@ -49,20 +50,37 @@ class Worker:
             torch.compiler.reset()  # after a few recompilations of one function torch runs it uncompiled
         case, self.cases[index] = self.cases[index], None  # its tensors go when the next is prepared
         self.run.record["failures"].clear()
-        subjects = self.run.subjects(case)
+        self.subjects = self.run.subjects(case)
         answers = []
-        for subject in subjects:
+        for subject in self.subjects:
             for part, calls in subject.parts.items():
                 key = part, subject.provider
                 candidate = timing.Candidate(subject.provider, calls)
-                timing.run_passes(candidate, 1)
-                once = timing.elapsed(self.run.device, lambda candidate=candidate: timing.run_passes(candidate, 1))
+                try:
+                    timing.run_passes(candidate, 1)
+                    once = timing.elapsed(self.run.device, lambda candidate=candidate: timing.run_passes(candidate, 1))
+                except Exception as error:
+                    self.run.fail(case.label, f"{subject.provider}: {part}: {type(error).__name__}: {error}")
+                    continue
                 self.works[key] = candidate
                 answers.append({
                     "key": list(key), "passes": max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))),
                     "peak": timing.peak_bytes(self.run.device, calls[0]),
                 })  # fmt: skip
-        return {"works": answers, "failures": [failure["message"] for failure in self.run.record["failures"]]}
+        return {"works": answers, "failures": self._failures()}
+
+    def finish(self) -> list[str]:
+        """What the prepared case's calls have left wrong."""
+        from bench.problem import beyond
+
+        self.run.record["failures"].clear()
+        for subject in self.subjects:
+            if subject.again and (wrong := beyond(*subject.again())):
+                self.run.fail("", f"{subject.provider}: wrong result after what was timed: {'; '.join(wrong)}")
+        return self._failures()
+
+    def _failures(self) -> list[str]:
+        return [failure["message"] for failure in self.run.record["failures"]]
 
     def sample(self, key: list[str], passes: int) -> float:
         """Seconds of so many passes over a work's calls, per call."""
@@ -89,6 +107,8 @@ def main() -> int:
                 result = [f"{case.suite}: {case.label}" for case in worker.cases]
             elif "prepare" in question:
                 result = worker.prepare(question["prepare"])
+            elif "finish" in question:
+                result = worker.finish()
             else:
                 result = worker.sample(question["sample"], question["passes"])
             answer = {"result": result}

@@ -216,9 +216,10 @@ def _compose_wide(
     h, right = cast(h, dtype), cast(lora_B, dtype).t()
     step = _block_rows(*base.shape)
     buffer = _scratch(step, base.shape[1], dtype, base.device)
-    for rows, left, target in _blocks(step, base, h, out):
-        block = buffer[: rows.shape[0]].copy_(rows).addmm_(left, right, alpha=scaling)
-        target.copy_(block.mul_(g) if bias is None else torch.addcmul(bias, block, g, out=block))
+    with full_precision(base.device):
+        for rows, left, target in _blocks(step, base, h, out):
+            block = buffer[: rows.shape[0]].copy_(rows).addmm_(left, right, alpha=scaling)
+            target.copy_(block.mul_(g) if bias is None else torch.addcmul(bias, block, g, out=block))
     return out
 
 

@@ -87,6 +87,34 @@ def test_what_a_revision_gets_wrong_is_noted(slow_package):
     assert any("now: ours, torch: wrong result" in fault for fault in found.faults) and not found.notes
 
 
+@pytest.mark.slow
+def test_a_norm_that_steps_make_stale_is_a_fault(slow_package):
+    """As fast as nobody else, and right when the layer is made."""
+    cache = slow_package / "dora_kernels" / "norm_cache.py"
+    fresh = "known and entry.key == key and entry.is_fresh(*tensors, training, self.unheard):"
+    assert cache.read_text().count(fresh) == 1
+    cache.write_text(cache.read_text().replace(fresh, "known:"))
+    with Worker(ROOT, OPTIONS, old=True) as old, Worker(slow_package, OPTIONS) as new:
+        found = compare.compare(old, new, 1, lambda *_: None)
+    (fault,) = found.faults
+    assert "now: ours_torch: wrong result after what was timed: y off by" in fault and not found.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken_now", [True, False])
+def test_a_revision_that_fails_while_it_is_measured(slow_package, broken_now):
+    """The working tree's failure is a regression, the old revision's is not."""
+    backend = slow_package / "dora_kernels" / "torch_backend.py"
+    backend.write_text(backend.read_text().replace("__import__('time').sleep(0.02)", "raise SystemExit(3)"))
+    packages = (ROOT, slow_package) if broken_now else (slow_package, ROOT)
+    with Worker(packages[0], OPTIONS, old=True) as old, Worker(packages[1], OPTIONS) as new:
+        found = compare.compare(old, new, 1, lambda *_: None)
+    said, silent = (found.faults, found.notes) if broken_now else (found.notes, found.faults)
+    (line,) = said
+    whose = "the working tree" if broken_now else "the old revision"
+    assert line.endswith(f"{whose}: its process ended") and not silent
+
+
 def test_a_worker_measures_the_package_it_was_given(tmp_path):
     with pytest.raises(RuntimeError, match=r"dora_kernels comes from .*, not from"):
         Worker(tmp_path, OPTIONS)
@@ -120,7 +148,7 @@ def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "HEAD", "--device", "cpu"])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "HEAD: ImportError: too old" in said and said.count("\n") == 1
+    assert stopped.value.code == 2 and "HEAD: the old revision: ImportError: too old" in said and said.count("\n") == 1
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")

@@ -60,10 +60,27 @@ def test_a_wrong_layer_is_beyond_its_limits():
     wanted = oracle(problem, "dora")
     allowed = limits(plain(problem, "dora"), wanted)
     off = {name: value * (1 + 1e-5) for name, value in wanted.items()}
-    assert len(beyond(errors(off, wanted), allowed)) == len(wanted)
+    assert len(beyond(errors(off, wanted), allowed)) == 2 * len(wanted), "all of each, and its worst row"
     assert beyond({"y": math.nan}, {"y": 1.0}) and not beyond({"y": 1.0}, {})
+    assert not limits({"y": torch.tensor([math.inf])}, {"y": torch.ones(1)}), "no judge, no limit"
     attached = oracle(problem, "dora_attached")
     assert beyond(errors(attached, wanted), allowed), "the norm's gradient is told from none"
+
+
+def test_one_wrong_row_of_many_is_beyond_its_limit():
+    wanted = {"y": torch.randn(4096, 8, dtype=torch.float64)}
+    allowed = limits({"y": wanted["y"] * (1 + 1e-2)}, wanted)
+    tail = wanted["y"].clone()
+    tail[-1] = 0.0
+    (wrong,) = beyond(errors({"y": tail}, wanted), allowed)
+    assert wrong.startswith("y, worst row off by")
+    layers_of_a_model = {"lora_A": [torch.ones(3), torch.ones(2, 2)]}
+    off = {"lora_A": [torch.ones(3), torch.tensor([[1.0, 1.0], [2.0, 1.0]])]}
+    assert errors(off, layers_of_a_model) == {
+        "lora_A": pytest.approx(0.5), "lora_A, worst row": pytest.approx(0.5**0.5)
+    }  # fmt: skip
+    off["lora_A"][0] = torch.full((3,), math.nan)
+    assert math.isnan(errors(off, layers_of_a_model)["lora_A"])
 
 
 def test_a_wrong_provider_fails_the_run_and_shows(monkeypatch, tmp_path):
@@ -155,7 +172,7 @@ def test_gradients_of_adapters():
     model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 1), "lora_B": torch.nn.Linear(1, 2, bias=False)})
     model["lora_A"](torch.ones(2)).sum().backward()
     found = adapter_gradients(model)
-    assert found["lora_A"].tolist() == [1.0, 1.0, 1.0] and found["lora_B"].isnan().all()
+    assert [t.tolist() for t in found["lora_A"]] == [[[1.0, 1.0]], [1.0]] and found["lora_B"][0].isnan().all()
 
 
 def test_a_missing_library_is_named_as_missing(monkeypatch):

@@ -43,6 +43,8 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{given.revision}^{{commit}}")
     except FileNotFoundError:
         parser.error("git is not installed")
+    except subprocess.TimeoutExpired:
+        parser.error("git gave no answer")
     except subprocess.CalledProcessError:
         parser.error(f"there is no revision {given.revision!r} in {REPOSITORY}")
     device = run_command.checked_device(given.device, parser)
@@ -60,6 +62,8 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             return _compare(Path(folder), given, commit, options)
         except RuntimeError as error:
             parser.error(f"{given.revision}: {error}")
+        except ModuleNotFoundError as error:
+            parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
 
 
 def _compare(folder: Path, given: argparse.Namespace, commit: str, options: dict[str, Any]) -> int:
@@ -76,7 +80,7 @@ def _compare(folder: Path, given: argparse.Namespace, commit: str, options: dict
         progress.update(bar, completed=done, total=cases)
         progress.refresh()
 
-    with compare.Worker(folder, options) as old, compare.Worker(REPOSITORY, options) as new, progress:
+    with compare.Worker(folder, options, old=True) as old, compare.Worker(REPOSITORY, options) as new, progress:
         found = compare.compare(old, new, given.rounds, advance)
     cells = []
     for change in found.changes:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import record
 
 if TYPE_CHECKING:
-    from bench.record import Record
+    from matplotlib.figure import Figure
 
 FORMATS = ("svg", "png", "pdf")
 
@@ -41,7 +40,8 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
-        written = write(plots.merged(found), given.out, suffix=f".{given.format}")
+        drawn = plots.draw(plots.merged(found))
+        written = write({given.out / f"{name}.{given.format}": figure for name, figure in drawn.items()})
     except OSError as error:
         parser.error(f"--out {given.out}: {error.strerror}")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -53,14 +53,13 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def write(found: Record, folder: Path, names: Sequence[str] | None = None, suffix: str = ".svg") -> list[Path]:
-    """Every figure of a record, or those named, into a folder: NAME and the suffix; none before all are drawn."""
+def write(figures: dict[Path, Figure]) -> list[Path]:
+    """Figures by their path; none is there before all are drawn."""
     from bench import plots
 
     paths: dict[Path, Path] = {}
     try:
-        for name, figure in plots.draw(found, names).items():
-            path = folder / f"{name}{suffix}"
+        for path, figure in figures.items():
             paths[path] = path.with_name(f".{path.name}.tmp-{os.getpid()}")
             plots.save(figure, paths[path], path.suffix.removeprefix("."))
         for path, temporary in paths.items():

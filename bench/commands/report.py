@@ -13,8 +13,10 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import record, show
+from bench.commands import plot
 from bench.machine import REPOSITORY
 from bench.providers import LABELS
 from bench.record import Record, commit_of, machine_of
@@ -46,8 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Rewrite the documents and draw the figures, or say whether a document would change."""
+    drawn: dict[Path, Any] = {}
     try:
         texts = documents()
+        if not given.check:
+            from bench import plots
+
+            for kind in dict.fromkeys(kind for kind, _ in DRAWN.values()):
+                names = [name for name, (source, _) in DRAWN.items() if source == kind]
+                for machine, found in newest(kind).items():
+                    for name, figure in plots.draw(plots.merged(found), names).items():
+                        drawn[FIGURES / f"{name}-{machine}.svg"] = figure
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
     except (record.RecordError, OSError) as error:
         parser.error(str(error))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -57,15 +70,9 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for path in stale:
             print(f"{path.relative_to(REPOSITORY)} is out of date: python -m bench report")
         return 1 if stale else 0
-    from bench import plots
-    from bench.commands import plot
-
     FIGURES.mkdir(exist_ok=True)
-    for kind in dict.fromkeys(kind for kind, _ in DRAWN.values()):
-        names = [name for name, (source, _) in DRAWN.items() if source == kind]
-        for machine, found in newest(kind).items():
-            for path in plot.write(plots.merged(found), FIGURES, names, f"-{machine}.svg"):
-                print(path.relative_to(REPOSITORY))
+    for path in plot.write(drawn):
+        print(path.relative_to(REPOSITORY))
     for path in stale:
         record.replace(path, texts[path])
         print(path.relative_to(REPOSITORY))

@@ -175,7 +175,7 @@ def _new_files(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Pa
         FOLDER.mkdir(exist_ok=True)
     except OSError as error:
         parser.error(f"{FOLDER}, where records go: {error.strerror}")
-    return FOLDER / time.strftime("%Y-%m-%d-%H%M%S.json")
+    return FOLDER / time.strftime(f"%Y-%m-%d-%H%M%S-{os.getpid()}.json")
 
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

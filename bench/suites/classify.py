@@ -20,6 +20,7 @@ import torch
 import dora_kernels
 from bench.providers import Missing, library
 from bench.record import significant
+from bench.suites.finetune import compare
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -42,6 +43,7 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     for rank in run.given.ranks or RANKS:
         for seed in run.given.seeds:
             yield f"classify: rank {rank}, seed {seed}", lambda rank=rank, seed=seed: _train(run, rank, seed)
+    yield "classify: comparison", lambda: compare(run, "classify")
 
 
 def docstrings() -> list[tuple[str, int]]:
@@ -109,7 +111,9 @@ def _model(folder: Path, provider: str, rank: int, seed: int) -> Any:
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
     if provider == "ours":
-        dora_kernels.patch_peft(model)
+        handle = dora_kernels.patch_peft(model)
+        if handle.skipped:
+            raise RuntimeError(f"patch_peft skipped {handle.skipped}")
     return model
 
 

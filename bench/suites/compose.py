@@ -125,8 +125,14 @@ class Compose(KernelCase):
             given = [(i[0] + i[4], *i[1:]) for i in self.inputs]
             calls = [functools.partial(function, *i) for i in given]
         else:
-            compose = self.backend(provider).compose
-            calls = [functools.partial(compose, *i, True) for i in self.inputs]
+            backend = self.backend(provider)
+            calls = [functools.partial(backend.compose, *i, True) for i in self.inputs]
+            # What is kept, in the place of `base`: for the backward's dm.
+            started = base.clone()
+            y = backend.compose(started, *self.inputs[0][1:], True)
+            kept = base.double() + (scaling * h.double() @ b.double().t() if backend.keeps_sum(base, b) else 0.0)
+            off = {"y": error(y, wanted), "kept": error(started, kept)}
+            return self.made_subject(provider, calls, off, {**limits, "kept": limits["y"]})
         return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, limits)
 
 
@@ -166,6 +172,11 @@ class Product(KernelCase):
             from bench.fused import fused
 
             calls = [lambda i=i: fused(*i, keep)[0] for i in self.inputs]
+            if keep:
+                product = x.double() @ weight.double().t()
+                limits["kept"] = max(FLOOR, ALLOWED * error(F.linear(x, weight), product))
+                off = {"y": error(calls[0](), wanted), "kept": error(fused(*self.inputs[0], keep)[1], product)}
+                return self.made_subject(provider, calls, off, limits)
         else:
             compose = self.backend(provider).compose
             calls = [lambda i=i: compose(F.linear(*i[:2]), *i[2:], keep) for i in self.inputs]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from bench.layers import PROVIDERS, LayerCase
+from bench.layers import IN_EVALUATION, LayerCase
 from bench.problem import LayerShape
 
 if TYPE_CHECKING:
@@ -19,5 +19,5 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     hidden, tokens = given.hidden or ([4096] if cuda else [1024]), given.tokens or ([1, 8, 64] if cuda else [1])
     for dtypes, size, count, rank in itertools.product(given.dtypes, hidden, tokens, given.ranks or [16]):
         shape = LayerShape(size, rank, count, dtypes, run.device)
-        case = LayerCase("decode", shape, ("inference", "inference in a graph"), PROVIDERS)
+        case = LayerCase("decode", shape, ("inference", "inference in a graph"), IN_EVALUATION)
         yield f"decode: {case.label}", lambda case=case: run.measure(case)

@@ -118,7 +118,7 @@ class FreshCase(FidelityCase):
     providers: Sequence[str] = ("peft_dora", "ours", "ours_torch")
 
     def subject(self, provider: str) -> Subject:
-        """max |g - 1| of a new layer: its magnitude over the norm that it is divided by; PEFT's over float64's."""
+        """max |g - 1| of a new layer: its magnitude over the norm that its own code divides by, and over float64's."""
         with library():
             from peft import LoraConfig, get_peft_model
         weight = self._problem.weight
@@ -136,14 +136,19 @@ class FreshCase(FidelityCase):
             if provider == "ours":
                 dora_kernels.patch_peft(peft_model, exact_init=True)
             magnitude = peft_model.base_model.model.linear.lora_magnitude_vector["default"].weight
+        a, b = (torch.zeros_like(t) for t in (self._problem.lora_A, self._problem.lora_B))
         if provider == "peft_dora":
-            norm = torch.linalg.vector_norm(weight.double(), dim=1)
+            dora = peft_model.base_model.model.linear.lora_magnitude_vector["default"]
+            own = dora.get_weight_norm(weight.to(a.dtype), b @ a, 1.0)
         else:
-            a, b = (torch.zeros_like(t) for t in (self._problem.lora_A, self._problem.lora_B))
-            norm = dora_kernels.dora_weight_norm(weight, a, b, backend="torch" if provider == "ours_torch" else "auto")
-        off = float((magnitude.detach().double() / norm.double() - 1).abs().max())
-        allowed = {} if provider == "peft_dora" else {"g": FRESH_LIMIT}
-        return Subject(provider, {"results": []}, {"g": off}, allowed)
+            own = dora_kernels.dora_weight_norm(weight, a, b, backend="torch" if provider == "ours_torch" else "auto")
+        exact = torch.linalg.vector_norm(weight.double(), dim=1)
+        off = {
+            name: float((magnitude.detach().double() / norm.double() - 1).abs().max())
+            for name, norm in (("g", own), ("m", exact))
+        }
+        allowed = {} if provider == "peft_dora" else dict.fromkeys(off, FRESH_LIMIT)
+        return Subject(provider, {"results": []}, off, allowed)
 
 
 def make(shape: LayerShape, condition: str) -> Problem:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from bench.layers import PROVIDERS, LayerCase
+from bench.layers import IN_EVALUATION, LayerCase
 from bench.problem import LayerShape
 
 if TYPE_CHECKING:
@@ -19,5 +19,5 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
         run.given.dtypes, run.given.hidden or [64], run.given.tokens or [1], run.given.ranks or [8]
     ):
         shape = LayerShape(size, rank, count, dtypes, run.device)
-        case = LayerCase("host", shape, ("inference", "forward and backward"), PROVIDERS, most_copies=1)
+        case = LayerCase("host", shape, ("inference", "forward and backward"), IN_EVALUATION, most_copies=1)
         yield f"host: {case.label}", lambda case=case: run.measure(case)

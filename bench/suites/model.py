@@ -2,7 +2,8 @@
 
 A step is one sequence, forward and backward, then AdamW. The adapters are moved away from their start, the same for
 all. The logits, of a text and of one token after a cached prompt, and the gradients of all A, B and magnitudes are
-compared with those of the stock model in float64, and may err four times as much as it in its own dtypes.
+compared with those of the stock model in float64 (its RMSNorm goes through float32 even there), and may err four times
+as much as it in its own dtypes. The logits are compared again after the timed steps.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from bench.demo import train
 from bench.layers import least_of
-from bench.problem import DTYPES, adapter_gradients, errors, limits
-from bench.providers import Subject, Work
+from bench.problem import DTYPES, Results, adapter_gradients, errors, limits, long_step, take_adapters
+from bench.providers import Checked, Subject, Work
 from bench.suites.finetune import KINDS, PROVIDERS, RANK, adapted, load, settings
 
 if TYPE_CHECKING:
@@ -69,35 +70,28 @@ class ModelCase:
         """Real text."""
         return load(self.run)[2].batches(self.tokens, 1, seed=0)[0].to(self.run.device)
 
-    def autocast(self) -> torch.autocast:
-        """Where the dtypes ask for it."""
-        dtype = DTYPES[self.dtypes][0]
-        return torch.autocast(self.run.device.type, dtype, enabled="+" in self.dtypes)
-
     def subject(self, provider: str) -> Subject:
         """The provider's model, its results checked."""
         model = self._moved(provider)
         one = train.make_run(KINDS[provider], model, settings(self.run, self.rank))
         kind = "lora" if provider == "peft_lora" else "dora"
-        wanted, limits = self._lora_judge if kind == "lora" else self._dora_judge
-        continuation = Continuation(model, self.batch)
+        wanted, allowed = self._lora_judge if kind == "lora" else self._dora_judge
 
         def step() -> None:
-            with self.autocast():
-                train.train_step(one, self.batch, 0)
+            train.train_step(one, self.batch, 0)
 
-        def token() -> None:
-            with self.autocast():
-                continuation()
+        def again() -> Checked:
+            with long_step(one.optimizer):
+                step()
+            wanted, allowed = self._judge("peft_lora" if kind == "lora" else "peft_dora", model)
+            return errors(_logits(model, self.batch), wanted), allowed
 
-        parts: dict[str, list[Work]] = {"step": [step], "token": [token]}
+        parts: dict[str, list[Work]] = {"step": [step], "token": [Continuation(model, self.batch)]}
         least = {
             "step": _least(model, kind, self.tokens, self.rank, self.dtypes, True),
             "token": _least(model, kind, 1, self.rank, self.dtypes, False),
         }
-        with self.autocast():
-            found = errors(_results(model, self.batch), wanted)
-        return Subject(provider, parts, found, limits, least)
+        return Subject(provider, parts, errors(_results(model, self.batch), wanted), allowed, least, again=again)
 
     def _moved(self, provider: str) -> Any:
         """A model whose B is not zero and whose magnitudes are not the norms."""
@@ -110,38 +104,50 @@ class ModelCase:
                     parameter.copy_(moved)
                 elif "lora_magnitude_vector" in name:
                     parameter.mul_(1.05)
+        if "+" in self.dtypes:
+            model.forward = torch.autocast(self.run.device.type, DTYPES[self.dtypes][0])(model.forward)
         return model
 
-    def _judge(self, provider: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The stock model's results in float64, and the errors allowed."""
-        stock = self._moved(provider)
-        wanted = _results(copy.deepcopy(stock).double(), self.batch)
-        with self.autocast():
-            return wanted, limits(_results(stock, self.batch), wanted)
+    def _judge(self, provider: str, trained: Any = None) -> tuple[Results, dict[str, float]]:
+        """The stock model's results in float64, of a trained model's adapters the logits, and the errors allowed."""
+        stock, results = self._moved(provider), _results
+        if trained is not None:
+            take_adapters(stock, trained)
+            results = _logits
+        exact = copy.deepcopy(stock).double()
+        if "+" in self.dtypes:
+            del exact.forward  # without autocast
+        wanted = results(exact, self.batch)
+        return wanted, limits(results(stock, self.batch), wanted)
 
     @functools.cached_property
-    def _dora_judge(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _dora_judge(self) -> tuple[Results, dict[str, float]]:
         return self._judge("peft_dora")
 
     @functools.cached_property
-    def _lora_judge(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _lora_judge(self) -> tuple[Results, dict[str, float]]:
         return self._judge("peft_lora")
 
 
-def _results(model: Any, batch: Tensor) -> dict[str, Tensor]:
-    """Logits of a text, and of its token after the prompt alone, and the gradients of the adapters."""
+def _results(model: Any, batch: Tensor) -> Results:
+    """Logits, and the gradients of the adapters."""
     model.train()
-    output = model(input_ids=batch, labels=batch, use_cache=False)
-    output.loss.backward()
-    found = {"logits": output.logits.detach(), **adapter_gradients(model)}
+    model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+    found = adapter_gradients(model)
     model.zero_grad(set_to_none=True)
+    return {**_logits(model, batch), **found}
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: Tensor) -> Results:
+    """Of a text, in training, and of a token after a cached prompt, in evaluation."""
+    trained = model(input_ids=batch, use_cache=False).logits
     model.eval()
-    with torch.no_grad():
-        cut = min(PROMPT, batch.shape[1] - 1)
-        prompt = model(input_ids=batch[:, :cut], use_cache=True)
-        following = model(input_ids=batch[:, cut : cut + 1], past_key_values=prompt.past_key_values, use_cache=True)
+    cut = min(PROMPT, batch.shape[1] - 1)
+    prompt = model(input_ids=batch[:, :cut], use_cache=True)
+    following = model(input_ids=batch[:, cut : cut + 1], past_key_values=prompt.past_key_values, use_cache=True)
     model.train()
-    return {**found, "token": following.logits}
+    return {"logits": trained, "token": following.logits}
 
 
 class Continuation:
