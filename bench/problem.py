@@ -1,7 +1,7 @@
 """The layer that is timed, its float64 oracle, and the error that is allowed.
 
-A result's error is ``|result - oracle| / |oracle|``, of all of it and of its worst row; the limit is four times that of
-the same layer in plain PyTorch operations and the same dtypes. PEFT's norm is rounded to the adapter's dtype, which the
+A result's error is ``|result - oracle| / |oracle|``; the limit is four times that of the same layer in plain PyTorch
+operations and the same dtypes, and for the worst row of a result sixteen times that of its worst row. PEFT's norm is rounded to the adapter's dtype, which the
 factor leaves room for.
 """
 
@@ -21,6 +21,8 @@ from bench.providers import ROW
 from dora_kernels import reference
 
 ALLOWED = 4.0
+ALLOWED_ROW = 16.0
+"""Of a single row, in which fewer roundings make up for each other; one that is wrong is off by about 1."""
 FLOOR = 1e-6
 """Errors below this pass anywhere: plain PyTorch can be exact by luck."""
 PROBE = 0.02
@@ -261,7 +263,8 @@ def errors(results: Results, wanted: Results) -> dict[str, float]:
 def limits(results: Results, wanted: Results) -> dict[str, float]:
     """What is allowed, given plain PyTorch's `results`; nothing where these are not finite."""
     found = errors(results, wanted)
-    return {name: max(FLOOR, ALLOWED * off) for name, off in found.items() if math.isfinite(off)}
+    allowed = {name: ALLOWED_ROW if name.endswith(ROW) else ALLOWED for name in found}
+    return {name: max(FLOOR, allowed[name] * off) for name, off in found.items() if math.isfinite(off)}
 
 
 def beyond(found: dict[str, float], allowed: dict[str, float]) -> list[str]:

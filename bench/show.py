@@ -60,7 +60,10 @@ def tables(record: Record) -> list[Sheet]:
     rows = record["rows"]
     found = [comparison(group) for group in groups(row for row in rows if row["suite"] != "fidelity")]
     errors = [row for row in rows if row["suite"] == "fidelity"]
-    return [*found, *fidelity(errors), *([quality(record["curves"])] if record["curves"] else [])]
+    by_suite: dict[str, list[Row]] = {}
+    for curve in record["curves"]:
+        by_suite.setdefault(curve["suite"], []).append(curve)
+    return [*found, *fidelity(errors), *map(quality, by_suite.values())]
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
@@ -154,19 +157,19 @@ def _ratios(row: Row, stock: dict[str, Any]) -> list[float]:
 
 
 def quality(curves: Sequence[Row]) -> Sheet:
-    """What the trainings led to, on held-out examples: the mean over seeds, and from the least to the most."""
-    by: dict[tuple[str, str, int], list[Row]] = {}
+    """What a suite's trainings led to, on held-out examples: the mean over seeds, and from the least to the most."""
+    by: dict[tuple[str, int], list[Row]] = {}
     for curve in curves:
-        by.setdefault((curve["suite"], curve["provider"], curve["rank"]), []).append(curve)
+        by.setdefault((curve["provider"], curve["rank"]), []).append(curve)
     cells = []
-    for (suite, provider, rank), group in sorted(by.items(), key=lambda item: (item[0][0], item[0][2])):
+    for (provider, rank), group in sorted(by.items(), key=lambda item: item[0][1]):
         cells.append(("ours" if provider == "ours" else "", [
-            LABELS[provider], suite, str(rank), str(len(group)),
+            LABELS[provider], str(rank), str(len(group)),
             _range([curve["held_out"] for curve in group], "{:.4f}"),
-            _range([curve["accuracy"] for curve in group], "{:.2%}"),
+            _range([100 * curve["accuracy"] for curve in group], "{:.1f}"),
         ]))  # fmt: skip
-    head = ["provider", "suite", "rank", "seeds", "loss", "accuracy"]
-    return Sheet("quality on held-out text: mean (least – most)", head, cells)
+    head = ["provider", "rank", "seeds", "loss", "% right"]
+    return Sheet(f"{curves[0]['suite']}: on held-out text, mean (least – most)", head, cells)
 
 
 def gaps(curves: list[dict[str, Any]], suite: str = "finetune") -> dict[str, float]:

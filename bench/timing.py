@@ -81,8 +81,8 @@ def interleave(
 ) -> None:
     """Fill the candidates' `samples`: at least 3 rounds, at most `rounds`, none begun after `limit_seconds`.
 
-    A sample repeats the pass over the copies until it lasts about `sample_seconds`, after one call that is not timed:
-    the candidate before it left its own things in the caches, and one of 20 ms leaves more of them than one of 0.5.
+    A sample repeats the pass over the copies until it lasts about `sample_seconds`. Where one of the candidates has to
+    repeat it, each makes one call before a sample: the candidate before it left its own things in the caches.
     """
     start = time.perf_counter()
     passes = {}
@@ -91,6 +91,7 @@ def interleave(
             work()
         once = elapsed(device, lambda candidate=candidate: run_passes(candidate, 1))
         passes[candidate.name] = max(1, min(1000, math.ceil(sample_seconds / max(once, 1e-7))))
+    warm = max(passes.values(), default=1) > 1
     orders = itertools.cycle([list(candidates), list(reversed(candidates))])
     for index in range(rounds):
         if index >= 3 and time.perf_counter() - start > limit_seconds:
@@ -99,7 +100,8 @@ def interleave(
         turn = index // 2 % len(order)
         for candidate in order[turn:] + order[:turn]:
             count = passes[candidate.name]
-            candidate.copies[-1]()
+            if warm:
+                candidate.copies[-1]()
             seconds = elapsed(device, lambda candidate=candidate, count=count: run_passes(candidate, count))
             candidate.samples.append(seconds / (count * candidate.calls))
 

@@ -7,6 +7,7 @@ docstrings that are put where they belong. Stock and patched DoRA of one seed sh
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 import sysconfig
 import warnings
@@ -40,10 +41,15 @@ LEARNING_RATE = 1e-3
 
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
     """One training after another: they are compared by quality, not by time."""
-    for rank in run.given.ranks or RANKS:
-        for seed in run.given.seeds:
-            yield f"classify: rank {rank}, seed {seed}", lambda rank=rank, seed=seed: _train(run, rank, seed)
-    yield "classify: comparison", lambda: compare(run, "classify")
+    trainings = list(itertools.product(run.given.ranks or RANKS, run.given.seeds))
+    for rank, seed in trainings:
+
+        def work(rank: int = rank, seed: int = seed) -> None:
+            _train(run, rank, seed)
+            if (rank, seed) == trainings[-1]:
+                compare(run, "classify")
+
+        yield f"classify: rank {rank}, seed {seed}", work
 
 
 def docstrings() -> list[tuple[str, int]]:

@@ -36,10 +36,16 @@ DIGITS = 9
 
 
 def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
-    """One seed after another, then the comparison."""
-    for rank, seed in itertools.product(run.given.ranks or [RANK], run.given.seeds):
-        yield f"finetune: rank {rank}, seed {seed}", lambda rank=rank, seed=seed: _train(run, rank, seed)
-    yield "finetune: comparison", lambda: compare(run, "finetune")
+    """One seed after another, with the last the comparison."""
+    trainings = list(itertools.product(run.given.ranks or [RANK], run.given.seeds))
+    for rank, seed in trainings:
+
+        def work(rank: int = rank, seed: int = seed) -> None:
+            _train(run, rank, seed)
+            if (rank, seed) == trainings[-1]:
+                compare(run, "finetune")
+
+        yield f"finetune: rank {rank}, seed {seed}", work
 
 
 def settings(run: Run, rank: int = RANK, seed: int = 0) -> Settings:

@@ -41,7 +41,7 @@ def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def _measure(run: Run, case: ModelCase) -> None:
     load(run)  # without weights the suite is missing, not each of its providers
-    run.measure(case, share=0.2)  # a step of each provider takes seconds
+    run.measure(case, share=0.1)  # a step of each provider takes seconds
 
 
 @dataclass
