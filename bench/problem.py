@@ -1,8 +1,8 @@
 """The layer that is timed, its float64 oracle, and the error that is allowed.
 
 A result's error is ``|result - oracle| / |oracle|``; the limit is four times that of the same layer in plain PyTorch
-operations and the same dtypes, and for the worst row of a result sixteen times that of its worst row. PEFT's norm is rounded to the adapter's dtype, which the
-factor leaves room for.
+operations and the same dtypes, and for the worst row of a result sixteen times that of its worst row. PEFT's norm is
+rounded to the adapter's dtype, which the factors leave room for.
 """
 
 from __future__ import annotations

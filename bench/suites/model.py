@@ -3,7 +3,7 @@
 A step is one sequence, forward and backward, then AdamW. The adapters are moved away from their start, the same for
 all. The logits, of a text and of one token after a cached prompt, and the gradients of all A, B and magnitudes are
 compared with those of the stock model in float64 (its RMSNorm goes through float32 even there), and may err four times
-as much as it in its own dtypes. The logits are compared again after the timed steps.
+as much as it in its own dtypes. Ours are compared again after the timed steps.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class ModelCase:
             "step": _least(model, kind, self.tokens, self.rank, self.dtypes, True),
             "token": _least(model, kind, 1, self.rank, self.dtypes, False),
         }
-        return Subject(provider, parts, errors(_results(model, self.batch), wanted), allowed, least, again=again)
+        found = errors(_results(model, self.batch), wanted)
+        return Subject(provider, parts, found, allowed, least, again=again if provider == "ours" else None)
 
     def _moved(self, provider: str) -> Any:
         """A model whose B is not zero and whose magnitudes are not the norms."""
