@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dora_kernels
 from bench.layers import make_layer
 from bench.problem import LayerShape, OfShape, Problem, errors, limits, make_problem, oracle, plain
-from bench.providers import Subject, library
+from bench.providers import ROW, Subject, library
 from dora_kernels import reference
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class FidelityCase(OfShape):
         if provider != "peft_dora":
             allowed = dict(self._plain)
             if self.shape.dtypes != SHORT:
-                allowed |= {name: NOISE * off for name, off in self._stock.items() if math.isfinite(off)}
+                whole = {name: off for name, off in self._stock.items() if not name.endswith(ROW)}
+                allowed |= {name: NOISE * off for name, off in whole.items() if math.isfinite(off)}
         return Subject(provider, {"results": []}, found, allowed)
 
     @functools.cached_property
