@@ -60,7 +60,7 @@ def _subject(index: int, provider: str) -> Subject:
     return CASES[index].subject(provider)
 
 
-@pytest.mark.parametrize(("index", "provider", "part"), _parameters())
+@pytest.mark.parametrize(("index", "provider", "part"), list(_parameters()))
 def test(benchmark: Any, index: int, provider: str, part: str | None) -> None:
     """One provider's part of a case: the time of one call, the copies of the inputs taken in turn."""
     case = CASES[index]
