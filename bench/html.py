@@ -10,7 +10,7 @@ import jinja2
 
 from bench import plots, show
 from bench.providers import LABELS
-from bench.record import Record, machine_of, replace
+from bench.record import Record, disturbed, machine_of, replace
 
 _TEMPLATE = jinja2.Template(
     """<!doctype html>
@@ -38,6 +38,7 @@ Measured here: {{ ceilings }}.</p>
 <p class="note">Providers took turns in one process. A ratio is the median, over rounds, of two times of one round; a
 spread is half the distance between the quartiles. "ceiling" is the time that the fewest bytes or FLOPs would take at
 the best rates that the run saw, over the time. Errors are relative to float64.</p>
+{% if disturbed %}<p class="failed">BUSY {{ disturbed }}</p>{% endif %}
 {% for failure in record.failures %}<p class="failed">FAILED {{ failure.stage }}: {{ failure.message }}</p>{% endfor %}
 {% for name, reason in missing %}<p class="note">Missing: {{ name }}: {{ reason }}</p>{% endfor %}
 {% for name, source in figures %}<p><img alt="{{ name }}" src="{{ source }}"></p>
@@ -62,7 +63,7 @@ def write(record: Record, path: Path) -> None:
     missing = [(LABELS.get(name, name), reason) for name, reason in record["missing"].items()]
     text = _TEMPLATE.render(
         record=record, machine=machine_of(record["hardware"]), ceilings=ceilings, missing=missing,
-        figures=_figures(record), tables=show.tables(record),
+        disturbed=disturbed(record["hardware"]), figures=_figures(record), tables=show.tables(record),
     )  # fmt: skip
     replace(path, text)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import time
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +32,7 @@ def wait_passively() -> None:
 def quiet_libraries() -> None:
     """Silence what the libraries say about a plain run: that they deprecate, load weights, or have no GPU."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # where they are not imported yet
-    for name in ("transformers", "torchao", "torch.utils._pytree"):
+    for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
@@ -63,6 +64,31 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
     }
+
+
+class Others:
+    """What else ran on the machine since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """How many cores the other processes kept busy, on average; None where the system does not say."""
+        if self._start is None or (now := self._now()) is None or now[0] <= self._start[0]:
+            return None
+        wall, busy = (after - before for before, after in zip(self._start, now))
+        return round(max(0.0, busy / wall), 2)
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Seconds on the clock, and seconds of CPU that were not this process's or its children's."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+            user, nice, system, _, _, interrupts, soft, steal = map(int, fields[:8])
+        except (OSError, ValueError):
+            return None
+        busy = (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy - sum(os.times()[:4])
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import record, suites, timing
+from bench import machine, record, suites, timing
 from bench.problem import DTYPES, beyond
 from bench.providers import LABELS, REFERENCES, Case, Missing, Subject, library
 from bench.record import rounded, significant
@@ -65,7 +65,7 @@ class Run:
         )  # fmt: skip
         self._bar = self.progress.add_task("", total=None)
         self._detail = self.progress.add_task("", total=None, visible=False)
-        self._start = time.perf_counter()
+        self._start, self._others = time.perf_counter(), machine.Others()
 
     def all(self) -> None:
         """Every stage; a failed one leaves the others alone."""
@@ -117,6 +117,7 @@ class Run:
         gc.collect()
         self.hold_against_ceilings()
         self.record["seconds"][name] = round(time.perf_counter() - begun, 1)
+        self.record["hardware"]["others"] = self._others.cores()
         if self.given.out:
             record.write(self.record, self.given.out)
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.providers import LABELS, ROW
-from bench.record import Record, commit_of, machine_of
+from bench.record import Record, commit_of, disturbed, machine_of
 
 WIDTH = 80  # where there is no terminal to ask
 EMPTY = "–"
@@ -44,6 +44,8 @@ def show(record: Record, screen: Console) -> None:
     screen.print(f"{machine_of(hardware)}; {versions}; commit {commit_of(record)}")
     found = ", ".join(ceiling(name, value) for name, value in record["ceilings"].items())
     screen.print(f"measured here: {found}")
+    if warning := disturbed(hardware):
+        screen.print(f"[yellow]busy[/yellow] {warning}")
     for sheet in tables(record):
         screen.print()
         screen.print(table(sheet))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import html, plots, record, show
+from bench import html, machine, plots, record, show
 from bench.__main__ import main
 from bench.commands import report
 from bench.providers import LABELS
@@ -248,3 +249,30 @@ def test_documents_show_the_newest_results():
     command = [sys.executable, "-m", "bench", "report", "--check"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_busy_machine_is_said_so(capsys, tmp_path):
+    quiet, busy = a_record([row()]), a_record([row()])
+    busy["hardware"]["others"], quiet["hardware"]["others"] = 1.06, 0.1
+    for one, said in ((busy, True), (quiet, False), (a_record([row()]), False)):
+        show.show(one, show.console())
+        assert ("1.06 of 2 cores" in " ".join(capsys.readouterr().out.split())) == said
+        assert ("1.06 of 2 cores" in report.place([one])) == said
+        html.write(one, tmp_path / f"{id(one)}.html")
+        assert ("1.06 of 2 cores" in (tmp_path / f"{id(one)}.html").read_text()) == said
+    without_times = {**busy, "rows": []}
+    assert "cores busy" not in report.place([without_times])
+
+
+def test_others_are_not_this_process(monkeypatch):
+    """1000 s of CPU in the machine's account, 30 of them ours and our children's, within 500 s: 1.94 cores."""
+    stat = "cpu {} 1000 2000 987654321 4321 100 200 0 0 0\ncpu0 1 2 3 4\n"
+    now = {"clock": 100.0, "user": 5000, "own": 7.0}
+    monkeypatch.setattr(machine.Path, "read_text", lambda *_: stat.format(now["user"]))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now["clock"])
+    monkeypatch.setattr(machine.os, "times", lambda: (now["own"], 1.0, 2.0, 3.0, 1e9))
+    others = machine.Others()
+    now.update(clock=600.0, user=5000 + 1000 * os.sysconf("SC_CLK_TCK"), own=37.0)
+    assert others.cores() == 1.94
+    monkeypatch.setattr(machine.Path, "read_text", lambda *_: "no such account")
+    assert others.cores() is None and machine.Others().cores() is None

@@ -19,7 +19,7 @@ from bench import record, show
 from bench.commands import plot
 from bench.machine import REPOSITORY
 from bench.providers import LABELS
-from bench.record import Record, commit_of, machine_of
+from bench.record import Record, commit_of, disturbed, machine_of
 
 RESULTS = REPOSITORY / "bench" / "results"
 FIGURES = REPOSITORY / "docs" / "figures"
@@ -274,7 +274,9 @@ def place(results: Sequence[Record]) -> str:
     named = [name for name in ("torch", "triton", "peft", "transformers") if name in versions]
     names = ", ".join(f"{name} {versions[name]}" for name in named)
     commits = ", ".join(dict.fromkeys(map(commit_of, results)))
-    return f"{machine_of(hardware)}; {names}; commit {commits}, {first['date']}"
+    warnings = (disturbed(result["hardware"]) for result in results if result["rows"])
+    busy = next((f"; {warning}" for warning in warnings if warning), "")
+    return f"{machine_of(hardware)}; {names}; commit {commits}, {first['date']}{busy}"
 
 
 def _largest(result: Record, provider: str) -> str:
