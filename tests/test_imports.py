@@ -102,13 +102,13 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
     ["reference", "kernels", "content", "files"],
-    ["torch_backend", "backends"],
+    ["torch_backend", "backends", "convolution"],
     ["linear", "validation"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
     ["modules/base"],
-    ["modules/linear", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
     ["peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
