@@ -36,7 +36,7 @@ class Peft(Format):
     weights = "adapter_model.safetensors"
     key = re.compile(
         r"(?:base_model\.model\.)?(?P<module>.+)\."
-        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
+        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!bias$)[^.]+)??(?:\.weight)?"
     )
     parts: ClassVar = {
         "lora_A": "lora_A",
