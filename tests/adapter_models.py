@@ -58,7 +58,7 @@ def norm64(weight, axis):
 def adapted64(module, layer):
     """``g * (W + scaling * B @ A)`` in float64, from the formula."""
     weight = linear_problem(module)
-    a, b = layer.lora_A.double(), layer.lora_B.double()
+    a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double()
     adapted = weight + layer.scaling * torch.einsum("or...,ri->oi", b.flatten(1), a.flatten(1)).view(weight.shape)
     if layer.magnitude is None:
         return adapted
