@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_kernels import validation
 from dora_kernels.modules import (
     AdaptedLayer,
     DoRAConv1d,
@@ -20,6 +21,7 @@ from dora_kernels.modules import (
     LoRALinear,
 )
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.rounding import seed_for
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,
@@ -131,12 +133,14 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     Layer by layer, each replaced as soon as it is merged, so that no copy of the model is kept.
 
     Args:
-        rounding, seed: as `merge_dora`.
+        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
 
     Raises:
+        TypeError, ValueError: as `merge_dora`.
         ValueError: `model` has no adapted layers, or is one itself; an adapter cannot be merged; or a layer's weight is
             another layer's as well (tied embeddings), which merging would change. The model is as it was then.
     """
+    validation.check_rounding(rounding, seed)
     layers = _layers(model)
     places = _places(model)
     for name, layer in layers.items():
@@ -144,9 +148,9 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
         if refusal is not None:
             raise ValueError(f"{name}: the layer cannot be merged: {refusal}")
     _check_untied(model, layers)
-    for layer in layers.values():
+    for name, layer in layers.items():
         if not layer.merged:
-            layer.merge(rounding, seed)
+            layer.merge(rounding, seed_for(seed, name))
         layer._unmerged = None
         _put(model, places[layer], layer.base_layer)
     return model
