@@ -152,7 +152,8 @@ def kohya(tmp_path, prefixes):
     file = tmp_path / "file.safetensors"
     save_adapter(adapter_for(Model(), ["lm_head"]), file, format="kohya", force=True)
     tensors = load_file(file)
-    save_file({key.replace("lora_unet_lm_head", prefix): t.clone() for prefix in prefixes for key, t in tensors.items()}, file)
+    tensors = {key.replace("lora_unet_lm_head", one): t.clone() for one in prefixes for key, t in tensors.items()}
+    save_file(tensors, file)
     return file
 
 

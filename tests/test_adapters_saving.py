@@ -98,7 +98,7 @@ def test_a_process_that_dies(old, moment):
 def test_what_cannot_be_written_leaves_no_folder(tmp_path):
     adapter = adapter_for(Model(), NAMES)
     adapter.layers["lm_head"].lora_B[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="source: base_model.model.lm_head.lora_B.weight has values that are not finite"):
+    with pytest.raises(ValueError, match="source: base_model.model.lm_head.lora_B.weight has values that are not"):
         save_adapter(adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="file.safetensors: the format 'peft' has a configuration .*; give a folder"):
