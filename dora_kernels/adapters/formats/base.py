@@ -49,8 +49,9 @@ class Format:
             for part in ("lora_A", "lora_B"):
                 if part not in parts:
                     raise reading.error(f"{module} has no {self._called(part)}, only {', '.join(parts.values())}")
-                if not reading.tensors[parts[part]].numel():
-                    raise reading.error(f"{parts[part]} {list(reading.tensors[parts[part]].shape)} is empty")
+                tensor = reading.check_tensor(parts[part])
+                if not 2 <= tensor.dim() <= 5 or not tensor.numel():
+                    raise reading.error(f"{parts[part]} {list(tensor.shape)} is no factor of a weight")
             layers[module] = self.layer(reading, module, parts)
             reading.check(module, layers[module])
         without = [name for name, layer in layers.items() if layer.magnitude is None]
