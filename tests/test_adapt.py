@@ -151,7 +151,7 @@ def test_tied_weights_have_adapters_of_their_own():
     moved(model)
     y = model(X)
     y.sum().backward()
-    assert all(p.grad is not None for layer in adapted_layers(model).values() for p in layer.adapter_parameters().values())
+    assert all(model.get_parameter(name).grad is not None for name in dora_state_dict(model))
     table, head = (layer.base_layer.weight + layer.scaling * product for layer, product in (
         (model.embedding, (model.embedding.lora_embedding_B @ model.embedding.lora_embedding_A).T),
         (model.head, model.head.lora_B.weight @ model.head.lora_A.weight),
@@ -300,7 +300,7 @@ REFUSED = [
     (integers, {}, TypeError, r"block\.2: expected a floating-point parameter as weight, .*int8"),
     (None, {"target_modules": ["0", "norm"]}, TypeError, "norm: expected a plain .* got .*LayerNorm"),
     (None, {"target_modules": ".*"}, TypeError, "block: expected a plain .* got .*Sequential"),
-    (None, {"target_modules": ["0", "conv"], "use_dora": False}, TypeError, "conv: use_dora=False is for linear layers"),
+    (None, {"target_modules": ["0", "conv"], "use_dora": False}, TypeError, "conv: use_dora=False is for linear"),
     (None, {"target_modules": 3}, TypeError, "target_modules: expected a regular expression or names, got 3"),
     (None, {"target_modules": ["nothing"]}, ValueError, r"target_modules: \['nothing'\] names no layer"),
     (None, {"rank_pattern": {"2": 0}}, ValueError, r"block\.2: rank: expected at least 1, got 0"),

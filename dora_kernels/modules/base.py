@@ -88,7 +88,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, without the adapter, as PEFT's layers have it: models ask a layer's weight for its dtype."""
+        """The base layer's, without the adapter, as PEFT's layers have it: models ask it for its dtype."""
         weight: Tensor = self.base_layer.weight
         return weight
 
