@@ -187,6 +187,7 @@ CONFIGS = {
     "no r": ("peft", {"r": None}, "r: expected a number, got None"),
     "a word": ("peft", {"lora_alpha": "16"}, "lora_alpha: expected a number, got '16'"),
     "NaN": ("peft", {"lora_alpha": float("nan"), "alpha_pattern": {}}, "lora_alpha: expected a number, got nan"),
+    "too large": ("torchtune", {"lora_alpha": 10**400}, "lora_alpha: expected a number, got 1000"),
     "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: expected regular expressions"),
     "no patterns": ("peft", {"alpha_pattern": [1]}, "alpha_pattern: expected regular expressions"),
     "lora_bias": ("peft", {"lora_bias": True}, "lora_bias=True is not supported"),
