@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from peft_models import _MAKERS, base_model, batch, move_adapter, one_thread  # noqa: F401
+from peft_models import base_model, batch, move_adapter, one_thread  # noqa: F401
 
 from dora_kernels import adapted_layers, apply_dora, mark_only_dora_trainable, merge_all, trainable_summary
 
@@ -22,14 +22,14 @@ PREFIX = "base_model.model."
 
 def pair(base, **options):
     """A PEFT model whose adapter has been moved, and ours with the same."""
-    stock = move_adapter(get_peft_model(copy.deepcopy(base), LoraConfig(use_dora=True, **options)))
-    stock = stock.to(base_dtype := next(base.parameters()).dtype)
+    dtype = next(base.parameters()).dtype
+    stock = move_adapter(get_peft_model(copy.deepcopy(base), LoraConfig(use_dora=True, **options))).to(dtype)
     ours = copy.deepcopy(base)
     names = apply_dora(
         ours, options["target_modules"], rank=options["r"], alpha=options["lora_alpha"],
         use_rslora=options.get("use_rslora", False), rank_pattern=options.get("rank_pattern"),
         alpha_pattern=options.get("alpha_pattern"), exclude_modules=options.get("exclude_modules"),
-        adapter_dtype=base_dtype,
+        adapter_dtype=dtype,
     )  # fmt: skip
     mark_only_dora_trainable(ours)
     state = {name.removeprefix(PREFIX): t for name, t in get_peft_model_state_dict(stock).items()}
