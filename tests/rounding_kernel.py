@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels import INTERPRETED
-from dora_kernels.kernels.dot import cast
 from dora_kernels.kernels.rounding import draw, round_by_words
 
 
@@ -18,11 +16,10 @@ def _draw(index_ptr, word_ptr, seed, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _round(x_ptr, word_ptr, y_ptr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+def _round(x_ptr, word_ptr, y_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     words = tl.load(word_ptr + offs).to(tl.uint32)
-    y = round_by_words(tl.load(x_ptr + offs), words, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs, cast(y, y_ptr.dtype.element_ty, INTERPRETED))
+    tl.store(y_ptr + offs, round_by_words(tl.load(x_ptr + offs), words, DTYPE))
 
 
 def drawn(seed: int, indices: torch.Tensor) -> torch.Tensor:
@@ -33,7 +30,10 @@ def drawn(seed: int, indices: torch.Tensor) -> torch.Tensor:
 
 
 def round_tile(x: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A multiple of 256 float32 values in `dtype`."""
-    y = torch.empty_like(x, dtype=dtype)
-    _round[(x.numel() // 256,)](x, words, y, INTERPRETED=INTERPRETED, BLOCK=256)
-    return y
+    """A multiple of 256 float32 values in `dtype`; the interpreter's own conversion makes small bfloat16 numbers zero."""
+    y = torch.empty_like(x)
+    _round[(x.numel() // 256,)](x, words, y, DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, BLOCK=256)
+    rounded = y.to(dtype)
+    within = y.abs() <= torch.finfo(dtype).max
+    assert torch.equal(rounded.float()[within], y[within]), "not numbers of the dtype"
+    return rounded
