@@ -1,8 +1,8 @@
 """How much of an update survives merging: docs/merging.md's table, which `python -m bench.rounding` prints.
 
-A bfloat16 weight lies on bfloat16's grid, and rounding ``g (W + s B A)`` to nearest drops every change of less than half
-a step. Seen is the projection of the output's change on the true change: 1 where all of it arrives. The tokens share
-the directions that A reads, as tokens do that an adapter was trained on.
+A bfloat16 weight lies on bfloat16's grid, and rounding ``g (W + s B A)`` to nearest drops every change of less than
+half a step. Seen is the projection of the output's change on the true change: 1 where all of it arrives. The tokens
+share the directions that A reads, as tokens do that an adapter was trained on.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _survival(
     seen_at_most = (2 * update * share).abs()[moves].sum()
     return Survival(
         size,
-        {way: float((((y - base) * change).sum() / square)) for way, y in outputs.items()},
+        {way: float(((y - base) * change).sum() / square) for way, y in outputs.items()},
         {way: float((y - base - change).norm() / (base + change).norm()) for way, y in outputs.items()},
         float(variance.sqrt()),
         float(1 - seen_at_most),

