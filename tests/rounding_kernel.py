@@ -30,7 +30,7 @@ def drawn(seed: int, indices: torch.Tensor) -> torch.Tensor:
 
 
 def round_tile(x: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A multiple of 256 float32 values in `dtype`; converted by torch: the interpreter makes small bfloat16 ones zero."""
+    """A multiple of 256 float32 values in `dtype`, converted by torch: interpreted, small bfloat16 ones become zero."""
     y = torch.empty_like(x)
     _round[(x.numel() // 256,)](x, words, y, DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, BLOCK=256)
     rounded = y.to(dtype)
