@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import bf16, f16, f32, f64, make_problem, norm_bound
-from test_merge import exact_merge
+from helpers import bf16, exact_merge, f16, f32, f64, make_problem, norm_bound
 from torch.library import opcheck
 
 from bench.rounding import survivals
