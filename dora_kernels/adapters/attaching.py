@@ -1,0 +1,138 @@
+"""From a model's adapted layers to an adapter, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_kernels import modules
+from dora_kernels.adapt import adapted_layers, check_layer, kind_of, places_of, put
+from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
+from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
+from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+
+
+def extract(model: nn.Module) -> Adapter:
+    """The adapter of a model with adapted layers (`DoRALinear` and its like), copied.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it has no adapted layer, or one with a strength that is not 1, which an adapter does not hold.
+    """
+    layers: dict[str, AdapterLayer] = {}
+    adapted: dict[str, Any] = dict(adapted_layers(model))
+    bases = bases_of(model)
+    for name, layer in adapted.items():
+        if layer.strength != 1.0:
+            raise ValueError(f"model: {name} has strength {layer.strength:g}, which no adapter holds; set it to 1")
+        a, b = (factor.detach().clone() for factor in layer.factors)
+        dora = isinstance(layer, modules.DoRALayer)
+        layers[name] = AdapterLayer(
+            kind=bases[name].kind or "linear",
+            lora_A=a,
+            lora_B=b,
+            magnitude=layer.magnitude.detach().reshape(-1).clone() if dora else None,
+            scaling=layer.scaling,
+            magnitude_axis=layer.magnitude_axis,
+            eps=layer.eps if dora else 0.0,
+        )
+    if not layers:
+        raise ValueError("model: it has no adapted layer")
+    return Adapter(layers, "model")
+
+
+def attach(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Give a model an adapter, in place: layers named by it are adapted, or take its values if they are already.
+
+    All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
+    adapted anew; adapted layers that the adapter does not name stay as they are.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a layer that `apply_dora` cannot adapt, or not without magnitude.
+        ValueError: the model has not one of the layers, or of another size, merged, or with hooks, or a value is not
+            finite. The model is unchanged.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    bases = bases_of(model)
+    layers = adapter.layers
+    if adapter.config.get(UNDERSCORED):
+        layers = resolve(layers, bases, _error, adapter.notes)
+    check_fit(layers, bases, _error)
+    originals, places = base_modules(model), places_of(model)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    planned: dict[str, Any] = {}
+    try:
+        for name, layer in layers.items():
+            present = model.get_submodule(name)
+            if other := next((other for other in places[present] if other in planned), None):
+                raise _error(f"{other} and {name} are one module of the model's")
+            if not isinstance(present, modules.AdaptedLayer):
+                check_layer(model, present, name, layer.magnitude is not None)
+            planned[name] = present, _prepared(name, layer, originals[name], present)
+    except BaseException:
+        for parameter, requires_grad in trained:  # a new layer freezes its base layer
+            parameter.requires_grad_(requires_grad)
+        raise
+    for name, (present, prepared) in planned.items():
+        if prepared is present:
+            _copy(layers[name], prepared)
+        else:
+            put(model, places[present], prepared)
+    return list(layers)
+
+
+def _error(text: str) -> ValueError:
+    return ValueError(f"adapter: {text}")
+
+
+def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> Any:
+    """The adapted layer that takes the values: `present`, still unchanged, or a new one that holds them."""
+    adapted, dora = isinstance(present, modules.AdaptedLayer), layer.magnitude is not None
+    if problem := problem_of(layer):
+        raise _error(f"{name}: {problem}")
+    if not name:
+        raise _error("the model itself is the layer, which cannot be exchanged inside it")
+    if adapted and present.merged:
+        raise ValueError(f"model: {name} is merged; call unmerge() before")
+    tensors = [tensor for tensor in (layer.lora_A, layer.lora_B, layer.magnitude) if tensor is not None]
+    if adapted and isinstance(present, modules.DoRALayer) == dora and present.rank == layer.rank:
+        if not dora or (present.magnitude_axis, present.eps) == (layer.magnitude_axis, layer.eps):
+            _check_values(name, tensors, present.factors[0].dtype)
+            return present
+    dtype = original.weight.dtype if original.weight.dtype == torch.float64 else tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    _check_values(name, tensors, dtype)
+    options = {"magnitude_axis": layer.magnitude_axis, "eps": layer.eps} if dora else {}
+    if adapted:
+        options |= {"dropout": present.dropout.p, "backend": present.backend}
+    new = kind_of(original, dora).from_base(
+        original, rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype, **options
+    )
+    _copy(layer, new)
+    return new
+
+
+def _check_values(name: str, tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
+    for tensor in tensors:
+        if not bool(tensor.to(dtype).isfinite().all()):
+            raise _error(f"{name}: it has values that are not finite in {dtype}, the layer's")
+
+
+@torch.no_grad()
+def _copy(layer: AdapterLayer, target: Any) -> None:
+    a, b = target.factors
+    a.copy_(layer.lora_A)
+    b.copy_(layer.lora_B)
+    if layer.magnitude is not None:
+        target.lora_magnitude_vector.copy_(layer.magnitude.view(target.lora_magnitude_vector.shape))
+    target.use_rslora, target.alpha = False, layer.scaling * layer.rank
+    target.scaling = layer.scaling  # alpha / rank rounds
