@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels import files, validation
-from dora_kernels.adapters.attach import attach
+from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.layers import Adapter

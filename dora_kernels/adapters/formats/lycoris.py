@@ -56,14 +56,12 @@ class Lycoris(Format):
         return super().read(reading)
 
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
-        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         if "mid" in parts:
             a = self._without_core(reading, parts, a)
         kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
         magnitude, axis = None, "out"
         if "magnitude" in parts:
-            if a.dim() < 2 or b.dim() < 2:
-                raise reading.error(f"{module}: lora_down {list(a.shape)}, lora_up {list(b.shape)} are no factors")
             key, features = parts["magnitude"], (a.shape[1], b.shape[0])
             scale = reading.check_tensor(key)
             magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))
