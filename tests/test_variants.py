@@ -23,19 +23,19 @@ TOLERANCE = 1e-12
 def article(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
     """(a) A [in, r], B [r, out], m [1, in], scaled by alpha itself."""
     V = W + ALPHA * (A @ B).T
-    return x @ (m * (V / V.square().sum(dim=0, keepdim=True).sqrt())).T + bias
+    return x @ (m * (V / V.norm(dim=0, keepdim=True))).T + bias
 
 
 def article_source(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
     """(a), as its source has it: A [out, r], B [r, in], m [1, in], unscaled."""
     V = W + A @ B
-    return x @ (m * (V / V.square().sum(dim=0, keepdim=True).sqrt())).T + bias
+    return x @ (m * (V / V.norm(dim=0, keepdim=True))).T + bias
 
 
 def peft(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
     """(b) A [r, in], B [out, r], m [out], scaled by alpha / r; the norm is a constant of the backward."""
     scaling = ALPHA / RANK
-    g = m / (W + scaling * B @ A).square().sum(dim=1).sqrt().detach()
+    g = m / (W + scaling * B @ A).norm(dim=1).detach()
     base = x @ W.T + bias
     return base + (g - 1) * (base - bias) + g * (scaling * (x @ A.T @ B.T))
 
@@ -43,13 +43,13 @@ def peft(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, m: Tensor) ->
 def mlp(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
     """(c) A [r, in], B [out, r], m [out, 1], scaled by alpha / r, eps added to the norm."""
     V = W + ALPHA / RANK * (B @ A)
-    return x @ (m * (V / (V.square().sum(dim=1, keepdim=True).sqrt() + EPS))).T + bias
+    return x @ (m * (V / (V.norm(dim=1, keepdim=True) + EPS))).T + bias
 
 
 def column_norm(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
     """(d) A [in, r], B [r, out], m [1, in], scaled by alpha itself, the norm at least 1e-8."""
     V = W + ALPHA * (A @ B).T
-    return x @ (m * (V / V.square().sum(dim=0, keepdim=True).sqrt().clamp(min=EPS))).T + bias
+    return x @ (m * (V / V.norm(dim=0, keepdim=True).clamp(min=EPS))).T + bias
 
 
 class Form(NamedTuple):
@@ -107,7 +107,7 @@ def problem(form: Form, start: bool = False) -> dict[str, Tensor]:
     if start:
         up = form.ours(A, B, m)[1]
         up.zero_()
-        m = W.square().sum(dim=0 if form.options.get("magnitude_axis") == "in" else 1).sqrt().reshape(m.shape)
+        m = W.norm(dim=0 if form.options.get("magnitude_axis") == "in" else 1).reshape(m.shape)
     return {"x": normal(4, 5, IN), "W": W, "bias": normal(OUT), "A": A, "B": B, "m": m}
 
 
@@ -248,3 +248,46 @@ def test_detaching_changes_gradients_and_not_outputs(axis):
         "base_layer.weight", "lora_A.weight", "lora_B.weight"
     }  # fmt: skip
     assert max(changed["lora_magnitude_vector"], changed["base_layer.bias"]) < TOLERANCE
+
+
+def with_zeros(form: Form, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The third output's weights zero, or the third input's, adapter included."""
+    W, (A, B, _) = values["W"], form.ours(values["A"], values["B"], values["m"])
+    if form.options.get("magnitude_axis") == "in":
+        W[:, 2] = A[:, 2] = 0
+    else:
+        W[2] = B[2] = 0
+    return values
+
+
+@backends
+def test_a_zero_row_with_eps_is_the_published_one(chosen):
+    """The row is zero whatever g is; the gradients of its weights are m / eps, large and the same."""
+    form = FORMS["mlp"]
+
+    def ours(x, W, bias, A, B, m):
+        return dora_linear(x, W, A, B, m.squeeze(1), bias, scaling=form.scaling, backend=chosen, **form.options)
+
+    values = with_zeros(form, problem(form))
+    wanted = solve(form.computes, values)
+    assert wanted["W"][2].abs().min() > 1e5
+    assert_close(solve(ours, values), wanted)
+
+
+@backends
+def test_a_zero_column_without_eps(chosen):
+    """The column is zero as in the clamped form, all gradients too where m is zero, as at the start. Where m is not,
+    the clamped form has gradients of m / 1e-8 there, ours zeros. The article's form is NaN."""
+    form = FORMS["column norm"]
+
+    def ours(x, W, bias, A, B, m):
+        return dora_linear(x, W, A.T, B.T, m.squeeze(0), bias, scaling=ALPHA, backend=chosen, **form.options)
+
+    values = with_zeros(form, problem(form))
+    results, wanted = solve(ours, values), solve(column_norm, values)
+    assert_close({"y": results["y"]}, {"y": wanted["y"]})
+    assert wanted["A"][2].abs().max() > 1e5
+    assert all(grad.isfinite().all() for grad in results.values()) and not results["A"][2].any()
+    assert article(**values).isnan().all()
+    values["m"][0, 2] = 0
+    assert_close(solve(ours, values), solve(column_norm, values))

@@ -29,7 +29,7 @@ def draw(count: int, random: torch.Generator, mirrored: bool = False) -> tuple[T
     glyphs = torch.tensor([[[byte >> 4 - dot & 1 for dot in range(5)] for byte in glyph] for glyph in rows])
     labels = torch.randint(10, (count,), generator=random)
     top, left = (torch.randint(free + 1, (count, 1, 1), generator=random) for free in (5, 7))
-    canvas = 0.3 * torch.randn(count, 12, 12, generator=random)
+    canvas = 0.2 * torch.randn(count, 12, 12, generator=random)
     where = torch.arange(count).view(-1, 1, 1), top + torch.arange(7).view(-1, 1), left + torch.arange(5)
     canvas[where] += glyphs[labels]
     return (canvas.flip(2) if mirrored else canvas).flatten(1), labels
@@ -37,7 +37,7 @@ def draw(count: int, random: torch.Generator, mirrored: bool = False) -> tuple[T
 
 def train(model: nn.Module, steps: int, **options: bool) -> None:
     random = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     for _ in range(steps):
         images, labels = draw(128, random, **options)
         optimizer.zero_grad()
@@ -48,20 +48,21 @@ def train(model: nn.Module, steps: int, **options: bool) -> None:
 @torch.no_grad()
 def report(name: str, model: nn.Module) -> None:
     images, labels = draw(2000, torch.Generator().manual_seed(2), mirrored=True)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{name:20}{trainable:10,} trainable{(model(images).argmax(1) == labels).float().mean():10.1%} right")
+    right = (model(images).argmax(1) == labels).float().mean()
+    summary = dora_kernels.trainable_summary(model)
+    print(f"{name:20}{summary.trainable:7,} of {summary.total:,} parameters train{right:8.1%} right")
 
 
 def main() -> None:
     torch.manual_seed(0)
     read = nn.Sequential(nn.Linear(144, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10))
-    train(read, steps=400)
+    train(read, steps=700)
     report("before", read)
     plain, lora, dora = (copy.deepcopy(read) for _ in range(3))
     dora_kernels.apply_dora(lora, rank=4, alpha=8, use_dora=False)
     dora_kernels.apply_dora(dora, rank=4, alpha=8, detach_norm=False, eps=1e-8)
     for name, model in {"plain layers": plain, "LoRA layers": lora, "DoRA layers": dora}.items():
-        train(model, steps=200, mirrored=True)
+        train(model, steps=300, mirrored=True)
         report(name, model)
     report("DoRA layers, merged", dora_kernels.merge_all(dora))
 
