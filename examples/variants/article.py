@@ -33,7 +33,7 @@ def seen(count: int, customer: str | None = None, seed: int = 1) -> tuple[Tensor
     return readings if customer is None else readings * gains[CUSTOMERS.index(customer)], labels
 
 
-def train(model: nn.Module, customer: str | None = None, steps: int = 150) -> None:
+def train(model: nn.Module, customer: str | None = None, steps: int = 100) -> None:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for step in range(steps):
         readings, labels = seen(128, customer, seed=3 + step)

@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "adapter.safetensors")
         dora_kernels.save_adapter(adapter, file, format="lycoris")
-        print(f"{len(adapter.layers)} layers of a tutorial's checkpoint, {file.stat().st_size / 1024:.1f} KiB of adapter")
+        print(f"{len(SIZES)} layers of a tutorial's checkpoint, {file.stat().st_size / 1024:.1f} KiB of adapter")
         dora_kernels.load_adapter(file, model)
     with torch.no_grad():
         print(f"outputs differ by {(model(x) - wanted).norm() / wanted.norm():.1e}")

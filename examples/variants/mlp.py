@@ -37,7 +37,7 @@ def draw(count: int, random: torch.Generator, mirrored: bool = False) -> tuple[T
 
 def train(model: nn.Module, steps: int, **options: bool) -> None:
     random = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=4e-3)
     for _ in range(steps):
         images, labels = draw(128, random, **options)
         optimizer.zero_grad()
@@ -56,13 +56,13 @@ def report(name: str, model: nn.Module) -> None:
 def main() -> None:
     torch.manual_seed(0)
     read = nn.Sequential(nn.Linear(144, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10))
-    train(read, steps=700)
+    train(read, steps=350)
     report("before", read)
     plain, lora, dora = (copy.deepcopy(read) for _ in range(3))
     dora_kernels.apply_dora(lora, rank=4, alpha=8, use_dora=False)
     dora_kernels.apply_dora(dora, rank=4, alpha=8, detach_norm=False, eps=1e-8)
     for name, model in {"plain layers": plain, "LoRA layers": lora, "DoRA layers": dora}.items():
-        train(model, steps=300, mirrored=True)
+        train(model, steps=150, mirrored=True)
         report(name, model)
     report("DoRA layers, merged", dora_kernels.merge_all(dora))
 

@@ -23,7 +23,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+            vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            initializer_range=0.1,
         )
     )  # fmt: skip
     size = model.num_parameters()
@@ -34,14 +35,14 @@ def main() -> None:
 
     data = torch.tensor(list(Path(__file__).read_bytes()))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(1, 61):
+    for step in range(1, 46):
         starts = torch.randint(len(data) - LENGTH, (8, 1))
         batch = data[starts + torch.arange(LENGTH)]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
+        if step % 15 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
     model.eval()
