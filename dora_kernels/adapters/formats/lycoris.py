@@ -6,7 +6,8 @@ and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet`` 
 Scaling ``alpha / r``; with ``rs_lora`` alpha is stored so that this still holds; without alpha 1, as ComfyUI's
 comfy/weight_adapter/lora.py. Norm of ``W + scaling * B @ A`` with gradient. ``dora_scale`` is ``[1, in, 1, ...]``, per
 input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...]``, per output, since: the shape tells.
-Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(float32).eps`` to the norm, ComfyUI nothing.
+Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(torch.float32).eps`` to the norm in training.
+ComfyUI (comfy/weight_adapter/base.py, 0.3) takes the norm of W alone for files per output: not what was trained.
 A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
 """
 
