@@ -81,12 +81,14 @@ def numbers(pattern, text):
 
 
 def test_article(tmp_path):
-    """Every customer's adapter is small, helps, and leaves no trace in the base model."""
+    """Every customer's adapter is small, helps, from its file as after training, and leaves the base model alone."""
     text = variant("article", tmp_path)
-    rows = numbers(r"([\d.]+)% right with the base model, +([\d.]+)% adapted", text)
-    assert len(rows) == 3 and all(adapted > base + 5 for base, adapted in rows)
-    (base,), *adapters = numbers(r"([\d.]+) KiB", text)
-    assert len(adapters) == 3 and all(size < base / 20 for (size,) in adapters)
+    ((whole,),) = numbers(r"base model +([\d.]+) KiB", text)
+    trained = numbers(r"([\d.]+) KiB, +([\d.]+)% right after training", text)
+    served = numbers(r"([\d.]+)% right with the base model, +([\d.]+)% adapted", text)
+    assert len(trained) == len(served) == 3
+    for (size, right), (base, adapted) in zip(trained, served):
+        assert size < whole / 20 and adapted == right > base + 5
     assert "the base model is as before" in text
 
 

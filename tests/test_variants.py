@@ -56,7 +56,7 @@ class Form(NamedTuple):
     """A published form: what it computes, the shapes of its A, B and m, and ours for them."""
 
     computes: Callable[..., Tensor]
-    shapes: tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]
+    shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
     ours: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     scaling: float
     options: dict[str, object]
@@ -66,21 +66,28 @@ def transposed(A: Tensor, B: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return A.T, B.T, m.squeeze(0)
 
 
-INPUTS = {"magnitude_axis": "in", "detach_norm": False}
-TUTORIAL = ((IN, RANK), (RANK, OUT), (1, IN))
+INPUTS: dict[str, object] = {"magnitude_axis": "in", "detach_norm": False}
+
+
+def tutorial(inputs: int, outputs: int) -> tuple[tuple[int, ...], ...]:
+    return (inputs, RANK), (RANK, outputs), (1, inputs)
+
+
 FORMS = {
-    "article": Form(article, TUTORIAL, transposed, ALPHA, INPUTS),
+    "article": Form(article, tutorial, transposed, ALPHA, INPUTS),
     "article's source": Form(
-        article_source, ((OUT, RANK), (RANK, IN), (1, IN)), lambda A, B, m: (B, A, m.squeeze(0)), 1.0, INPUTS
+        article_source, lambda i, o: ((o, RANK), (RANK, i), (1, i)), lambda A, B, m: (B, A, m.squeeze(0)), 1.0, INPUTS
     ),
-    "peft": Form(peft, ((RANK, IN), (OUT, RANK), (OUT,)), lambda A, B, m: (A, B, m), ALPHA / RANK, {}),
+    "peft": Form(peft, lambda i, o: ((RANK, i), (o, RANK), (o,)), lambda A, B, m: (A, B, m), ALPHA / RANK, {}),
     "mlp": Form(
-        mlp, ((RANK, IN), (OUT, RANK), (OUT, 1)), lambda A, B, m: (A, B, m.squeeze(1)), ALPHA / RANK,
+        mlp, lambda i, o: ((RANK, i), (o, RANK), (o, 1)), lambda A, B, m: (A, B, m.squeeze(1)), ALPHA / RANK,
         {"detach_norm": False, "eps": EPS},
     ),
-    "column norm": Form(column_norm, TUTORIAL, transposed, ALPHA, INPUTS),
+    "column norm": Form(column_norm, tutorial, transposed, ALPHA, INPUTS),
 }  # fmt: skip
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# With a square weight either axis runs.
+shapes = pytest.mark.parametrize("sizes", [(IN, OUT), (IN, IN)], ids=["wide", "square"])
 # Triton refuses float64. The last one takes the norm from products of the factors, as for large weights.
 backends = pytest.mark.parametrize("backend", ["auto", "reference", "torch", "factored"])
 
@@ -95,20 +102,21 @@ def chosen(backend):
         yield lane.backend
 
 
-def problem(form: Form, start: bool = False) -> dict[str, Tensor]:
+def problem(form: Form, sizes: tuple[int, int] = (IN, OUT), *, start: bool = False) -> dict[str, Tensor]:
     """A layer as it is in training, in the form's shapes, or at its start, where B, or what stands for it, is zero."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=f64)
 
-    A, B, m = (normal(*shape) for shape in form.shapes)
-    W = normal(OUT, IN)
+    inputs, outputs = sizes
+    A, B, m = (normal(*shape) for shape in form.shapes(inputs, outputs))
+    W = normal(outputs, inputs)
     if start:
         up = form.ours(A, B, m)[1]
         up.zero_()
         m = W.norm(dim=0 if form.options.get("magnitude_axis") == "in" else 1).reshape(m.shape)
-    return {"x": normal(4, 5, IN), "W": W, "bias": normal(OUT), "A": A, "B": B, "m": m}
+    return {"x": normal(4, 5, inputs), "W": W, "bias": normal(outputs), "A": A, "B": B, "m": m}
 
 
 def solve(function: Callable[..., Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -146,12 +154,13 @@ def parameters(layer: DoRALinear) -> dict[str, nn.Parameter]:
 
 @forms
 @backends
-def test_the_function_is_the_published_one(form, chosen):
+@shapes
+def test_the_function_is_the_published_one(form, chosen, sizes):
     def ours(x, W, bias, A, B, m):
         A, B, m = form.ours(A, B, m)
         return dora_linear(x, W, A, B, m, bias, scaling=form.scaling, backend=chosen, **form.options)
 
-    values = problem(form)
+    values = problem(form, sizes)
     assert_close(solve(ours, values), solve(form.computes, values))
 
 

@@ -66,8 +66,9 @@ def main() -> None:
             train(model, customer)
             file = Path(folder, f"{customer}.safetensors")
             dora_kernels.save_adapter(model, file, format="lycoris")
+            name = f"{customer}'s adapter"
+            print(f"{name:18}{file.stat().st_size / 1024:7.1f} KiB,{right(model, customer):7.1%} right after training")
             dora_kernels.remove_dora(model)
-            print(f"{customer + chr(39) + 's adapter':18}{file.stat().st_size / 1024:7.1f} KiB")
         for customer in CUSTOMERS:  # one model serves them all
             dora_kernels.load_adapter(Path(folder, f"{customer}.safetensors"), model)
             print(f"{customer:6}{alone[customer]:7.1%} right with the base model,{right(model, customer):7.1%} adapted")
