@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,22 +46,73 @@ SCRIPTS = {
 }
 
 
+def printed(command, folder):
+    """What a command prints that succeeds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example(name, project):
     """It trains, says so, and saves an adapter that PEFT loads."""
     if name == "qdora":
         pytest.importorskip("bitsandbytes")
-    command = [*SCRIPTS[name], f"examples/{name}.py", "--model", "model", "--data", "texts.txt", "--out", f"out-{name}"]
-    command[command.index(f"examples/{name}.py")] = str(ROOT / "examples" / f"{name}.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [*command, "--steps", "10", "--batch", "2", "--rank", "2", "--lr", "1e-2"],
-        cwd=project, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "loss" in result.stdout
+    script = ROOT / "examples" / f"{name}.py"
+    command = [*SCRIPTS[name], script, "--model", "model", "--data", "texts.txt", "--out", f"out-{name}"]
+    assert "loss" in printed([*command, "--steps", "10", "--batch", "2", "--rank", "2", "--lr", "1e-2"], project)
     dora_kernels.check_adapter(project / f"out-{name}", base_model("llama"))
     model = PeftModel.from_pretrained(base_model("llama"), project / f"out-{name}")
     moved = [p for n, p in model.named_parameters() if "lora_B" in n]
     assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in moved)
+
+
+def variant(name, folder):
+    return printed([sys.executable, ROOT / "examples" / "variants" / f"{name}.py"], folder)
+
+
+def numbers(pattern, text):
+    """Of every match of the pattern, its groups."""
+    rows = [match.groups() for match in re.finditer(pattern, text)]
+    assert rows, text
+    return [[float(number.replace(",", "")) for number in row] for row in rows]
+
+
+def test_article(tmp_path):
+    """Every customer's adapter is small, helps, from its file as after training, and leaves the base model alone."""
+    text = variant("article", tmp_path)
+    ((whole,),) = numbers(r"base model +([\d.]+) KiB", text)
+    trained = numbers(r"([\d.]+) KiB, +([\d.]+)% right after training", text)
+    served = numbers(r"([\d.]+)% right with the base model, +([\d.]+)% adapted", text)
+    assert len(trained) == len(served) == 3
+    for (size, right), (base, adapted) in zip(trained, served):
+        assert size < whole / 20 and adapted == right > base + 5
+    assert "the base model is as before" in text
+
+
+def test_mlp(tmp_path):
+    """LoRA and DoRA learn with a tenth of the parameters; merged, DoRA has as many as before and is as right."""
+    rows = numbers(r"([\d,]+) of ([\d,]+) parameters train +([\d.]+)%", variant("mlp", tmp_path))
+    (trained, total, before), plain, lora, dora, merged = rows
+    assert trained == total and plain[:2] == [trained, total] and plain[2] > before + 10
+    assert all(row[0] < trained / 10 and row[2] > before + 10 for row in (lora, dora))
+    assert merged == [0, total, dora[2]]
+
+
+def test_peft_path(tmp_path):
+    """The merged model is of the base model's size and gives the adapted model's logits."""
+    text = variant("peft_path", tmp_path)
+    assert "trainable params: 37,120 ||" in text and "14 layers on this package" in text
+    losses = numbers(r"loss ([\d.]+)", text)
+    assert losses == sorted(losses, reverse=True)
+    ((size, before),) = numbers(r"of ([\d,]+) parameters, ([\d,]+) before", text)
+    assert size == before
+    assert numbers(r"logits differ by (\S+)", text)[0][0] < 1e-5
+
+
+def test_column_norm(tmp_path):
+    """A tutorial's checkpoint gives the tutorial's outputs, attached and merged."""
+    errors = numbers(r"differ by (\S+)", variant("column_norm", tmp_path))
+    assert len(errors) == 2 and all(error < 1e-5 for (error,) in errors)
