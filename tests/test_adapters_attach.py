@@ -9,7 +9,7 @@ import torch
 from adapter_models import EPS32, Model, adapted64, adapter_for, assert_same_function, linear_problem
 from torch import nn
 
-from dora_kernels import DoRALinear, LoRALinear, attach, extract, load_adapter, save_adapter
+from dora_kernels import DoRALinear, LoRALinear, apply_dora, attach, extract, load_adapter, save_adapter
 from dora_kernels.adapters import Adapter
 
 pytest.importorskip("safetensors")
@@ -89,6 +89,23 @@ def test_adapted_layers_take_the_values():
     attach(model, adapter_for(Model(), LINEAR[:1], plain=True))
     assert type(model.get_submodule(LINEAR[0])) is LoRALinear
     assert not any(isinstance(m.base_layer, LoRALinear) for m in model.modules() if hasattr(m, "base_layer"))
+
+
+def test_a_layer_adapted_anew_keeps_its_options():
+    model, other = (nn.Sequential(nn.Linear(8, 6)).double() for _ in range(2))
+    apply_dora(model, rank=4, dropout=0.25, detach_norm=False, backend="torch")
+    apply_dora(other, rank=2, alpha=6.0)
+    model[0].strength = 0.5
+    model[0].lora_A.weight.requires_grad_(False)
+    model.eval()
+    before = model[0]
+    attach(model, extract(other))
+    layer = model[0]
+    assert layer is not before and layer.rank == 2 and layer.scaling == 3.0
+    assert (layer.dropout.p, layer.detach_norm, layer.backend, layer.strength) == (0.25, False, "torch", 0.5)
+    trains = {name: parameter.requires_grad for name, parameter in layer.adapter_parameters().items()}
+    assert trains == {"lora_A.weight": False, "lora_B.weight": True, "lora_magnitude_vector": True}
+    assert not any(module.training for module in layer.modules())
 
 
 def test_dtypes(tmp_path):

@@ -47,7 +47,8 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     """Give a model an adapter, in place: layers named by it are adapted, or take its values if they are already.
 
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
-    adapted anew; adapted layers that the adapter does not name stay as they are.
+    adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers
+    that the adapter does not name stay as they are.
 
     Returns:
         The names of the layers.
@@ -114,10 +115,18 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     options = {"magnitude_axis": layer.magnitude_axis, "eps": layer.eps} if dora else {}
     if adapted:
         options |= {"dropout": present.dropout.p, "backend": present.backend}
+        if dora and isinstance(present, modules.DoRALayer):
+            options["detach_norm"] = present.detach_norm
     new = kind_of(original, dora).from_base(
         original, rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype, **options
     )
     _copy(layer, new)
+    if adapted:
+        new.strength = present.strength
+        before = present.adapter_parameters()
+        for key, parameter in new.adapter_parameters().items():
+            parameter.requires_grad_(key not in before or before[key].requires_grad)
+        new.train(present.training)
     return new
 
 
