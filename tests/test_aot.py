@@ -50,7 +50,7 @@ def test_no_rank_launches_what_was_not_compiled():
         for rank in range(1, launches.LARGEST_RANK + 1)
         for call in (
             *(make(dtypes, rank) for make in (launches.weight_norm, launches.kept_norm, launches.merge)),
-            launches.compose(dtypes, 1 + 31 * rank % 500, rank),
+            *(launches.compose(dtypes, 1 + 31 * rank % 500, rank, wide=wide) for wide in (False, True)),
         )
         for launch in call.launches
         if (launch.kernel, launch.config) not in known
