@@ -304,13 +304,22 @@ def _backward_in(
     """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
     need_dm = _needs_dm(detach_norm, needs)
     d_low: Any = _low_rank_gradient(dy, lora_B, scaling, h) if needs.x or need_dm or needs.lora_A else None
+    accumulate = accumulation_dtype(dy, h)
     dx, dm = None, None
-    if needs.x or need_dm:
-        d_scaled = torch.mm(cast(d_low, dy.dtype), cast(lora_A, dy.dtype)).addmm_(dy, cast(weight, dy.dtype))
+    mixed = h.dtype != dy.dtype
+    q: Any = mm_accumulate(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
+    if mixed and (needs.x or need_dm):
+        # The transposed problem's forward: the base product rounded once, its sum with the low-rank one once more.
+        base = torch.mm(dy, cast(weight, dy.dtype))
+        if need_dm:
+            dot = kernels.scale_reduce(base, x, None, False, False)[1]
+            dm = (dot + cast((q * lora_A).sum(0), dot.dtype)) / divisor
+        dx = kernels.compose(base, d_low, lora_A.t(), g, None, 1.0, False) if needs.x else None
+    elif needs.x or need_dm:
+        d_scaled = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dy, cast(weight, dy.dtype))
         dx, dot, _ = kernels.scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
         dm = None if dot is None else dot / divisor
-    accumulate = accumulation_dtype(dy, h)
-    d_a = mm_accumulate(d_low.t(), x, accumulate).mul_(g) if needs.lora_A else None
+    d_a = q.mul_(g) if needs.lora_A else None
     d_b = mm_accumulate(dy.t(), h, accumulate).mul_(scaling) if needs.lora_B else None
     dw = mm_accumulate(dy.t(), x, accumulation_dtype(dy)).mul_(g) if needs.weight else None
     total = kernels.scale_reduce(dy, None, None, False, True)[2] if needs.bias else None
