@@ -2,9 +2,27 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dora_kernels.adapt import (
+    TrainableSummary,
+    adapted_layers,
+    apply_dora,
+    dora_state_dict,
+    mark_only_dora_trainable,
+    merge_all,
+    remove_dora,
+    trainable_summary,
+)
 from dora_kernels.backends import UnsupportedError
 from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
-from dora_kernels.modules import DoRALinear, LoRALinear
+from dora_kernels.modules import (
+    AdaptedLayer,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAConv3d,
+    DoRAEmbedding,
+    DoRALinear,
+    LoRALinear,
+)
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 if TYPE_CHECKING:
@@ -13,19 +31,32 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptedLayer",
+    "DoRAConv1d",
+    "DoRAConv2d",
+    "DoRAConv3d",
+    "DoRAEmbedding",
     "DoRALinear",
     "LoRALinear",
     "PatchHandle",
+    "TrainableSummary",
     "UnsupportedError",
+    "adapted_layers",
+    "apply_dora",
     "check_adapter",
     "dora_linear",
+    "dora_state_dict",
     "dora_weight_norm",
     "invalidate",
+    "mark_only_dora_trainable",
+    "merge_all",
     "merge_dora",
     "patch_peft",
     "patch_peft_globally",
+    "remove_dora",
     "set_dora_strength",
     "set_norm_reuse",
+    "trainable_summary",
 ]
 
 _OF_PEFT = ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally", "set_dora_strength")

@@ -10,8 +10,9 @@ from torch import Tensor
 from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
 from dora_kernels.linear import low_rank_dtype
-from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor
-from dora_kernels.reference import autocast_enabled
+from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
+from dora_kernels.reference import accumulation_dtype, autocast_enabled
+from dora_kernels.rounding import is_coarse, stochastic
 from dora_kernels.torch_backend import cast
 
 
@@ -27,6 +28,7 @@ def dora_linear(
     magnitude_axis: str = "out",
     detach_norm: bool = True,
     weight_norm: Tensor | None = None,
+    eps: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``.
@@ -45,6 +47,7 @@ def dora_linear(
         magnitude_axis: "out", a norm per output feature (PEFT), or "in", a norm per input feature (several tutorials).
         detach_norm: treat the norm as a constant in the backward (section 4.3 of the paper; PEFT).
         weight_norm: the norm, if it is at hand: equal to what `dora_weight_norm` returns. Gets no gradient.
+        eps: added to the norm, ``g = magnitude / (norm + eps)`` (1e-8 in several tutorials; PEFT has none).
         backend: "auto", "reference", "torch" or "triton". A backend asked for by name never falls back.
 
     Returns:
@@ -52,17 +55,19 @@ def dora_linear(
         Parameters may have other dtypes; their gradients come in their own, unrounded from float32 accumulation
         (float64 for float64). Without autocast and with `lora_A` of a wider dtype than x's, the low-rank product and
         the gradients of lora_A and lora_B are computed in that dtype, as in PEFT's layer; all else is in x's. A row of
-        V with norm 0 has g = 0: the output there is the bias.
+        V with norm 0 has g = 0 without eps: the output there is the bias.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a shape, device, `scaling`, axis or backend name does not fit, or `weight_norm` requires grad.
+        ValueError: a shape, device, number, axis or backend name does not fit, or `weight_norm` requires grad.
         UnsupportedError: the backend asked for by name is not available or cannot do this (a `RuntimeError`).
     """
     validation.check_layer(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, weight_norm, backend)
+    validation.check_eps(eps)
     return run_layer(
-        x, weight, lora_A, lora_B, magnitude, bias, float(scaling), magnitude_axis, detach_norm, weight_norm, backend
-    )
+        x, weight, lora_A, lora_B, magnitude, bias, float(scaling), magnitude_axis, detach_norm, weight_norm, backend,
+        eps=float(eps),
+    )  # fmt: skip
 
 
 def run_layer(
@@ -79,6 +84,7 @@ def run_layer(
     backend: str = "auto",
     cache: NormCache | None = None,
     training: bool = True,
+    eps: float = 0.0,
 ) -> Tensor:
     """`dora_linear` without its checks, for layers that made them once; `cache` keeps the norm between calls."""
     chosen = resolve(backend, (x, weight, lora_A, lora_B, magnitude, bias, weight_norm))
@@ -87,7 +93,7 @@ def run_layer(
         dtype = torch.get_autocast_dtype(x.device.type)
     if chosen == "reference":
         return reference.dora_linear(
-            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype
+            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype, eps
         )
     divisor = None
     if magnitude is not None:
@@ -97,9 +103,11 @@ def run_layer(
             divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
         else:
             divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
+        if eps:
+            divisor = with_eps(cast(divisor, accumulation_dtype(x)), eps)
     return autograd.apply(
         cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
-        scaling, magnitude_axis, detach_norm, chosen, backend != "auto",
+        scaling, magnitude_axis, detach_norm, chosen, backend != "auto", eps,
     )  # fmt: skip
 
 
@@ -137,20 +145,46 @@ def layer_scale(
     backend: str,
     cache: NormCache,
     training: bool,
+    eps: float = 0.0,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """``g = magnitude / ||V||`` as a differentiable vector, for layers that compose their product from modules.
+    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_divisor`."""
+    divisor = layer_divisor(
+        weight, lora_A, lora_B, scaling, magnitude_axis, detach_norm, backend, cache, training, norm
+    )
+    return magnitude / (with_eps(divisor, eps) if eps else divisor)
 
-    With ``detach_norm=False`` the norm is the reference's, dense, since autograd has to go through it.
+
+def layer_divisor(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    backend: str,
+    cache: NormCache | None,
+    training: bool,
+    norm: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """The `safe_divisor` of a layer's norm, differentiable unless `detach_norm`.
+
+    `norm` computes it where it is not the norm of a matrix ``W + s B A`` (`NormCache.divisor`), differentiably.
     """
-    chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
-    if chosen == "reference" or not detach_norm:
-        norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
-    if torch.compiler.is_compiling():
-        return magnitude / compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
-    if torch.is_grad_enabled():
-        cache.unheard = True  # autograd runs the backward here and will not say when
-    return magnitude / cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
+    chosen = resolve(backend, (weight, lora_A, lora_B))
+    compiling = torch.compiler.is_compiling()
+    if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
+        dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+        return safe_divisor(dense.detach() if detach_norm else dense)
+    if norm is not None and not detach_norm:
+        return safe_divisor(norm())
+    if compiling or cache is None or chosen == "reference":
+        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
+    else:
+        if torch.is_grad_enabled():
+            cache.unheard = True  # autograd runs the backward here and will not say when
+        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
+    return divisor if detach_norm else autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
 
 
 def dora_weight_norm(
@@ -187,6 +221,9 @@ def merge_dora(
     *,
     scaling: float = 1.0,
     magnitude_axis: str = "out",
+    eps: float = 0.0,
+    rounding: str = "nearest",
+    seed: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """The merged weight ``g * (weight + scaling * lora_B @ lora_A)``, ``[out_features, in_features]``.
@@ -195,13 +232,34 @@ def merge_dora(
     ``magnitude=None`` merges plain LoRA. Not differentiable. Keep the original weight to undo it: dividing back is not
     exact.
 
+    Args:
+        rounding: "nearest", to nearest even, which loses an update of less than half a step of weight's dtype;
+            "stochastic", up or down at random so that the expected result is the exact one (docs/merging.md). A weight
+            in float32 or float64 has no coarser grid than the computation: there both round to nearest.
+        seed: of the random numbers, in ``[0, 2**63)``: the same seed draws the same for the same element
+            ``[out, in]``, whatever the axis, the strides, the device and the backend. `rounding.seed_for` gives each of
+            several weights its own.
+
+    Shapes, the other arguments and the errors are those of `dora_linear`.
+
     Raises:
-        TypeError, ValueError, UnsupportedError: as `dora_linear`.
+        TypeError: also where `seed` is no int.
+        ValueError: also where `rounding` is neither of the two, or `seed` is out of range.
+        UnsupportedError: as `dora_linear`.
     """
     validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
+    validation.check_eps(eps)
+    validation.check_rounding(rounding, seed)
+    drawn = seed if rounding == "stochastic" and is_coarse(weight.dtype) else None
     chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
     with torch.no_grad():
+        if eps and magnitude is not None:
+            norm = dora_weight_norm(
+                weight, lora_A, lora_B, scaling=scaling, magnitude_axis=magnitude_axis, backend=backend
+            )
+            magnitude = magnitude * (norm / (norm + eps))
         if chosen == "reference":
-            return reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
-        return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen)
+            merged = reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
+            return merged.to(weight.dtype) if drawn is None else stochastic(merged, weight.dtype, drawn)
+        return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen, drawn)

@@ -68,13 +68,14 @@ def merge(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    seed: int | None = None,
 ) -> Tensor:
-    """``g * (W + s B A)`` in weight's dtype, no gradient."""
+    """``g * (W + s B A)`` in weight's dtype, rounded to nearest or, with a seed, stochastically; no gradient."""
     if torch.compiler.is_compiling():
-        return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend)
+        return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
     rows = axis_first(weight, lora_A, lora_B, magnitude_axis)
     with no_autocast(weight.device):
-        merged: Tensor = linear.primitives(backend).merge(*rows, magnitude, scaling)
+        merged: Tensor = linear.primitives(backend).merge(*rows, magnitude, scaling, seed, magnitude_axis == "in")
     return merged if magnitude_axis == "out" else merged.t()
 
 
@@ -87,8 +88,9 @@ def merge_op(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    seed: int | None = None,
 ) -> Tensor:
-    return merge(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend)
+    return merge(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
 
 
 @merge_op.register_fake
@@ -100,6 +102,7 @@ def _(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    seed: int | None = None,
 ) -> Tensor:
     return torch.empty_like(weight) if magnitude_axis == "out" else torch.empty_like(weight.t()).t()
 
@@ -186,15 +189,16 @@ def linear_backward(
     detach_norm: bool,
     needs: Needs,
     backend: str,
+    eps: float = 0.0,
 ) -> Grads:
     """`linear.backward`."""
     args = (dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm)
     if not torch.compiler.is_compiling():
         if not autocast_enabled(dy.device):
-            return linear.backward(*args, needs, backend)
+            return linear.backward(*args, needs, backend, eps)
         with no_autocast(dy.device):
-            return linear.backward(*args, needs, backend)
-    grads = linear_backward_op(*args, list(needs), backend)
+            return linear.backward(*args, needs, backend, eps)
+    grads = linear_backward_op(*args, list(needs), backend, eps)
     return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
 
@@ -214,10 +218,12 @@ def linear_backward_op(
     detach_norm: bool,
     needs: Sequence[bool],
     backend: str,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = linear_backward(
-        dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, Needs(*needs), backend
-    )
+        dy, x, weight, lora_A, lora_B, g, divisor, h, base,
+        scaling, magnitude_axis, detach_norm, Needs(*needs), backend, eps,
+    )  # fmt: skip
     gx, gw, ga, gb, gm, gbias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return gx, gw, ga, gb, gm, gbias
 
@@ -238,6 +244,7 @@ def _(
     detach_norm: bool,
     needs: Sequence[bool],
     backend: str,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     need = Needs(*needs)
     accumulate = accumulation_dtype(dy)

@@ -101,14 +101,15 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "kernels", "content"],
-    ["torch_backend", "backends"],
+    ["reference", "rounding", "kernels", "content"],
+    ["torch_backend", "backends", "convolution"],
     ["linear", "validation"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
-    ["modules", "peft/state", "peft/dequantize", "peft/on_demand"],
-    ["peft/layer"],
+    ["modules/base"],
+    ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["adapt", "peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
     ["peft/refused"],
@@ -133,8 +134,8 @@ def imports_of(path):
 
 
 def module_of(parts):
-    """A module's name in `LAYERS`: kernels are one, the files of `peft` are several."""
-    return "/".join(parts[:2] if parts[0] == "peft" else parts[:1])
+    """A module's name in `LAYERS`: kernels are one, the files of `modules` and `peft` are several."""
+    return "/".join(parts[:2] if parts[0] in ("modules", "peft") else parts[:1])
 
 
 def modules_imported(path):
@@ -169,8 +170,9 @@ def test_only_kernels_import_triton(path):
         assert not {name for name in imports_of(path) if name.split(".")[0] == "triton"}
 
 
-def test_the_reference_imports_torch_alone():
-    roots = {name.split(".")[0] for name in imports_of(PACKAGE / "reference.py")} - set(sys.stdlib_module_names)
+@pytest.mark.parametrize("module", ["reference", "rounding"])
+def test_what_imports_torch_alone(module):
+    roots = {name.split(".")[0] for name in imports_of(PACKAGE / f"{module}.py")} - set(sys.stdlib_module_names)
     assert roots == {"torch"}
 
 
