@@ -3,8 +3,9 @@
 The linear layer is one function of x, `apply`; where another module makes the base product, `compose` is one of the
 base result and the low-rank activation.
 
-Saved for the backward, beside parameters: x (of the linear layer), h ``[M, r]``, what the backend's `compose` keeps
-``[M, N]`` where the magnitude's gradient needs it, and this call's own g and norm.
+Saved for the backward, beside parameters: x (of the linear layer), h ``[M, r]``, whose dtype is that of the low-rank
+branch, what the backend's `compose` keeps ``[M, N]`` where the magnitude's gradient needs it, and this call's own g
+and norm.
 The output is never saved: consumers may overwrite it in place.
 """
 
