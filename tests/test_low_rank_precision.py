@@ -95,7 +95,7 @@ def run(module, parameters, problem):
     return {"y": y.detach(), **dict(zip(ADAPTED, grads))}
 
 
-def peft_operations(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm):
+def peft_operations(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, **_):
     """What PEFT's layer does, for both axes: x cast to the adapter's dtype, the base product in its own."""
     norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
     g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
