@@ -3,8 +3,9 @@
 The linear layer is one function of x, `apply`; where another module makes the base product, `compose` is one of the
 base result and the low-rank activation.
 
-Saved for the backward, beside parameters: x (of the linear layer), h ``[M, r]``, what the backend's `compose` keeps
-``[M, N]`` where the magnitude's gradient needs it, and this call's own g and norm.
+Saved for the backward, beside parameters: x (of the linear layer), h ``[M, r]``, whose dtype is that of the low-rank
+branch, what the backend's `compose` keeps ``[M, N]`` where the magnitude's gradient needs it, and this call's own g
+and norm.
 The output is never saved: consumers may overwrite it in place.
 """
 
@@ -249,7 +250,7 @@ def compose(
     scaling: float,
     backend: str,
 ) -> Tensor:
-    """``g * (result - bias + s h Bᵀ) + bias`` for ``result [..., N]`` and ``h [..., r]`` of one dtype."""
+    """``g * (result - bias + s h Bᵀ) + bias`` for ``result [..., N]`` and ``h [..., r]``, whose dtype may be wider."""
     if torch.is_grad_enabled():
         return _Compose.apply(result, h, lora_B, magnitude, bias, divisor, (scaling, backend))
     with no_autocast(result.device):
@@ -270,7 +271,7 @@ def _differentiable_compose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None
     if base is not None:  # the magnitude's gradient alone reads it
         with torch.no_grad():
             result = base.view(dy.shape)
-            if linear.primitives(backend).keeps_sum(dy, lora_B):
+            if linear.primitives(backend).keeps_sum(dy, h, lora_B):
                 result = result - scaling * (h @ lora_B.to(h.dtype).t())
             if bias is not None and not linear.holds_bias(dy):
                 result = result + bias

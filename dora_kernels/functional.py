@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
+from dora_kernels.linear import low_rank_dtype
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
 from dora_kernels.reference import accumulation_dtype, autocast_enabled
 from dora_kernels.rounding import is_coarse, stochastic
@@ -52,7 +53,9 @@ def dora_linear(
     Returns:
         ``[..., out_features]`` in the compute dtype: autocast's if it is on (and x not float64), else x's.
         Parameters may have other dtypes; their gradients come in their own, unrounded from float32 accumulation
-        (float64 for float64). A row of V with norm 0 has g = 0 without eps: the output there is the bias.
+        (float64 for float64). Without autocast and with `lora_A` of a wider dtype than x's, the low-rank product and
+        the gradients of lora_A and lora_B are computed in that dtype, as in PEFT's layer; all else is in x's. A row of
+        V with norm 0 has g = 0 without eps: the output there is the bias.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -120,12 +123,15 @@ def run_compose(
 ) -> Tensor:
     """A DoRA layer from another module's ``result = x Wᵀ + bias`` and ``h = x Aᵀ``, in result's dtype.
 
+    An h of a wider dtype is taken unrounded, except under autocast.
+
     `divisor` gives the `safe_divisor` of the weight norm, on the backend that is chosen.
     """
     chosen = resolve(backend, (result, h, lora_B, magnitude, bias))
+    h = cast(h, low_rank_dtype(result, h))
     if chosen == "reference" or torch.compiler.is_compiling():  # the compiler fuses plain operations
         return reference.compose(result, h, lora_B, magnitude, divisor("torch"), bias, scaling)
-    return autograd.compose(result, cast(h, result.dtype), lora_B, magnitude, bias, divisor(chosen), scaling, chosen)
+    return autograd.compose(result, h, lora_B, magnitude, bias, divisor(chosen), scaling, chosen)
 
 
 def layer_scale(

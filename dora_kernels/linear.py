@@ -2,7 +2,8 @@
 
 Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_A [r, K]``, ``lora_B [N, r]``; ``g`` is the magnitude over the norm,
 ``[N]`` (axis "out") or ``[K]`` ("in"), None for plain LoRA. The derivation is in docs/math.md. The large products
-go to the vendor BLAS in x's dtype; a backend supplies what surrounds them: `compose` and `scale_reduce`.
+go to the vendor BLAS in x's dtype; a backend supplies what surrounds them: `compose` and `scale_reduce`. The products
+of rank r are in h's dtype (`low_rank_dtype`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import torch_backend
-from dora_kernels.reference import accumulation_dtype
-from dora_kernels.torch_backend import cast, mm_accumulate, mm_wide, quotient, scaled_rows
+from dora_kernels.reference import accumulation_dtype, autocast_enabled
+from dora_kernels.torch_backend import cast, mm_accumulate, mm_mixed, mm_wide, quotient, scaled_rows
 
 
 class Needs(NamedTuple):
@@ -77,6 +78,15 @@ def _needs_dm(detach_norm: bool, needs: Needs) -> bool:
     return needs.magnitude or (not detach_norm and (needs.lora_A or needs.lora_B or needs.weight))
 
 
+def low_rank_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    """The dtype of the low-rank branch beside an x in the compute dtype: the factor's where that is wider.
+
+    As in PEFT's layer, which casts x to it. Under autocast, as there, all products are in the compute dtype.
+    """
+    wider = torch.finfo(factor.dtype).bits > torch.finfo(x.dtype).bits
+    return factor.dtype if wider and not autocast_enabled(x.device) else x.dtype
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -89,19 +99,26 @@ def forward(
     keep_base: bool,
     backend: str,
     divisor: Tensor | None = None,
+    low_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(y [M, N], h = x Aᵀ [M, r], base [M, N] or None)``, all in x's dtype.
+    """``(y [M, N], h = x Aᵀ [M, r], base [M, N] or None)``, in x's dtype, but h in `low_dtype` where one is given.
 
     Where a divisor is given, g is the magnitude, still to be divided by it.
     What `base` holds is the backend's: the base product, or (`keeps_sum`) its sum with the low-rank product.
     Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
     """
+    dtype, h, g_in = x.dtype, None, None
     if g is not None and magnitude_axis == "in":
+        g_in, g = g, None
         if divisor is not None:
-            g, divisor = quotient(g, divisor, x), None
-        x, g = torch.mul(x, g, out=torch.empty_like(x)), None
-    dtype = x.dtype
-    h = F.linear(x, lora_A if lora_A.dtype == dtype else lora_A.to(dtype))
+            g_in, divisor = quotient(g_in, divisor, x), None
+    if low_dtype is not None and low_dtype != dtype:
+        # Not of the scaled x, which is rounded.
+        h = mm_mixed(x, (lora_A if g_in is None else lora_A * g_in).t())
+    if g_in is not None:
+        x = torch.mul(x, g_in, out=torch.empty_like(x))
+    if h is None:
+        h = F.linear(x, lora_A if lora_A.dtype == dtype else lora_A.to(dtype))
     base = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype))
     y = primitives(backend).compose(base, h, lora_B, g, bias, scaling, keep_base, divisor)
     return y, h, base if keep_base else None
@@ -174,7 +191,7 @@ def _backward_out(
     )
     dx: Any = None
     if needs.x:
-        dx = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
+        dx = torch.mm(cast(d_low, dy.dtype), cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
     dw = mm_accumulate(dg.t(), x, _grad_dtype(weight, x, detach_norm)) if needs.weight else None
     del dg  # before the last gradient takes its memory
     d_a = mm_accumulate(d_low.t(), x, _grad_dtype(lora_A, x, detach_norm)) if needs.lora_A else None
@@ -197,7 +214,7 @@ def compose(
     The base that is kept holds the bias too where `holds_bias`.
     """
     kernels = primitives(backend)
-    keeps_sum = kernels.keeps_sum(result, lora_B)
+    keeps_sum = kernels.keeps_sum(result, h, lora_B)
     if bias is not None and not holds_bias(result):
         base = result - cast(bias, result.dtype)
     else:
@@ -242,7 +259,7 @@ def compose_backward(
     out: Any = None
     total: Any = None
     want_sum = needs.sum or (base is not None and base_bias is not None)
-    lacks_low_rank = base is not None and not kernels.keeps_sum(dy, lora_B)
+    lacks_low_rank = base is not None and not kernels.keeps_sum(dy, h, lora_B)
     if scaled or base is not None or want_sum:
         one_pass = kernels.scale_partials if lacks_low_rank else kernels.scale_reduce
         out, dot, total = one_pass(dy, base, g, scaled, want_sum)
@@ -252,20 +269,20 @@ def compose_backward(
 
     # Ĝ may stand for dy in the products of rank r too where that rounds no more often than B scaled by g would.
     rounds_once = detach_norm or dy.dtype == accumulation_dtype(dy)
-    uses_scaled = scaled and lora_B.dtype == dy.dtype and rounds_once
+    uses_scaled = scaled and lora_B.dtype == dy.dtype == h.dtype and rounds_once
     left: Any = dg if uses_scaled else dy
     factor: Any = scaling if g is None or uses_scaled else g * scaling
     d_low = _low_rank_gradient(left, lora_B, factor, h) if needs.h else None
     d_b, dm = None, None
     if lacks_low_rank:
-        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
+        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy, h))
         dtype = _grad_dtype(lora_B, dy, detach_norm) if needs.lora_B else None
         d_b, dm = kernels.factor_grads(p, lora_B, dot, g, divisor, scaling, dtype)
     else:
         if uses_scaled and needs.lora_B:
             d_b = torch.addmm(lora_B, left.t(), h, beta=0, alpha=scaling)
         elif needs.lora_B:
-            p = mm_accumulate(dy.t(), h, accumulation_dtype(dy))
+            p = mm_accumulate(dy.t(), h, accumulation_dtype(dy, h))
             d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
         dm = None if dot is None else dot.div_(divisor)
     if dm is not None and base_bias is not None:
@@ -291,21 +308,33 @@ def _backward_in(
     """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
     need_dm = _needs_dm(detach_norm, needs)
     d_low: Any = _low_rank_gradient(dy, lora_B, scaling, h) if needs.x or need_dm or needs.lora_A else None
+    accumulate = accumulation_dtype(dy, h)
     dx, dm = None, None
-    if needs.x or need_dm:
+    mixed = h.dtype != dy.dtype
+    q: Any = mm_accumulate(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
+    if mixed and (needs.x or need_dm):
+        # The transposed problem's forward: the base product rounded once, its sum with the low-rank one once more.
+        base = torch.mm(dy, cast(weight, dy.dtype))
+        if need_dm:
+            dot = kernels.scale_reduce(base, x, None, False, False)[1]
+            dm = (dot + cast((q * lora_A).sum(0), dot.dtype)) / divisor
+        dx = kernels.compose(base, d_low, lora_A.t(), g, None, 1.0, False) if needs.x else None
+    elif needs.x or need_dm:
         d_scaled = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dy, cast(weight, dy.dtype))
         dx, dot, _ = kernels.scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
         dm = None if dot is None else dot / divisor
-    accumulate = accumulation_dtype(dy)
-    d_a = mm_accumulate(d_low.t(), x, accumulate).mul_(g) if needs.lora_A else None
+    d_a = q.mul_(g) if needs.lora_A else None
     d_b = mm_accumulate(dy.t(), h, accumulate).mul_(scaling) if needs.lora_B else None
-    dw = mm_accumulate(dy.t(), x, accumulate).mul_(g) if needs.weight else None
+    dw = mm_accumulate(dy.t(), x, accumulation_dtype(dy)).mul_(g) if needs.weight else None
     total = kernels.scale_reduce(dy, None, None, False, True)[2] if needs.bias else None
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 
 def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Tensor) -> Tensor:
-    """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in dy's dtype, rounded once."""
+    """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in h's dtype, rounded once."""
+    if h.dtype != dy.dtype:
+        wide = cast(lora_B, h.dtype)
+        return mm_mixed(dy, wide * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor))
     if isinstance(factor, Tensor):
         return torch.mm(dy, scaled_rows(lora_B, factor, dy.dtype))
     return torch.addmm(h, dy, cast(lora_B, dy.dtype), beta=0, alpha=factor)

@@ -120,8 +120,9 @@ def linear_forward(
     backend: str,
     divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`linear.forward`."""
-    args = (x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor)
+    """`linear.forward`, with the low-rank branch in the dtype that autocast leaves it."""
+    low_dtype = linear.low_rank_dtype(x, lora_A)
+    args = (x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor, low_dtype)
     if torch.compiler.is_compiling():
         y, h, base = linear_forward_op(*args)
         return y, h, base if keep_base else None
@@ -144,10 +145,12 @@ def linear_forward_op(
     keep_base: bool,
     backend: str,
     divisor: Tensor | None = None,
+    low_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, base = linear_forward(
-        x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor
-    )
+    with no_autocast(x.device):
+        y, h, base = linear.forward(
+            x, weight, lora_A, lora_B, g, bias, scaling, magnitude_axis, keep_base, backend, divisor, low_dtype
+        )
     return y, h, x.new_empty(0) if base is None else base
 
 
@@ -164,9 +167,11 @@ def _(
     keep_base: bool,
     backend: str,
     divisor: Tensor | None = None,
+    low_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, x.new_empty(x.shape[0], lora_A.shape[0]), torch.empty_like(y) if keep_base else x.new_empty(0)
+    h = x.new_empty(x.shape[0], lora_A.shape[0], dtype=low_dtype)
+    return y, h, torch.empty_like(y) if keep_base else x.new_empty(0)
 
 
 def linear_backward(

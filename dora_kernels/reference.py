@@ -96,9 +96,9 @@ def compose(
     result: Tensor, h: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
     """``g * (result - bias + scaling * h @ B.T) + bias``, rounded once to result's dtype: `dora_linear` from parts."""
-    dtype = accumulation_dtype(result)
+    dtype = accumulation_dtype(result, h)
     with no_autocast(result.device), full_precision(result.device):
-        low = h.to(result.dtype).to(dtype) @ lora_B.to(dtype).transpose(0, 1)
+        low = h.to(dtype) @ lora_B.to(dtype).transpose(0, 1)
         offset = result.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)
         g = magnitude_scale(magnitude, norm).to(dtype)
         return (g * (result.to(dtype) - offset + scaling * low) + offset).to(result.dtype)

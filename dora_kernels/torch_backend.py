@@ -141,8 +141,10 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
             torch.mm(buffer[: rows.shape[0]].copy_(rows), other, out=target)
         return out
     out = other.new_zeros(weight.shape[0], other.shape[1])
-    for columns, rows in _blocks(_block_rows(*weight.t().shape), weight.t(), other):
-        out.addmm_(columns.t().to(other.dtype), rows)
+    step = _block_rows(*weight.t().shape)
+    buffer = _scratch(step, weight.shape[0], other.dtype, other.device)
+    for columns, rows in _blocks(step, weight.t(), other):
+        out.addmm_(buffer[: rows.shape[0]].copy_(columns).t(), rows)
     return out
 
 
@@ -214,7 +216,7 @@ def compose(
     """
     if g is not None and divisor is not None:
         g = quotient(g, divisor, base)
-    if g is not None and not keeps_sum(base, lora_B):
+    if h.dtype != base.dtype or (g is not None and not keeps_sum(base, h, lora_B)):
         return _compose_wide(base, h, lora_B, g, bias, scaling, torch.empty_like(base) if keep else base)
     total = base.addmm_(h, cast(lora_B, base.dtype).t(), alpha=scaling)
     if g is None:
@@ -222,27 +224,32 @@ def compose(
     return _affine(total, g, bias, None if keep else base)
 
 
-def keeps_sum(base: Tensor, lora_B: Tensor) -> bool:
+def keeps_sum(base: Tensor, h: Tensor, lora_B: Tensor) -> bool:
     """Whether what `compose` keeps holds the low-rank product too, so that a dot with it is all of dm.
 
-    Not of a 16-bit base product and float32 factors on the CPU, where that sum would be rounded once more than in
-    PEFT's layer, which adds up in float32.
+    Not of a 16-bit base product and a float32 h or, on the CPU, float32 factors, where that sum would be rounded once
+    more than in PEFT's layer, which adds up in float32.
     """
+    if h.dtype != base.dtype:
+        return False
     return base.device.type != "cpu" or base.dtype in (accumulation_dtype(base), lora_B.dtype)
 
 
 def _compose_wide(
-    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor, bias: Tensor | None, scaling: float, out: Tensor
+    base: Tensor, h: Tensor, lora_B: Tensor, g: Tensor | None, bias: Tensor | None, scaling: float, out: Tensor
 ) -> Tensor:
     """`compose` in float32 blocks, rounded once; `out` may be `base`."""
-    dtype = accumulation_dtype(base, lora_B)
+    dtype = accumulation_dtype(base, h, lora_B)
     h, right = cast(h, dtype), cast(lora_B, dtype).t()
     step = _block_rows(*base.shape)
     buffer = _scratch(step, base.shape[1], dtype, base.device)
     with full_precision(base.device):
         for rows, left, target in _blocks(step, base, h, out):
             block = buffer[: rows.shape[0]].copy_(rows).addmm_(left, right, alpha=scaling)
-            target.copy_(block.mul_(g) if bias is None else torch.addcmul(bias, block, g, out=block))
+            if g is None:
+                target.copy_(block if bias is None else block.add_(bias))
+            else:
+                target.copy_(block.mul_(g) if bias is None else torch.addcmul(bias, block, g, out=block))
     return out
 
 
@@ -258,7 +265,7 @@ def factor_grads(
     p: Tensor, lora_B: Tensor, dot: Tensor, g: Tensor, divisor: Tensor, scaling: float, dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor]:
     """``(dB = s g * P, dm = (Σ_strips dot + s Σ_k B * P) / divisor)``; dB in `dtype`, None where that is."""
-    dm = torch.add(dot.sum(0), (p * lora_B).sum(1), alpha=scaling).div_(divisor)
+    dm = cast(torch.add(dot.sum(0), (p * lora_B).sum(1), alpha=scaling), dot.dtype).div_(divisor)
     return None if dtype is None else scaled_rows(p, g * scaling, dtype), dm
 
 
@@ -362,8 +369,10 @@ def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in `dtype`, rounded at most once from its float32 accumulation.
 
     A bfloat16 product rounds its output, so a float32 result of bfloat16 operands needs either the BLAS's mixed
-    output (CUDA) or operands that are upcast, block by block.
+    output (CUDA) or operands that are upcast, block by block. Where one operand is narrower, `dtype` is the other's.
     """
+    if left.dtype != right.dtype:
+        return mm_mixed(left, right) if right.dtype == dtype else mm_mixed(right.t(), left.t()).t()
     if left.dtype == dtype:
         return torch.mm(left, right)
     if torch.finfo(dtype).bits < torch.finfo(left.dtype).bits:
@@ -381,6 +390,30 @@ def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _MM_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def mm_mixed(narrow: Tensor, wide: Tensor) -> Tensor:
+    """``narrow @ wide`` in wide's dtype, to which nothing is rounded and of `narrow` no copy is ever whole.
+
+    A large bfloat16 matrix on CUDA goes to the tensor cores with bfloat16 pieces of `wide`; a block of it costs fewer
+    launches upcast. float16 has not the exponents for pieces.
+    """
+    pieces = narrow.device.type == "cuda" and _MM_OUT_DTYPE and narrow.numel() > BLOCK_ELEMENTS
+    if pieces and narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32:
+        return _mm_pieces(narrow, wide)
+    return mm_wide(narrow, wide)
+
+
+def _mm_pieces(narrow: Tensor, wide: Tensor) -> Tensor:
+    """Of a bfloat16 and a float32 matrix, with three bfloat16 pieces side by side, which hold all of a float32."""
+    rows, columns = wide.shape
+    pieces = narrow.new_empty(rows, 3, columns)
+    rest = wide
+    for i in range(3):
+        pieces[:, i] = rest
+        rest = rest - pieces[:, i]
+    product = torch.mm(narrow, pieces.view(rows, 3 * columns), out_dtype=wide.dtype)
+    return product.view(-1, 3, columns).sum(1)
 
 
 def _row_major(weight: Tensor) -> bool:

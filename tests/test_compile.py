@@ -173,6 +173,8 @@ def test_opcheck_linear_forward(lane, dtypes, magnitude_axis, bias, magnitude):
     for keep_base in {False, linear.keeps_base(magnitude_axis, True, magnitude, SUBSETS[0])}:
         args = (p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, p.scaling, magnitude_axis, keep_base, lane.backend)
         opcheck(ops.linear_forward_op, args)
+        if dtypes[0] != dtypes[2]:
+            opcheck(ops.linear_forward_op, (*args, None, dtypes[2]))
 
 
 @pytest.mark.parametrize("needs", SUBSETS, ids=["all", "adapter", "factors", "input"])
@@ -194,7 +196,7 @@ def test_opcheck_linear_backward(lane, needs, magnitude, magnitude_axis, detach_
         keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude, needs)
         common = p.scaling, magnitude_axis
         _, h, base = linear.forward(
-            p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, *common, keep_base, lane.backend
+            p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, *common, keep_base, lane.backend, None, dtypes[2]
         )
         inputs = p.dy, p.x, p.weight, p.lora_A, p.lora_B, g, divisor, h, base
         opcheck(ops.linear_backward_op, (*inputs, *common, detach_norm, list(needs), lane.backend))

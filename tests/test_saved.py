@@ -34,10 +34,10 @@ def peft_model(base, adapters, use_dora):
     return model.train()
 
 
-def held(model, base, adapters):
+def held(model, base, adapters, autocast=True):
     """Bytes of every storage that the graph keeps, besides x and the parameters, the largest first."""
     x = torch.randn(2, TOKENS // 2, IN, dtype=base, requires_grad=True)
-    with torch.autocast("cpu", bf16, enabled=adapters != base):
+    with torch.autocast("cpu", bf16, enabled=autocast and adapters != base):
         _, saved = saved_by(lambda: model(x))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     for tensor in (x, *model.parameters()):
@@ -56,6 +56,16 @@ def test_beside_peft(base, adapters):
     assert sorted(ours) == sorted([output, low, 4 * OUT, 4 * OUT])
     assert sum(ours) <= sum(lora) + output + 8 * OUT, "more than LoRA and one activation"
     assert sum(ours) + output <= sum(dora), "PEFT's DoRA holds another output at the least"
+
+
+def test_float32_adapters_without_autocast():
+    """h in float32, which PEFT keeps of all of x; the base product in 16 bits."""
+    lora = held(peft_model(bf16, f32, False), bf16, f32, autocast=False)
+    model = peft_model(bf16, f32, True)
+    assert dora_kernels.patch_peft(model).patched
+    ours = held(model, bf16, f32, autocast=False)
+    assert sorted(ours) == sorted([2 * TOKENS * OUT, 4 * TOKENS * RANK, 4 * OUT, 4 * OUT])
+    assert 4 * TOKENS * IN in lora and sum(ours) < sum(lora) + 2 * TOKENS * OUT - 3 * TOKENS * IN
 
 
 @DTYPES

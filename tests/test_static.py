@@ -65,6 +65,7 @@ CALLS: dict[str, Callable[..., Call]] = {
         for tokens, rank, size in _COMPOSES
     },
     "compose fp16+fp32": partial(compose, (f16, f32), 70, 5, 140),
+    "compose wide h": partial(compose, (bf16, f32), 70, 35, 140, wide=True),
     "compose fp32": partial(compose, (f32, f32), 35, 40, 70),
     "compose without g": partial(compose, (bf16, bf16), 70, 5, 140, magnitude=False),
     "compose without bias": partial(compose, (bf16, bf16), 70, 5, 140, bias=False),

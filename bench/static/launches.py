@@ -186,18 +186,20 @@ def compose(
     magnitude: bool = True,
     bias: bool = True,
     keep: bool = True,
+    wide: bool = False,
     device: str = "meta",
 ) -> Call:
-    """A compose of `tokens` x `size` base results."""
+    """A compose of `tokens` x `size` base results; `wide`: h is of the adapter's dtype."""
     operands = {
         "base": _zeros((tokens, size), dtypes[0], device),
-        "h": _zeros((tokens, rank), dtypes[0], device),
+        "h": _zeros((tokens, rank), dtypes[wide], device),
         "b": _zeros((size, rank), dtypes[1], device),
         "g": _zeros((size,), _FP32, device) if magnitude else None,
         "bias": _zeros((size,), dtypes[0], device) if bias else None,
     }
     absent = [f"no {name}" for name in ("g", "bias") if operands[name] is None]
-    case = _words(f"{tokens} tokens x {size}", f"rank {rank}", *absent, "" if keep else "in place")
+    said = "wide h" if wide else "", "" if keep else "in place"
+    case = _words(f"{tokens} tokens x {size}", f"rank {rank}", *absent, *said)
     return Call("compose", _labels(dtypes), case, operands, (0.5, keep), ("y",))
 
 
@@ -299,10 +301,12 @@ def _merges(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
 
 
 def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
-    for tokens in _classes(TOKENS, lambda count: compose(dtypes, count, 64)):
-        for rank in _classes(RANKS, partial(compose, dtypes, tokens)):
-            yield compose(dtypes, tokens, rank)
-    yield compose(dtypes, 8191, 383, size=_SIZE - 1)
+    for wide in {False, dtypes[0] is not dtypes[1]}:
+        make = partial(compose, dtypes, wide=wide)
+        for tokens in _classes(TOKENS, lambda count, make=make: make(count, 64)):
+            for rank in _classes(RANKS, partial(make, tokens)):
+                yield make(tokens, rank)
+        yield make(8191, 383, size=_SIZE - 1)
     if dtypes == (_BF16, _BF16):
         yield compose(dtypes, 1, 16)
         for magnitude, bias in ((False, False), (True, False), (False, True)):

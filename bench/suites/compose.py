@@ -130,7 +130,7 @@ class Compose(KernelCase):
             # What is kept, in the place of `base`: for the backward's dm.
             started = base.clone()
             y = backend.compose(started, *self.inputs[0][1:], True)
-            kept = base.double() + (scaling * h.double() @ b.double().t() if backend.keeps_sum(base, b) else 0.0)
+            kept = base.double() + (scaling * h.double() @ b.double().t() if backend.keeps_sum(base, h, b) else 0.0)
             off = {"y": error(y, wanted), "kept": error(started, kept)}
             return self.made_subject(provider, calls, off, {**limits, "kept": limits["y"]})
         return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, limits)

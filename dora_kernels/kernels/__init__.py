@@ -24,7 +24,7 @@ from dora_kernels.kernels.norm import weight_norm
 from dora_kernels.kernels.scale_reduce import scale_partials, scale_reduce
 
 
-def keeps_sum(base: Tensor, lora_B: Tensor) -> bool:
+def keeps_sum(base: Tensor, h: Tensor, lora_B: Tensor) -> bool:
     """`compose` keeps the base product itself: writing the sum back would be another pass."""
     return False
 

@@ -1,7 +1,8 @@
 """Compose: ``y = g * (base + s h Bᵀ) + bias`` in one read of base and one write of y, at every rank.
 
 Shapes: base and y ``[M, N]``, h ``[M, R]``, B ``[N, R]``, g and bias ``[N]``; g and bias may be absent. g may come as
-magnitude and divisor, so that a call in evaluation needs no launch for the quotient.
+magnitude and divisor, so that a call in evaluation needs no launch for the quotient. B is taken in h's dtype, which is
+base's, or float32 above a 16-bit base.
 
 A program makes one BLOCK_M x BLOCK_N tile: the low-rank product in chunks of the rank, accumulated in float32, then
 base, g and bias in registers, and one rounding at the store. y may be base itself.
@@ -82,7 +83,7 @@ def compose(
     if M == 0:
         return y
     R = h.shape[1]
-    products = products_for(base.dtype == torch.float32, True)
+    products = products_for(h.dtype == torch.float32, base.dtype == torch.float32)
     config = compose_config(M, R, products)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     with on_device(base):
