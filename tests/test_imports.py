@@ -103,7 +103,7 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 LAYERS = [
     ["reference", "kernels", "content"],
     ["torch_backend", "backends"],
-    ["linear", "validation"],
+    ["linear", "validation", "combination"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
