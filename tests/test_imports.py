@@ -36,7 +36,7 @@ def run(code, **environment):
 
 BLOCKED = """
 import sys
-for name in ("triton", "peft", "transformers", "numpy", "typer", "rich"):
+for name in ("triton", "peft", "transformers", "numpy", "typer", "rich", "safetensors"):
     sys.modules[name] = None     # import raises ModuleNotFoundError
 """
 
@@ -91,7 +91,7 @@ assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before[3:]
 assert len(optimizer._global_optimizer_post_hooks) == hooks, "a hook was registered"
 assert not torch.cuda.is_initialized()
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before[0]}
-wanted = {"triton", "peft", "transformers", "accelerate", "numpy", "typer", "rich"}
+wanted = {"triton", "peft", "transformers", "accelerate", "numpy", "typer", "rich", "safetensors"}
 assert not loaded & wanted, f"imported {loaded & wanted}"
 assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 """)
@@ -101,7 +101,7 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "kernels", "content"],
+    ["reference", "kernels", "content", "files"],
     ["torch_backend", "backends"],
     ["linear", "validation", "combination"],
     ["ops"],

@@ -1,0 +1,59 @@
+"""What an adapter is apart from any file: factors, magnitude, scaling and axis of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One layer's adapter: ``g * (W + scaling * lora_B @ lora_A)`` with ``g = magnitude / (norm + eps)``.
+
+    Attributes:
+        kind: "linear", "embedding", "conv1d", "conv2d" or "conv3d".
+        lora_A, lora_B: as PEFT stores them. Linear ``[r, in]``, ``[out, r]``; convolution ``[r, in, *kernel]``,
+            ``[out, r / groups, 1, ...]``; embedding ``[r, num_embeddings]``, ``[embedding_dim, r]``.
+        magnitude: ``[out]`` or ``[in]`` by the axis, always one-dimensional; None for plain LoRA.
+        scaling: what the low-rank product is multiplied by.
+        magnitude_axis: "out" or "in"; of an embedding "out" is the embedding dimension and "in" the vocabulary.
+        eps: added to the norm.
+    """
+
+    kind: str
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
+    scaling: float
+    magnitude_axis: str = "out"
+    eps: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Inputs and outputs: features, channels, or vocabulary and embedding dimension."""
+        return self.lora_A.shape[1], self.lora_B.shape[0]
+
+
+@dataclass
+class Adapter:
+    """An adapter of a whole model, wherever it came from.
+
+    Attributes:
+        layers: by the base model's module names ("model.layers.0.self_attn.q_proj").
+        format: of the file that it was read from, or "model".
+        notes: what was decided about it and why, a sentence each.
+        config: what the file's configuration said beside that.
+    """
+
+    layers: dict[str, AdapterLayer]
+    format: str = "model"
+    notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
