@@ -1,7 +1,7 @@
 """Weighted sums of low-rank adapters of one weight: the mathematics, on tensors alone.
 
 The sum ``W + Σ w_i (g_i V_i - W)`` of merged weights, ``V_i = W + s_i B_i A_i`` and g a factor per row, is ``c W + U``
-with ``c = 1 + Σ w_i (g_i - 1)`` and ``U = Σ w_i s_i g_i B_i A_i``: a DoRA adapter again, ``c (W + (U / c))``, of the sum
+with ``c = 1 + Σ w_i (g_i - 1)`` and ``U = Σ w_i s_i g_i B_i A_i``: a DoRA adapter again, ``c (W + U / c)``, of the sum
 of the ranks, whose magnitude is c times the norm of ``W + U / c``. Plain LoRA has g = 1. Cutting U to a rank by its
 singular values leaves the merged weight nearest to the sum, in the Frobenius norm, among those with this c.
 
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """``factor W + left @ right``, the factor per magnitude. `replaced` counts the magnitudes whose c was 0, or nearly."""
+    """``factor W + left @ right``, the factor per magnitude. `replaced` counts those that were 0, or nearly."""
 
     factor: Tensor
     left: Tensor
