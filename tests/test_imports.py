@@ -107,7 +107,8 @@ LAYERS = [
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
-    ["modules", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["modules/base"],
+    ["modules/linear", "peft/state", "peft/dequantize", "peft/on_demand"],
     ["peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
@@ -133,8 +134,8 @@ def imports_of(path):
 
 
 def module_of(parts):
-    """A module's name in `LAYERS`: kernels are one, the files of `peft` are several."""
-    return "/".join(parts[:2] if parts[0] == "peft" else parts[:1])
+    """A module's name in `LAYERS`: kernels are one, the files of `modules` and `peft` are several."""
+    return "/".join(parts[:2] if parts[0] in ("modules", "peft") else parts[:1])
 
 
 def modules_imported(path):
