@@ -31,10 +31,9 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 class Part(NamedTuple):
-    """One summand: ``left [n, r]`` stands on the scaled side, ``right [r, k]`` on the other; `scale` is g, or None."""
+    """A summand: ``w s B A = left @ right``, ``[n, r]`` and ``[r, k]``, left on the scaled side; and g, None for 1."""
 
     weight: float
-    scaling: float
     left: Tensor
     right: Tensor
     scale: Tensor | None
@@ -64,7 +63,7 @@ def weighted_sum(parts: Sequence[Part], base_norm: Callable[[], Tensor], dtype: 
     factor = torch.full((length,), 1.0 - math.fsum(part.weight for part in scaled), dtype=dtype, device=device)
     left = []
     for part in parts:
-        rows = (part.weight * part.scaling) * part.left.to(dtype)
+        rows = part.left.to(dtype)
         if part.scale is not None:
             scale = part.scale.to(dtype)
             factor += part.weight * scale

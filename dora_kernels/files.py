@@ -109,12 +109,12 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
         yield list(temporary)
         mask = os.umask(0)
         os.umask(mask)
-        for name, file in zip(temporary, files):
-            os.chmod(name, 0o666 & ~mask)  # mkstemp's are readable by the owner alone
-            with open(name, "rb") as written:
-                os.fsync(written.fileno())
-        for name, file in zip(temporary, files):
-            os.replace(name, file)
+        for written in temporary:
+            os.chmod(written, 0o666 & ~mask)  # mkstemp's are readable by the owner alone
+            with written.open("rb") as content:
+                os.fsync(content.fileno())
+        for written, file in zip(temporary, files):
+            os.replace(written, file)
     finally:
-        for name in temporary:
-            name.unlink(missing_ok=True)
+        for written in temporary:
+            written.unlink(missing_ok=True)

@@ -139,22 +139,45 @@ def layer_scale(
     cache: NormCache,
     training: bool,
     eps: float = 0.0,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules."""
-    chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
+    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_divisor`."""
+    divisor = layer_divisor(
+        weight, lora_A, lora_B, scaling, magnitude_axis, detach_norm, backend, cache, training, norm
+    )
+    return magnitude / (with_eps(divisor, eps) if eps else divisor)
+
+
+def layer_divisor(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    backend: str,
+    cache: NormCache | None,
+    training: bool,
+    norm: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """The `safe_divisor` of a layer's norm, differentiable unless `detach_norm`.
+
+    `norm` computes it where it is not the norm of a matrix ``W + s B A`` (`NormCache.divisor`), differentiably.
+    """
+    chosen = resolve(backend, (weight, lora_A, lora_B))
     compiling = torch.compiler.is_compiling()
-    if chosen == "reference" or (compiling and not detach_norm):
-        norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm, eps)
-    if compiling:
-        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
+    if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
+        dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+        return safe_divisor(dense.detach() if detach_norm else dense)
+    if norm is not None and not detach_norm:
+        return safe_divisor(norm())
+    if compiling or cache is None or chosen == "reference":
+        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
     else:
         if torch.is_grad_enabled():
             cache.unheard = True  # autograd runs the backward here and will not say when
-        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
-    if not detach_norm:
-        divisor = autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
-    return magnitude / (with_eps(divisor, eps) if eps else divisor)
+        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
+    return divisor if detach_norm else autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
 
 
 def dora_weight_norm(

@@ -88,9 +88,11 @@ def merged(module, layer):
 
 def dense_sum(net, name, adapters, weights):
     module = net.get_submodule(name)
-    base = table(module)
-    return base + sum((weight * (merged(module, each.layers[name]) - base)
-                       for weight, each in zip(weights, adapters) if name in each.layers), torch.zeros_like(base))  # fmt: skip
+    total = base = table(module)
+    for weight, each in zip(weights, adapters):
+        if name in each.layers:
+            total = total + weight * (merged(module, each.layers[name]) - base)
+    return total
 
 
 def relative(a, b):
@@ -237,8 +239,8 @@ def test_tiny_magnitudes_keep_their_digits():
     made = adapter(net, "linear", 2, dtype=f32)
     made.layers["first"].magnitude[0] *= 1e-12
     total, report = combine_adapters(net, [made, made], [0.25, 0.75])
-    found, exact = merged(net.first, total.layers["first"]), dense_sum(net, "first", [made], [1.0])
-    assert relative(found[0], exact[0]) < 1e-6 and report.layers["first"].replaced == 0
+    found, exact = merged(net.first, total.layers["first"]), merged(net.first, made.layers["first"])
+    assert relative(found[0], exact[0]) < 4 * torch.finfo(f32).eps and report.layers["first"].replaced == 0
 
 
 # a smaller rank
@@ -317,8 +319,7 @@ def test_strength_0_is_the_base_model(shape, dtype, axis):
     layer = with_strength(net, made, 0.0).layers["layer"]
     weight = net["layer"].weight.detach()
     again = merge_dora(weight, layer.lora_A, layer.lora_B, layer.magnitude, magnitude_axis=axis)
-    assert torch.equal(again, weight) and not layer.lora_B.any() == (axis == "out")
-    assert layer.magnitude is not None and not (layer.lora_B @ layer.lora_A).any()
+    assert torch.equal(again, weight) and not layer.lora_B.any() and layer.magnitude is not None
 
 
 def test_strength_of_plain_lora():
@@ -346,7 +347,7 @@ def test_strength_of_plain_lora():
         ({"model": nn.ModuleDict({"first": nn.Linear(17, 11)})}, ValueError, "second: the model has no such layer"),
         (
             {"model": nn.ModuleDict({"first": nn.Linear(17, 12), "second": nn.Linear(17, 11)})}, ValueError,
-            "first: expected a linear of 17 to 12 features, as the model's, got a linear of 17 to 11",
+            "first: expected a linear of 17 to 12 features like the model's, got a linear of 17 to 11",
         ),
     ],
 )  # fmt: skip

@@ -102,19 +102,25 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
     ["reference", "kernels", "content", "files"],
-    ["torch_backend", "backends"],
+    ["torch_backend", "backends", "convolution"],
     ["linear", "validation", "combination"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
     ["modules/base"],
-    ["modules/linear", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
     ["peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
     ["peft/refused"],
     ["peft/kinds"],
     ["peft/patch"],
+    ["adapters/layers", "adapters/underscores"],
+    ["adapters/bases"],
+    ["adapters/reading", "adapters/writing"],
+    ["adapters/formats", "adapters/attach"],
+    ["adapters/load"],
+    ["adapters/save"],
 ]
 
 
@@ -134,8 +140,8 @@ def imports_of(path):
 
 
 def module_of(parts):
-    """A module's name in `LAYERS`: kernels are one, the files of `modules` and `peft` are several."""
-    return "/".join(parts[:2] if parts[0] in ("modules", "peft") else parts[:1])
+    """A module's name in `LAYERS`: kernels are one, the files of `adapters`, `modules` and `peft` are several."""
+    return "/".join(parts[:2] if parts[0] in ("adapters", "modules", "peft") else parts[:1])
 
 
 def modules_imported(path):
@@ -158,6 +164,8 @@ def test_import_direction(path):
         return
     if path.stem == "__init__":
         return
+    if own.startswith("adapters/"):
+        assert not {module for module in imported if module.startswith("peft")}, "adapters stand beside peft"
     for module in imported - {own}:
         below = layer_of(module) < layer_of(own)
         at_the_end = layer_of(module) == layer_of(own) == len(LAYERS)

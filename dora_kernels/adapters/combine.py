@@ -1,4 +1,4 @@
-"""Weighted sums of adapters as one adapter, and an adapter at another strength. Formulas: `dora_kernels.combination`."""
+"""Weighted sums of adapters as one, and an adapter at another strength. Formulas: `dora_kernels.combination`."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ class _Problem:
         for layer in layers:
             if not base.fits(layer):
                 raise ValueError(
-                    f"adapters: {name}: expected a {base.kind} of {base.features[0]} to {base.features[1]} features, as "
-                    f"the model's, got a {layer.kind} of {layer.features[0]} to {layer.features[1]}"
+                    f"adapters: {name}: expected a {base.kind} of {base.features[0]} to {base.features[1]} features "
+                    f"like the model's, got a {layer.kind} of {layer.features[0]} to {layer.features[1]}"
                 )
         weight = base.weight.detach()
         if not weight.is_floating_point():
@@ -151,7 +151,7 @@ class _Problem:
                 f"adapters: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA adapter"
             )
         for layer in layers:
-            if layer.lora_A.shape[1] != weight.shape[1] and base.kind.startswith("conv"):
+            if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
                 raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
         self.kernel = tuple(weight.shape[2:])
         self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
@@ -161,7 +161,8 @@ class _Problem:
         self.length = base.features[1 if self.axis == "out" else 0]
 
     def factors(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-        return tuple(t.detach().to(self.weight.device, self.dtype).flatten(1) for t in (layer.lora_A, layer.lora_B))
+        a, b = (t.detach().to(self.weight.device, self.dtype) for t in (layer.lora_A, layer.lora_B))
+        return a.flatten(1), b.flatten(1)
 
     def norm(self, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
         """Of the adapted weight, one for each magnitude."""
@@ -174,8 +175,9 @@ class _Problem:
         if layer.magnitude is not None:
             norm = self.norm(a, b, layer.scaling)
             scale = magnitude_scale(layer.magnitude.detach().to(norm), norm + layer.eps)
+        b = weight * layer.scaling * b
         left, right = (b, a) if self.axis == "out" else (a.t(), b.t())
-        return combination.Part(weight, layer.scaling, left, right, scale)
+        return combination.Part(weight, left, right, scale)
 
 
 def _combined(

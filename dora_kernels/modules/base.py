@@ -105,6 +105,10 @@ class AdaptedLayer(nn.Module):
         """Write a weight ``[N, K]`` into the base layer."""
         self.base_layer.weight.copy_(merged)
 
+    def _merge_refusal(self) -> str | None:
+        """Why the base layer's weight cannot hold the adapter; None where it can."""
+        return None
+
     def _merge_arguments(self) -> dict[str, Any]:
         """What `merge_dora` is told beside the problem."""
         return {"magnitude": None, "scaling": self.scaling, "backend": self.backend}
@@ -112,6 +116,10 @@ class AdaptedLayer(nn.Module):
     def reset_adapter(self) -> None:
         """Set the adapter to its start, at which the layer equals its base layer."""
         self._reset_factors()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's tensors by their names in a state dict."""
+        return {name: self.get_parameter(name) for name in self.state_names}
 
     @property
     def merged(self) -> bool:
@@ -155,10 +163,16 @@ class AdaptedLayer(nn.Module):
 
         Args:
             rounding, seed: as `merge_dora`.
+
+        Raises:
+            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups).
         """
         if self.merged:
             warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
             return
+        refusal = self._merge_refusal()
+        if refusal is not None:
+            raise ValueError(f"the layer cannot be merged: {refusal}")
         merged = self._merged_weight(rounding, seed)
         self._unmerged = self.base_layer.weight.detach().to("cpu", copy=True)
         self._write(merged)

@@ -47,11 +47,10 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
     a, b = factors(layer, result) or (None, None)
     assert a is not None and b is not None
     with no_autocast(b.device):
-        parts = _parts(layer, name, adapters, weights)
+        dtype = accumulation_dtype(b)
+        parts = _parts(layer, name, adapters, weights, dtype)
         b.zero_()  # so that the norm is that of W
-        full = combination.weighted_sum(
-            parts, lambda: _norm(layer, name, result), accumulation_dtype(b), b.shape[0]
-        )
+        full = combination.weighted_sum(parts, lambda: _norm(layer, name, result), dtype, b.shape[0])
         total, lost = combination.of_rank(full, a.shape[0])
     missing = a.shape[0] - total.right.shape[0]
     a.copy_(torch.nn.functional.pad(total.right, (0, 0, 0, missing)).view(a.shape))
@@ -62,7 +61,9 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
     return lost / combination.size(full) if lost else 0.0
 
 
-def _parts(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float]) -> list[combination.Part]:
+def _parts(
+    layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float], dtype: torch.dtype
+) -> list[combination.Part]:
     parts = []
     for one, weight in zip(adapters, weights, strict=True):
         found = factors(layer, one)
@@ -72,8 +73,9 @@ def _parts(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[flo
         if one in dora_adapters(layer):
             norm = _norm(layer, name, one)
             scale = magnitude_scale(layer.lora_magnitude_vector[one].weight.view(-1), norm)
-        a, b = found[0].flatten(1), found[1].flatten(1)
-        parts.append(combination.Part(weight * strength(layer, one), layer.scaling[one], b, a, scale))
+        weight *= strength(layer, one)
+        a, b = (factor.to(dtype).flatten(1) for factor in found)
+        parts.append(combination.Part(weight, weight * layer.scaling[one] * b, a, scale))
     return parts
 
 

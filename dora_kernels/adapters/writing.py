@@ -1,0 +1,119 @@
+"""Fitting an adapter to what a format can express: folded in where the mathematics allows, refused where not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels.adapters.layers import AdapterLayer, problem_of
+
+SMALL_EPS = 1e-6
+"""An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
+
+Layers = dict[str, AdapterLayer]
+
+
+@dataclass
+class Writing:
+    """What a format writes with: refusals that name the layer, and notes of what was folded."""
+
+    format: str
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, name: str, reason: str) -> ValueError:
+        return ValueError(f"{name} cannot be written as {self.format!r}: {reason}")
+
+    def fitting(
+        self,
+        layers: Mapping[str, AdapterLayer],
+        axes: Mapping[str, Collection[str]],
+        *,
+        plain: bool = True,
+        grouped: bool = False,
+    ) -> Layers:
+        """`layers`, checked: their kinds among the keys of `axes`, their magnitudes along an axis named there.
+
+        `plain` says whether the format has plain LoRA too, `grouped` whether plain LoRA of convolutions with groups is the same there.
+
+        Raises:
+            ValueError: a layer does not fit.
+        """
+        for name, layer in layers.items():
+            if problem := problem_of(layer):
+                raise self.refuse(name, problem)
+            if layer.kind not in axes:
+                raise self.refuse(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
+            if layer.magnitude is not None and layer.magnitude_axis not in axes[layer.kind]:
+                has = " or ".join(map(repr, axes[layer.kind]))
+                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for a "
+                                        f"{layer.kind}, and no factors turn one into the other")  # fmt: skip
+            if layer.grouped and not (grouped and layer.magnitude is None):
+                raise self.refuse(name, "a convolution with groups has another low-rank product or norm there")
+        without = [name for name, layer in layers.items() if layer.magnitude is None]
+        if without and len(without) < len(layers):
+            raise self.refuse(without[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")
+        if without and not plain:
+            raise self.refuse(without[0], "it has no magnitude (plain LoRA), and the format is of DoRA alone")
+        return dict(layers)
+
+    def with_eps(self, layers: Layers, eps: float = 0.0) -> Layers:
+        """`layers` for a format that adds `eps` to the norm."""
+        dora = {name: layer.eps for name, layer in layers.items() if layer.magnitude is not None}
+        different = {name: own for name, own in dora.items() if own != eps}
+        for name, own in different.items():
+            if abs(own - eps) > SMALL_EPS:
+                raise self.refuse(name, f"eps {own:g} is added to its norm, the format adds {eps:g}")
+        if different:
+            change = max(abs(own - eps) for own in different.values())
+            self.notes.append(f"eps became {eps:.2g}: layers move by at most {change:.2g} / norm, float32's rounding")
+        return {name: replace(layer, eps=eps) if name in different else layer for name, layer in layers.items()}
+
+    def one_scaling(self, layers: Layers, scaling: float | None = None) -> tuple[Layers, float]:
+        """`layers` with a common scaling: the one given, or the commonest, the others' folded into lora_B."""
+        if scaling is None:
+            scaling = Counter(layer.scaling for layer in layers.values()).most_common(1)[0][0] or 1.0
+        folded = {name: self._fold(layer, scaling) for name, layer in layers.items()}
+        changed = sum(folded[name] is not layer for name, layer in layers.items())
+        if changed:
+            widened = sum(folded[name].lora_B.dtype != layer.lora_B.dtype for name, layer in layers.items())
+            text = f"the scaling of {changed} of {len(layers)} layers was folded into lora_B, for the format has one"
+            self.notes.append(f"{text}; {widened} lora_B are float32 for it" if widened else text)
+        return folded, scaling
+
+    def one_rank(self, layers: Layers) -> tuple[Layers, int]:
+        """`layers` with a common rank, the highest, the others' factors padded with zeros."""
+        rank = max(layer.rank for layer in layers.values())
+        padded = {name: _pad(layer, rank) for name, layer in layers.items()}
+        changed = sum(padded[name] is not layer for name, layer in layers.items())
+        if changed:
+            self.notes.append(f"{changed} of {len(layers)} layers were padded with zeros to rank {rank}")
+        return padded, rank
+
+    def _fold(self, layer: AdapterLayer, scaling: float) -> AdapterLayer:
+        if layer.scaling == scaling:
+            return layer
+        return replace(layer, lora_B=_times(layer.lora_B, layer.scaling / scaling), scaling=scaling)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """``factor * tensor`` in the tensor's dtype where that is exact (a power of two), else in float32."""
+    product = tensor.double() * factor
+    same = product.to(tensor.dtype)
+    return same if torch.equal(same.double(), product) else product.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _pad(layer: AdapterLayer, rank: int) -> AdapterLayer:
+    more = rank - layer.rank
+    if not more:
+        return layer
+    after = (0, 0) * (layer.lora_A.dim() - 1)
+    return replace(
+        layer,
+        lora_A=F.pad(layer.lora_A, (*after, 0, more)),
+        lora_B=F.pad(layer.lora_B, (*after[:-2], 0, more)),
+    )
