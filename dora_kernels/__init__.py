@@ -3,14 +3,43 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dora_kernels.adapt import (
+    TrainableSummary,
+    adapted_layers,
+    apply_dora,
+    dora_state_dict,
+    mark_only_dora_trainable,
+    merge_all,
+    remove_dora,
+    trainable_summary,
+)
 from dora_kernels.backends import UnsupportedError
 from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
-from dora_kernels.modules import AdaptedLayer, DoRALinear, LoRALinear
+from dora_kernels.modules import (
+    AdaptedLayer,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAConv3d,
+    DoRAEmbedding,
+    DoRALinear,
+    LoRALinear,
+)
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
+from dora_kernels.strength import set_dora_strength
 
 if TYPE_CHECKING:
-    from dora_kernels.adapters import Adapter, AdapterLayer, attach, extract, load_adapter, read_adapter, save_adapter
-    from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally, set_dora_strength
+    from dora_kernels.adapters import (
+        Adapter,
+        AdapterLayer,
+        attach,
+        combine_adapters,
+        extract,
+        load_adapter,
+        read_adapter,
+        save_adapter,
+        with_strength,
+    )
+    from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally
 
 __version__ = "0.1.0"
 
@@ -18,30 +47,47 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "AdapterLayer",
+    "DoRAConv1d",
+    "DoRAConv2d",
+    "DoRAConv3d",
+    "DoRAEmbedding",
     "DoRALinear",
     "LoRALinear",
     "PatchHandle",
+    "TrainableSummary",
     "UnsupportedError",
+    "adapted_layers",
+    "apply_dora",
     "attach",
     "check_adapter",
+    "combine_adapters",
     "dora_linear",
+    "dora_state_dict",
     "dora_weight_norm",
     "extract",
     "invalidate",
     "load_adapter",
+    "mark_only_dora_trainable",
+    "merge_all",
     "merge_dora",
     "patch_peft",
     "patch_peft_globally",
     "read_adapter",
+    "remove_dora",
     "save_adapter",
     "set_dora_strength",
     "set_norm_reuse",
+    "trainable_summary",
+    "with_strength",
 ]
 
 # PEFT is optional and slow to import: only who asks for the patch loads it, and the file formats likewise.
 _LAZY = {
-    "adapters": ("Adapter", "AdapterLayer", "attach", "extract", "load_adapter", "read_adapter", "save_adapter"),
-    "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally", "set_dora_strength"),
+    "adapters": (
+        "Adapter", "AdapterLayer", "attach", "combine_adapters", "extract", "load_adapter", "read_adapter",
+        "save_adapter", "with_strength",
+    ),
+    "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
 }
 
 

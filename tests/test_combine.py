@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_kernels import combination, merge_dora
-from dora_kernels.adapters import Adapter, AdapterLayer
-from dora_kernels.adapters.combine import combine_adapters, with_strength
+from dora_kernels import apply_dora, combination, merge_dora, set_dora_strength
+from dora_kernels.adapters import Adapter, AdapterLayer, combine_adapters, with_strength
 
 f32, f64 = torch.float32, torch.float64
 
@@ -328,6 +327,30 @@ def test_strength_of_plain_lora():
     weaker = with_strength(net, made, -0.3)
     assert weaker.layers["first"].magnitude is None
     assert relative(merged(net.first, weaker.layers["first"]), dense_sum(net, "first", [made], [-0.3])) < 1e-12
+
+
+def test_the_strength_of_this_packages_layers():
+    """Of a model; by name there is none, and nothing changes where something is wrong."""
+    net = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 7))
+    x = torch.randn(3, 7)
+    apply_dora(net, rank=2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+    set_dora_strength(net, 0)
+    assert torch.equal(net(x), net[1].base_layer(net[0].base_layer(x)))
+    set_dora_strength(net, 0.25)
+    for layer in net:
+        x = torch.randn(2, layer.in_features)
+        layer.strength = 1.0
+        full = layer(x)
+        layer.strength = 0.25
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + 0.25 * (full - layer.base_layer(x)))
+    net[1].merge()
+    for arguments, message in (((0.5,), "1 is merged"), ((0.5, "default"), "no patched layer has a DoRA adapter")):
+        with pytest.raises(ValueError, match=message):
+            set_dora_strength(net, *arguments)
+    assert net[0].strength == 0.25
 
 
 # bad input

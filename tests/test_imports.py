@@ -101,7 +101,7 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "kernels", "content", "files"],
+    ["reference", "rounding", "kernels", "content", "files"],
     ["torch_backend", "backends", "convolution"],
     ["linear", "validation", "combination"],
     ["ops"],
@@ -109,7 +109,7 @@ LAYERS = [
     ["functional"],
     ["modules/base"],
     ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
-    ["peft/layer"],
+    ["adapt", "peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
     ["peft/refused"],
@@ -117,7 +117,7 @@ LAYERS = [
     ["peft/patch"],
     ["adapters/layers", "adapters/underscores"],
     ["adapters/bases"],
-    ["adapters/reading", "adapters/writing"],
+    ["adapters/reading", "adapters/writing", "adapters/combine"],
     ["adapters/formats", "adapters/attach"],
     ["adapters/load"],
     ["adapters/save"],

@@ -14,6 +14,7 @@ from dora_kernels import validation
 from dora_kernels.functional import dora_weight_norm, merge_dora
 from dora_kernels.norm_cache import NormCache
 from dora_kernels.reference import accumulation_dtype
+from dora_kernels.rounding import is_coarse, stochastic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -148,14 +149,14 @@ class AdaptedLayer(nn.Module):
         self._strength = float(value)
 
     def _merged_weight(self, rounding: str, seed: int) -> Tensor:
-        if rounding != "nearest":
-            raise ValueError(f"rounding: expected 'nearest', got {rounding!r}")
         weight, lora_A, lora_B = self._problem()
+        rounded: dict[str, Any] = {"rounding": rounding, "seed": seed}
         if self.strength == 1.0:
-            return merge_dora(weight, lora_A, lora_B, **self._merge_arguments())
+            return merge_dora(weight, lora_A, lora_B, **self._merge_arguments(), **rounded)
         wide = weight.to(accumulation_dtype(weight))
-        merged = merge_dora(wide, lora_A, lora_B, **self._merge_arguments())
-        return torch.lerp(wide, merged, self.strength).to(weight.dtype)
+        merged = torch.lerp(wide, merge_dora(wide, lora_A, lora_B, **self._merge_arguments(), **rounded), self.strength)
+        drawn = rounding == "stochastic" and is_coarse(weight.dtype)
+        return stochastic(merged, weight.dtype, seed) if drawn else merged.to(weight.dtype)
 
     @torch.no_grad()
     def merge(self, rounding: str = "nearest", seed: int = 0) -> None:
