@@ -82,15 +82,15 @@ def apply_dora(
     }  # fmt: skip
     if use_dora:
         options |= {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm, "eps": eps}
-    places = _places(model)
+    places = places_of(model)
     chosen = _chosen(model, places, target_modules, exclude_modules)
     for module, name in chosen.items():
-        _check_layer(model, module, name, use_dora)
+        check_layer(model, module, name, use_dora)
     flags = [(p, p.requires_grad) for module in chosen for p in module.parameters(recurse=False)]
     layers: dict[nn.Module, AdaptedLayer] = {}
     try:
         for module, name in chosen.items():
-            kind = _kind(module, use_dora)
+            kind = kind_of(module, use_dora)
             own_rank = _of_pattern(rank_pattern, name, rank)
             own_alpha = _of_pattern(alpha_pattern, name, alpha)
             try:
@@ -102,7 +102,7 @@ def apply_dora(
             parameter.requires_grad_(flag)
         raise
     for module, layer in layers.items():
-        _put(model, places[module], layer)
+        put(model, places[module], layer)
     return list(chosen.values())
 
 
@@ -119,11 +119,11 @@ def remove_dora(model: nn.Module) -> nn.Module:
         ValueError: `model` has no adapted layers, or is one itself.
     """
     layers = _layers(model)
-    places = _places(model)
+    places = places_of(model)
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()
-        _put(model, places[layer], layer.base_layer)
+        put(model, places[layer], layer.base_layer)
     return model
 
 
@@ -142,7 +142,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     """
     validation.check_rounding(rounding, seed)
     layers = _layers(model)
-    places = _places(model)
+    places = places_of(model)
     for name, layer in layers.items():
         refusal = None if layer.merged else layer._merge_refusal()
         if refusal is not None:
@@ -152,7 +152,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
         if not layer.merged:
             layer.merge(rounding, seed_for(seed, name))
         layer._unmerged = None
-        _put(model, places[layer], layer.base_layer)
+        put(model, places[layer], layer.base_layer)
     return model
 
 
@@ -226,7 +226,7 @@ def _layers(model: nn.Module, itself: bool = False) -> dict[str, AdaptedLayer]:
     return layers
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module's names."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -234,7 +234,7 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _put(model: nn.Module, names: list[str], module: nn.Module) -> None:
+def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -310,12 +310,12 @@ def _no_linear_layers(model: nn.Module, places: dict[nn.Module, list[str]]) -> s
     return skipped if head is None else {*skipped, head}
 
 
-def _kind(module: nn.Module, use_dora: bool) -> type[AdaptedLayer]:
+def kind_of(module: nn.Module, use_dora: bool) -> type[AdaptedLayer]:
     kind = DoRALinear if is_conv1d(module) else _KINDS[type(module)]
     return LoRALinear if kind is DoRALinear and not use_dora else kind
 
 
-def _check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:
+def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:
     """Whether the layer may be replaced."""
     parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
     kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -330,7 +330,7 @@ def _check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool)
             f"{name}: expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}; "
             "leave it out with exclude_modules"
         )
-    if not use_dora and _kind(module, use_dora) is not LoRALinear:
+    if not use_dora and kind_of(module, use_dora) is not LoRALinear:
         raise TypeError(f"{name}: use_dora=False is for linear layers, got {kind}")
     weight: Any = module.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():

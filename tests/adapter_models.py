@@ -58,7 +58,7 @@ def norm64(weight, axis):
 def adapted64(module, layer):
     """``g * (W + scaling * B @ A)`` in float64, from the formula."""
     weight = linear_problem(module)
-    a, b = layer.lora_A.double(), layer.lora_B.double()
+    a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double()
     adapted = weight + layer.scaling * torch.einsum("or...,ri->oi", b.flatten(1), a.flatten(1)).view(weight.shape)
     if layer.magnitude is None:
         return adapted
@@ -69,7 +69,8 @@ def adapted64(module, layer):
 def random_layer(module, rank=3, axis="out", scaling=0.75, plain=False, dtype=torch.float32, eps=0.0):
     """An adapter that has been trained: magnitudes within a few percent of their norms."""
     weight = linear_problem(module)
-    kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
+    kind = "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
+    kind = "embedding" if isinstance(module, nn.Embedding) else kind
     groups = getattr(module, "groups", 1)
     inputs = weight.shape[1] * groups
     a = (torch.randn(rank, inputs, *weight.shape[2:]) / inputs**0.5).to(dtype)

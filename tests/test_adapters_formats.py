@@ -62,7 +62,8 @@ def test_conversion_between_any_two(model, content, tmp_path):
         if "groups" not in content:  # there is no weight of theirs
             assert_same_function(model, again, adapter, limit)
         for name, layer in again.layers.items():
-            assert (layer.kind, layer.magnitude_axis) == (adapter.layers[name].kind, adapter.layers[name].magnitude_axis)
+            sent = adapter.layers[name]
+            assert (layer.kind, layer.magnitude_axis) == (sent.kind, sent.magnitude_axis)
             if options.get("dtype") is torch.bfloat16:
                 assert layer.lora_A.dtype == layer.magnitude.dtype == torch.bfloat16
 

@@ -118,7 +118,7 @@ LAYERS = [
     ["adapters/layers", "adapters/underscores"],
     ["adapters/bases"],
     ["adapters/reading", "adapters/writing", "adapters/combine"],
-    ["adapters/formats", "adapters/attach"],
+    ["adapters/formats", "adapters/attaching"],
     ["adapters/load"],
     ["adapters/save"],
 ]

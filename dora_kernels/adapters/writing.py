@@ -38,7 +38,8 @@ class Writing:
     ) -> Layers:
         """`layers`, checked: their kinds among the keys of `axes`, their magnitudes along an axis named there.
 
-        `plain` says whether the format has plain LoRA too, `grouped` whether plain LoRA of convolutions with groups is the same there.
+        `plain` says whether the format has plain LoRA, too, `grouped` whether its plain LoRA of convolutions with
+        groups is the same.
 
         Raises:
             ValueError: a layer does not fit.

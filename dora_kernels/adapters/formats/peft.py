@@ -36,7 +36,7 @@ class Peft(Format):
     weights = "adapter_model.safetensors"
     key = re.compile(
         r"(?:base_model\.model\.)?(?P<module>.+)\."
-        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
+        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!bias$)[^.]+)??(?:\.weight)?"
     )
     parts: ClassVar = {
         "lora_A": "lora_A",
@@ -73,15 +73,13 @@ class Peft(Format):
         return layers
 
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
-        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
             raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} are of layers of two kinds")
         kind = "embedding" if embedding else {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
         magnitude, axis = None, "out"
         if "magnitude" in parts:
-            if a.dim() < 2 or b.dim() < 2:
-                raise reading.error(f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors")
             key = parts["magnitude"]
             magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
         layer = AdapterLayer(kind, a, b, magnitude, self._scaling(reading, module, a), axis)
