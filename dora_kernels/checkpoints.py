@@ -232,8 +232,8 @@ def _transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str
         return found | square
     if found and square:
         raise ValueError(
-            f"{checkpoint.folder}: {min(found)} is stored transposed, and whether {min(square)}, which is square, is too "
-            f"is open: no config.json says that it is one of {', '.join(_TRANSPOSED)}"
+            f"{checkpoint.folder}: {min(found)} is stored transposed, and whether {min(square)}, which is square, is "
+            f"too is open: no config.json says that it is one of {', '.join(_TRANSPOSED)}"
         )
     return found
 

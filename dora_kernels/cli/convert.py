@@ -27,7 +27,7 @@ def add(app: "typer.Typer") -> None:
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=f"auto, {formats}.")] = "auto",
         base: Annotated[
             str,
-            typer.Option(metavar="MODEL_DIR", show_default=False, help="Its names, and norms that decide an open axis."),
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="For its names and its weights' norms."),
         ] = "",
         axis: Annotated[str, typer.Option(metavar="NAME", help="Of IN's magnitudes: auto, out, in.")] = "auto",
         force: Annotated[bool, typer.Option("--force", help="Overwrite files of OUT.")] = False,

@@ -34,7 +34,7 @@ def add(app: "typer.Typer") -> None:
         path: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A safetensors file or its folder, any format.")],
         base: Annotated[
             str,
-            typer.Option(metavar="MODEL_DIR", show_default=False, help="Compare with its weights: g = magnitude / norm."),
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="For g = magnitude / norm."),
         ] = "",
         axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -66,7 +66,9 @@ def inspect(path: str | Path, base: str | Path = "", axis: str = "auto") -> dict
     else:
         adapter = read_adapter(path, magnitude_axis=axis)
     layers = {name: _layer(layer, g.get(name)) for name, layer in adapter.layers.items()}
-    suspicious = [f"{name}: {text}" for name, layer in adapter.layers.items() for text in _suspicious(layer, g.get(name))]
+    suspicious = _of_all(adapter)
+    for name, layer in adapter.layers.items():
+        suspicious += [f"{name}: {text}" for text in _suspicious(layer, g.get(name))]
     return {
         "path": str(path),
         "format": adapter.format,
@@ -75,7 +77,7 @@ def inspect(path: str | Path, base: str | Path = "", axis: str = "auto") -> dict
         "magnitudes": _histogram([each.magnitude.float() for each in adapter.layers.values()
                                   if each.magnitude is not None]),
         "g": _histogram(list(g.values())),
-        "suspicious": _of_all(adapter) + suspicious,
+        "suspicious": suspicious,
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def add(app: "typer.Typer") -> None:
     @app.command("merge")
     def merge_command(
         base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder with the model's safetensors.")],
-        adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A safetensors file or its folder, any format.")],
+        adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A file of any format, or its folder.")],
         out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
         rounding: Annotated[
             str,
