@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -125,11 +126,8 @@ def _with_prefix(
     checkpoint: Checkpoint, path: str | os.PathLike[str], options: dict[str, Any]
 ) -> list[tuple[Adapter, dict[str, str]]]:
     found = []
-    changes: list[Callable[[str], str]] = []
-    for prefix in _PREFIXES:
-        changes += [lambda key, prefix=prefix: prefix + key, lambda key, prefix=prefix: key.removeprefix(prefix)]
-    for change in changes:
-        keys = {change(key): key for key in checkpoint}
+    for prefix, added in itertools.product(_PREFIXES, (True, False)):
+        keys = {prefix + key if added else key.removeprefix(prefix): key for key in checkpoint}
         if len(keys) < len(checkpoint) or list(keys) == list(checkpoint):
             continue
         try:
@@ -278,7 +276,7 @@ def _module(layer: AdapterLayer, weight: Tensor) -> nn.Module:
     """A layer of torch's with that weight."""
     module: nn.Module
     if layer.kind == "embedding":
-        module = nn.Embedding(*weight.shape, device="meta")
+        module = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     elif layer.kind == "linear":
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     else:

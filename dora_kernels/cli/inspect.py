@@ -3,7 +3,6 @@
 # Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,14 +122,11 @@ def _suspicious(layer: AdapterLayer, g: Tensor | None) -> list[str]:
 
 
 def _of_all(adapter: Adapter) -> list[str]:
-    """Ranks that are not the configuration's, and layers of different dtypes."""
-    rank, pattern = adapter.config.get("r"), adapter.config.get("rank_pattern")
-    exempt = tuple(pattern) if isinstance(pattern, Mapping) else ()
-    found = []
-    if isinstance(rank, int):
-        for name, layer in adapter.layers.items():
-            if layer.rank != rank and not any(re.search(rf"(^|\.){one}$", name) for one in exempt):
-                found.append(f"{name}: rank {layer.rank}, the configuration says {rank}")
+    """Layers of different dtypes, and ranks that are not the configuration's where reading does not need that (MLX)."""
+    parameters = adapter.config.get("lora_parameters")
+    rank = parameters.get("rank") if isinstance(parameters, Mapping) else None
+    found = [f"{name}: rank {layer.rank}, the configuration says {rank}"
+             for name, layer in adapter.layers.items() if rank not in (None, layer.rank)]  # fmt: skip
     dtypes = sorted({str(layer.lora_A.dtype).removeprefix("torch.") for layer in adapter.layers.values()})
     if len(dtypes) > 1:
         found.append(f"layers are of different dtypes: {', '.join(dtypes)}")
