@@ -122,6 +122,7 @@ class Problem:
     scaling: float
     magnitude_axis: str
     detach_norm: bool
+    eps: float = 0.0
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -130,7 +131,8 @@ class Problem:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "scaling": self.scaling, "magnitude_axis": self.magnitude_axis, "detach_norm": self.detach_norm
+            "scaling": self.scaling, "magnitude_axis": self.magnitude_axis, "detach_norm": self.detach_norm,
+            "eps": self.eps,
         }  # fmt: skip
 
     def replace(self, **changes: Any) -> Problem:
@@ -260,6 +262,7 @@ def eager(
     scaling: float,
     magnitude_axis: str,
     detach_norm: bool,
+    eps: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """PEFT's computation in plain PyTorch operations in the compute dtype, for either axis; its norm in float32."""
@@ -268,7 +271,7 @@ def eager(
     g = None
     if magnitude is not None:
         norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
+        g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm, eps)
     if g is not None and magnitude_axis == "in":
         x = (x * g).to(dtype)
     y = F.linear(x, weight.to(dtype)) + scaling * F.linear(F.linear(x, lora_A.to(dtype)), lora_B.to(dtype))

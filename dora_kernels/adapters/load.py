@@ -73,6 +73,7 @@ def read_adapter(
         validation.check_axis(magnitude_axis)
     if scaling is not None:
         validation.check_scaling(scaling)
+        scaling = float(scaling)
     bases = None if base is None else bases_of(base)
     weights, config_file = _find(place, format)
     config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
