@@ -59,7 +59,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def _find(self) -> dict[str, list[str]]:
         single, index = self.folder / _SINGLE, self.folder / _INDEX
         if single.is_file():
-            return {_SINGLE: files.keys_of(single)}
+            return {_SINGLE: list(files.read_tensors(single))}
         if not index.is_file():
             pickles = sorted(file.name for file in self.folder.iterdir() if file.suffix in files.PICKLES)
             hint = f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
@@ -73,7 +73,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise ValueError(f"{index}: {key}: expected the name of a file beside it, got {file!r}")
             shards.setdefault(file, []).append(key)
         for file, keys in shards.items():
-            missing = set(keys) - set(files.keys_of(self.folder / file))
+            missing = set(keys) - files.read_tensors(self.folder / file).keys()
             if missing:
                 raise ValueError(f"{self.folder / file}: {min(missing)} is not in it, as the index says")
         return shards
