@@ -244,10 +244,11 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
     """
     transposed = _transposed(checkpoint, adapter, keys)
     for name, layer in adapter.layers.items():
-        files.check_tensor(checkpoint.folder, keys[name], checkpoint[keys[name]])
-        adapted = _attached(checkpoint[keys[name]], layer, name in transposed)
         g = None
-        if isinstance(adapted, DoRALayer):
+        if layer.magnitude is not None:
+            files.check_tensor(checkpoint.folder, keys[name], checkpoint[keys[name]])
+            adapted = _attached(checkpoint[keys[name]], layer, name in transposed)
+            assert isinstance(adapted, DoRALayer)
             g = magnitude_scale(adapted.magnitude.detach().flatten(), adapted._weight_norm() + layer.eps)
         yield name, g
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dora_kernels import apply_dora, combination, merge_dora, set_dora_strength
-from dora_kernels.adapters import Adapter, AdapterLayer, combine_adapters, with_strength
+from dora_kernels.adapters import Adapter, AdapterLayer, combine_adapters, read_adapter, save_adapter, with_strength
 
 f32, f64 = torch.float32, torch.float64
 
@@ -370,7 +370,7 @@ def test_the_strength_of_this_packages_layers():
         ({"model": nn.ModuleDict({"first": nn.Linear(17, 11)})}, ValueError, "second: the model has no such layer"),
         (
             {"model": nn.ModuleDict({"first": nn.Linear(17, 12), "second": nn.Linear(17, 11)})}, ValueError,
-            "first: expected a linear of 17 to 12 features like the model's, got a linear of 17 to 11",
+            "first is of a linear with 17 inputs and 11 outputs, the model's is a linear with 17 and 12",
         ),
     ],
 )  # fmt: skip
@@ -391,3 +391,16 @@ def test_grouped_and_quantised_layers_are_refused():
     packed.first.weight = nn.Parameter(torch.zeros(11, 17, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="first: expected a floating-point weight, got torch.int8"):
         combine_adapters(packed, [made], [1.0])
+
+
+def test_names_with_underscores(tmp_path):
+    """As kohya's files have them: those of the model."""
+    pytest.importorskip("safetensors")
+    net = nn.ModuleDict({"to_q": nn.ModuleDict({"first": nn.Linear(7, 5)})})
+    made = Adapter({"to_q.first": random_layer(net["to_q"]["first"], "linear", 2, dtype=f32)})
+    save_adapter(made, tmp_path, format="kohya")
+    weaker = with_strength(net, read_adapter(tmp_path, magnitude_axis="out"), 0.5)
+    module, expected = net["to_q"]["first"], with_strength(net, made, 0.5)
+    assert relative(merged(module, weaker.layers["to_q.first"]), merged(module, expected.layers["to_q.first"])) < 1e-6
+    save_adapter(weaker, tmp_path / "peft")
+    assert read_adapter(tmp_path / "peft", net).layers.keys() == {"to_q.first"}

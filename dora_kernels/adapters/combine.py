@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import combination
-from dora_kernels.adapters.bases import Base, bases_of
+from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.underscores import UNDERSCORED, resolve
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
 
@@ -83,13 +84,14 @@ def combine_adapters(
     """
     _check(model, adapters, weights, rank)
     bases = bases_of(model)
-    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.layers))
+    found: dict[str, list[tuple[float, AdapterLayer]]] = {}
+    for weight, adapter in zip(weights, adapters, strict=True):
+        for name, layer in _layers(adapter, bases).items():
+            found.setdefault(name, []).append((float(weight), layer))
     layers, report = {}, {}
-    for name in names:
-        found = [(float(weight), adapter.layers[name])
-                 for weight, adapter in zip(weights, adapters, strict=True) if name in adapter.layers]  # fmt: skip
-        problem = _Problem(name, bases.get(name), [layer for _, layer in found])
-        layers[name], report[name] = _combined(problem, found, rank)
+    for name, parts in found.items():
+        problem = _Problem(name, bases[name], [layer for _, layer in parts])
+        layers[name], report[name] = _combined(problem, parts, rank)
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
     return Adapter(layers, "model", [f"combined: {of}; {result}"]), result
@@ -106,7 +108,8 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     result, _ = combine_adapters(model, [adapter], [strength])
     if strength == 1:
         return adapter
-    return replace(adapter, layers=result.layers, notes=[*adapter.notes, f"at a strength of {strength:g}"])
+    config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
+    return Adapter(result.layers, adapter.format, [*adapter.notes, f"at a strength of {strength:g}"], config)
 
 
 def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
@@ -130,18 +133,23 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
         raise ValueError(f"rank: expected at least 1, got {rank}")
 
 
+def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]:
+    """An adapter's layers by the model's names, which has them all."""
+
+    def error(text: str) -> ValueError:
+        return ValueError(f"adapters: {text}")
+
+    layers = adapter.layers
+    if adapter.config.get(UNDERSCORED):
+        layers = resolve(layers, bases, error, [])
+    check_fit(layers, bases, error)
+    return layers
+
+
 class _Problem:
     """A layer's base weight as the linear problem, its axis, and how factors and magnitudes are laid out in it."""
 
-    def __init__(self, name: str, base: Base | None, layers: Sequence[AdapterLayer]) -> None:
-        if base is None:
-            raise ValueError(f"adapters: {name}: the model has no such layer")
-        for layer in layers:
-            if not base.fits(layer):
-                raise ValueError(
-                    f"adapters: {name}: expected a {base.kind} of {base.features[0]} to {base.features[1]} features "
-                    f"like the model's, got a {layer.kind} of {layer.features[0]} to {layer.features[1]}"
-                )
+    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer]) -> None:
         weight = base.weight.detach()
         if not weight.is_floating_point():
             raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")

@@ -22,7 +22,7 @@ def console(stderr: bool = False) -> Console:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error, if that is a terminal; what it gives is called before each of `total` steps."""
+    """A bar on standard error, if that is a terminal; what it gives is called at each of `total` steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
