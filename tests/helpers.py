@@ -334,5 +334,15 @@ def check(
     assert not failures, "; ".join(failures)
 
 
+def exact_merge(problem: Problem) -> Tensor:
+    """The merged weight in float64."""
+    weight, lora_A, lora_B = (t.to(f64) for t in (problem.weight, problem.lora_A, problem.lora_B))
+    direction = weight + problem.scaling * lora_B @ lora_A
+    if problem.magnitude is None:
+        return direction
+    g = reference.magnitude_scale(problem.magnitude.to(f64), true_norm(problem))
+    return direction * (g.unsqueeze(1) if problem.magnitude_axis == "out" else g)
+
+
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
