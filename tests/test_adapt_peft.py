@@ -13,23 +13,30 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from peft_models import _MAKERS, base_model, batch, move_adapter, one_thread  # noqa: F401
+from peft_models import base_model, batch, move_adapter, one_thread  # noqa: F401
 
-from dora_kernels import adapted_layers, apply_dora, mark_only_dora_trainable, merge_all, trainable_summary
+from dora_kernels import (
+    DoRALinear,
+    adapted_layers,
+    apply_dora,
+    mark_only_dora_trainable,
+    merge_all,
+    trainable_summary,
+)
 
 PREFIX = "base_model.model."
 
 
 def pair(base, **options):
     """A PEFT model whose adapter has been moved, and ours with the same."""
-    stock = move_adapter(get_peft_model(copy.deepcopy(base), LoraConfig(use_dora=True, **options)))
-    stock = stock.to(base_dtype := next(base.parameters()).dtype)
+    dtype = next(base.parameters()).dtype
+    stock = move_adapter(get_peft_model(copy.deepcopy(base), LoraConfig(use_dora=True, **options))).to(dtype)
     ours = copy.deepcopy(base)
     names = apply_dora(
         ours, options["target_modules"], rank=options["r"], alpha=options["lora_alpha"],
         use_rslora=options.get("use_rslora", False), rank_pattern=options.get("rank_pattern"),
         alpha_pattern=options.get("alpha_pattern"), exclude_modules=options.get("exclude_modules"),
-        adapter_dtype=base_dtype,
+        adapter_dtype=dtype,
     )  # fmt: skip
     mark_only_dora_trainable(ours)
     state = {name.removeprefix(PREFIX): t for name, t in get_peft_model_state_dict(stock).items()}
@@ -120,3 +127,23 @@ def test_numbers_of_a_net_of_all_kinds():
     torch.testing.assert_close(other, one)
     for mine, theirs in zip(merge_all(ours).parameters(), stock.merge_and_unload().parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_gpt2s_layer_is_taken_as_it_lies():
+    """Its weight is stored transposed: no copy of it is made, and merging writes where it is."""
+    from transformers.pytorch_utils import Conv1D
+
+    base = Conv1D(7, 5)
+    before, address = base.weight.clone(), base.weight.data_ptr()
+    layer = DoRALinear.from_base(base, rank=2)
+    assert (layer.in_features, layer.out_features) == (5, 7) and layer._problem()[0].data_ptr() == address
+    with torch.no_grad():
+        layer.lora_B.weight.normal_()
+        layer.magnitude.mul_(1.5)
+    x = torch.randn(3, 5)
+    wanted = layer(x)
+    layer.merge()
+    assert base.weight.data_ptr() == address and base.weight.is_contiguous()
+    torch.testing.assert_close(base(x), wanted)
+    layer.unmerge()
+    assert torch.equal(base.weight, before) and torch.equal(layer(x), wanted)
