@@ -216,11 +216,11 @@ def test_a_row_of_zeros_is_exact(axis):
     net = Net("linear")
     with torch.no_grad():
         rows = net.first.weight if axis == "out" else net.first.weight.t()
-        rows[[0, 2]] = 0.0
+        rows[[0, 2, 4]] = 0.0
         rows[0, 3] = 3.0  # of a norm without rounding
     made = with_factor(net, 2.0, axis)
     layer = made.layers["first"]
-    (layer.lora_B if axis == "out" else layer.lora_A.t())[0] = 0.0
+    (layer.lora_B if axis == "out" else layer.lora_A.t())[[0, 2]] = 0.0
     layer.magnitude[:2] = torch.tensor([6.0, 0.0])
     for weight in (-1.0, 1.0, 0.5):
         total, report = combine_adapters(net, [made], [weight])
@@ -230,6 +230,7 @@ def test_a_row_of_zeros_is_exact(axis):
             assert not found.select(0 if axis == "out" else 1, 0).any() and not report.layers["first"].replaced
     total, report = combine_adapters(net, [made], [1.0])
     assert not merged(net.first, total.layers["first"]).select(0 if axis == "out" else 1, 1).any()
+    assert not report.layers["first"].replaced
 
 
 def test_tiny_magnitudes_keep_their_digits():
