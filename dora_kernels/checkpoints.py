@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def merge_checkpoint(
     """
     target = files.as_path(out)
     validation.check_rounding(rounding, seed)
-    _check_target(checkpoint.folder, target, force)
+    _check_target(target, (checkpoint.folder, files.as_path(path)), force)
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.folder / _CONFIG}: quantization_config: quantised weights cannot be merged into")
     adapter, keys = read_for(checkpoint, path, **options)
@@ -197,14 +197,14 @@ def merge_checkpoint(
     return adapter
 
 
-def _check_target(base: Path, target: Path, force: bool) -> None:
+def _check_target(target: Path, read: Sequence[Path], force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: is a file, expected a folder's name")
     if target.exists() and not force:
         raise FileExistsError(f"{target}: exists already; --force replaces it")
-    inner, outer = target.resolve(), base.resolve()
-    if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise ValueError(f"{target}: expected a folder of its own, outside {base}")
+    for place in (place.resolve() for place in read):
+        if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
+            raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
 
 
 def _check_tied(checkpoint: Checkpoint, adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -322,4 +322,5 @@ def _replacing_folder(folder: Path, force: bool) -> Iterator[Path]:
                 os.replace(old, folder)
             raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if folder.exists() or not old.exists():  # else the old one is all there is
+            shutil.rmtree(made, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -192,6 +193,13 @@ def test_damaged_files(call, tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     status, stdout, stderr = call("inspect", tmp_path / "in")
     assert (status, stdout) == (2, "") and str(file) in stderr and "truncated" in stderr
+
+
+def test_without_the_extra(call, tmp_path, monkeypatch):
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    line = "error: adapter files need safetensors: pip install 'dora-kernels[files]'\n"
+    assert call("inspect", tmp_path / "in") == (2, "", line)
 
 
 def test_help_names_the_formats(call):

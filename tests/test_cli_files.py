@@ -346,6 +346,7 @@ def test_bad_indices(call, tmp_path, index, words):
         (["convert", "adapter", "new", "--to", "peft", "--base", "nowhere"], ["nowhere", "no such folder"]),
         (["merge", "base", "adapter", "base"], ["folder of its own"]),
         (["merge", "base", "adapter", "base/inside"], ["folder of its own"]),
+        (["merge", "base", "adapter", "adapter"], ["folder of its own"]),
         (["merge", "base", "adapter", "out", "--rounding", "up"], ["rounding", "'up'"]),
         (["merge", "base", "adapter", "out", "--seed", "-1"], ["--seed"]),
         (["merge", "base", "adapter", "out", "--strength", "nan"], ["strength", "nan"]),

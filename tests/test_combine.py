@@ -364,6 +364,7 @@ def test_the_strength_of_this_packages_layers():
         ({"weights": [1.0, float("nan")]}, ValueError, "^weights: expected finite numbers, got nan"),
         ({"weights": [1.0, "2"]}, TypeError, "^weights: expected numbers, got str"),
         ({"adapters": [], "weights": []}, ValueError, "^adapters: expected at least one"),
+        ({"adapters": [Adapter({})], "weights": [1.0]}, ValueError, "^adapters: expected layers"),
         ({"adapters": ["x", "y"]}, TypeError, "^adapters: expected Adapter, got str"),
         ({"rank": 0}, ValueError, "^rank: expected at least 1, got 0"),
         ({"rank": 2.0}, TypeError, "^rank: expected an int or None, got float"),

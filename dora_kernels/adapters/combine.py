@@ -120,6 +120,8 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
             raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}")
     if not adapters:
         raise ValueError("adapters: expected at least one, got none")
+    if not any(adapter.layers for adapter in adapters):
+        raise ValueError("adapters: expected layers, got none")
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected {len(adapters)}, one for each adapter, got {len(weights)}")
     for weight in weights:
