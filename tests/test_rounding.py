@@ -99,7 +99,8 @@ def test_the_kernels_draw_the_same_words_and_round_alike(lane, seed):
         indices = torch.arange(start, start + 256, device=lane.device)
         assert torch.equal(drawn(seed, indices), rounding.words(seed, start, 256, indices.device))
     for dtype in (bf16, f16):
-        edge = torch.finfo(dtype).max * torch.tensor([1.0, 1.001, 1.002, 1.0021, 2.0**0.01, 1.5])
+        beyond = 1 + torch.finfo(dtype).eps / 8  # a quarter of a step, which is never taken
+        edge = torch.finfo(dtype).max * torch.tensor([1.0, 1.001, 1.002, 1.0021, 2.0**0.01, *[beyond] * 64])
         odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3e38, 1e-45, -1e-40, 2.0**-24, 2.0**-14, 2.0**-133])
         x = torch.cat([values(dtype, f32, 4096), edge.float(), -edge.float(), odd])
         x = torch.cat([x, x.new_full((-x.numel() % 256,), torch.nan)]).to(lane.device)
