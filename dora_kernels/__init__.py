@@ -25,10 +25,21 @@ from dora_kernels.modules import (
     LoRALinear,
 )
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
+from dora_kernels.strength import set_dora_strength
 
 if TYPE_CHECKING:
-    from dora_kernels.adapters import Adapter, AdapterLayer, attach, extract, load_adapter, read_adapter, save_adapter
-    from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally, set_dora_strength
+    from dora_kernels.adapters import (
+        Adapter,
+        AdapterLayer,
+        attach,
+        combine_adapters,
+        extract,
+        load_adapter,
+        read_adapter,
+        save_adapter,
+        with_strength,
+    )
+    from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally
 
 __version__ = "0.1.0"
 
@@ -49,6 +60,7 @@ __all__ = [
     "apply_dora",
     "attach",
     "check_adapter",
+    "combine_adapters",
     "dora_linear",
     "dora_state_dict",
     "dora_weight_norm",
@@ -66,12 +78,16 @@ __all__ = [
     "set_dora_strength",
     "set_norm_reuse",
     "trainable_summary",
+    "with_strength",
 ]
 
 # PEFT is optional and slow to import: only who asks for the patch loads it, and the file formats likewise.
 _LAZY = {
-    "adapters": ("Adapter", "AdapterLayer", "attach", "extract", "load_adapter", "read_adapter", "save_adapter"),
-    "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally", "set_dora_strength"),
+    "adapters": (
+        "Adapter", "AdapterLayer", "attach", "combine_adapters", "extract", "load_adapter", "read_adapter",
+        "save_adapter", "with_strength",
+    ),
+    "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
 }
 
 

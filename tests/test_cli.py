@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import dora_kernels
 from dora_kernels import backends, cli, dora_linear, linear, norm_cache, parity
+from dora_kernels.cli import doctor
 from dora_kernels.parity import Case, OptionError
 
 f64 = torch.float64
@@ -338,9 +340,9 @@ def test_doctor(monkeypatch, invoke):
     lines = {line[:19].strip(): line[19:].strip() for line in output.splitlines()}
     assert lines["torch"] == torch.__version__
     assert lines["python"].startswith(".".join(map(str, sys.version_info[:3])))
-    assert lines["auto takes"] and output.count("check") == len(cli._devices())
+    assert lines["auto takes"] and output.count("check") == len(doctor._devices())
     assert "torch: auto takes triton on GPUs only" in output
-    assert lines["triton interpreter"].startswith("on" if cli._interpreted() else "off")
+    assert lines["triton interpreter"].startswith("on" if doctor._interpreted() else "off")
     assert lines["norm reuse"] == "on"
 
 
@@ -360,7 +362,7 @@ def test_doctor_without_a_compiler_or_reuse(monkeypatch, call, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(norm_cache, "_enabled", False)
-    monkeypatch.setattr(cli, "_devices", lambda: [])
+    monkeypatch.setattr(doctor, "_devices", lambda: [])
     status, stdout, _ = call("doctor")
     assert status == 0 and "C compiler" in stdout and "not found" in stdout
     assert "off" in next(line for line in stdout.splitlines() if line.startswith("norm reuse"))
@@ -374,7 +376,7 @@ def test_doctor_without_a_compiler_or_reuse(monkeypatch, call, tmp_path):
 
 @pytest.mark.parametrize("quantity", ["y", "dX", "dB", "dm"])
 def test_doctor_finds_wrong_numbers(monkeypatch, call, quantity):
-    monkeypatch.setattr(cli, "_devices", lambda: [CPU])
+    monkeypatch.setattr(doctor, "_devices", lambda: [CPU])
     break_layer(monkeypatch, quantity)
     status, stdout, _ = call("doctor")
     assert status == 1 and "FAILS" in stdout
@@ -389,12 +391,12 @@ def test_doctor_names_what_auto_cannot_do(monkeypatch, call):
     def broken(*args):
         raise RuntimeError("ld: cannot find -lcuda")
 
-    monkeypatch.setattr(cli, "_devices", lambda: [CPU])
+    monkeypatch.setattr(doctor, "_devices", lambda: [CPU])
     with monkeypatch.context() as patch:
         patch.setattr(linear, "forward", broken)
         status, stdout, _ = call("doctor")
         assert status == 1 and "FAILS" in stdout and "RuntimeError: ld: cannot find -lcuda" in stdout
-    monkeypatch.setattr(cli, "resolve", broken)
+    monkeypatch.setattr(doctor, "resolve", broken)
     status, stdout, _ = call("doctor")
     assert status == 1 and "nothing: ld: cannot find -lcuda" in stdout
 
@@ -407,7 +409,7 @@ def test_doctor_repeats_what_torch_warns_of(monkeypatch, call):
         warnings.warn("somebody's deprecation", DeprecationWarning, stacklevel=1)
         return []
 
-    monkeypatch.setattr(cli, "_devices", devices)
+    monkeypatch.setattr(doctor, "_devices", devices)
     _, stdout, stderr = call("doctor")
     assert "warning" in stdout and "The NVIDIA driver is too old" in stdout and "deprecation" not in stdout + stderr
 
@@ -432,13 +434,13 @@ def test_top_level(call):
     status, stdout, _ = call()
     assert status == 2 and "doctor" in stdout and "parity" in stdout
     assert call("--help")[0] == 0
-    assert call("--version")[:2] == (0, f"dora-kernels {cli.dora_kernels.__version__}\n")
+    assert call("--version")[:2] == (0, f"dora-kernels {dora_kernels.__version__}\n")
     status, stdout, stderr = call("surgery")
     assert (status, stdout) == (2, "") and "surgery" in stderr and stderr.count("\n") == 1
 
 
 def python(*arguments):
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(dora_kernels.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 

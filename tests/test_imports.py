@@ -103,7 +103,7 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 LAYERS = [
     ["reference", "rounding", "kernels", "content", "files"],
     ["torch_backend", "backends", "convolution"],
-    ["linear", "validation"],
+    ["linear", "validation", "combination"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
@@ -117,7 +117,7 @@ LAYERS = [
     ["peft/patch"],
     ["adapters/layers", "adapters/underscores"],
     ["adapters/bases"],
-    ["adapters/reading", "adapters/writing"],
+    ["adapters/reading", "adapters/writing", "adapters/combine"],
     ["adapters/formats", "adapters/attaching"],
     ["adapters/load"],
     ["adapters/save"],

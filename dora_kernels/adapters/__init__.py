@@ -1,6 +1,7 @@
 """Adapter files of every published form, and what is in them."""
 
 from dora_kernels.adapters.attaching import attach, extract
+from dora_kernels.adapters.combine import CombineReport, combine_adapters, with_strength
 from dora_kernels.adapters.formats import FORMATS
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.load import load_adapter, read_adapter
@@ -10,9 +11,12 @@ __all__ = [
     "FORMATS",
     "Adapter",
     "AdapterLayer",
+    "CombineReport",
     "attach",
+    "combine_adapters",
     "extract",
     "load_adapter",
     "read_adapter",
     "save_adapter",
+    "with_strength",
 ]

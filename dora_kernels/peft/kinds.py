@@ -118,7 +118,7 @@ class LoraModel(lora.LoraModel):
             raise
         worst = max(errors, key=lambda name: errors[name])
         logger.info(
-            "combined %d adapters of %d layers into %r, rank %d; of B A is lost at most %.1e, in %s",
+            "combined %d adapters of %d layers into %r, rank %d; of an update is lost at most %.1e, in %s",
             len(adapters), len(errors), adapter_name, rank, errors[worst], worst,
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,51 +95,19 @@ def dora_adapters(layer: nn.Module) -> list[str]:
 
 
 def strength(layer: nn.Module, adapter: str) -> float:
-    """What `set_dora_strength` set."""
+    """What `dora_kernels.set_dora_strength` set."""
     state = switch(layer)
     return 1.0 if state is None else state.strengths.get(adapter, 1.0)
 
 
-def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
-    """Let every patched DoRA layer of `model` compute ``base + strength * (dora - base)``.
-
-    0 is the base model exactly, 1 the adapter as it was trained; between and beyond them the outputs of each layer are
-    interpolated. (PEFT's ``set_scale`` moves the norm too: even at 0 the magnitude remains, as ``m / ||W||``.) Where
-    several adapters are active each is interpolated from what the one before it gave. Merging takes the strength of
-    the moment along. It is no part of the adapter's file.
-
-    Args:
-        model: what `patch_peft` was given.
-        strength: any finite number.
-        adapter: an adapter's name; None means all.
-
-    Raises:
-        TypeError: `model` is no module, or `strength` no number.
-        ValueError: `strength` is not finite, `adapter` is no DoRA adapter of a patched layer, or one of them is merged.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength: expected a finite number, got {strength}")
-    found = [
-        (name, layer, state, one)
+def strengths_of(model: nn.Module) -> list[tuple[str, str, Any, dict[str, float]]]:
+    """The DoRA adapters of the patched layers: the layer's name, the adapter's, the layer, and where strengths are."""
+    return [
+        (name, one, layer, state.strengths)
         for name, layer in model.named_modules()
         if (state := switch(layer)) is not None
         for one in dora_adapters(layer)
     ]
-    if not found:
-        raise ValueError("model: no patched DoRA layers; call dora_kernels.patch_peft(model) first")
-    chosen = [each for each in found if adapter in (None, each[3])]
-    if not chosen:
-        known = sorted({each[3] for each in found})
-        raise ValueError(f"adapter: no patched layer has a DoRA adapter {adapter!r}; there are {', '.join(known)}")
-    for name, layer, _, one in chosen:
-        if one in layer.merged_adapters:
-            raise ValueError(f"model: adapter {one!r} of {name} is merged; call unmerge_adapter() before")
-    for _, _, state, one in chosen:
-        state.strengths[one] = float(strength)
 
 
 def interpolated(layer: Any, adapter: str, base: Tensor, dora: Tensor) -> Tensor:

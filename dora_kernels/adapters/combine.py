@@ -1,0 +1,220 @@
+"""Weighted sums of adapters as one, and an adapter at another strength. Formulas: `dora_kernels.combination`."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import combination
+from dora_kernels.adapters.bases import Base, bases_of, check_fit
+from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.functional import dora_weight_norm
+from dora_kernels.reference import accumulation_dtype, magnitude_scale
+
+
+@dataclass(frozen=True)
+class CombinedLayer:
+    """What became of one layer.
+
+    Attributes:
+        rank: of the new adapter.
+        error: Frobenius norm of what the rank cuts off from the merged weight, over that of what the sum changes in it.
+        replaced: magnitudes (rows, or columns for axis "in") whose weight cancels in the sum while an update is left.
+            The base weight keeps a share of them that is as small as rounding.
+    """
+
+    rank: int
+    error: float
+    replaced: int
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What `combine_adapters` did, by layer."""
+
+    layers: dict[str, CombinedLayer]
+
+    @property
+    def error(self) -> float:
+        """The largest of a layer."""
+        return max((layer.error for layer in self.layers.values()), default=0.0)
+
+    def __str__(self) -> str:
+        ranks = [layer.rank for layer in self.layers.values()]
+        text = f"{len(ranks)} layers, rank {min(ranks)} to {max(ranks)}; "
+        worst = max(self.layers, key=lambda name: self.layers[name].error)
+        text += f"of the change at most {self.error:.1e} is lost, in {worst}" if self.error else "exact"
+        replaced = sum(layer.replaced for layer in self.layers.values())
+        return text + (f"; the base weight cancels in {replaced} rows or columns" if replaced else "")
+
+
+@torch.no_grad()
+def combine_adapters(
+    model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int | None = None
+) -> tuple[Adapter, CombineReport]:
+    """The weighted sum ``W + Σ w_i (merged_i - W)`` of what adapters do to a model's weights, as one adapter.
+
+    Of DoRA adapters along one axis, and plain LoRA, the sum is a DoRA adapter again, of the sum of the ranks: exact, in
+    float32 (float64 for float64). An adapter without a layer leaves it as it is. The result has a scaling of 1.
+
+    Args:
+        model: the base model, adapted or not; it is not changed. Its weights decide about the norms.
+        adapters: at least one; the same one may come several times.
+        weights: a finite number for each adapter, of any sign.
+        rank: None for the sum of the ranks, or the largest that a layer may have: then the update is cut by its
+            singular values, which leaves the merged weight nearest to the sum among those with the sum's own factor of
+            the base weight. The report says how near.
+
+    Returns:
+        the adapter, and a `CombineReport`.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or a base weight no floating-point tensor (quantised).
+        ValueError: as many weights as adapters are not given, one is not finite, `rank` is below 1, the model has no
+            such layer or one of another shape, a convolution has groups, whose update is no product of two factors, or
+            a layer's adapters have magnitudes along both axes, whose sum no factor of rows or columns can express: it
+            is exact only as a dense weight.
+    """
+    _check(model, adapters, weights, rank)
+    bases = bases_of(model)
+    found: dict[str, list[tuple[float, AdapterLayer]]] = {}
+    for weight, adapter in zip(weights, adapters, strict=True):
+        for name, layer in _layers(adapter, bases).items():
+            found.setdefault(name, []).append((float(weight), layer))
+    layers, report = {}, {}
+    for name, parts in found.items():
+        problem = _Problem(name, bases[name], [layer for _, layer in parts])
+        layers[name], report[name] = _combined(problem, parts, rank)
+    of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
+    result = CombineReport(report)
+    return Adapter(layers, "model", [f"combined: {of}; {result}"]), result
+
+
+def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
+    """The adapter whose merged weight is ``W + strength * (merged - W)``: exact, of the same ranks.
+
+    0 is the base model, bit for bit, 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
+
+    Raises:
+        TypeError, ValueError: as `combine_adapters`.
+    """
+    result, _ = combine_adapters(model, [adapter], [strength])
+    if strength == 1:
+        return adapter
+    config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
+    return Adapter(result.layers, adapter.format, [*adapter.notes, f"at a strength of {strength:g}"], config)
+
+
+def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}")
+    if not adapters:
+        raise ValueError("adapters: expected at least one, got none")
+    if not any(adapter.layers for adapter in adapters):
+        raise ValueError("adapters: expected layers, got none")
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights: expected {len(adapters)}, one for each adapter, got {len(weights)}")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+            raise TypeError(f"weights: expected numbers, got {type(weight).__name__}")
+        if not math.isfinite(weight):
+            raise ValueError(f"weights: expected finite numbers, got {weight}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"rank: expected an int or None, got {type(rank).__name__}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+
+
+def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]:
+    """An adapter's layers by the model's names, which has them all."""
+
+    def error(text: str) -> ValueError:
+        return ValueError(f"adapters: {text}")
+
+    layers = adapter.layers
+    if adapter.config.get(UNDERSCORED):
+        layers = resolve(layers, bases, error, [])
+    check_fit(layers, bases, error)
+    return layers
+
+
+class _Problem:
+    """A layer's base weight as the linear problem, its axis, and how factors and magnitudes are laid out in it."""
+
+    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer]) -> None:
+        weight = base.weight.detach()
+        if not weight.is_floating_point():
+            raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")
+        axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}
+        if len(axes) > 1:
+            raise ValueError(
+                f"adapters: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA adapter"
+            )
+        for layer in layers:
+            if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
+                raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
+        self.kernel = tuple(weight.shape[2:])
+        self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
+        self.plain = not axes
+        self.axis = axes.pop() if axes else "out"
+        self.dtype = accumulation_dtype(weight, *(t for layer in layers for t in (layer.lora_A, layer.lora_B)))
+        self.length = base.features[1 if self.axis == "out" else 0]
+
+    def factors(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+        a, b = (t.detach().to(self.weight.device, self.dtype) for t in (layer.lora_A, layer.lora_B))
+        return a.flatten(1), b.flatten(1)
+
+    def norm(self, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+        """Of the adapted weight, one for each magnitude."""
+        norm = dora_weight_norm(self.weight, a, b, scaling=scaling, magnitude_axis=self.axis)
+        return norm if norm.numel() == self.length else norm.view(self.length, -1).norm(dim=1)
+
+    def part(self, weight: float, layer: AdapterLayer) -> combination.Part:
+        a, b = self.factors(layer)
+        scale = None
+        if layer.magnitude is not None:
+            norm = self.norm(a, b, layer.scaling)
+            scale = magnitude_scale(layer.magnitude.detach().to(norm), norm + layer.eps)
+        b = weight * layer.scaling * b
+        left, right = (b, a) if self.axis == "out" else (a.t(), b.t())
+        return combination.Part(weight, left, right, scale)
+
+
+def _combined(
+    problem: _Problem, found: Sequence[tuple[float, AdapterLayer]], rank: int | None
+) -> tuple[AdapterLayer, CombinedLayer]:
+    first = found[0][1]
+    parts = [problem.part(weight, layer) for weight, layer in found]
+    a, b = problem.factors(first)
+    full = combination.weighted_sum(
+        parts, lambda: problem.norm(a, torch.zeros_like(b)), problem.dtype, problem.length
+    )
+    total, lost = (full, 0.0) if rank is None else combination.of_rank(full, rank)
+    left, right = combination.divided(total), total.right
+    a, b = (right, left) if problem.axis == "out" else (left.t(), right.t())
+    a, b = a.contiguous(), b.contiguous()
+    magnitude = None if problem.plain else total.factor * problem.norm(a, b)
+    change = 0.0
+    if lost:
+        out_first = problem.axis == "out"
+        change = combination.change(full, problem.weight if out_first else problem.weight.t())
+    home = first.lora_A.device
+    new_rank = a.shape[0]
+    layer = replace(
+        first,
+        lora_A=a.view(new_rank, -1, *problem.kernel).to(home) if problem.kernel else a.to(home),
+        lora_B=b.view(*b.shape, *(1 for _ in problem.kernel)).to(home),
+        magnitude=None if magnitude is None else magnitude.to(home),
+        scaling=1.0, magnitude_axis=problem.axis, eps=0.0,
+    )  # fmt: skip
+    return layer, CombinedLayer(new_rank, lost / change if change else 0.0, total.replaced)

@@ -1,0 +1,58 @@
+"""The typer application: what is there beside the commands."""
+
+# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import dora_kernels
+from dora_kernels.cli import convert, doctor, inspect, merge, parity
+
+if TYPE_CHECKING:
+    import typer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        import rich.console  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        missing = (error.name or "typer and rich").partition(".")[0]
+        print(f"dora-kernels: the command line needs {missing}: pip install 'dora-kernels[cli]'", file=sys.stderr)
+        return 2
+    try:
+        return int(build_app()(args=arguments, standalone_mode=False, prog_name="dora-kernels") or 0)
+    except Exception as error:
+        # Usage errors come from click, or from the copy of it that newer releases of typer carry.
+        if type(error).__name__ == "Abort":
+            return 130
+        if not hasattr(error, "format_message"):
+            raise
+        print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
+        return 2
+
+
+def build_app() -> "typer.Typer":
+    """The typer application."""
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.callback(invoke_without_command=True)
+    def top(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    ) -> None:
+        """DoRA at the price of LoRA: checks of this installation, and adapter files."""
+        if version:
+            print(f"dora-kernels {dora_kernels.__version__}")
+            raise typer.Exit(0)
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+            raise typer.Exit(2)
+
+    for command in (doctor, parity, convert, merge, inspect):
+        command.add(app)
+    return app

@@ -1,0 +1,49 @@
+"""`dora-kernels convert`: an adapter file in another format."""
+
+# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
+from dora_kernels.checkpoints import Checkpoint, read_for
+from dora_kernels.cli.output import console, errors
+
+if TYPE_CHECKING:
+    import typer
+
+
+def add(app: "typer.Typer") -> None:
+    """Add the command."""
+    import typer
+
+    formats = ", ".join(FORMATS)
+
+    @app.command("convert")
+    def convert_command(
+        source: Annotated[Path, typer.Argument(metavar="IN", help="The adapter: a safetensors file or its folder.")],
+        target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder or file.")],
+        to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{formats}.")],
+        source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=f"auto, {formats}.")] = "auto",
+        base: Annotated[
+            str,
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="For its names and its weights' norms."),
+        ] = "",
+        axis: Annotated[str, typer.Option(metavar="NAME", help="Of IN's magnitudes: auto, out, in.")] = "auto",
+        force: Annotated[bool, typer.Option("--force", help="Overwrite files of OUT.")] = False,
+    ) -> None:
+        """Write an adapter in another format: the same function, to float32 accuracy.
+
+        Prints what had to be decided or folded. Exit status 2 if the format cannot express the adapter.
+        """
+        with errors():
+            if base:
+                adapter, _ = read_for(Checkpoint(base), source, format=source_format, magnitude_axis=axis)
+            else:
+                adapter = read_adapter(source, format=source_format, magnitude_axis=axis)
+            folded = save_adapter(adapter, target, format=to, force=force)
+        output = console()
+        output.print(f"{source}: {adapter.format}, {len(adapter.layers)} layers", soft_wrap=True)
+        for note in (*adapter.notes, *folded):
+            output.print(f"note: {note}", soft_wrap=True)
+        output.print(f"{target}: {to}", soft_wrap=True)

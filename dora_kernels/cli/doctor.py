@@ -1,0 +1,208 @@
+"""`dora-kernels doctor`: versions, devices, and whether what `auto` takes on each computes the right numbers."""
+
+# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+import dora_kernels
+from dora_kernels import norm_cache, parity
+from dora_kernels.backends import first_line, resolve, triton_problem
+from dora_kernels.cli.output import console
+from dora_kernels.parity import Case
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+
+_TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
+_CHECKED_DTYPES = ("float32", "bfloat16", "mixed")
+
+
+def add(app: "typer.Typer") -> None:
+    """Add the command."""
+    import typer
+
+    @app.command("doctor")
+    def doctor_command(
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    ) -> None:
+        """Versions, devices, the backend 'auto' takes on each and why, and a small real call on each.
+
+        Exit status 1 if a backend that 'auto' takes fails.
+        """
+        found = doctor()
+        print(json.dumps(found, indent=2)) if as_json else _print_doctor(found, console())
+        raise typer.Exit(0 if found["ok"] else 1)
+
+
+def doctor() -> dict[str, Any]:
+    """What `dora-kernels doctor` finds, ready for JSON."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        for category in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("always", category)
+        versions = {
+            "dora-kernels": dora_kernels.__version__,
+            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+            "torch": str(torch.__version__),
+            "triton": _triton_version(),
+            "peft": _version("peft"),
+            "transformers": _version("transformers"),
+            **_toolkit(),
+        }
+        devices = [_examine(device) for device in _devices()]
+    first = {str(each.message).strip().splitlines()[0]: None for each in caught if str(each.message).strip()}
+    return {
+        "versions": versions,
+        "c_compiler": _c_compiler(),
+        "triton_interpreter": _interpreted(),
+        "norm_reuse": norm_cache.norm_reuse(),
+        "devices": devices,
+        "warnings": list(first),
+        "ok": all(device["works"] for device in devices),
+    }
+
+
+def _version(*distributions: str) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return _version(*_TRITON_DISTRIBUTIONS) or "unknown"
+
+
+def _toolkit() -> dict[str, str | None]:
+    """The toolkit that torch was built with and the driver, as far as they exist."""
+    if torch.version.hip is not None:
+        return {"rocm": torch.version.hip}
+    if torch.version.cuda is None:
+        return {"cuda": None}
+    driver = None
+    loaded = Path("/proc/driver/nvidia/version")
+    if loaded.exists():
+        match = re.search(r"(\d+\.\d+[\d.]*)", loaded.read_text())
+        driver = match.group(1) if match else None
+    highest = getattr(torch._C, "_cuda_getDriverVersion", int)() if torch.cuda.is_available() else 0
+    if highest:
+        driver = f"{driver or 'version unknown'}, up to CUDA {highest // 1000}.{highest % 1000 // 10}"
+    return {"cuda": torch.version.cuda, "driver": driver}
+
+
+def _c_compiler() -> str | None:
+    """The compiler that triton takes for its launchers: CC, else gcc or clang. None where there is none."""
+    named = os.environ.get("CC")
+    if named:
+        return shutil.which(named)
+    return shutil.which("gcc") or shutil.which("clang")
+
+
+def _interpreted() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from dora_kernels import kernels
+    except Exception:  # a triton that cannot be imported is told about where it is missed
+        return False
+    return bool(kernels.INTERPRETED)
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        found += [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+    return found
+
+
+def _examine(device: torch.device) -> dict[str, Any]:
+    """A device: what `auto` takes there, why, and whether that computes the right numbers."""
+    found: dict[str, Any] = {"device": str(device), "name": _device_name(device)}
+    try:
+        problem = triton_problem(device)
+    except Exception as error:
+        problem = f"importing it failed: {type(error).__name__}: {first_line(error)}"
+    found["triton"] = problem or ("available" if device.type == "cuda" else "available in its interpreter, slowly")
+    try:
+        auto = resolve("auto", (torch.empty(1, device=device),))
+    except Exception as error:
+        return {**found, "auto": None, "why": first_line(error), "works": False, "check": "auto finds no backend"}
+    if auto == "triton":
+        why = "a GPU that triton's kernels run on"
+    elif device.type == "cuda":
+        why = f"triton is not used: {problem}"
+    else:
+        why = "auto takes triton on GPUs only, torch elsewhere"
+    problems = _check(device, auto)
+    return {**found, "auto": auto, "why": why, "works": not problems, "check": "; ".join(problems) or "works"}
+
+
+def _check(device: torch.device, backend: str) -> list[str]:
+    """What is wrong with a forward and backward of a small layer, per dtype. By name, so that nothing falls back."""
+    problems = []
+    for dtype in _CHECKED_DTYPES:
+        case = Case((9, 40, 24), 4, dtype, "out")
+        try:
+            with parity.threads_for(case):
+                cells = parity.measure(parity.prepare(case, device), backend)
+        except Exception as error:  # the device itself fails, or plain PyTorch on it
+            problems.append(f"{dtype}: {type(error).__name__}: {first_line(error)}")
+        else:
+            problems += [str(cell) for cell in cells if not cell.ok]
+    return problems
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        if torch.version.hip is not None:
+            return f"{properties.name}, {getattr(properties, 'gcnArchName', 'AMD')}, {memory}"
+        return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory}"
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def _print_doctor(found: dict[str, Any], console: "Console") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "none")
+    table.add_row("C compiler", found["c_compiler"] or "not found (CC, gcc, clang): triton needs one to launch kernels")
+    table.add_row("triton interpreter", "on (TRITON_INTERPRET)" if found["triton_interpreter"] else "off")
+    table.add_row("norm reuse", "on" if found["norm_reuse"] else "off")
+    for device in found["devices"]:
+        table.add_row()
+        table.add_row(device["device"], device["name"])
+        table.add_row("  auto takes", f"{device['auto'] or 'nothing'}: {device['why']}")
+        table.add_row("  triton", device["triton"])
+        style = "green" if device["works"] else "bold red"
+        check = device["check"] if device["works"] else f"FAILS: {device['check']}"
+        table.add_row("  check", Text(check, style))
+    for message in found["warnings"]:
+        table.add_row()
+        table.add_row("warning", message)
+    console.print(table)

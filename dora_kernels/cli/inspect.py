@@ -1,0 +1,178 @@
+"""`dora-kernels inspect`: what an adapter file holds, and what looks wrong about it."""
+
+# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels.adapters import Adapter, AdapterLayer, read_adapter
+from dora_kernels.checkpoints import Checkpoint, read_for, scales
+from dora_kernels.cli.output import console, errors, progress
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+
+# A g beyond these is no fine-tuning's: DoRA moves magnitudes by a few percent.
+_FAR = 0.5, 2.0
+_BINS = 16
+_BAR = 40
+
+
+def add(app: "typer.Typer") -> None:
+    """Add the command."""
+    import typer
+
+    @app.command("inspect")
+    def inspect_command(
+        path: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A safetensors file or its folder, any format.")],
+        base: Annotated[
+            str,
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="For g = magnitude / norm."),
+        ] = "",
+        axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    ) -> None:
+        """Rank, axis, scaling and norms of an adapter, and its suspicious values.
+
+        Exit status 2 for a damaged file; what is only suspicious is named, with status 0.
+        """
+        with errors():
+            found = inspect(path, base, axis)
+        print(json.dumps(found, indent=2, allow_nan=False)) if as_json else _print(found, console())
+
+
+def inspect(path: str | Path, base: str | Path = "", axis: str = "auto") -> dict[str, Any]:
+    """What `dora-kernels inspect` finds, ready for JSON.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: as `read_adapter` and `Checkpoint`.
+    """
+    g: dict[str, Tensor] = {}
+    if base:
+        checkpoint = Checkpoint(base)
+        adapter, keys = read_for(checkpoint, path, magnitude_axis=axis)
+        with progress(len(adapter.layers)) as advance:
+            for name, scale in scales(checkpoint, adapter, keys):
+                advance(name)
+                if scale is not None:
+                    g[name] = scale.float()
+    else:
+        adapter = read_adapter(path, magnitude_axis=axis)
+    layers = {name: _layer(layer, g.get(name)) for name, layer in adapter.layers.items()}
+    suspicious = _of_all(adapter)
+    for name, layer in adapter.layers.items():
+        suspicious += [f"{name}: {text}" for text in _suspicious(layer, g.get(name))]
+    return {
+        "path": str(path),
+        "format": adapter.format,
+        "notes": adapter.notes,
+        "layers": layers,
+        "magnitudes": _histogram([each.magnitude.float() for each in adapter.layers.values()
+                                  if each.magnitude is not None]),
+        "g": _histogram(list(g.values())),
+        "suspicious": suspicious,
+    }  # fmt: skip
+
+
+def _layer(layer: AdapterLayer, g: Tensor | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "kind": layer.kind,
+        "features": list(layer.features),
+        "rank": layer.rank,
+        "scaling": layer.scaling,
+        "axis": layer.magnitude_axis if layer.magnitude is not None else None,
+        "dtypes": _dtypes(layer),
+        "norm_A": float(layer.lora_A.float().norm()),
+        "norm_B": float(layer.lora_B.float().norm()),
+    }
+    if layer.magnitude is not None:
+        found["magnitude"] = _spread(layer.magnitude.float())
+    if g is not None:
+        found["g"] = _spread(g)
+    return found
+
+
+def _dtypes(layer: AdapterLayer) -> list[str]:
+    tensors = (layer.lora_A, layer.lora_B, layer.magnitude)
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor is not None})
+
+
+def _suspicious(layer: AdapterLayer, g: Tensor | None) -> list[str]:
+    found = []
+    if not bool(layer.lora_B.any()):
+        found.append("lora_B is all zero: untrained")
+    if not bool(layer.lora_A.any()):
+        found.append("lora_A is all zero")
+    if layer.magnitude is not None:
+        zero, negative = int((layer.magnitude == 0).sum()), int((layer.magnitude < 0).sum())
+        found += [f"{count} of {layer.magnitude.numel()} magnitudes are {what}"
+                  for count, what in ((zero, "zero"), (negative, "negative")) if count]  # fmt: skip
+    far = 0 if g is None else int(((g.abs() < _FAR[0]) | (g.abs() > _FAR[1])).sum())
+    if far:
+        found.append(f"{far} magnitudes are not within {_FAR[0]:g} to {_FAR[1]:g} times the adapted weight's norm")
+    if len(_dtypes(layer)) > 1:
+        found.append(f"dtypes are mixed: {', '.join(_dtypes(layer))}")
+    return found
+
+
+def _of_all(adapter: Adapter) -> list[str]:
+    """Layers of different dtypes, and ranks that are not the configuration's where reading does not need that (MLX)."""
+    parameters = adapter.config.get("lora_parameters")
+    rank = parameters.get("rank") if isinstance(parameters, Mapping) else None
+    found = [f"{name}: rank {layer.rank}, the configuration says {rank}"
+             for name, layer in adapter.layers.items() if rank not in (None, layer.rank)]  # fmt: skip
+    dtypes = sorted({str(layer.lora_A.dtype).removeprefix("torch.") for layer in adapter.layers.values()})
+    if len(dtypes) > 1:
+        found.append(f"layers are of different dtypes: {', '.join(dtypes)}")
+    return found
+
+
+def _spread(values: Tensor) -> dict[str, float]:
+    return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}
+
+
+def _histogram(values: list[Tensor]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    every = torch.cat([part.flatten().cpu() for part in values])
+    low, high = float(every.min()), float(every.max())
+    counts = torch.histc(every, _BINS, low, high) if high > low else torch.tensor([float(len(every))])
+    edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
+    return {"edges": edges.tolist(), "counts": [int(count) for count in counts]}
+
+
+def _print(found: dict[str, Any], output: "Console") -> None:
+    from rich.table import Table
+
+    output.print(f"{found['path']}: {found['format']}, {len(found['layers'])} layers", soft_wrap=True)
+    for note in found["notes"]:
+        output.print(f"note: {note}", soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    compared = found["g"] is not None
+    table.add_column("layer", no_wrap=True, overflow="fold")
+    for heading in ("kind", "rank", "scaling", "axis", "|A|", "|B|", "magnitude", *(("g",) if compared else ())):
+        table.add_column(heading, no_wrap=True)
+    for name, layer in found["layers"].items():
+        cells = [layer["kind"], str(layer["rank"]), f"{layer['scaling']:g}", layer["axis"] or "none"]
+        cells += [f"{layer['norm_A']:.3g}", f"{layer['norm_B']:.3g}", _three(layer.get("magnitude"))]
+        table.add_row(name, *cells, *((_three(layer.get("g")),) if compared else ()))
+    output.print(table, soft_wrap=True)
+    for title, histogram in (("magnitudes", found["magnitudes"]), ("g = magnitude / norm", found["g"])):
+        if histogram is not None:
+            output.print(f"\n{title}:")
+            most = max(histogram["counts"])
+            for count, low, high in zip(histogram["counts"], histogram["edges"], histogram["edges"][1:]):
+                bar = "█" * max(1 if count else 0, round(_BAR * count / most))
+                output.print(f"{low:>10.4g} to {high:<10.4g} {count:>8} {bar}".rstrip())
+    for text in found["suspicious"]:
+        output.print(f"suspicious: {text}", soft_wrap=True)
+
+
+def _three(spread: Mapping[str, float] | None) -> str:
+    return "none" if spread is None else f"{spread['min']:.3g} / {spread['median']:.3g} / {spread['max']:.3g}"

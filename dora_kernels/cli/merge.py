@@ -1,0 +1,47 @@
+"""`dora-kernels merge`: a model's files with an adapter merged into them."""
+
+# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from dora_kernels.checkpoints import Checkpoint, merge_checkpoint
+from dora_kernels.cli.output import console, errors, progress
+
+if TYPE_CHECKING:
+    import typer
+
+
+def add(app: "typer.Typer") -> None:
+    """Add the command."""
+    import typer
+
+    @app.command("merge")
+    def merge_command(
+        base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder with the model's safetensors.")],
+        adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A file of any format, or its folder.")],
+        out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
+        rounding: Annotated[
+            str,
+            typer.Option(metavar="NAME", help="nearest, or stochastic, which keeps updates too small for 16 bits."),
+        ] = "nearest",
+        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of stochastic rounding.")] = 0,
+        strength: Annotated[float, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = 1.0,
+        axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
+        force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT.")] = False,
+    ) -> None:
+        """Merge an adapter into a model, file by file, without holding the model in memory.
+
+        OUT has BASE's files, its configuration and tokenizer among them, and takes its place when it is complete.
+        """
+        with errors():
+            checkpoint = Checkpoint(base)
+            with progress(len(checkpoint.shards)) as advance:
+                merged = merge_checkpoint(
+                    checkpoint, adapter, out, rounding=rounding, seed=seed, strength=strength, force=force,
+                    advance=advance, magnitude_axis=axis,
+                )  # fmt: skip
+        output = console()
+        for note in merged.notes:
+            output.print(f"note: {note}", soft_wrap=True)
+        output.print(f"{out}: {len(merged.layers)} layers merged from {merged.format}", soft_wrap=True)

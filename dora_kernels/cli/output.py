@@ -1,0 +1,47 @@
+"""Where the commands print: consoles, and progress on standard error while somebody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output, or error, as text is: without markup."""
+    from rich.console import Console
+
+    # Where nobody watches, rich takes 80 columns, and words break that a search should find.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 120)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, if that is a terminal; what it gives is called at each of `total` steps."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    stderr = console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda step: bar.update(task, advance=1, description=step)
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """What is wrong with files and arguments as one line on standard error, and exit status 2."""
+    import typer
+
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        text = str(error)
+        if isinstance(error, ImportError):
+            text = f"adapter files need {error.name}: pip install 'dora-kernels[files]'"
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+        raise typer.Exit(2) from None

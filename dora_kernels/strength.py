@@ -1,0 +1,64 @@
+"""How strongly the adapters of a model work: `set_dora_strength`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from torch import nn
+
+from dora_kernels.modules import AdaptedLayer
+
+
+def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
+    """Let every adapted layer of `model` compute ``base + strength * (adapted - base)``.
+
+    The layers of this package (`AdaptedLayer`), and the DoRA adapters of PEFT's layers that `patch_peft` has patched.
+    0 is the base model exactly, 1 the adapter as it was trained; between and beyond them the outputs of each layer are
+    interpolated. (PEFT's ``set_scale`` moves the norm too: even at 0 the magnitude remains, as ``m / ||W||``.) Where
+    several adapters are active each is interpolated from what the one before it gave. Merging takes the strength of
+    the moment along. It is no part of the adapter's file; `with_strength` makes an adapter of it that is.
+
+    Args:
+        model: the model, changed in place.
+        strength: any finite number.
+        adapter: the name of a PEFT adapter; None means all, and the layers of this package, whose adapters have none.
+
+    Raises:
+        TypeError: `model` is no module, or `strength` no number.
+        ValueError: `strength` is not finite, there is no such layer, `adapter` is no DoRA adapter of a patched layer,
+            or a layer is merged. No strength has changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength: expected a finite number, got {strength}")
+    own = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
+    patched = _patched(model)
+    if not own and not patched:
+        raise ValueError("model: no patched DoRA layers; call dora_kernels.patch_peft(model) first, or apply_dora")
+    if adapter is not None:
+        own, known = {}, sorted({each[1] for each in patched})
+        patched = [each for each in patched if each[1] == adapter]
+        if not patched:
+            there = f"there are {', '.join(known)}" if known else "the layers of this package have one without a name"
+            raise ValueError(f"adapter: no patched layer has a DoRA adapter {adapter!r}; {there}")
+    for name, one, layer, _ in patched:
+        if one in layer.merged_adapters:
+            raise ValueError(f"model: adapter {one!r} of {name} is merged; call unmerge_adapter() before")
+    for name, layer in own.items():
+        if layer.merged:
+            raise ValueError(f"model: {name} is merged; call unmerge() before")
+    for _, one, _, strengths in patched:
+        strengths[one] = float(strength)
+    for layer in own.values():
+        layer.strength = strength
+
+
+def _patched(model: nn.Module) -> list[tuple[str, str, Any, dict[str, float]]]:
+    # No layer is patched before this module is there, and importing it imports PEFT.
+    state = sys.modules.get("dora_kernels.peft.state")
+    return state.strengths_of(model) if state is not None else []

@@ -1,0 +1,209 @@
+"""`dora-kernels convert` and `dora-kernels inspect`: adapters of a small model in all formats."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("safetensors")
+
+from adapter_models import Model, adapted64, adapter_for, assert_same_function, norm64
+from safetensors.torch import load_file, save_file
+
+from dora_kernels import cli
+from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
+
+NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down"]
+
+
+@pytest.fixture
+def call(capsys):
+    def run(*arguments):
+        status = cli.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path):
+    model = Model()
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base"
+
+
+def saved(place, adapter, format="peft"):
+    save_adapter(adapter, place, format=format)
+    return place
+
+
+# convert
+
+
+@pytest.mark.parametrize("source", list(FORMATS))
+@pytest.mark.parametrize("target", ["peft", "kohya"])
+def test_convert(call, tmp_path, base, source, target):
+    """The same function, with and without the base model's names."""
+    model, adapter = Model(), adapter_for(Model(), NAMES, rank=3, scaling=0.5)
+    saved(tmp_path / "in", adapter, source)
+    status, stdout, stderr = call("convert", tmp_path / "in", tmp_path / "out", "--to", target, "--base", base)
+    assert (status, stderr) == (0, ""), stderr
+    assert f"{source}, 3 layers" in stdout.replace("\n", " ") and f"{tmp_path / 'out'}: {target}" in stdout
+    assert_same_function(model, read_adapter(tmp_path / "out", model, format=target, magnitude_axis="out"), adapter)
+
+
+def test_convert_takes_an_axis_and_a_format(call, tmp_path):
+    adapter = adapter_for(Model(), NAMES[:1], axis="in", rank=3)
+    saved(tmp_path / "in", adapter, "lycoris")
+    place = tmp_path / "in"
+    status, _, stderr = call("convert", place, tmp_path / "out", "--to", "lycoris", "--from", "lycoris", "--axis", "in")
+    assert (status, stderr) == (0, "")
+    again = read_adapter(tmp_path / "out", Model(), format="lycoris", magnitude_axis="in")
+    assert_same_function(Model(), again, adapter)
+    status, _, stderr = call("convert", place, tmp_path / "peft", "--to", "peft", "--axis", "in")
+    assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and "q_proj" in stderr
+    assert not (tmp_path / "peft").exists()
+
+
+# inspect
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_inspect(call, tmp_path, base, format):
+    adapter = adapter_for(Model(), NAMES, rank=3, scaling=0.5)
+    saved(tmp_path / "in", adapter, format)
+    status, stdout, stderr = call("inspect", tmp_path / "in", "--base", base, "--axis", "out", "--json")
+    assert (status, stderr) == (0, ""), stderr
+    found = json.loads(stdout)
+    assert found["format"] in (format, "lycoris", "kohya") and not found["suspicious"]
+    assert found["layers"].keys() == set(NAMES)
+    for name, layer in found["layers"].items():
+        own = adapter.layers[name]
+        assert (layer["kind"], layer["rank"], layer["axis"], layer["dtypes"]) == ("linear", 3, "out", ["float32"])
+        low = layer["scaling"] * layer["norm_A"] * layer["norm_B"]
+        assert low == pytest.approx(float(0.5 * own.lora_A.norm() * own.lora_B.norm()), rel=1e-5)
+        assert layer["magnitude"]["max"] == pytest.approx(float(own.magnitude.max()))
+        direction = adapted64(Model().get_submodule(name), replace(own, magnitude=None))
+        scale = own.magnitude.double() / norm64(direction, "out").flatten()
+        assert layer["g"]["median"] == pytest.approx(float(scale.median()), rel=1e-5)
+        assert layer["g"]["min"] == pytest.approx(float(scale.min()), rel=1e-5)
+    count = sum(len(layer.magnitude) for layer in adapter.layers.values())
+    for histogram in (found["magnitudes"], found["g"]):
+        assert sum(histogram["counts"]) == count and len(histogram["edges"]) == len(histogram["counts"]) + 1
+
+
+def test_inspect_prints_tables_and_histograms(call, tmp_path, base):
+    adapter = adapter_for(Model(), NAMES, rank=3, scaling=0.5)
+    saved(tmp_path / "in", adapter)
+    status, stdout, stderr = call("inspect", tmp_path / "in", "--base", base)
+    assert (status, stderr) == (0, "")
+    rows = [line.split() for line in stdout.splitlines()]
+    assert ["layer", "kind", "rank", "scaling", "axis", "|A|", "|B|", "magnitude", "g"] in rows
+    assert all(any(row[:5] == [name, "linear", "3", "0.5", "out"] for row in rows) for name in NAMES)
+    assert "magnitudes:" in stdout and "g = magnitude / norm:" in stdout and "█" in stdout
+    assert "suspicious" not in stdout
+    plain = adapter_for(Model(), NAMES, plain=True, rank=2, scaling=1.0)
+    saved(tmp_path / "plain", plain)
+    status, stdout, _ = call("inspect", tmp_path / "plain")
+    assert status == 0 and "magnitudes:" not in stdout and "none" in stdout
+
+
+PREFIX = f"base_model.model.{NAMES[1]}."
+
+
+def zero(key, rows=slice(None)):
+    def change(tensors):
+        tensors[PREFIX + key][rows] = 0.0
+
+    return change
+
+
+def scale(factor, rows):
+    def change(tensors):
+        tensors[PREFIX + "lora_magnitude_vector"][rows] *= factor
+
+    return change
+
+
+def to_half(tensors):
+    tensors[PREFIX + "lora_B.weight"] = tensors[PREFIX + "lora_B.weight"].half()
+
+
+def all_to_half(tensors):
+    tensors.update({key: tensor.half() for key, tensor in tensors.items() if key.startswith(PREFIX)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (zero("lora_B.weight"), "layers.0.up_proj: lora_B is all zero: untrained"),
+        (zero("lora_A.weight"), "layers.0.up_proj: lora_A is all zero"),
+        (zero("lora_magnitude_vector", slice(0, 2)), "layers.0.up_proj: 2 of 20 magnitudes are zero"),
+        (scale(-1.0, slice(0, 3)), "layers.0.up_proj: 3 of 20 magnitudes are negative"),
+        (scale(9.0, slice(0, 4)), "layers.0.up_proj: 4 magnitudes are not within 0.5 to 2"),
+        (to_half, "layers.0.up_proj: dtypes are mixed: float16, float32"),
+        (all_to_half, "layers are of different dtypes: float16, float32"),
+    ],
+)
+def test_suspicious_values(call, tmp_path, base, change, message):
+    """Named, with status 0; each alone."""
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3, scaling=0.5))
+    file = tmp_path / "in" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    status, stdout, stderr = call("inspect", tmp_path / "in", "--base", base)
+    assert (status, stderr) == (0, "")
+    lines = [line for line in stdout.splitlines() if line.startswith("suspicious: ")]
+    assert any(message in line for line in lines), stdout
+
+
+@pytest.mark.parametrize("format", ["mlx", "torchtune", "peft"])
+def test_ranks_that_are_not_the_configurations(call, tmp_path, format):
+    """Of MLX, whose scaling does not depend on it; of others that is an error."""
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3, scaling=0.5), format)
+    file = tmp_path / "in" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    status, stdout, _ = call("inspect", tmp_path / "in")
+    assert status == 0 and "suspicious" not in stdout
+    (config["lora_parameters"] if format == "mlx" else config)["rank" if format == "mlx" else "r"] = 2
+    file.write_text(json.dumps(config))
+    status, stdout, stderr = call("inspect", tmp_path / "in")
+    if format == "mlx":
+        assert status == 0 and "suspicious: layers.0.up_proj: rank 3, the configuration says 2" in stdout
+    else:
+        assert (status, stdout) == (2, "") and "has not the rank 2 of its configuration" in stderr
+
+
+def test_damaged_files(call, tmp_path):
+    """Not only suspicious: an error that names the key, and status 2."""
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3, scaling=0.5))
+    file = tmp_path / "in" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[PREFIX + "lora_magnitude_vector"][3] = float("nan")
+    save_file(tensors, file)
+    status, stdout, stderr = call("inspect", tmp_path / "in")
+    assert (status, stdout) == (2, "") and PREFIX + "lora_magnitude_vector" in stderr and stderr.count("\n") == 1
+    file.write_bytes(file.read_bytes()[:-8])
+    status, stdout, stderr = call("inspect", tmp_path / "in")
+    assert (status, stdout) == (2, "") and str(file) in stderr and "truncated" in stderr
+
+
+def test_without_the_extra(call, tmp_path, monkeypatch):
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    line = "error: adapter files need safetensors: pip install 'dora-kernels[files]'\n"
+    assert call("inspect", tmp_path / "in") == (2, "", line)
+
+
+def test_help_names_the_formats(call):
+    for command in ("convert", "merge", "inspect"):
+        assert call(command, "--help")[0] == 0
+    assert all(name in call("convert", "--help")[1] for name in FORMATS)
+
