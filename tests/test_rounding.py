@@ -99,7 +99,8 @@ def test_the_kernels_draw_the_same_words_and_round_alike(lane, seed):
         indices = torch.arange(start, start + 256, device=lane.device)
         assert torch.equal(drawn(seed, indices), rounding.words(seed, start, 256, indices.device))
     for dtype in (bf16, f16):
-        edge = torch.finfo(dtype).max * torch.tensor([1.0, 1.001, 1.002, 1.0021, 2.0**0.01, 1.5])
+        beyond = 1 + torch.finfo(dtype).eps / 8  # a quarter of a step, which is never taken
+        edge = torch.finfo(dtype).max * torch.tensor([1.0, 1.001, 1.002, 1.0021, 2.0**0.01, *[beyond] * 64])
         odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3e38, 1e-45, -1e-40, 2.0**-24, 2.0**-14, 2.0**-133])
         x = torch.cat([values(dtype, f32, 4096), edge.float(), -edge.float(), odd])
         x = torch.cat([x, x.new_full((-x.numel() % 256,), torch.nan)]).to(lane.device)
@@ -176,7 +177,7 @@ def test_beyond_the_largest_number_it_is_rounding_to_nearest(dtype, source):
 def test_the_mean_is_the_value(dtype):
     """Of as many results as words were drawn: in all, and for each value, subnormal ones included."""
     count = 1 << 12
-    x = values(dtype, f32, 200)
+    x = values(dtype, f32, 200).abs()  # of both signs, a preference for the larger size would cancel
     low, high = neighbours(x.to(f64), dtype)
     fraction = (x.to(f64) - low) / (high - low)
     ups = torch.stack([
@@ -290,13 +291,12 @@ def test_a_wide_weight_is_rounded_to_nearest(lane, dtype, magnitude_axis):
 def test_tracing(lane, magnitude_axis):
     problem = make_problem((1,), 37, 41, 4, (f32, bf16, f32), magnitude_axis=magnitude_axis, device=lane.device)
     torch._dynamo.reset()
-    for backend in (lane.backend, "reference"):
+    for backend in (lane.backend, "reference") if lane.backend == "torch" else (lane.backend,):
         run = torch.compile(merged, backend="aot_eager", fullgraph=True)
-        for seed in (0, 5, 1 << 40):
+        for seed in (5, 1 << 40):
             assert torch.equal(run(problem, lane, seed, backend), merged(problem, lane, seed, backend))
     args = problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.5, magnitude_axis, lane.backend
     opcheck(ops.merge_op, (*args, 1 << 40))
-    opcheck(ops.merge_op, args)
 
 
 def test_small_updates_survive():
