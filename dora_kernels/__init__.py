@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_kernels.backends import UnsupportedError
 from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
-from dora_kernels.modules import DoRALinear, LoRALinear
+from dora_kernels.modules import AdaptedLayer, DoRALinear, LoRALinear
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptedLayer",
     "DoRALinear",
     "LoRALinear",
     "PatchHandle",

@@ -34,9 +34,9 @@ class _DoRALinear(torch.autograd.Function):
         magnitude: Tensor | None,
         bias: Tensor | None,
         divisor: Tensor | None,
-        settings: tuple[float, str, bool, str, bool],
+        settings: tuple[float, str, bool, str, bool, float],
     ) -> Tensor:
-        scaling, magnitude_axis, detach_norm, backend, _ = ctx.settings = settings
+        scaling, magnitude_axis, detach_norm, backend, _, _ = ctx.settings = settings
         needs = Needs(*ctx.needs_input_grad[:6])
         g = None
         if magnitude is not None and divisor is not None:
@@ -57,10 +57,10 @@ class _DoRALinear(torch.autograd.Function):
             linear.note_backward(needs.lora_A or needs.lora_B or needs.weight)
             return *_differentiable_backward(ctx, dy), *_NO_GRADIENT
         x, weight, lora_A, lora_B, magnitude, bias, g, divisor, h, base = ctx.saved_tensors
-        scaling, magnitude_axis, detach_norm, backend, _ = ctx.settings
+        scaling, magnitude_axis, detach_norm, backend, _, eps = ctx.settings
         d_x, d_weight, d_a, d_b, d_magnitude, d_bias = ops.linear_backward(
             _flat(dy), _flat(x), weight, lora_A, lora_B, g, divisor, h, base,
-            scaling, magnitude_axis, detach_norm, needs, backend,
+            scaling, magnitude_axis, detach_norm, needs, backend, eps,
         )  # fmt: skip
         if d_x is not None and x.dim() != 2:
             d_x = d_x.view(x.shape)
@@ -91,8 +91,11 @@ def apply(
     detach_norm: bool,
     backend: str,
     named: bool,
+    eps: float = 0.0,
 ) -> Tensor:
     """The layer on ``x [..., K]``, already in the compute dtype; `divisor` is the norm, infinite where it is 0.
+
+    With eps the divisor is the norm with that added.
 
     `named`: the backend was asked for by name, so a second differentiation raises instead of using the reference.
     """
@@ -102,7 +105,7 @@ def apply(
         )
         return _unflat(y, x)
     record = _DoRALinear.apply if torch.compiler.is_compiling() else _record
-    settings = (scaling, magnitude_axis, detach_norm, backend, named)
+    settings = (scaling, magnitude_axis, detach_norm, backend, named, eps)
     return record(x, weight, lora_A, lora_B, magnitude, bias, divisor, settings)
 
 
@@ -118,7 +121,7 @@ def _unflat(y: Tensor, x: Tensor) -> Tensor:
 def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """First derivatives that can be differentiated again (``create_graph=True``): the reference's own."""
     x, weight, lora_A, lora_B, magnitude, bias, _, divisor, _, _ = ctx.saved_tensors
-    scaling, magnitude_axis, detach_norm, backend, named = ctx.settings
+    scaling, magnitude_axis, detach_norm, backend, named, eps = ctx.settings
     if named:
         raise UnsupportedError(
             f"backend={backend!r} has no second derivative, and create_graph=True asks for one; "
@@ -127,12 +130,12 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     warn_once("create_graph=True: the gradients of dora_linear are taken from the dense reference, which is slow")
     norm = None
     if divisor is not None:
-        norm = divisor.masked_fill(torch.isinf(divisor), 0.0)
+        norm = divisor - eps if eps else divisor.masked_fill(torch.isinf(divisor), 0.0)
 
     def layer(*inputs: Any) -> Tensor:
         x, weight, lora_A, lora_B, magnitude, bias = inputs
         return reference.dora_linear(
-            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, norm, x.dtype
+            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, norm, x.dtype, eps
         )
 
     return _gradients([x, weight, lora_A, lora_B, magnitude, bias], ctx.needs_input_grad, layer, dy)
@@ -147,6 +150,47 @@ def _gradients(
     wanted = [t for t, need in zip(aliases, needed, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(function(*aliases), wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needed]
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, divisor: Tensor, settings: tuple[float, str]
+    ) -> Tensor:
+        ctx.settings = settings
+        ctx.save_for_backward(weight, lora_A, lora_B, divisor)
+        return divisor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_norm: Tensor) -> tuple[Tensor | None, ...]:
+        weight, lora_A, lora_B, divisor = ctx.saved_tensors
+        scaling, magnitude_axis = ctx.settings
+        needed = ctx.needs_input_grad[:3]
+        linear.note_backward(any(needed))
+        if torch.is_grad_enabled():
+            def dense(*tensors: Any) -> Tensor:
+                weight, lora_A, lora_B = tensors
+                return reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+
+            return *_gradients([weight, lora_A, lora_B], needed, dense, d_norm), *_NO_GRADIENT
+        needs = Needs(False, needed[0], needed[1], needed[2], False, False)
+        with no_autocast(d_norm.device):
+            grads = linear.norm_gradient(
+                weight, lora_A, lora_B, d_norm / divisor, scaling, magnitude_axis == "in", needs
+            )
+        return *(
+            None if grad is None else linear.as_parameter(grad, t)
+            for grad, t in zip(grads, (weight, lora_A, lora_B), strict=True)
+        ), *_NO_GRADIENT
+
+
+def norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, divisor: Tensor, scaling: float, magnitude_axis: str
+) -> Tensor:
+    """The norm, computed already and infinite where it is 0, as a function of the weight, A and B."""
+    return divisor if not torch.is_grad_enabled() else _Norm.apply(
+        weight, lora_A, lora_B, divisor, (scaling, magnitude_axis)
+    )
 
 
 class _Compose(torch.autograd.Function):

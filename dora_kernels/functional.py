@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
-from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor
-from dora_kernels.reference import autocast_enabled
+from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
+from dora_kernels.reference import accumulation_dtype, autocast_enabled
 from dora_kernels.torch_backend import cast
 
 
@@ -26,6 +26,7 @@ def dora_linear(
     magnitude_axis: str = "out",
     detach_norm: bool = True,
     weight_norm: Tensor | None = None,
+    eps: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``.
@@ -44,22 +45,25 @@ def dora_linear(
         magnitude_axis: "out", a norm per output feature (PEFT), or "in", a norm per input feature (several tutorials).
         detach_norm: treat the norm as a constant in the backward (section 4.3 of the paper; PEFT).
         weight_norm: the norm, if it is at hand: equal to what `dora_weight_norm` returns. Gets no gradient.
+        eps: added to the norm, ``g = magnitude / (norm + eps)`` (1e-8 in several tutorials; PEFT has none).
         backend: "auto", "reference", "torch" or "triton". A backend asked for by name never falls back.
 
     Returns:
         ``[..., out_features]`` in the compute dtype: autocast's if it is on (and x not float64), else x's.
         Parameters may have other dtypes; their gradients come in their own, unrounded from float32 accumulation
-        (float64 for float64). A row of V with norm 0 has g = 0: the output there is the bias.
+        (float64 for float64). A row of V with norm 0 has g = 0 without eps: the output there is the bias.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a shape, device, `scaling`, axis or backend name does not fit, or `weight_norm` requires grad.
+        ValueError: a shape, device, number, axis or backend name does not fit, or `weight_norm` requires grad.
         UnsupportedError: the backend asked for by name is not available or cannot do this (a `RuntimeError`).
     """
     validation.check_layer(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, weight_norm, backend)
+    validation.check_eps(eps)
     return run_layer(
-        x, weight, lora_A, lora_B, magnitude, bias, float(scaling), magnitude_axis, detach_norm, weight_norm, backend
-    )
+        x, weight, lora_A, lora_B, magnitude, bias, float(scaling), magnitude_axis, detach_norm, weight_norm, backend,
+        eps=float(eps),
+    )  # fmt: skip
 
 
 def run_layer(
@@ -76,6 +80,7 @@ def run_layer(
     backend: str = "auto",
     cache: NormCache | None = None,
     training: bool = True,
+    eps: float = 0.0,
 ) -> Tensor:
     """`dora_linear` without its checks, for layers that made them once; `cache` keeps the norm between calls."""
     chosen = resolve(backend, (x, weight, lora_A, lora_B, magnitude, bias, weight_norm))
@@ -84,7 +89,7 @@ def run_layer(
         dtype = torch.get_autocast_dtype(x.device.type)
     if chosen == "reference":
         return reference.dora_linear(
-            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype
+            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype, eps
         )
     divisor = None
     if magnitude is not None:
@@ -94,9 +99,11 @@ def run_layer(
             divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
         else:
             divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
+        if eps:
+            divisor = with_eps(cast(divisor, accumulation_dtype(x)), eps)
     return autograd.apply(
         cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
-        scaling, magnitude_axis, detach_norm, chosen, backend != "auto",
+        scaling, magnitude_axis, detach_norm, chosen, backend != "auto", eps,
     )  # fmt: skip
 
 
@@ -131,20 +138,23 @@ def layer_scale(
     backend: str,
     cache: NormCache,
     training: bool,
+    eps: float = 0.0,
 ) -> Tensor:
-    """``g = magnitude / ||V||`` as a differentiable vector, for layers that compose their product from modules.
-
-    With ``detach_norm=False`` the norm is the reference's, dense, since autograd has to go through it.
-    """
+    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules."""
     chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
-    if chosen == "reference" or not detach_norm:
+    compiling = torch.compiler.is_compiling()
+    if chosen == "reference" or (compiling and not detach_norm):
         norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
-    if torch.compiler.is_compiling():
-        return magnitude / compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
-    if torch.is_grad_enabled():
-        cache.unheard = True  # autograd runs the backward here and will not say when
-    return magnitude / cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
+        return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm, eps)
+    if compiling:
+        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
+    else:
+        if torch.is_grad_enabled():
+            cache.unheard = True  # autograd runs the backward here and will not say when
+        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
+    if not detach_norm:
+        divisor = autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
+    return magnitude / (with_eps(divisor, eps) if eps else divisor)
 
 
 def dora_weight_norm(
@@ -181,6 +191,7 @@ def merge_dora(
     *,
     scaling: float = 1.0,
     magnitude_axis: str = "out",
+    eps: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """The merged weight ``g * (weight + scaling * lora_B @ lora_A)``, ``[out_features, in_features]``.
@@ -194,8 +205,14 @@ def merge_dora(
     """
     validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
+    validation.check_eps(eps)
     chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
     with torch.no_grad():
+        if eps and magnitude is not None:
+            norm = dora_weight_norm(
+                weight, lora_A, lora_B, scaling=scaling, magnitude_axis=magnitude_axis, backend=backend
+            )
+            magnitude = magnitude * (norm / (norm + eps))
         if chosen == "reference":
             return reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
         return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen)

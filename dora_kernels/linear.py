@@ -122,10 +122,11 @@ def backward(
     detach_norm: bool,
     needs: Needs,
     backend: str,
+    eps: float = 0.0,
 ) -> Grads:
     """Gradients of `forward`, each in its parameter's dtype (dm and db in float32), None where not needed.
 
-    `divisor` is the norm with infinity in place of 0, so that a zero row has g = dm = 0.
+    `divisor` is the norm with infinity in place of 0, so that a zero row has g = dm = 0; or the norm plus eps.
     """
     note_backward(needs.lora_A or needs.lora_B or needs.weight)
     if dy.stride(1) != 1:
@@ -135,8 +136,11 @@ def backward(
     grads = side(dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, detach_norm, needs, primitives(backend))
     if g is not None and not detach_norm and (needs.weight or needs.lora_A or needs.lora_B):
         assert grads.magnitude is not None and divisor is not None
-        c = -grads.magnitude * g / divisor
-        grads = _add_norm_gradient(grads, weight, lora_A, lora_B, c, scaling, axis_in, needs)
+        c = -grads.magnitude * g / (_without_eps(divisor, eps) if eps else divisor)
+        of_w, of_a, of_b = norm_gradient(weight, lora_A, lora_B, c, scaling, axis_in, needs)
+        grads = grads._replace(
+            weight=_sum(grads.weight, of_w), lora_A=_sum(grads.lora_A, of_a), lora_B=_sum(grads.lora_B, of_b)
+        )
     d_x, d_weight, d_a, d_b, d_magnitude, d_bias = grads
     return Grads(
         d_x,
@@ -307,10 +311,15 @@ def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Te
     return torch.addmm(h, dy, cast(lora_B, dy.dtype), beta=0, alpha=factor)
 
 
-def _add_norm_gradient(
-    grads: Grads, weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor, scaling: float, axis_in: bool, needs: Needs
-) -> Grads:
-    """Add the gradient through an undetached norm, ``c * V`` with respect to V, without forming V.
+def _without_eps(divisor: Tensor, eps: float) -> Tensor:
+    """The norm with infinity in place of 0, and of what is no more than the rounding of eps."""
+    return torch.threshold(divisor - eps, 2.0 * eps * torch.finfo(divisor.dtype).eps, torch.inf)
+
+
+def norm_gradient(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor, scaling: float, axis_in: bool, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient through an undetached norm, ``c * V`` with respect to V, for W, A and B: without forming V.
 
     Only where W itself trains is V formed, as its gradient has that size anyway. Along "in" this is the transposed
     problem: W.T with lora_B.T in the place of lora_A.
@@ -320,18 +329,16 @@ def _add_norm_gradient(
     left, right = left.to(dtype), right.to(dtype)
     c_left = c.unsqueeze(1) * left
     need_left, need_right = (needs.lora_A, needs.lora_B) if axis_in else (needs.lora_B, needs.lora_A)
-    d_left = d_right = None
+    d_left = d_right = d_weight = None
     if need_left:
         u = mm_wide(rows, right.t()).addmm_(left, right @ right.t(), alpha=scaling)
         d_left = u.mul_((c * scaling).unsqueeze(1))
     if need_right:
         d_right = mm_wide(rows.t(), c_left).t().addmm(left.t() @ c_left, right, alpha=scaling).mul_(scaling)
-    d_weight: Any = grads.weight
     if needs.weight:
         d_rows = torch.addmm(rows.to(dtype), left, right, alpha=scaling).mul_(c.unsqueeze(1))
-        d_weight = d_weight.to(dtype) + (d_rows.t() if axis_in else d_rows)
-    d_b, d_a = (_t(d_right), _t(d_left)) if axis_in else (d_left, d_right)
-    return grads._replace(weight=d_weight, lora_A=_sum(grads.lora_A, d_a), lora_B=_sum(grads.lora_B, d_b))
+        d_weight = d_rows.t() if axis_in else d_rows
+    return (d_weight, _t(d_left), _t(d_right)) if axis_in else (d_weight, d_right, d_left)
 
 
 def _t(tensor: Tensor | None) -> Tensor | None:

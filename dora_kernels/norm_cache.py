@@ -146,6 +146,11 @@ def safe_divisor(norm: Tensor) -> Tensor:
     return torch.threshold(norm, 0.0, torch.inf)  # keeps NaN
 
 
+def with_eps(divisor: Tensor, eps: float) -> Tensor:
+    """``norm + eps`` from the norm's `safe_divisor`; finite where the norm is 0."""
+    return torch.where(torch.isinf(divisor), eps, divisor + eps)
+
+
 class NormEntry:
     """One computed norm, and what it was computed from.
 

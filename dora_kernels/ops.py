@@ -181,15 +181,16 @@ def linear_backward(
     detach_norm: bool,
     needs: Needs,
     backend: str,
+    eps: float = 0.0,
 ) -> Grads:
     """`linear.backward`."""
     args = (dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm)
     if not torch.compiler.is_compiling():
         if not autocast_enabled(dy.device):
-            return linear.backward(*args, needs, backend)
+            return linear.backward(*args, needs, backend, eps)
         with no_autocast(dy.device):
-            return linear.backward(*args, needs, backend)
-    grads = linear_backward_op(*args, list(needs), backend)
+            return linear.backward(*args, needs, backend, eps)
+    grads = linear_backward_op(*args, list(needs), backend, eps)
     return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
 
@@ -209,10 +210,12 @@ def linear_backward_op(
     detach_norm: bool,
     needs: Sequence[bool],
     backend: str,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = linear_backward(
-        dy, x, weight, lora_A, lora_B, g, divisor, h, base, scaling, magnitude_axis, detach_norm, Needs(*needs), backend
-    )
+        dy, x, weight, lora_A, lora_B, g, divisor, h, base,
+        scaling, magnitude_axis, detach_norm, Needs(*needs), backend, eps,
+    )  # fmt: skip
     gx, gw, ga, gb, gm, gbias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return gx, gw, ga, gb, gm, gbias
 
@@ -233,6 +236,7 @@ def _(
     detach_norm: bool,
     needs: Sequence[bool],
     backend: str,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     need = Needs(*needs)
     accumulate = accumulation_dtype(dy)

@@ -33,8 +33,13 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, 
         return torch.linalg.vector_norm(direction, dim=1 if magnitude_axis == "out" else 0)
 
 
-def magnitude_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``g = magnitude / norm``, and 0 where the norm is 0 (stock PEFT gives NaN there: peft issue 2049)."""
+def magnitude_scale(magnitude: Tensor, norm: Tensor, eps: float = 0.0) -> Tensor:
+    """``g = magnitude / (norm + eps)``; without eps 0 where the norm is 0.
+
+    (Stock PEFT gives NaN there: peft issue 2049.)
+    """
+    if eps:
+        return magnitude.to(norm.dtype) / (norm + eps)
     zero = norm == 0
     return torch.where(zero, torch.zeros_like(norm), magnitude.to(norm.dtype) / norm.masked_fill(zero, 1.0))
 
@@ -63,6 +68,7 @@ def dora_linear(
     detach_norm: bool,
     weight_norm: Tensor | None,
     compute_dtype: torch.dtype,
+    eps: float = 0.0,
 ) -> Tensor:
     """``x @ (g * V).T + bias`` for x of any number of leading dimensions, rounded once to `compute_dtype`.
 
@@ -79,7 +85,7 @@ def dora_linear(
                 norm = norm.detach()
             if weight_norm is not None:
                 norm = norm + (weight_norm.to(dtype) - norm).detach()
-            adapted = adapted * magnitude_scale(magnitude, norm).unsqueeze(dim)
+            adapted = adapted * magnitude_scale(magnitude, norm, eps).unsqueeze(dim)
         y = x.to(compute_dtype).to(dtype) @ adapted.transpose(0, 1)
         if bias is not None:
             y = y + bias.to(dtype)

@@ -105,6 +105,14 @@ def check_scaling(scaling: Any) -> None:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 
+def check_eps(eps: Any) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    value: Any = eps
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+
+
 def check_axis(magnitude_axis: Any) -> None:
     if magnitude_axis not in AXES:
         raise ValueError(f"magnitude_axis: expected 'out' or 'in', got {magnitude_axis!r}")

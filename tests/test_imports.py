@@ -36,7 +36,7 @@ def run(code, **environment):
 
 BLOCKED = """
 import sys
-for name in ("triton", "peft", "transformers", "numpy", "typer", "rich"):
+for name in ("triton", "peft", "transformers", "numpy", "typer", "rich", "safetensors"):
     sys.modules[name] = None     # import raises ModuleNotFoundError
 """
 
@@ -91,7 +91,7 @@ assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before[3:]
 assert len(optimizer._global_optimizer_post_hooks) == hooks, "a hook was registered"
 assert not torch.cuda.is_initialized()
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before[0]}
-wanted = {"triton", "peft", "transformers", "accelerate", "numpy", "typer", "rich"}
+wanted = {"triton", "peft", "transformers", "accelerate", "numpy", "typer", "rich", "safetensors"}
 assert not loaded & wanted, f"imported {loaded & wanted}"
 assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 """)
@@ -101,13 +101,14 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "kernels", "content"],
+    ["reference", "kernels", "content", "files"],
     ["torch_backend", "backends"],
     ["linear", "validation"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
-    ["modules", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["modules/base"],
+    ["modules/linear", "peft/state", "peft/dequantize", "peft/on_demand"],
     ["peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
@@ -133,8 +134,8 @@ def imports_of(path):
 
 
 def module_of(parts):
-    """A module's name in `LAYERS`: kernels are one, the files of `peft` are several."""
-    return "/".join(parts[:2] if parts[0] == "peft" else parts[:1])
+    """A module's name in `LAYERS`: kernels are one, the files of `modules` and `peft` are several."""
+    return "/".join(parts[:2] if parts[0] in ("modules", "peft") else parts[:1])
 
 
 def modules_imported(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -15,6 +14,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from dora_kernels import files
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
 
@@ -76,11 +76,9 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         ValueError: the file is truncated or no safetensors file, a tensor is missing, of another rank or size, or has
             values that are not finite, or the model's layers are others; the message names the file and the tensor.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected a str or os.PathLike, got {type(path).__name__}")
+    folder = files.as_path(path)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
     for name in (_CONFIG, _WEIGHTS):
@@ -98,11 +96,11 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
 
 def _config(file: Path) -> dict[str, Any]:
     """The adapter's configuration."""
+    config = files.read_json(file, "adapter configuration")
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         peft_type, use_dora, alpha = config["peft_type"], config["use_dora"], config["lora_alpha"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: no adapter configuration: {type(error).__name__}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{file}: no adapter configuration: it has no {error}") from error
     if peft_type != "LORA" or not use_dora:
         raise ValueError(f"{file}: expected peft_type 'LORA' with use_dora, got {peft_type!r}, {use_dora!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
@@ -112,23 +110,11 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _parts(file: Path) -> dict[str, dict[str, Tensor]]:
     """The adapter's tensors by module."""
-    from safetensors import SafetensorError, safe_open
-
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    try:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                found = _KEY.match(key)
-                if found is not None:
-                    tensor = tensors.get_tensor(key)
-                    if not tensor.is_floating_point():
-                        raise ValueError(f"{file}: {key} is of {tensor.dtype}, which is no floating-point type")
-                    if not bool(tensor.isfinite().all()):
-                        raise ValueError(f"{file}: {key} has values that are not finite")
-                    name = found["module"].removeprefix("base_model.model.")
-                    modules[name][found["part"].replace("embedding_", "")] = tensor
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from error
+    for key, tensor in files.read_tensors(file, wanted=_KEY.match).items():
+        files.check_tensor(file, key, tensor)
+        found: Any = _KEY.match(key)
+        modules[found["module"].removeprefix("base_model.model.")][found["part"].replace("embedding_", "")] = tensor
     if not modules:
         raise ValueError(f"{file}: no LoRA tensors in it")
     return modules

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from dora_kernels.functional import run_compose, run_layer
+from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.state import (
     SWITCH,
@@ -224,8 +225,3 @@ def _fusable(layer: Any, adapter: str, x: Tensor, weight: Tensor) -> bool:
         return False
     factors = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
     return not hooked(children["base_layer"], *factors, dropout)
-
-
-def is_conv1d(module: Any) -> bool:
-    """Whether it is GPT-2's layer, looked up by name: transformers need not be there."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

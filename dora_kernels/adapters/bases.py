@@ -1,0 +1,112 @@
+"""The base model's layers by name: what an adapter's names and axes are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.adapters.layers import AdapterLayer
+from dora_kernels.modules import AdaptedLayer
+
+_CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A layer without adapter.
+
+    Attributes:
+        kind: as `AdapterLayer.kind`; None for a tensor of two dimensions in a state dict, which may be a linear
+            layer's, an embedding's, or a linear layer's stored transposed.
+        features: inputs and outputs, as `AdapterLayer.features`; of unknown kind they are a linear layer's.
+        weight: as it is stored.
+    """
+
+    kind: str | None
+    features: tuple[int, int]
+    weight: Tensor
+
+    def fits(self, layer: AdapterLayer) -> bool:
+        if self.kind is None:
+            return layer.kind in ("linear", "embedding") and layer.features in (self.features, self.features[::-1])
+        return layer.kind == self.kind and layer.features == self.features
+
+    def norms(self, layer: AdapterLayer) -> tuple[Tensor, Tensor] | None:
+        """Norms of the adapted weight along "out" and "in" in float64, None where they cannot be computed."""
+        delta = layer.scaling * (layer.lora_B.double().flatten(1) @ layer.lora_A.double().flatten(1))
+        weight = self.weight.detach().cpu()
+        if weight.is_meta or not weight.is_floating_point() or weight.numel() != delta.numel():
+            return None
+        # a square weight of a state dict may be transposed: never decided by it
+        if self.kind == "embedding" or (weight.dim() == 2 and weight.shape != delta.shape):
+            weight = weight.transpose(0, 1)
+        adapted = weight.double() + delta.view(weight.shape)
+        return adapted.flatten(1).norm(dim=1), adapted.transpose(0, 1).flatten(1).norm(dim=1)
+
+
+def bases_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Base]:
+    """The layers of a model, adapted or not, or of a state dict, that an adapter can be of."""
+    if isinstance(model, nn.Module):
+        found = {name: _base(module) for name, module in base_modules(model).items()}
+    else:
+        found = {key.removesuffix(".weight"): _base_of_weight(weight) for key, weight in model.items()
+                 if key.endswith(".weight")}  # fmt: skip
+    return {name: base for name, base in found.items() if base is not None}
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name, an adapted layer's base layer under the layer's own name; a shared one under each of its."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLayer):
+            inside = (*inside, f"{name}." if name else "")
+            module = module.base_layer
+        found[name] = module
+    return found
+
+
+def _base(module: nn.Module) -> Base | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if type(module).__name__ == "Conv1D" and weight.dim() == 2:  # transformers', of GPT-2: stored transposed
+        return Base("linear", (weight.shape[0], weight.shape[1]), weight.transpose(0, 1))
+    if isinstance(module, nn.Linear):
+        return Base("linear", (module.in_features, module.out_features), weight)
+    if isinstance(module, nn.Embedding):
+        return Base("embedding", (module.num_embeddings, module.embedding_dim), weight)
+    for convolution, kind in _CONVOLUTIONS.items():
+        if isinstance(module, convolution):
+            return Base(kind, (module.in_channels, module.out_channels), weight)
+    return None
+
+
+def _base_of_weight(weight: Tensor) -> Base | None:
+    if not 2 <= weight.dim() <= 5:
+        return None
+    kind = None if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
+    return Base(kind, (weight.shape[1], weight.shape[0]), weight)
+
+
+def axis_by_norms(layer: AdapterLayer, base: Base) -> tuple[str, float, float] | None:
+    """Which of the adapted weight's norms the magnitude follows, and its mean relative distance to that and the other.
+
+    A magnitude starts as one of the two norms and training moves it by a few percent. None where neither is clearly
+    nearer (by a factor of two), or the weight cannot be read.
+    """
+    norms = base.norms(layer)
+    if norms is None or layer.magnitude is None or base.kind is None:
+        return None
+    magnitude = layer.magnitude.double().cpu()
+    distances = [float(((magnitude - norm).abs().sum() / norm.sum().clamp_min(torch.finfo(torch.float64).tiny)))
+                 for norm in norms]  # fmt: skip
+    if 2.0 * min(distances) >= max(distances):
+        return None
+    nearest = distances.index(min(distances))
+    return ("out", "in")[nearest], distances[nearest], distances[1 - nearest]

@@ -1,0 +1,32 @@
+"""The formats of adapter files, a module each, and which of them a file is of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from dora_kernels.adapters.formats.base import Format
+from dora_kernels.adapters.formats.lycoris import Kohya, Lycoris
+from dora_kernels.adapters.formats.mlx import Mlx
+from dora_kernels.adapters.formats.nvidia import Nvidia
+from dora_kernels.adapters.formats.peft import Peft
+from dora_kernels.adapters.formats.qdora import QDoRA
+from dora_kernels.adapters.formats.torchtune import Torchtune
+
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (Peft(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx())
+}
+
+# PEFT's keys are the plainest, and part of others': asked last
+_ORDER = ("qdora", "nvidia", "torchtune", "mlx", "kohya", "lycoris", "peft")
+
+
+def check_format(format: Any, *also: str) -> None:
+    """ValueError for what is no format's name, nor one of `also`."""
+    if format not in (*FORMATS, *also):
+        raise ValueError(f"format: expected one of {', '.join(map(repr, (*also, *FORMATS)))}, got {format!r}")
+
+
+def detect(keys: Collection[str], config: dict[str, Any]) -> str | None:
+    """The name of the format of a file with these keys and this configuration, None if it is none."""
+    return next((name for name in _ORDER if FORMATS[name].matches(keys, config)), None)

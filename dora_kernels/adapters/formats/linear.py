@@ -1,0 +1,68 @@
+"""What torchtune's, NVIDIA's and AnswerDotAI's formats have in common: linear layers, outputs' magnitudes, one scaling."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dora_kernels.adapters.formats.base import Format, Parts
+from dora_kernels.adapters.formats.names import whole
+from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.reading import Reading
+from dora_kernels.adapters.writing import Writing
+
+
+class LinearFormat(Format):
+    """Factors ``[r, in]`` and ``[out, r]`` as PEFT's, a magnitude per output, norm of ``W + scaling * B @ A``, no eps.
+
+    A class says what a layer's tensors are called (`called`), and what the configuration says.
+    """
+
+    called: ClassVar[dict[str, str]]
+    """The names that the parts are written under."""
+    prefix: ClassVar[str] = ""
+    magnitude_shape: ClassVar[tuple[int, ...]] = (-1,)
+    plain: ClassVar[bool] = False
+
+    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        scaling = self.scaling(reading, module, a)
+        magnitude, axis = None, "out"
+        if "magnitude" in parts and a.dim() == b.dim() == 2:
+            key = parts["magnitude"]
+            magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
+        elif not self.plain:
+            raise reading.error(f"{module} has no {self._called('magnitude')}, only {', '.join(parts.values())}")
+        return AdapterLayer("linear", a, b, magnitude, scaling, axis)
+
+    def scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
+        """``lora_alpha / r``, of the configuration; r must be the factors'."""
+        if reading.scaling is not None:
+            return reading.scaling
+        rank = reading.number(reading.config, "r")
+        if rank != lora_A.shape[0]:
+            raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
+        return reading.number(reading.config, "lora_alpha") / rank
+
+    def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:
+        """The layers as the format can hold them, and the configuration's r and lora_alpha."""
+        layers = writing.without_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=self.plain))
+        layers, scaling = writing.one_scaling(layers)
+        layers, rank = writing.one_rank(layers)
+        return layers, {"r": rank, "lora_alpha": whole(scaling * rank)}
+
+    def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        layers, numbers = self.fitted(adapter, writing)
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            tensors[f"{self.prefix}{name}.{self.called['lora_A']}"] = layer.lora_A
+            tensors[f"{self.prefix}{name}.{self.called['lora_B']}"] = layer.lora_B
+            if layer.magnitude is not None:
+                shaped = layer.magnitude.reshape(self.magnitude_shape)
+                tensors[f"{self.prefix}{name}.{self.called['magnitude']}"] = shaped
+        return tensors, self.configuration(list(layers), numbers)
+
+    def configuration(self, names: list[str], numbers: dict[str, Any]) -> dict[str, Any] | None:
+        """What stands beside the tensors."""
+        raise NotImplementedError

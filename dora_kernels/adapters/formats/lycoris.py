@@ -1,0 +1,146 @@
+"""LyCORIS and kohya files: lycoris/modules/locon.py, functional/general.py and wrapper.py; ComfyUI's reader.
+
+Keys ``<prefix>_<name>.lora_down.weight`` ``[r, in, *kernel]``, ``.lora_up.weight`` ``[out, r, 1, ...]``, ``.alpha``,
+``.dora_scale``, ``<name>`` with underscores for dots. LyCORIS's wrapper has the prefix ``lycoris``; its kohya network
+and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet``, ``lora_te``, ``lora_te1``, ``lora_te2``.
+Scaling ``alpha / r``; with ``rs_lora`` alpha is stored so that this still holds; without alpha 1, as ComfyUI's
+comfy/weight_adapter/lora.py. Norm of ``W + scaling * B @ A`` with gradient. ``dora_scale`` is ``[1, in, 1, ...]``, per
+input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...]``, per output, since: the shape tells.
+Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(float32).eps`` to the norm, ComfyUI nothing.
+A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dora_kernels.adapters.formats.base import Format, Parts
+from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.reading import Reading
+from dora_kernels.adapters.underscores import UNDERSCORED, prefix_of
+from dora_kernels.adapters.writing import Writing
+
+_EPS = torch.finfo(torch.float32).eps
+
+_OTHERS = re.compile(r".+\.(?:hada_|lokr_|oft_|boft_|glora|a1\.|a2\.|b1\.|b2\.|w_norm|b_norm|diff|diff_b|on_input).*")
+"""LyCORIS's other algorithms, none of which is a product of two factors."""
+
+
+class Lycoris(Format):
+    name = "lycoris"
+    weights = "adapter_model.safetensors"
+    configured = False
+    key = re.compile(r"(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha|dora_scale)")
+    parts: ClassVar = {
+        "lora_down.weight": "lora_A",
+        "lora_up.weight": "lora_B",
+        "dora_scale": "magnitude",
+        "lora_mid.weight": "mid",
+        "alpha": "alpha",
+    }
+
+    def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
+        own = [key for key in keys if ".lora_down." in key or ".lora_up." in key]
+        kohya = any(prefix_of(key).startswith("lora_") for key in own)
+        return bool(own) and kohya == (self.name == "kohya")
+
+    def read(self, reading: Reading) -> dict[str, AdapterLayer]:
+        for key in reading.tensors:
+            if _OTHERS.fullmatch(key):
+                raise reading.error(f"{key} is of an algorithm of LyCORIS that is no product of two factors")
+        return super().read(reading)
+
+    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        if "mid" in parts:
+            a = self._without_core(reading, parts, a)
+        kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
+        magnitude, axis = None, "out"
+        if "magnitude" in parts:
+            if a.dim() < 2 or b.dim() < 2:
+                raise reading.error(f"{module}: lora_down {list(a.shape)}, lora_up {list(b.shape)} are no factors")
+            key, features = parts["magnitude"], (a.shape[1], b.shape[0])
+            scale = reading.check_tensor(key)
+            magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))
+        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, parts, a), axis, _EPS if magnitude is not None else 0.0)
+
+    @staticmethod
+    def _axis(scale: Tensor, features: tuple[int, int]) -> str | None:
+        """The axis that ``[out, 1, ...]`` or ``[1, in, ...]`` says; None for one dimension, which does not."""
+        if scale.dim() < 2:
+            return None
+        said = [axis for axis, dim, size in (("out", 0, features[1]), ("in", 1, features[0]))
+                if scale.shape[dim] == size and scale.shape[1 - dim] == 1]  # fmt: skip
+        return said[0] if len(said) == 1 else None
+
+    @staticmethod
+    def _without_core(reading: Reading, parts: Parts, a: Tensor) -> Tensor:
+        mid = reading.check_tensor(parts["mid"])
+        if mid.dim() < 3 or mid.shape[:2] != a.shape[:1] * 2 or a.numel() != a.shape[0] * a.shape[1]:
+            raise reading.error(f"{parts['mid']} {list(mid.shape)} does not fit lora_down {list(a.shape)}")
+        reading.notes.append(f"{parts['mid']}: the Tucker core was multiplied into lora_down, in float32 at least")
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return torch.einsum("ij...,jk->ik...", mid.to(dtype), a.flatten(1).to(dtype))
+
+    @staticmethod
+    def _scaling(reading: Reading, parts: Parts, a: Tensor) -> float:
+        if reading.scaling is not None:
+            return reading.scaling
+        if "alpha" not in parts:
+            reading.notes.append(f"{parts['lora_A']} has no alpha: scaling 1")
+            return 1.0
+        key = parts["alpha"]
+        tensor = reading.tensors[key]
+        alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else float("nan")
+        if not 0.0 < abs(alpha) <= 1e30:  # LyCORIS reads 0 as "no scaling", others as no adapter
+            said = f"{alpha:g}" if tensor.numel() == 1 else f"a tensor {list(tensor.shape)}"
+            raise reading.error(f"{key}: expected a number that is not 0, got {said}")
+        return alpha / a.shape[0]
+
+    def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        if not adapter.config.get(UNDERSCORED):
+            self._check_names(adapter, writing)
+        axes = dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), ("out", "in"))
+        layers = writing.fitting(adapter.layers, axes)
+        plain = any(layer.magnitude is None for layer in layers.values())
+        if not plain and any(abs(layer.eps - _EPS) > 1e-6 for layer in layers.values()):
+            layers = writing.without_eps(layers)  # refuses
+        if not plain and any(layer.eps != _EPS for layer in layers.values()):
+            writing.notes.append(f"eps became {_EPS:.2g}, LyCORIS's: layers move by at most eps / norm, float32's rounding")
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            if layer.scaling == 0.0:
+                layers[name] = layer = writing.one_scaling({name: layer})[0][name]
+            key = name if adapter.config.get(UNDERSCORED) else f"{self.prefix(name)}_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = layer.lora_A
+            tensors[f"{key}.lora_up.weight"] = layer.lora_B
+            tensors[f"{key}.alpha"] = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
+            if layer.magnitude is not None:
+                shape = [1] * layer.lora_A.dim()
+                shape[0 if layer.magnitude_axis == "out" else 1] = -1
+                tensors[f"{key}.dora_scale"] = layer.magnitude.reshape(shape)
+        return tensors, None
+
+    def prefix(self, name: str) -> str:
+        return "lycoris"
+
+    def _check_names(self, adapter: Adapter, writing: Writing) -> None:
+        """Two names that underscores make one cannot be written."""
+        seen: dict[str, str] = {}
+        for name in adapter.layers:
+            other = seen.setdefault(name.replace(".", "_"), name)
+            if other != name:
+                raise writing.refuse(name, f"with underscores for dots it has the same name as {other}")
+
+
+class Kohya(Lycoris):
+    name = "kohya"
+
+    def prefix(self, name: str) -> str:
+        """sd-scripts': the text encoder's modules lie in ``text_model``, all others are the U-Net's."""
+        return "lora_te" if name.startswith("text_model.") else "lora_unet"

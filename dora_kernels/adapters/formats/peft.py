@@ -1,0 +1,135 @@
+"""Hugging Face PEFT's adapters: src/peft/utils/save_and_load.py, tuners/lora/layer.py, dora.py and config.py.
+
+Keys ``base_model.model.<name>.lora_A.weight`` ``[r, in]``, ``.lora_B.weight`` ``[out, r]``, ``.lora_magnitude_vector``
+``[out]``; convolutions with A ``[r, in, *kernel]``, B ``[out, r / groups, 1, ...]`` and m ``[1, out, 1, ...]``;
+embeddings with ``lora_embedding_A`` ``[r, vocabulary]``, ``lora_embedding_B`` ``[dimension, r]`` and m ``[dimension]``.
+Scaling ``lora_alpha / r``, with ``use_rslora`` ``lora_alpha / sqrt(r)``, both by layer through ``rank_pattern`` and
+``alpha_pattern``. Norm per output (channel, embedding dimension) of ``W + scaling * B @ A``, detached; no eps.
+torchtune's recipes write such files, too, without ``use_dora`` in the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dora_kernels.adapters.formats.base import Format, Parts
+from dora_kernels.adapters.formats.names import targets, whole
+from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.reading import Reading
+from dora_kernels.adapters.writing import Layers, Writing
+
+_PREFIX = "base_model.model."
+
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Starts of lora_A and lora_B that take them off the base weight: the file is of another weight than the model's."""
+
+
+class Peft(Format):
+    name = "peft"
+    weights = "adapter_model.safetensors"
+    key = re.compile(
+        r"(?:base_model\.model\.)?(?P<module>.+)\."
+        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
+    )
+    parts: ClassVar = {
+        "lora_A": "lora_A",
+        "lora_B": "lora_B",
+        "lora_embedding_A": "lora_A",
+        "lora_embedding_B": "lora_B",
+        "lora_magnitude_vector": "magnitude",
+    }
+
+    def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
+        return config.get("peft_type", "LORA") == "LORA" and super().matches(keys, config)
+
+    def read(self, reading: Reading) -> dict[str, AdapterLayer]:
+        config = reading.config
+        where = reading.config_file
+        for name, harmless in (("lora_bias", False), ("layer_replication", None), ("target_parameters", None)):
+            if config.get(name, harmless) not in (harmless, None, [], ()):
+                raise ValueError(f"{where}: {name}={config[name]!r} is not supported")
+        start = config.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+            raise ValueError(
+                f"{where}: init_lora_weights={start!r} changes the base weights; save the adapter with PEFT's "
+                "path_initial_model_for_weight_conversion, which makes it one of the original weights"
+            )
+        layers = super().read(reading)
+        plain = next((name for name, layer in layers.items() if layer.magnitude is None), None)
+        use_dora = config.get("use_dora")
+        if use_dora and plain is not None:
+            raise reading.error(f"{plain} has no lora_magnitude_vector, and {where} says use_dora")
+        if not use_dora and plain is None and layers:
+            if use_dora is not None:
+                raise reading.error(f"it has magnitudes, and {where} says use_dora={use_dora!r}")
+            reading.notes.append("DoRA, for there are magnitudes; no configuration says use_dora")
+        return layers
+
+    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        embedding = "lora_embedding_" in parts["lora_A"]
+        if embedding != ("lora_embedding_" in parts["lora_B"]):
+            raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} are of layers of two kinds")
+        kind = "embedding" if embedding else {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
+        magnitude, axis = None, "out"
+        if "magnitude" in parts:
+            if a.dim() < 2 or b.dim() < 2:
+                raise reading.error(f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors")
+            key = parts["magnitude"]
+            magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
+        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, module, a), axis)
+
+    def _scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
+        if reading.scaling is not None:
+            return reading.scaling
+        config = reading.config
+        rank = reading.number({"r": self._by_pattern(reading, "rank_pattern", module, config.get("r"))}, "r")
+        alpha = self._by_pattern(reading, "alpha_pattern", module, config.get("lora_alpha"))
+        if rank != lora_A.shape[0] or rank < 1:
+            raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
+        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+        return reading.number({"lora_alpha": alpha}, "lora_alpha") / divisor
+
+    @staticmethod
+    def _by_pattern(reading: Reading, name: str, module: str, default: Any) -> Any:
+        """The value for a module: that of the first pattern that matches the end of its name, as PEFT does."""
+        patterns = reading.config.get(name) or {}
+        try:
+            return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+        except (AttributeError, re.error) as error:
+            raise ValueError(f"{reading.config_file}: {name}: expected names or regular expressions: {error}") from error
+
+    def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d"), ("out",))
+        layers = writing.without_eps(writing.fitting(adapter.layers, axes, grouped=True))
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            a, b = ("embedding_A", "embedding_B") if layer.kind == "embedding" else ("A.weight", "B.weight")
+            tensors[f"{_PREFIX}{name}.lora_{a}"] = layer.lora_A
+            tensors[f"{_PREFIX}{name}.lora_{b}"] = layer.lora_B
+            if layer.magnitude is not None:
+                shape = (1, -1, *(1 for _ in layer.lora_B.shape[2:])) if layer.kind.startswith("conv") else (-1,)
+                tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+        return tensors, self._configuration(layers, str(adapter.config.get("base_model_name_or_path") or "") or None)
+
+    @staticmethod
+    def _configuration(layers: Layers, base: str | None) -> dict[str, Any]:
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
+        return {
+            "peft_type": "LORA", "use_dora": all(layer.magnitude is not None for layer in layers.values()),
+            "r": rank, "lora_alpha": whole(alpha), "target_modules": targets(layers),
+            "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+            "alpha_pattern": {f"^{re.escape(name)}": whole(a) for name, a in alphas.items() if a != alpha},
+            "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+            "init_lora_weights": True, "modules_to_save": None, "inference_mode": True, "task_type": None,
+            "base_model_name_or_path": base,
+        }  # fmt: skip

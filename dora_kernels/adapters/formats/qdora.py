@@ -1,0 +1,42 @@
+"""AnswerDotAI's QDoRA: fsdp_qlora, scripts/dora.py, train.py and scripts/prepare_vllm_weights.py.
+
+Keys ``<name>.dora_layer.lora_A.weight`` ``[r, in]``, ``<name>.dora_layer.lora_B.weight`` ``[out, r]``,
+``<name>.magnitude_layer.magnitude`` ``[out]`` in one file, ``model_state_dict.safetensors``, that may hold trained
+layer norms too. No scaling (``lora_alpha`` is not used): 1. Norm per output of ``W + B @ A``, detached, W being the
+dequantised weight that was trained on; no eps.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dora_kernels.adapters.formats.linear import LinearFormat
+from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.reading import Reading
+from dora_kernels.adapters.writing import Writing
+
+
+class QDoRA(LinearFormat):
+    name = "qdora"
+    weights = "model_state_dict.safetensors"
+    configured = False
+    key = re.compile(r"(?P<module>.+)\.(?P<part>dora_layer\.lora_[AB]\.weight|magnitude_layer\.magnitude)")
+    parts: ClassVar = {
+        "dora_layer.lora_A.weight": "lora_A",
+        "dora_layer.lora_B.weight": "lora_B",
+        "magnitude_layer.magnitude": "magnitude",
+    }
+    called: ClassVar = {part: name for name, part in parts.items()}
+
+    def scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
+        return reading.scaled(1.0)
+
+    def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:
+        layers = writing.without_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=False))
+        return writing.one_scaling(layers, 1.0)[0], {}
+
+    def configuration(self, names: list[str], numbers: dict[str, Any]) -> None:
+        return None

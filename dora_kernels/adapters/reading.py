@@ -1,0 +1,140 @@
+"""A file on its way to an adapter: what it holds, what the caller said about it, and what was decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dora_kernels import files
+from dora_kernels.adapters.bases import Base, axis_by_norms
+from dora_kernels.adapters.layers import AdapterLayer, problem_of
+
+UNDECIDED = "undecided"
+
+
+@dataclass
+class Reading:
+    """What a format reads from.
+
+    Attributes:
+        file, tensors: the safetensors file and all that is in it.
+        config_file, config: the configuration beside it, and what it says; None and empty without one.
+        bases: the base model's layers, None where no model was given.
+        magnitude_axis, scaling: what the caller insists on: "auto" and None are nothing.
+        notes: what was decided and why.
+    """
+
+    file: Path
+    tensors: Mapping[str, Tensor]
+    config_file: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    bases: dict[str, Base] | None = None
+    magnitude_axis: str = "auto"
+    scaling: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def error(self, text: str) -> ValueError:
+        return ValueError(f"{self.file}: {text}")
+
+    def number(self, config: Mapping[str, Any], *names: str) -> float:
+        """A finite number of the configuration, under the last of `names` in the objects the others name.
+
+        Raises:
+            ValueError: it is not there, or none.
+        """
+        value: Any = config
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
+            where = self.file.with_name("adapter_config.json") if self.config_file is None else self.config_file
+            said = f"expected a number, got {value!r}" if self.config_file else "no such file"
+            raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
+        return float(value)
+
+    def scaled(self, read: float) -> float:
+        """The scaling of a layer: the caller's, or the one that was read."""
+        return read if self.scaling is None else self.scaling
+
+    def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
+        """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.
+
+        `fixed` is the axis that the format knows no other than.
+        """
+        if tensor.numel() != max(tensor.shape, default=0):
+            raise self.error(f"{key} {list(tensor.shape)}: expected one long dimension")
+        lengths = {"in": features[0], "out": features[1]}
+        fitting = [axis for axis in ("out", "in") if lengths[axis] == tensor.numel()]
+        asked = fixed if self.magnitude_axis == "auto" else self.magnitude_axis
+        if not fitting or (asked is not None and asked not in fitting):
+            along = f"axis {asked!r}" if asked else "a magnitude"
+            wanted = " or ".join(str(lengths[axis]) for axis in ([asked] if asked else ["out", "in"]))
+            hint = f"; magnitude_axis={fitting[0]!r} would fit" if fitting else ""
+            raise self.error(f"{key} {list(tensor.shape)}: {along} asks for {wanted} values{hint}")
+        axis = asked or (fitting[0] if len(fitting) == 1 else UNDECIDED)
+        return tensor.reshape(-1), axis
+
+    def decide(self, layers: dict[str, AdapterLayer]) -> dict[str, AdapterLayer]:
+        """`layers` with the axes that no shape has decided decided: by the file's other layers, or the base weights.
+
+        Raises:
+            ValueError: nothing decides, or base weights contradict each other; it asks for ``magnitude_axis=``.
+        """
+        undecided = {name: layer for name, layer in layers.items() if layer.magnitude_axis == UNDECIDED}
+        if not undecided:
+            return layers
+        known = {layer.magnitude_axis for name, layer in layers.items() if name not in undecided and _decides(layer)}
+        if len(known) == 1:
+            axis = known.pop()
+            self.notes.append(f"magnitude_axis of {_some(undecided)}: {axis!r}, as that of the layers that are not square")
+        else:
+            axis = self._by_norms(undecided)
+        return {name: replace(layer, magnitude_axis=axis) if name in undecided else layer
+                for name, layer in layers.items()}  # fmt: skip
+
+    def _by_norms(self, undecided: dict[str, AdapterLayer]) -> str:
+        found = {}
+        for name, layer in undecided.items():
+            base = (self.bases or {}).get(name)
+            if base is not None and base.fits(layer) and (near := axis_by_norms(layer, base)) is not None:
+                found[name] = near
+        axes = {axis for axis, *_ in found.values()}
+        if len(axes) != 1:
+            reason = ("no model was given to compare its norms" if not self.bases else
+                      "the model's weights say both" if axes else "the model's weights do not tell")  # fmt: skip
+            raise self.error(
+                f"the magnitude of {_some(undecided)} has as many values as the layer inputs and outputs, and {reason}: "
+                "pass magnitude_axis='out' or 'in'"
+            )
+        axis = axes.pop()
+        near, far = (sum(distance[i] for distance in found.values()) / len(found) for i in (1, 2))
+        self.notes.append(
+            f"magnitude_axis of {_some(undecided)}: {axis!r}, for the magnitude is {near:.1%} from that norm of the "
+            f"adapted weight and {far:.1%} from the other"
+        )
+        return axis
+
+    def check(self, label: str, layer: AdapterLayer) -> None:
+        """ValueError where a layer's tensors do not belong together."""
+        if problem := problem_of(layer):
+            raise self.error(f"{label}: {problem}")
+        if not math.isfinite(layer.scaling):
+            raise self.error(f"{label}: scaling {layer.scaling} is not finite")
+
+    def check_tensor(self, key: str) -> Tensor:
+        files.check_tensor(self.file, key, self.tensors[key])
+        return self.tensors[key]
+
+
+def _decides(layer: AdapterLayer) -> bool:
+    return layer.magnitude is not None and layer.features[0] != layer.features[1]
+
+
+def _some(layers: Mapping[str, Any]) -> str:
+    """The first layer's name and how many more there are."""
+    first, *others = layers
+    return f"{first} and {len(others)} more" if others else first

@@ -1,0 +1,117 @@
+"""Fitting an adapter to what a format can express: folded in where the mathematics allows, refused where not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels.adapters.layers import AdapterLayer, problem_of
+
+SMALL_EPS = 1e-6
+"""An eps that is left out where a format has none: it moves the layer by at most eps / norm, float32's rounding."""
+
+Layers = dict[str, AdapterLayer]
+
+
+@dataclass
+class Writing:
+    """What a format writes with: refusals that name the layer, and notes of what was folded."""
+
+    format: str
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, name: str, reason: str) -> ValueError:
+        return ValueError(f"{name} cannot be written as {self.format!r}: {reason}")
+
+    def fitting(
+        self,
+        layers: Mapping[str, AdapterLayer],
+        axes: Mapping[str, Collection[str]],
+        *,
+        plain: bool = True,
+        grouped: bool = False,
+    ) -> Layers:
+        """`layers`, checked: their kinds among the keys of `axes`, their magnitudes along an axis named there.
+
+        `plain` says whether the format has plain LoRA too, `grouped` whether convolutions may have groups.
+
+        Raises:
+            ValueError: a layer does not fit.
+        """
+        for name, layer in layers.items():
+            if problem := problem_of(layer):
+                raise self.refuse(name, problem)
+            if layer.kind not in axes:
+                raise self.refuse(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
+            if layer.magnitude is not None and layer.magnitude_axis not in axes[layer.kind]:
+                has = " or ".join(map(repr, axes[layer.kind]))
+                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for a "
+                                        f"{layer.kind}, and no factors turn one into the other")  # fmt: skip
+            if not grouped and layer.lora_B.dim() > 2 and layer.lora_B.shape[1] != layer.rank:
+                raise self.refuse(name, "a convolution with groups has another low-rank product there")
+        without = [name for name, layer in layers.items() if layer.magnitude is None]
+        if without and len(without) < len(layers):
+            raise self.refuse(without[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")
+        if without and not plain:
+            raise self.refuse(without[0], "it has no magnitude (plain LoRA), and the format is of DoRA alone")
+        return dict(layers)
+
+    def without_eps(self, layers: Layers) -> Layers:
+        """`layers` for a format that adds nothing to the norm."""
+        eps = {layer.eps for layer in layers.values() if layer.magnitude is not None} - {0.0}
+        for name, layer in layers.items():
+            if layer.eps > SMALL_EPS and layer.magnitude is not None:
+                raise self.refuse(name, f"its eps {layer.eps:g} is added to the norm, and the format adds none")
+        if eps:
+            self.notes.append(f"eps {max(eps):g} was left out: layers move by at most eps / norm, float32's rounding")
+        return {name: replace(layer, eps=0.0) for name, layer in layers.items()}
+
+    def one_scaling(self, layers: Layers, scaling: float | None = None) -> tuple[Layers, float]:
+        """`layers` with a common scaling: the one given, or the commonest, the others' folded into lora_B."""
+        if scaling is None:
+            scaling = Counter(layer.scaling for layer in layers.values()).most_common(1)[0][0] or 1.0
+        folded = {name: self._fold(layer, scaling) for name, layer in layers.items()}
+        changed = sum(folded[name] is not layer for name, layer in layers.items())
+        if changed:
+            widened = sum(folded[name].lora_B.dtype != layer.lora_B.dtype for name, layer in layers.items())
+            text = f"the scaling of {changed} of {len(layers)} layers was folded into lora_B: the format has {scaling:g}"
+            self.notes.append(text + (f" for all; {widened} lora_B are float32 for it" if widened else " for all"))
+        return folded, scaling
+
+    def one_rank(self, layers: Layers) -> tuple[Layers, int]:
+        """`layers` with a common rank, the highest, the others' factors padded with zeros."""
+        rank = max(layer.rank for layer in layers.values())
+        padded = {name: _pad(layer, rank) for name, layer in layers.items()}
+        changed = sum(padded[name] is not layer for name, layer in layers.items())
+        if changed:
+            self.notes.append(f"{changed} of {len(layers)} layers were padded with zeros to the rank {rank}, the only one")
+        return padded, rank
+
+    def _fold(self, layer: AdapterLayer, scaling: float) -> AdapterLayer:
+        if layer.scaling == scaling:
+            return layer
+        return replace(layer, lora_B=_times(layer.lora_B, layer.scaling / scaling), scaling=scaling)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """``factor * tensor`` in the tensor's dtype where that is exact (a power of two), else in float32."""
+    product = tensor.double() * factor
+    same = product.to(tensor.dtype)
+    return same if torch.equal(same.double(), product) else product.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _pad(layer: AdapterLayer, rank: int) -> AdapterLayer:
+    more = rank - layer.rank
+    if not more:
+        return layer
+    after = (0, 0) * (layer.lora_A.dim() - 1)
+    return replace(
+        layer,
+        lora_A=F.pad(layer.lora_A, (*after, 0, more)),
+        lora_B=F.pad(layer.lora_B, (*after[:-2], 0, more)),
+    )

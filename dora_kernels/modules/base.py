@@ -1,0 +1,304 @@
+"""What every adapted layer has: a frozen base layer, two factors, merging, a strength, a state under PEFT's names."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import validation
+from dora_kernels.functional import dora_weight_norm, merge_dora
+from dora_kernels.norm_cache import NormCache
+from dora_kernels.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen `base_layer` and an adapter of its weight: the base class of every layer here.
+
+    A kind of layer says how its tensors are the linear problem of docs/math.md (`_problem`) and what its forward is
+    (`_adapted`); the rest is written once, for the problem.
+
+    Attributes:
+        base_layer: the layer that is adapted, frozen.
+        rank, alpha, use_rslora, scaling: the low-rank product is scaled by ``alpha / rank`` or ``alpha / sqrt(rank)``.
+        dropout: on the input of the low-rank branch.
+        backend: as `dora_linear`.
+    """
+
+    base_layer: Any
+    dropout: nn.Dropout
+    rank: int
+    alpha: float
+    scaling: float
+    use_rslora: bool
+    backend: str
+    magnitude_axis: str = "out"
+    state_names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
+    """The adapter's tensors in a state dict, as PEFT names them."""
+
+    def _set_up(
+        self,
+        base_layer: nn.Module,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        backend: str = "auto",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
+        _check_options(rank, alpha, dropout, backend)
+        divisor = math.sqrt(rank) if use_rslora else rank
+        self.rank = rank
+        self.alpha = float(divisor if alpha is None else alpha)
+        self.use_rslora = use_rslora
+        self.scaling = self.alpha / divisor
+        validation.check_scaling(self.scaling)
+        self.backend = backend
+        self._strength = 1.0
+        self.base_layer = base_layer.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout)
+        self._unmerged: Tensor | None = None
+        self._register_state_dict_hook(_save_unmerged)
+        weight = self.base_layer.weight
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        return {"device": weight.device, "dtype": adapter_dtype}
+
+    @classmethod
+    def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
+        """Adapt an existing layer, which becomes the base layer (shared, not copied) and is frozen.
+
+        `options` are the class's own.
+
+        Raises:
+            TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
+            ValueError: an option out of range, or a base layer with settings that cannot be adapted.
+        """
+        raise NotImplementedError
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B, shaped as PEFT stores them."""
+        raise NotImplementedError
+
+    def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The base weight as ``[N, K]``, A as ``[r, K]``, B as ``[N, r]``: views where the memory allows."""
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """The layer's output at strength 1."""
+        raise NotImplementedError
+
+    def _reset_factors(self) -> None:
+        raise NotImplementedError
+
+    def _write(self, merged: Tensor) -> None:
+        """Write a weight ``[N, K]`` into the base layer."""
+        self.base_layer.weight.copy_(merged)
+
+    def _merge_arguments(self) -> dict[str, Any]:
+        """What `merge_dora` is told beside the problem."""
+        return {"magnitude": None, "scaling": self.scaling, "backend": self.backend}
+
+    def reset_adapter(self) -> None:
+        """Set the adapter to its start, at which the layer equals its base layer."""
+        self._reset_factors()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base layer's weight holds the adapter at present."""
+        return self._unmerged is not None
+
+    @property
+    def strength(self) -> float:
+        """``y = base + strength * (adapted - base)``: 0 is the base layer bit for bit, 1 the adapter as it is.
+
+        Merging takes it along; it is no part of the state.
+
+        Raises:
+            TypeError, ValueError: when set to something that is no finite number, or while the layer is merged.
+        """
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"strength: expected a number, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"strength: expected a finite number, got {value}")
+        if self.merged:
+            raise ValueError("strength: the layer is merged, with the strength it had; call unmerge() before")
+        self._strength = float(value)
+
+    def _merged_weight(self, rounding: str, seed: int) -> Tensor:
+        if rounding != "nearest":
+            raise ValueError(f"rounding: expected 'nearest', got {rounding!r}")
+        weight, lora_A, lora_B = self._problem()
+        if self.strength == 1.0:
+            return merge_dora(weight, lora_A, lora_B, **self._merge_arguments())
+        wide = weight.to(accumulation_dtype(weight))
+        merged = merge_dora(wide, lora_A, lora_B, **self._merge_arguments())
+        return torch.lerp(wide, merged, self.strength).to(weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, rounding: str = "nearest", seed: int = 0) -> None:
+        """Write the adapted weight into the base layer, keeping the original on the CPU for `unmerge`.
+
+        Args:
+            rounding, seed: as `merge_dora`.
+        """
+        if self.merged:
+            warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
+            return
+        merged = self._merged_weight(rounding, seed)
+        self._unmerged = self.base_layer.weight.detach().to("cpu", copy=True)
+        self._write(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base layer's original weight back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("the layer is not merged: nothing to do", stacklevel=3)
+            return
+        self.base_layer.weight.copy_(self._unmerged)
+        self._unmerged = None
+
+    def _check_input(self, x: Tensor) -> None:
+        """Before anything is computed; what the base layer checks itself needs no check here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base layer's.
+
+        Raises:
+            TypeError, ValueError: x is nothing that the base layer takes.
+        """
+        self._check_input(x)
+        if self.merged or self._strength == 0.0:
+            y: Tensor = self.base_layer(x)
+            return y
+        y = self._adapted(x)
+        return y if self._strength == 1.0 else torch.lerp(self.base_layer(x).to(y.dtype), y, self._strength)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise RuntimeError("the layer is merged: call unmerge() before loading a state dict into it")
+        for name in self.state_names:  # with an adapter's name in it, as a PEFT model has it
+            root = f"{prefix}{name.removesuffix('.weight')}."
+            named = [key for key in state_dict if key.startswith(root) and not key.endswith(".bias")]
+            if f"{prefix}{name}" not in state_dict and len(named) == 1:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(named[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        text = f"rank={self.rank}, scaling={self.scaling:g}"
+        if self.use_rslora:
+            text += ", use_rslora=True"
+        if self.backend != "auto":
+            text += f", backend={self.backend!r}"
+        if self._strength != 1.0:
+            text += f", strength={self._strength:g}"
+        return text + (", merged" if self.merged else "")
+
+
+class DoRALayer(AdaptedLayer):
+    """An `AdaptedLayer` with a magnitude, ``lora_magnitude_vector`` in PEFT's shape, also under the name `magnitude`.
+
+    It starts as the norm of the adapted weight (plus eps), exact to float32, so that a new layer equals its base layer.
+
+    The norm is kept between calls while nothing it depends on changes; `dora_kernels.invalidate(layer)` after
+    writing weights in a way that PyTorch cannot see.
+
+    Attributes:
+        magnitude_axis: "out" or "in": which dimension of the weight has a magnitude each.
+        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        eps: added to the norm, ``g = magnitude / (norm + eps)``.
+    """
+
+    lora_magnitude_vector: nn.Parameter
+    detach_norm: bool
+    eps: float
+
+    def _set_up_magnitude(self, magnitude_axis: str, detach_norm: bool, eps: float, dtype: torch.dtype) -> None:
+        self.magnitude_axis = magnitude_axis
+        self.detach_norm = bool(detach_norm)
+        self.eps = float(eps)
+        self._norm_cache = NormCache()
+        shape = self._magnitude_shape()
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.base_layer.weight.device))
+        self._reset_magnitude()
+
+    state_names = (*AdaptedLayer.state_names, "lora_magnitude_vector")
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The magnitude as a vector; where PEFT's shape is one, the parameter itself."""
+        return self.lora_magnitude_vector
+
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        weight = self._problem()[0]
+        return (weight.shape[0 if self.magnitude_axis == "out" else 1],)
+
+    def _weight_norm(self) -> Tensor:
+        """The norm that belongs to the magnitude, a vector."""
+        return dora_weight_norm(
+            *self._problem(), scaling=self.scaling, magnitude_axis=self.magnitude_axis, backend=self.backend
+        )
+
+    def reset_adapter(self) -> None:
+        """Set the adapter to its start, at which the layer equals its base layer."""
+        super().reset_adapter()
+        self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        magnitude = self.lora_magnitude_vector
+        if not magnitude.is_meta:
+            magnitude.copy_((self._weight_norm() + self.eps).view(magnitude.shape))
+
+    def _merge_arguments(self) -> dict[str, Any]:
+        return {
+            **super()._merge_arguments(),
+            "magnitude": self.magnitude,
+            "magnitude_axis": self.magnitude_axis,
+            "eps": self.eps,
+        }
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, magnitude_axis={self.magnitude_axis!r}, detach_norm={self.detach_norm}"
+        return f"{text}, eps={self.eps:g}" if self.eps else text
+
+
+def check_dora_options(magnitude_axis: Any, eps: Any) -> None:
+    """Before a base layer is frozen for them."""
+    validation.check_axis(magnitude_axis)
+    validation.check_eps(eps)
+
+
+def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict holds the base weight without the adapter, which it holds as well."""
+    key = f"{prefix}base_layer.weight"
+    if layer._unmerged is not None and key in state_dict:
+        state_dict[key] = layer._unmerged
+
+
+def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    validation.check_backend(backend)

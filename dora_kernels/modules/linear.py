@@ -1,0 +1,185 @@
+"""Linear layers with an adapter: `LoRALinear` and `DoRALinear`, on `nn.Linear` and GPT-2's `Conv1D`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels import validation
+from dora_kernels.functional import layer_scale, run_layer
+from dora_kernels.modules.base import AdaptedLayer, DoRALayer, check_dora_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether it is GPT-2's layer, looked up by name: transformers need not be there."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+class LoRALinear(AdaptedLayer):
+    """``y = base_layer(x) + scaling * lora_B(lora_A(dropout(x)))``: a linear layer with a low-rank adapter.
+
+    The base layer is frozen; lora_A starts as PEFT's (Kaiming uniform), lora_B at zero. Parameters are named as in a
+    PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``; names with an
+    adapter's name in them (``lora_A.default.weight``) load as well.
+
+    The layer runs as one function, so hooks on the modules inside it do not fire. It has no `weight` of its own: code
+    that reads a linear layer's weight, as `nn.TransformerEncoderLayer` in evaluation does, would leave out the adapter.
+
+    Args:
+        in_features, out_features, bias: of the base layer.
+        rank: at least 1.
+        alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`.
+            None: scaling 1.
+        dropout: probability, on the input of the low-rank branch only, in training.
+        backend: as `dora_linear`.
+        device, dtype: of the base layer.
+        base_layer: an existing layer to adapt, instead of a new one (`from_linear`).
+        adapter_dtype: of the adapter; None takes float32 under a 16-bit base layer, as PEFT does, else `dtype`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range.
+    """
+
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        base_layer: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if base_layer is None:
+            base_layer = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        factory = self._set_up(base_layer, rank=rank, **options)
+        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, rank, bias=False, **factory)
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, out_features, bias=False, **factory)
+        self._reset_factors()
+
+    @classmethod
+    def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
+        """Adapt an `nn.Linear` or GPT-2's `Conv1D`, which becomes the base layer (shared, not copied) and is frozen.
+
+        `options` are the class's own: alpha, dropout, use_rslora, backend, adapter_dtype, and for `DoRALinear`
+        magnitude_axis, detach_norm and eps.
+        """
+        if type(base) is not nn.Linear and not is_conv1d(base):
+            kind = type(base).__name__
+            raise TypeError(f"linear: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
+        weight: Any = base.weight
+        out_features, in_features = weight.shape if type(base) is nn.Linear else reversed(weight.shape)
+        layer = cls(in_features, out_features, base.bias is not None, rank=rank, base_layer=base, **options)
+        return layer.train(base.training)
+
+    from_linear = from_base
+
+    def _reset_factors(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.out_features
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``[rank, in_features]`` and B ``[out_features, rank]``."""
+        return self.lora_A.weight, self.lora_B.weight
+
+    def _weight(self) -> Tensor:
+        """``[out_features, in_features]``: Conv1D stores it transposed."""
+        weight: Tensor = self.base_layer.weight
+        return weight if type(self.base_layer) is nn.Linear else weight.t()
+
+    def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._weight(), self.lora_A.weight, self.lora_B.weight
+
+    def _write(self, merged: Tensor) -> None:
+        self._weight().copy_(merged)
+
+    def _check_input(self, x: Tensor) -> None:
+        validation.check_features(x, self.in_features)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.training and self.dropout.p > 0.0:
+            return self._sum(x, self.dropout(x))
+        return run_layer(x, *self._problem(), None, self.base_layer.bias, self.scaling, "out", True, None, self.backend)
+
+    def _sum(self, x: Tensor, dropped: Tensor, g: Tensor | None = None) -> Tensor:
+        """``g * (W x + scaling * B A dropped) + bias``, in the base product's dtype: x's, or autocast's."""
+        base = F.linear(x, self._weight().to(x.dtype))
+        y = base + self.scaling * self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype)))
+        if g is not None:
+            y = y * g
+        bias = self.base_layer.bias
+        return (y if bias is None else y + bias).to(base.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+
+class DoRALinear(DoRALayer, LoRALinear):
+    """A linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``, as `dora_linear`.
+
+    As `LoRALinear`, with a magnitude, ``lora_magnitude_vector`` (also under the name `magnitude`), that starts as the
+    norm of ``V = weight + scaling * lora_B @ lora_A``, exact to float32, so that a new layer equals its base layer.
+    Dropout is applied to the low-rank branch only, ``g * (W x + scaling * B A dropout(x)) + bias`` (torchtune's form;
+    PEFT's also drops part of the base product).
+
+    Args:
+        magnitude_axis: "out", a magnitude per output feature, or "in", per input feature.
+        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        eps: added to the norm.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int,
+        magnitude_axis: str = "out",
+        detach_norm: bool = True,
+        eps: float = 0.0,
+        **options: Any,
+    ) -> None:
+        check_dora_options(magnitude_axis, eps)
+        super().__init__(in_features, out_features, bias, rank=rank, **options)
+        self._set_up_magnitude(magnitude_axis, detach_norm, eps, self.lora_A.weight.dtype)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        problem = self._problem()
+        if not (self.training and self.dropout.p > 0.0):
+            return run_layer(
+                x, *problem, self.lora_magnitude_vector, self.base_layer.bias, self.scaling, self.magnitude_axis,
+                self.detach_norm, None, self.backend, self._norm_cache, self.training, self.eps,
+            )  # fmt: skip
+        g = layer_scale(
+            *problem, self.lora_magnitude_vector, self.scaling, self.magnitude_axis,
+            self.detach_norm, self.backend, self._norm_cache, self.training, self.eps,
+        )  # fmt: skip
+        dropped = self.dropout(x)
+        if self.magnitude_axis == "out":
+            return self._sum(x, dropped, g)
+        return self._sum((x * g).to(x.dtype), (dropped * g).to(x.dtype))
