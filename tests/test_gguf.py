@@ -13,16 +13,26 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft_models import move_adapter
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM  # isort: skip
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM  # isort: skip
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from dora_kernels import merge_dora
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.gguf import DTYPES, as_lora, export_adapter, export_model, read_adapter, tokenizer
 from dora_kernels.gguf.layout import Layout
 
-# Grouped queries, so that q and k have different numbers of heads; heads of 16, so that the order of their rows matters.
+# Grouped queries: q and k have different numbers of heads. Heads of 16, so that the order of their rows matters.
 SIZES = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -106,7 +116,7 @@ def test_quantized_as_the_package_quantizes(dtype, tmp_path):
             parameter.data = torch.from_numpy(gguf.dequantize(gguf.quantize(parameter.detach().numpy(), kind), kind))
         assert torch.equal(found.get_parameter(name), parameter), name
     assert_same_function(found, model)
-    assert 0 < (logits(found) - before).abs().max()
+    assert (logits(found) - before).abs().max() > 0
 
 
 def test_rows_that_no_block_divides_stay_float16(tmp_path):
@@ -126,7 +136,8 @@ def test_scaled_rotary_embedding_as_factors(tmp_path):
     export_model(model, tmp_path / "m.gguf")
     factors = next(t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight")
     plain = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
-    torch.testing.assert_close(plain / torch.tensor(factors), model.model.rotary_emb.inv_freq.double(), rtol=1e-6, atol=0)
+    wanted = model.model.rotary_emb.inv_freq.double()
+    torch.testing.assert_close(plain / torch.tensor(factors), wanted, rtol=1e-6, atol=0)
     assert factors.max() == pytest.approx(4.0) and factors.min() == pytest.approx(1.0)
 
 
@@ -135,7 +146,7 @@ def test_what_is_refused(tmp_path):
     small = dict(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
     with pytest.raises(ValueError, match=r"model type 'gpt2' cannot .*: llama, mistral, qwen2"):
         export_model(GPT2LMHeadModel(GPT2Config(**small)), file)
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj .* still has an adapter; merge first: .*merge_and"):
+    with pytest.raises(ValueError, match=r"0.self_attn.q_proj .* still has an adapter; merge first: .*merge_and"):
         export_model(adapted(), file)
     model = random_model()
     with pytest.raises(ValueError, match=r"dtype='q3'; expected one of f32, f16"):
@@ -152,7 +163,7 @@ def test_what_is_refused(tmp_path):
 
     export_model(model, file)
     whole = file.read_bytes()
-    with pytest.raises(FileExistsError, match=r"m.gguf exists; force=True"):
+    with pytest.raises(FileExistsError, match=r"m.gguf: exists already; force=True"):
         export_model(model, file, dtype="f16")
     model.lm_head.weight.data[3, 4] = 1e6
     with pytest.raises(ValueError, match=r"output.weight has the value 1000000.0, which F16 cannot hold"):
@@ -236,7 +247,7 @@ def test_plain_lora_is_what_llama_cpp_reads(tmp_path):
     shapes = {tensor.name: list(tensor.shape) for tensor in reader.tensors}
     assert shapes["blk.1.attn_k.weight.lora_a"] == [64, 3] and shapes["blk.1.attn_k.weight.lora_b"] == [3, 32]
     plain.layers[names[1]] = layer(32, 64, magnitude=False, scaling=1.0)
-    with pytest.raises(ValueError, match=r"different alphas \(6 in .*q_proj, 3 in .*k_proj\).* as_lora"):
+    with pytest.raises(ValueError, match=r"different alphas \(6 in .*q_proj, 3 in .*k_proj\), a GGUF .* see as_lora"):
         export_adapter(plain, tmp_path / "b.gguf", base=random_model())
 
 
@@ -275,7 +286,7 @@ def test_adapters_that_are_refused(tmp_path):
         export_adapter(Adapter({}), tmp_path / "a.gguf", base=config)
     assert not list(tmp_path.iterdir())
     export_adapter(good, tmp_path / "a.gguf", base=config)
-    with pytest.raises(FileExistsError, match=r"a.gguf exists"):
+    with pytest.raises(FileExistsError, match=r"a.gguf: exists"):
         export_adapter(good, tmp_path / "a.gguf", base=config)
     whole = (tmp_path / "a.gguf").read_bytes()
     for length in (0, 3, 30, 200, len(whole) // 2, len(whole) - 300):
@@ -283,7 +294,7 @@ def test_adapters_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"cut.gguf"):
             read_adapter(tmp_path / "cut.gguf")
     export_model(random_model(), tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match=r"m.gguf holds a model, not an adapter"):
+    with pytest.raises(ValueError, match=r"m.gguf: holds a model, not an adapter"):
         read_adapter(tmp_path / "m.gguf")
 
 
@@ -291,7 +302,8 @@ def byte_level(*steps, ignore_merges=False):
     """A tokenizer that cuts text by `steps`, then merges bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<|bos|>", "<|eos|>", *alphabet, "th", "the", "Ġthe", "12"])}
-    backend = Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")], ignore_merges=ignore_merges))
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")

@@ -1,7 +1,7 @@
 """An adapter as a GGUF file, and back.
 
-llama.cpp knows LoRA: pairs of tensors ``<name>.lora_a`` and ``<name>.lora_b`` and one ``adapter.lora.alpha``. A magnitude
-rescales the rows of W, which no low-rank pair can, so a DoRA adapter carries it as ``<name>.dora_magnitude`` and names
+llama.cpp knows LoRA: pairs of tensors ``<name>.lora_a`` and ``<name>.lora_b`` and one ``adapter.lora.alpha``. A
+magnitude rescales W, which no low-rank pair can, so a DoRA adapter carries it as ``<name>.dora_magnitude`` and names
 itself "dora" in ``adapter.type``: llama.cpp refuses either. Merge it, or take `as_lora`, for llama.cpp.
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.adapters import Adapter, AdapterLayer, extract
+from dora_kernels.adapters.layers import problem_of
+from dora_kernels.files import as_path, check_tensor, replacing
 from dora_kernels.functional import merge_dora
-from dora_kernels.gguf.layout import Layout, replacing
+from dora_kernels.gguf.layout import Layout
 
 # Values of this package's own, one a layer, in the order of the first.
 MODULES = "adapter.dora.modules"
@@ -33,7 +36,9 @@ TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 def export_adapter(
     source: nn.Module | Adapter, path: str | os.PathLike[str], *, base: Any = None, force: bool = False
 ) -> None:
-    """Write an adapter as a GGUF file. `read_adapter` gives it back bit for bit; llama.cpp loads it if it is plain LoRA.
+    """Write an adapter as a GGUF file.
+
+    `read_adapter` gives it back bit for bit; llama.cpp loads it if it is plain LoRA.
 
     Args:
         source: an adapter, or a transformers model that has one.
@@ -52,29 +57,30 @@ def export_adapter(
     import gguf
 
     if isinstance(source, nn.Module):
-        from dora_kernels.adapters import extract
-
-        base, source = source if base is None else base, extract(source)
+        base, adapter = source if base is None else base, extract(source)
+    else:
+        adapter = source
     if base is None:
         raise TypeError("base: an Adapter does not say whose it is; give the base model or its configuration")
-    if not source.layers:
+    layers = adapter.layers
+    if not layers:
         raise ValueError("source: an adapter with no layers")
     layout = Layout.of(getattr(base, "config", base))
     tensors = {}
-    for module, name in _weight_names(layout, source.layers).items():
-        tensors.update(_to_file(layout, module, name, source.layers[module]))
-    plain = all(layer.magnitude is None for layer in source.layers.values())
-    with replacing(path, force) as temporary:
+    for module, name in _weight_names(layout, layers).items():
+        tensors.update(_to_file(layout, module, name, layers[module]))
+    plain = all(layer.magnitude is None for layer in layers.values())
+    with replacing(as_path(path), force=force) as (temporary,):
         writer = gguf.GGUFWriter(temporary, layout.architecture)
         try:
             writer.add_type("adapter")
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora" if plain else "dora")
             if plain:
-                writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _common_alpha(source.layers))
+                writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _common_alpha(layers))
             writer.add_block_count(layout.blocks)
             writer.add_head_count(layout.heads)
             writer.add_head_count_kv(layout.kv_heads)
-            _add_layers(writer, source.layers)
+            _add_layers(writer, layers)
             for name, tensor in tensors.items():
                 kind = gguf.GGMLQuantizationType[TYPES[tensor.dtype]]
                 writer.add_tensor(name, tensor.cpu().contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
@@ -90,36 +96,40 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         ImportError: the package `gguf` is missing.
+        FileNotFoundError: there is no such file.
         ValueError: not a GGUF file, cut short, without the values that `export_adapter` writes, or with tensors that
-            are missing, left over, or of another dtype than `TYPES`.
+            are missing, left over, of shapes that do not fit, not finite, or of another dtype than `TYPES`.
     """
     import gguf
 
+    file = as_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
     try:
-        reader = gguf.GGUFReader(path)
-    except FileNotFoundError:
-        raise
+        reader = gguf.GGUFReader(file)
     except Exception as error:  # whatever the bytes make of the package's reader
-        raise ValueError(f"path: {os.fspath(path)} cannot be read as GGUF: {error}") from error
+        raise ValueError(f"{file}: truncated, or no GGUF file: {error}") from error
 
     def value(key: str) -> Any:
         if key not in reader.fields:
-            raise ValueError(f"path: {os.fspath(path)} has no value {key}; only files of export_adapter are read")
+            raise ValueError(f"{file}: has no value {key}; only files that export_adapter wrote are read")
         return reader.fields[key].contents()
 
     if value("general.type") != "adapter":
-        raise ValueError(f"path: {os.fspath(path)} holds a {value('general.type')}, not an adapter")
+        raise ValueError(f"{file}: holds a {value('general.type')}, not an adapter")
     kind = value("general.architecture")
     keys = (f"{kind}.block_count", f"{kind}.attention.head_count", f"{kind}.attention.head_count_kv")
     layout = Layout(kind, *(value(key) for key in keys))
-    tensors = {tensor.name: _tensor(tensor) for tensor in reader.tensors}
+    tensors = {tensor.name: _tensor(file, tensor) for tensor in reader.tensors}
+    for name, tensor in tensors.items():
+        check_tensor(file, name, tensor)
     layers = {}
     names = _weight_names(layout, value(MODULES))
     for (module, name), scaling, axis, eps in zip(names.items(), value(SCALING), value(AXES), value(EPS)):
         found = [tensors.pop(name + part, None) for part in PARTS]
-        layers[module] = _from_file(layout, module, name, found, scaling, axis, eps)
+        layers[module] = _from_file(layout, f"{file}: {name}", name, found, scaling, axis, eps)
     if tensors:
-        raise ValueError(f"path: {os.fspath(path)} has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
+        raise ValueError(f"{file}: has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
     return Adapter(layers, format="gguf")
 
 
@@ -151,7 +161,8 @@ def as_lora(adapter: Adapter, base: nn.Module, rank: int) -> tuple[Adapter, dict
         wide = weight.double()
         factors = (layer.lora_A.double(), layer.lora_B.double())
         magnitude = None if layer.magnitude is None else layer.magnitude.double()
-        merged = merge_dora(wide, *factors, magnitude, scaling=layer.scaling, magnitude_axis=layer.magnitude_axis)
+        how = {"scaling": layer.scaling, "magnitude_axis": layer.magnitude_axis, "eps": layer.eps}
+        merged = merge_dora(wide, *factors, magnitude, **how)
         left, values, right = torch.linalg.svd((merged - wide).float(), full_matrices=False)
         root = values[:rank].sqrt()
         total = float(values.norm())
@@ -189,30 +200,30 @@ def _to_file(layout: Layout, module: str, name: str, layer: AdapterLayer) -> dic
 
 
 def _from_file(
-    layout: Layout, module: str, name: str, found: list[Tensor | None], scaling: float, axis: str, eps: float
+    layout: Layout, where: str, name: str, found: list[Tensor | None], scaling: float, axis: str, eps: float
 ) -> AdapterLayer:
     a, b, magnitude = found
     if a is None or b is None:
-        raise ValueError(f"adapter: layer {module} lacks the tensor {name}{PARTS[0 if a is None else 1]}")
+        raise ValueError(f"{where}{PARTS[0 if a is None else 1]} is missing")
     kind = "embedding" if name == "token_embd.weight" else "linear"
     if kind == "embedding":
         a = a.t().contiguous()
     if magnitude is not None and axis == "out":
         magnitude = layout.from_file(name, magnitude)
-    if a.shape[0] != b.shape[1]:
-        raise ValueError(f"adapter: layer {module} has the ranks {a.shape[0]} and {b.shape[1]} in its two factors")
-    return AdapterLayer(kind, a, layout.from_file(name, b), magnitude, scaling, axis, eps)
+    layer = AdapterLayer(kind, a, layout.from_file(name, b), magnitude, scaling, axis, eps)
+    problem = problem_of(layer)
+    if problem is not None:
+        raise ValueError(f"{where}: {problem}")
+    return layer
 
 
 def _common_alpha(layers: dict[str, AdapterLayer]) -> float:
     """What llama.cpp divides by the rank, in float32, to get every layer's scaling."""
     alphas = {round(layer.scaling * layer.rank, 6): name for name, layer in layers.items()}
     if len(alphas) > 1:
-        raise ValueError(
-            f"adapter: its layers need different alphas ({', '.join(f'{a:g} in {n}' for a, n in list(alphas.items())[:2])}"
-            "); a GGUF file has one. as_lora gives one that all share"
-        )
-    return next(iter(alphas), 0.0)
+        some = ", ".join(f"{alpha:g} in {name}" for alpha, name in list(alphas.items())[:2])
+        raise ValueError(f"adapter: layers need different alphas ({some}), a GGUF file has one; see as_lora")
+    return next(iter(alphas))
 
 
 def _add_layers(writer: Any, layers: dict[str, AdapterLayer]) -> None:
@@ -225,11 +236,12 @@ def _add_layers(writer: Any, layers: dict[str, AdapterLayer]) -> None:
     writer.add_key_value(EPS, [layer.eps for layer in layers.values()], gguf.GGUFValueType.ARRAY, double)
 
 
-def _tensor(entry: Any) -> Tensor:
+def _tensor(file: Path, entry: Any) -> Tensor:
     import numpy
 
     dtype = next((dtype for dtype, name in TYPES.items() if name == entry.tensor_type.name), None)
     if dtype is None:
-        raise ValueError(f"adapter: tensor {entry.name} is of type {entry.tensor_type.name}; expected {list(TYPES.values())}")
+        known = ", ".join(TYPES.values())
+        raise ValueError(f"{file}: {entry.name} is of type {entry.tensor_type.name}; expected one of {known}")
     raw = torch.from_numpy(numpy.array(entry.data).reshape(-1).view(numpy.uint8))
     return raw.view(dtype).reshape([int(size) for size in reversed(entry.shape)])

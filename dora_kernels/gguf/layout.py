@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-
 
 # transformers' model type -> GGUF's architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
@@ -68,20 +63,3 @@ class Layout:
         found = re.search(r"\.attn_([qk])\.", name)
         return {"q": self.heads, "k": self.kv_heads}[found[1]] if found else None
 
-
-@contextmanager
-def replacing(path: str | os.PathLike[str], force: bool) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, put in its place at the end; removed if that fails.
-
-    Raises:
-        FileExistsError: `path` exists, and `force` was not given.
-    """
-    final = Path(path)
-    if final.exists() and not force:
-        raise FileExistsError(f"path: {final} exists; force=True replaces it")
-    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.gguf.layout import INTERLEAVED, Layout, replacing
+from dora_kernels.files import as_path, replacing
+from dora_kernels.gguf.layout import INTERLEAVED, Layout
 from dora_kernels.gguf.tokenizer import add_tokenizer
 
 # GGUF's types of files and tensors that the `gguf` package can write.
@@ -63,7 +64,7 @@ def export_model(
     tensors = _named_tensors(model, layout)
     file_type, tensor_type = DTYPES[dtype]
     kinds = {name: _kind(tensor, gguf.GGMLQuantizationType[tensor_type]) for name, tensor in tensors.items()}
-    with replacing(path, force) as temporary:
+    with replacing(as_path(path), force=force) as (temporary,):
         writer = gguf.GGUFWriter(temporary, layout.architecture)
         try:
             _add_metadata(writer, model.config, layout, tensors["token_embd.weight"].shape[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-
 # How Llama 3 and Qwen 2 cut text; they differ in how many digits stay together.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,11 +41,13 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     if max(tokens) >= rows:
         raise ValueError(f"tokenizer: token {max(tokens)} has no row in the embedding, which has {rows}")
     added = {entry["id"]: entry["special"] for entry in state["added_tokens"]}
-    types = {index: gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED for index, special in added.items()}
+    special, user, unused, normal = (
+        gguf.TokenType[name] for name in ("CONTROL", "USER_DEFINED", "UNUSED", "NORMAL")
+    )
+    types = {index: special if is_special else user for index, is_special in added.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(rows)])
-    unused, normal = gguf.TokenType.UNUSED, gguf.TokenType.NORMAL
     writer.add_token_types([types.get(index, normal if index in tokens else unused) for index in range(rows)])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     for kind in ("bos", "eos", "unk", "pad"):
