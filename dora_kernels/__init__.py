@@ -1,5 +1,6 @@
 """DoRA (weight-decomposed low-rank adaptation) at the price of LoRA. See README.md."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dora_kernels.backends import UnsupportedError
@@ -8,34 +9,44 @@ from dora_kernels.modules import AdaptedLayer, DoRALinear, LoRALinear
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 if TYPE_CHECKING:
+    from dora_kernels.adapters import Adapter, AdapterLayer, attach, extract, load_adapter, read_adapter, save_adapter
     from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally, set_dora_strength
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedLayer",
+    "Adapter",
+    "AdapterLayer",
     "DoRALinear",
     "LoRALinear",
     "PatchHandle",
     "UnsupportedError",
+    "attach",
     "check_adapter",
     "dora_linear",
     "dora_weight_norm",
+    "extract",
     "invalidate",
+    "load_adapter",
     "merge_dora",
     "patch_peft",
     "patch_peft_globally",
+    "read_adapter",
+    "save_adapter",
     "set_dora_strength",
     "set_norm_reuse",
 ]
 
-_OF_PEFT = ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally", "set_dora_strength")
+# PEFT is optional and slow to import: only who asks for the patch loads it, and the file formats likewise.
+_LAZY = {
+    "adapters": ("Adapter", "AdapterLayer", "attach", "extract", "load_adapter", "read_adapter", "save_adapter"),
+    "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally", "set_dora_strength"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # PEFT is optional and slow to import: only who asks for the patch loads it.
-    if name in _OF_PEFT:
-        from dora_kernels import peft
-
-        return getattr(peft, name)
+    for package, names in _LAZY.items():
+        if name in names:
+            return getattr(importlib.import_module(f"dora_kernels.{package}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -115,6 +115,12 @@ LAYERS = [
     ["peft/refused"],
     ["peft/kinds"],
     ["peft/patch"],
+    ["adapters/layers", "adapters/underscores"],
+    ["adapters/bases"],
+    ["adapters/reading", "adapters/writing"],
+    ["adapters/formats", "adapters/attach"],
+    ["adapters/load"],
+    ["adapters/save"],
 ]
 
 
@@ -134,8 +140,8 @@ def imports_of(path):
 
 
 def module_of(parts):
-    """A module's name in `LAYERS`: kernels are one, the files of `modules` and `peft` are several."""
-    return "/".join(parts[:2] if parts[0] in ("modules", "peft") else parts[:1])
+    """A module's name in `LAYERS`: kernels are one, the files of `adapters`, `modules` and `peft` are several."""
+    return "/".join(parts[:2] if parts[0] in ("adapters", "modules", "peft") else parts[:1])
 
 
 def modules_imported(path):
@@ -158,6 +164,8 @@ def test_import_direction(path):
         return
     if path.stem == "__init__":
         return
+    if own.startswith("adapters/"):
+        assert not {module for module in imported if module.startswith("peft")}, "adapters stand beside peft"
     for module in imported - {own}:
         below = layer_of(module) < layer_of(own)
         at_the_end = layer_of(module) == layer_of(own) == len(LAYERS)

@@ -1,5 +1,18 @@
 """Adapter files of every published form, and what is in them."""
 
+from dora_kernels.adapters.attach import attach, extract
+from dora_kernels.adapters.formats import FORMATS
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.load import load_adapter, read_adapter
+from dora_kernels.adapters.save import save_adapter
 
-__all__ = ["Adapter", "AdapterLayer"]
+__all__ = [
+    "FORMATS",
+    "Adapter",
+    "AdapterLayer",
+    "attach",
+    "extract",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+]

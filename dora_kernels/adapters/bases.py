@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters.layers import AdapterLayer
@@ -57,6 +56,21 @@ def bases_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Base]:
     return {name: base for name, base in found.items() if base is not None}
 
 
+def check_fit(
+    layers: Mapping[str, AdapterLayer], bases: Mapping[str, Base], error: Callable[[str], ValueError]
+) -> None:
+    """Raise ``error(text)`` where the base model has not a layer of an adapter, or one of other sizes."""
+    for name, layer in layers.items():
+        base = bases.get(name)
+        if base is None:
+            raise error(f"{name}: the model has no such layer")
+        if not base.fits(layer):
+            raise error(
+                f"{name} is of a {layer.kind} with {layer.features[0]} inputs and {layer.features[1]} outputs, the "
+                f"model's is a {base.kind or 'tensor'} with {base.features[0]} and {base.features[1]}"
+            )
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by name, an adapted layer's base layer under the layer's own name; a shared one under each of its."""
     found: dict[str, nn.Module] = {}
@@ -104,8 +118,7 @@ def axis_by_norms(layer: AdapterLayer, base: Base) -> tuple[str, float, float] |
     if norms is None or layer.magnitude is None or base.kind is None:
         return None
     magnitude = layer.magnitude.double().cpu()
-    distances = [float(((magnitude - norm).abs().sum() / norm.sum().clamp_min(torch.finfo(torch.float64).tiny)))
-                 for norm in norms]  # fmt: skip
+    distances = [float((magnitude - norm).abs().sum() / norm.sum().clamp_min(1e-300)) for norm in norms]
     if 2.0 * min(distances) >= max(distances):
         return None
     nearest = distances.index(min(distances))

@@ -90,31 +90,32 @@ class Reading:
         known = {layer.magnitude_axis for name, layer in layers.items() if name not in undecided and _decides(layer)}
         if len(known) == 1:
             axis = known.pop()
-            self.notes.append(f"magnitude_axis of {_some(undecided)}: {axis!r}, as that of the layers that are not square")
+            self.notes.append(f"magnitude_axis of {_some(undecided)}: {axis!r}, as of the layers that are not square")
         else:
             axis = self._by_norms(undecided)
         return {name: replace(layer, magnitude_axis=axis) if name in undecided else layer
                 for name, layer in layers.items()}  # fmt: skip
 
     def _by_norms(self, undecided: dict[str, AdapterLayer]) -> str:
-        found = {}
+        axes: set[str] = set()
+        found: list[tuple[float, float]] = []
         for name, layer in undecided.items():
             base = (self.bases or {}).get(name)
             if base is not None and base.fits(layer) and (near := axis_by_norms(layer, base)) is not None:
-                found[name] = near
-        axes = {axis for axis, *_ in found.values()}
+                axes.add(near[0])
+                found.append(near[1:])
         if len(axes) != 1:
             reason = ("no model was given to compare its norms" if not self.bases else
                       "the model's weights say both" if axes else "the model's weights do not tell")  # fmt: skip
             raise self.error(
-                f"the magnitude of {_some(undecided)} has as many values as the layer inputs and outputs, and {reason}: "
+                f"the magnitude of {_some(undecided)} fits inputs and outputs, which are as many, and {reason}: "
                 "pass magnitude_axis='out' or 'in'"
             )
         axis = axes.pop()
-        near, far = (sum(distance[i] for distance in found.values()) / len(found) for i in (1, 2))
+        own, other = (sum(each[i] for each in found) / len(found) for i in (0, 1))
         self.notes.append(
-            f"magnitude_axis of {_some(undecided)}: {axis!r}, for the magnitude is {near:.1%} from that norm of the "
-            f"adapted weight and {far:.1%} from the other"
+            f"magnitude_axis of {_some(undecided)}: {axis!r}, for the magnitude is {own:.1%} from that norm of the "
+            f"adapted weight and {other:.1%} from the other"
         )
         return axis
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_kernels.adapters.layers import AdapterLayer, problem_of
 
 SMALL_EPS = 1e-6
-"""An eps that is left out where a format has none: it moves the layer by at most eps / norm, float32's rounding."""
+"""An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
 
 Layers = dict[str, AdapterLayer]
 
@@ -61,15 +61,17 @@ class Writing:
             raise self.refuse(without[0], "it has no magnitude (plain LoRA), and the format is of DoRA alone")
         return dict(layers)
 
-    def without_eps(self, layers: Layers) -> Layers:
-        """`layers` for a format that adds nothing to the norm."""
-        eps = {layer.eps for layer in layers.values() if layer.magnitude is not None} - {0.0}
-        for name, layer in layers.items():
-            if layer.eps > SMALL_EPS and layer.magnitude is not None:
-                raise self.refuse(name, f"its eps {layer.eps:g} is added to the norm, and the format adds none")
-        if eps:
-            self.notes.append(f"eps {max(eps):g} was left out: layers move by at most eps / norm, float32's rounding")
-        return {name: replace(layer, eps=0.0) for name, layer in layers.items()}
+    def with_eps(self, layers: Layers, eps: float = 0.0) -> Layers:
+        """`layers` for a format that adds `eps` to the norm."""
+        dora = {name: layer.eps for name, layer in layers.items() if layer.magnitude is not None}
+        different = {name: own for name, own in dora.items() if own != eps}
+        for name, own in different.items():
+            if abs(own - eps) > SMALL_EPS:
+                raise self.refuse(name, f"eps {own:g} is added to its norm, the format adds {eps:g}")
+        if different:
+            change = max(abs(own - eps) for own in different.values())
+            self.notes.append(f"eps became {eps:.2g}: layers move by at most {change:.2g} / norm, float32's rounding")
+        return {name: replace(layer, eps=eps) if name in different else layer for name, layer in layers.items()}
 
     def one_scaling(self, layers: Layers, scaling: float | None = None) -> tuple[Layers, float]:
         """`layers` with a common scaling: the one given, or the commonest, the others' folded into lora_B."""
@@ -79,8 +81,8 @@ class Writing:
         changed = sum(folded[name] is not layer for name, layer in layers.items())
         if changed:
             widened = sum(folded[name].lora_B.dtype != layer.lora_B.dtype for name, layer in layers.items())
-            text = f"the scaling of {changed} of {len(layers)} layers was folded into lora_B: the format has {scaling:g}"
-            self.notes.append(text + (f" for all; {widened} lora_B are float32 for it" if widened else " for all"))
+            text = f"the scaling of {changed} of {len(layers)} layers was folded into lora_B, for the format has one"
+            self.notes.append(f"{text}; {widened} lora_B are float32 for it" if widened else text)
         return folded, scaling
 
     def one_rank(self, layers: Layers) -> tuple[Layers, int]:
@@ -89,7 +91,7 @@ class Writing:
         padded = {name: _pad(layer, rank) for name, layer in layers.items()}
         changed = sum(padded[name] is not layer for name, layer in layers.items())
         if changed:
-            self.notes.append(f"{changed} of {len(layers)} layers were padded with zeros to the rank {rank}, the only one")
+            self.notes.append(f"{changed} of {len(layers)} layers were padded with zeros to rank {rank}")
         return padded, rank
 
     def _fold(self, layer: AdapterLayer, scaling: float) -> AdapterLayer:

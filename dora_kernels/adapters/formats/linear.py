@@ -1,4 +1,4 @@
-"""What torchtune's, NVIDIA's and AnswerDotAI's formats have in common: linear layers, outputs' magnitudes, one scaling."""
+"""What torchtune's, NVIDIA's and AnswerDotAI's formats share: linear layers, magnitudes per output, one scaling."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LinearFormat(Format):
 
     def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:
         """The layers as the format can hold them, and the configuration's r and lora_alpha."""
-        layers = writing.without_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=self.plain))
+        layers = writing.with_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=self.plain))
         layers, scaling = writing.one_scaling(layers)
         layers, rank = writing.one_rank(layers)
         return layers, {"r": rank, "lora_alpha": whole(scaling * rank)}

@@ -2,7 +2,7 @@
 
 Keys ``<prefix>_<name>.lora_down.weight`` ``[r, in, *kernel]``, ``.lora_up.weight`` ``[out, r, 1, ...]``, ``.alpha``,
 ``.dora_scale``, ``<name>`` with underscores for dots. LyCORIS's wrapper has the prefix ``lycoris``; its kohya network
-and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet``, ``lora_te``, ``lora_te1``, ``lora_te2``.
+and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet`` and ``lora_te``, ``lora_te1``, ....
 Scaling ``alpha / r``; with ``rs_lora`` alpha is stored so that this still holds; without alpha 1, as ComfyUI's
 comfy/weight_adapter/lora.py. Norm of ``W + scaling * B @ A`` with gradient. ``dora_scale`` is ``[1, in, 1, ...]``, per
 input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...]``, per output, since: the shape tells.
@@ -67,7 +67,8 @@ class Lycoris(Format):
             key, features = parts["magnitude"], (a.shape[1], b.shape[0])
             scale = reading.check_tensor(key)
             magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))
-        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, parts, a), axis, _EPS if magnitude is not None else 0.0)
+        eps = 0.0 if magnitude is None else _EPS
+        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, parts, a), axis, eps)
 
     @staticmethod
     def _axis(scale: Tensor, features: tuple[int, int]) -> str | None:
@@ -106,20 +107,16 @@ class Lycoris(Format):
         if not adapter.config.get(UNDERSCORED):
             self._check_names(adapter, writing)
         axes = dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), ("out", "in"))
-        layers = writing.fitting(adapter.layers, axes)
-        plain = any(layer.magnitude is None for layer in layers.values())
-        if not plain and any(abs(layer.eps - _EPS) > 1e-6 for layer in layers.values()):
-            layers = writing.without_eps(layers)  # refuses
-        if not plain and any(layer.eps != _EPS for layer in layers.values()):
-            writing.notes.append(f"eps became {_EPS:.2g}, LyCORIS's: layers move by at most eps / norm, float32's rounding")
+        layers = writing.with_eps(writing.fitting(adapter.layers, axes), _EPS)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            if layer.scaling == 0.0:
-                layers[name] = layer = writing.one_scaling({name: layer})[0][name]
+            alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
+            if not alpha or alpha.isinf():
+                raise writing.refuse(name, f"scaling {layer.scaling:g} is an alpha of {float(alpha):g} there")
             key = name if adapter.config.get(UNDERSCORED) else f"{self.prefix(name)}_{name.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"] = layer.lora_A
             tensors[f"{key}.lora_up.weight"] = layer.lora_B
-            tensors[f"{key}.alpha"] = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
+            tensors[f"{key}.alpha"] = alpha
             if layer.magnitude is not None:
                 shape = [1] * layer.lora_A.dim()
                 shape[0 if layer.magnitude_axis == "out" else 1] = -1

@@ -45,7 +45,7 @@ class Mlx(Format):
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
         a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
         if a.dim() != 2 or b.dim() != 2:
-            raise reading.error(f"{module}: lora_a {list(a.shape)}, lora_b {list(b.shape)}: expected two dimensions each")
+            raise reading.error(f"{module}: lora_a {list(a.shape)}, lora_b {list(b.shape)} are no factors")
         scaling = reading.scaling
         if scaling is None:
             scaling = reading.number(reading.config, "lora_parameters", "scale")
@@ -70,7 +70,7 @@ class Mlx(Format):
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         layers = writing.fitting(adapter.layers, {"linear": ("out",), "embedding": ("in",)})
-        layers, scaling = writing.one_scaling(writing.without_eps(layers))
+        layers, scaling = writing.one_scaling(writing.with_eps(layers))
         layers, rank = writing.one_rank(layers)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():

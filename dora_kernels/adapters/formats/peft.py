@@ -103,11 +103,11 @@ class Peft(Format):
         try:
             return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
         except (AttributeError, re.error) as error:
-            raise ValueError(f"{reading.config_file}: {name}: expected names or regular expressions: {error}") from error
+            raise ValueError(f"{reading.config_file}: {name}: expected regular expressions: {error}") from error
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d"), ("out",))
-        layers = writing.without_eps(writing.fitting(adapter.layers, axes, grouped=True))
+        layers = writing.with_eps(writing.fitting(adapter.layers, axes, grouped=True))
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
             a, b = ("embedding_A", "embedding_B") if layer.kind == "embedding" else ("A.weight", "B.weight")

@@ -35,7 +35,7 @@ class QDoRA(LinearFormat):
         return reading.scaled(1.0)
 
     def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:
-        layers = writing.without_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=False))
+        layers = writing.with_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=False))
         return writing.one_scaling(layers, 1.0)[0], {}
 
     def configuration(self, names: list[str], numbers: dict[str, Any]) -> None:

@@ -1,0 +1,126 @@
+"""`load_adapter`: a file of any format, read, checked and, with a model, attached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_kernels import files, validation
+from dora_kernels.adapters.attach import attach
+from dora_kernels.adapters.bases import bases_of, check_fit
+from dora_kernels.adapters.formats import FORMATS, check_format, detect
+from dora_kernels.adapters.layers import Adapter
+from dora_kernels.adapters.reading import Reading
+from dora_kernels.adapters.underscores import UNDERSCORED, resolve, underscored
+
+CONFIG = "adapter_config.json"
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    format: str = "auto",
+    magnitude_axis: str = "auto",
+    scaling: float | None = None,
+) -> Adapter:
+    """Read an adapter file of any format and, with a model, attach it.
+
+    The arguments are `read_adapter`'s and `attach`'s, whose errors it raises; the model is unchanged by any of them.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    adapter = read_adapter(path, model, format=format, magnitude_axis=magnitude_axis, scaling=scaling)
+    if model is not None:
+        attach(model, adapter)
+    return adapter
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    *,
+    format: str = "auto",
+    magnitude_axis: str = "auto",
+    scaling: float | None = None,
+) -> Adapter:
+    """Read an adapter file of any format; docs/formats.md has them all.
+
+    Only safetensors are read: a pickle may run anything.
+
+    Args:
+        path: the safetensors file, or the folder that holds it; a configuration is looked for beside it.
+        base: the base model, or its state dict. Names with underscores become its names, and where shapes leave open
+            which axis a magnitude is along, its weights decide.
+        format: one of `FORMATS`, or "auto", which takes it from the keys.
+        magnitude_axis: "out" or "in" insist; "auto" takes the format's, or decides as `Adapter.notes` says.
+        scaling: instead of the one that the file or its configuration says.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        FileNotFoundError: there is no such file, or no safetensors in the folder.
+        ValueError: the file is truncated, oversized, of another format, or a pickle; a tensor is missing, there twice,
+            of the wrong size or not finite; names or axis are ambiguous; or `base` has not its layers. The message
+            names the file and the key.
+    """
+    place = files.as_path(path)
+    check_format(format, "auto")
+    if magnitude_axis != "auto":
+        validation.check_axis(magnitude_axis)
+    if scaling is not None:
+        validation.check_scaling(scaling)
+    bases = None if base is None else bases_of(base)
+    weights, config_file = _find(place, format)
+    config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
+    tensors = files.read_tensors(weights)
+    chosen = _format(weights, tensors, config, format)
+    if not FORMATS[chosen].configured:
+        config, config_file = {}, None
+    reading = Reading(weights, tensors, config_file, config, bases, magnitude_axis, scaling)
+    layers, config = FORMATS[chosen].read(reading), dict(config)
+    if scaling is not None:
+        reading.notes.append(f"scaling {scaling:g} as asked for")
+    if chosen in ("lycoris", "kohya") and underscored(layers):
+        if bases is None:
+            config[UNDERSCORED] = True
+            reading.notes.append("names are the file's, with underscores: a model is needed for its own")
+        else:
+            layers = resolve(layers, bases, reading.error, reading.notes)
+    if bases is not None:
+        check_fit(layers, bases, reading.error)
+    return Adapter(reading.decide(layers), chosen, reading.notes, config)
+
+
+def _find(place: Path, format: str) -> tuple[Path, Path | None]:
+    """The file of tensors and, if there is one, the configuration beside it."""
+    if place.suffix in files.PICKLES:
+        raise ValueError(f"{place}: a pickle, which may run anything, is not read: save it as safetensors")
+    if not place.is_dir():
+        config = place.with_name(CONFIG)
+        return place, config if config.is_file() else None
+    known = [FORMATS[format]] if format != "auto" else list(FORMATS.values())
+    found = [place / name for name in dict.fromkeys(each.weights for each in known) if (place / name).is_file()]
+    found = found or sorted(place.glob("*.safetensors"))
+    if len(found) != 1:
+        pickles = sorted(file.name for file in place.iterdir() if file.suffix in files.PICKLES)
+        hint = f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
+        if found:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
+        raise FileNotFoundError(f"{place}: no safetensors file in it{hint}")
+    config = place / CONFIG
+    return found[0], config if config.is_file() else None
+
+
+def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], asked: str) -> str:
+    found = detect(tensors, config)
+    if asked not in ("auto", found) and found is not None and {asked, found} != {"lycoris", "kohya"}:
+        raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")
+    if asked == "auto" and found is None:
+        shown = ", ".join(list(tensors)[:3]) or "none"
+        raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
+    return found or "peft" if asked == "auto" else asked

@@ -1,0 +1,69 @@
+"""`save_adapter`: a model's adapter, or one that was read, in a file of any format."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from dora_kernels import files
+from dora_kernels.adapters.attach import extract
+from dora_kernels.adapters.formats import FORMATS, check_format
+from dora_kernels.adapters.layers import Adapter
+from dora_kernels.adapters.load import CONFIG
+from dora_kernels.adapters.underscores import UNDERSCORED
+from dora_kernels.adapters.writing import Writing
+
+
+def save_adapter(
+    source: nn.Module | Adapter, path: str | os.PathLike[str], *, format: str = "peft", force: bool = False
+) -> list[str]:
+    """Write an adapter in a format of `FORMATS`; docs/formats.md says what each can hold.
+
+    What a format has no place for is folded into the factors where the mathematics allows: scalings into lora_B, ranks
+    filled up with zeros. Files are written beside their places and moved there when all are complete, so that a crash
+    leaves old ones whole. Dtypes stay, but a lora_B that a scaling is folded into becomes float32 unless that is exact.
+
+    Args:
+        source: a model with adapted layers, or an `Adapter`.
+        path: a folder; the formats without configuration (lycoris, kohya, qdora) take a ``.safetensors`` file, too.
+        format: which.
+        force: overwrite files that are there.
+
+    Returns:
+        What was folded or left out, a sentence each.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: the format cannot express the adapter, a value is not finite, or the path is no name for it.
+        FileExistsError: a file is there, and not `force`.
+    """
+    place = files.as_path(path)
+    check_format(format)
+    if not isinstance(source, nn.Module | Adapter):
+        raise TypeError(f"source: expected a torch.nn.Module or an Adapter, got {type(source).__name__}")
+    adapter = source if isinstance(source, Adapter) else extract(source)
+    if not adapter.layers:
+        raise ValueError("source: the adapter has no layers")
+    chosen, writing = FORMATS[format], Writing(format)
+    if adapter.config.get(UNDERSCORED) and format != adapter.format:
+        name = next(iter(adapter.layers))
+        raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")
+    weights = place
+    if place.suffix in files.PICKLES:
+        raise ValueError(f"{place}: adapters are written as safetensors alone, never as a pickle")
+    if place.suffix != ".safetensors" or place.is_dir():
+        weights = place / chosen.weights
+    elif chosen.configured:
+        raise ValueError(f"{place}: the format {format!r} has a configuration beside the tensors; give a folder")
+    tensors, config = chosen.write(adapter, writing)
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"source: {key} has values that are not finite")
+    targets = [weights] if config is None else [weights, weights.with_name(CONFIG)]
+    with files.replacing(*targets, force=force) as written:
+        files.save_tensors(written[0], tensors)
+        if config is not None:
+            files.save_json(written[1], config)
+    return writing.notes
