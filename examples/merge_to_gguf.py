@@ -97,7 +97,8 @@ def main() -> None:
     if not chosen.no_memory:
         memory(source, settings)
 
-    model = patch(adapt(load(source), "patched", settings))
+    model = adapt(load(source), "patched", settings)
+    patch(model)
     run = make_run("patched", model, settings)
     for step, batch in enumerate(corpus.batches(LENGTH, chosen.steps, seed=0)):
         train_step(run, batch, step)
@@ -123,11 +124,12 @@ def main() -> None:
 
     adapter = load_adapter(out / "adapter")
     export_adapter(adapter, out / "adapter.gguf", base=base, force=True)
-    lora, errors = as_lora(adapter, base, chosen.lora_rank)
+    lora_rank = chosen.lora_rank
+    lora, errors = as_lora(adapter, base, lora_rank)
     export_adapter(lora, out / "adapter-lora.gguf", base=base, force=True)
     shares = sorted(errors.values())
-    print(f"the nearest LoRA of rank {chosen.lora_rank} misses {shares[len(shares) // 2]:.1%} of the update in the middle "
-          f"layer, {shares[-1]:.1%} at most")  # fmt: skip
+    middle, most = shares[len(shares) // 2], shares[-1]
+    print(f"the nearest LoRA of rank {lora_rank} misses {middle:.1%} of the update of the median layer, {most:.1%} at most")
     approximate = logits(with_lora(base, lora), windows)
     compare("merged and nearest LoRA", wanted, approximate)
     texts = [tokenizer.decode(window[0]) for window in windows]

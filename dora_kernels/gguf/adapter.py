@@ -41,7 +41,8 @@ def export_adapter(
     `read_adapter` gives it back bit for bit; llama.cpp loads it if it is plain LoRA.
 
     Args:
-        source: an adapter, or a transformers model that has one.
+        source: an adapter, or a transformers model with this package's layers in it (of PEFT's model, `load_adapter` of
+            what it saves).
         path: the file; written under a temporary name beside it first.
         base: the base model or its configuration; needed for an `Adapter`, which does not say whose it is.
         force: replace an existing file.
@@ -161,8 +162,8 @@ def as_lora(adapter: Adapter, base: nn.Module, rank: int) -> tuple[Adapter, dict
         wide = weight.double()
         factors = (layer.lora_A.double(), layer.lora_B.double())
         magnitude = None if layer.magnitude is None else layer.magnitude.double()
-        how = {"scaling": layer.scaling, "magnitude_axis": layer.magnitude_axis, "eps": layer.eps}
-        merged = merge_dora(wide, *factors, magnitude, **how)
+        axis, eps = layer.magnitude_axis, layer.eps
+        merged = merge_dora(wide, *factors, magnitude, scaling=layer.scaling, magnitude_axis=axis, eps=eps)
         left, values, right = torch.linalg.svd((merged - wide).float(), full_matrices=False)
         root = values[:rank].sqrt()
         total = float(values.norm())
