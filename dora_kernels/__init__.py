@@ -3,9 +3,27 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dora_kernels.adapt import (
+    TrainableSummary,
+    adapted_layers,
+    apply_dora,
+    dora_state_dict,
+    mark_only_dora_trainable,
+    merge_all,
+    remove_dora,
+    trainable_summary,
+)
 from dora_kernels.backends import UnsupportedError
 from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
-from dora_kernels.modules import AdaptedLayer, DoRALinear, LoRALinear
+from dora_kernels.modules import (
+    AdaptedLayer,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAConv3d,
+    DoRAEmbedding,
+    DoRALinear,
+    LoRALinear,
+)
 from dora_kernels.norm_cache import invalidate, set_norm_reuse
 
 if TYPE_CHECKING:
@@ -18,24 +36,36 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "AdapterLayer",
+    "DoRAConv1d",
+    "DoRAConv2d",
+    "DoRAConv3d",
+    "DoRAEmbedding",
     "DoRALinear",
     "LoRALinear",
     "PatchHandle",
+    "TrainableSummary",
     "UnsupportedError",
+    "adapted_layers",
+    "apply_dora",
     "attach",
     "check_adapter",
     "dora_linear",
+    "dora_state_dict",
     "dora_weight_norm",
     "extract",
     "invalidate",
     "load_adapter",
+    "mark_only_dora_trainable",
+    "merge_all",
     "merge_dora",
     "patch_peft",
     "patch_peft_globally",
     "read_adapter",
+    "remove_dora",
     "save_adapter",
     "set_dora_strength",
     "set_norm_reuse",
+    "trainable_summary",
 ]
 
 # PEFT is optional and slow to import: only who asks for the patch loads it, and the file formats likewise.

@@ -55,13 +55,6 @@ def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True)
         raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from error
 
 
-def keys_of(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file, read from its header; raises as `read_tensors`."""
-    found: list[str] = []
-    read_tensors(file, found.append)
-    return found
-
-
 def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
     """ValueError, naming file and key, for a tensor that holds no finite floating-point numbers."""
     if tensor.dtype not in _DTYPES:

@@ -11,6 +11,7 @@ from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
 from dora_kernels.reference import accumulation_dtype, autocast_enabled
+from dora_kernels.rounding import is_coarse, stochastic
 from dora_kernels.torch_backend import cast
 
 
@@ -139,22 +140,45 @@ def layer_scale(
     cache: NormCache,
     training: bool,
     eps: float = 0.0,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules."""
-    chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
+    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_divisor`."""
+    divisor = layer_divisor(
+        weight, lora_A, lora_B, scaling, magnitude_axis, detach_norm, backend, cache, training, norm
+    )
+    return magnitude / (with_eps(divisor, eps) if eps else divisor)
+
+
+def layer_divisor(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool,
+    backend: str,
+    cache: NormCache | None,
+    training: bool,
+    norm: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """The `safe_divisor` of a layer's norm, differentiable unless `detach_norm`.
+
+    `norm` computes it where it is not the norm of a matrix ``W + s B A`` (`NormCache.divisor`), differentiably.
+    """
+    chosen = resolve(backend, (weight, lora_A, lora_B))
     compiling = torch.compiler.is_compiling()
-    if chosen == "reference" or (compiling and not detach_norm):
-        norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        return reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm, eps)
-    if compiling:
-        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
+    if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
+        dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+        return safe_divisor(dense.detach() if detach_norm else dense)
+    if norm is not None and not detach_norm:
+        return safe_divisor(norm())
+    if compiling or cache is None or chosen == "reference":
+        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
     else:
         if torch.is_grad_enabled():
             cache.unheard = True  # autograd runs the backward here and will not say when
-        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
-    if not detach_norm:
-        divisor = autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
-    return magnitude / (with_eps(divisor, eps) if eps else divisor)
+        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
+    return divisor if detach_norm else autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
 
 
 def dora_weight_norm(
@@ -192,6 +216,8 @@ def merge_dora(
     scaling: float = 1.0,
     magnitude_axis: str = "out",
     eps: float = 0.0,
+    rounding: str = "nearest",
+    seed: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """The merged weight ``g * (weight + scaling * lora_B @ lora_A)``, ``[out_features, in_features]``.
@@ -200,12 +226,26 @@ def merge_dora(
     ``magnitude=None`` merges plain LoRA. Not differentiable. Keep the original weight to undo it: dividing back is not
     exact.
 
+    Args:
+        rounding: "nearest", to nearest even, which loses an update of less than half a step of weight's dtype;
+            "stochastic", up or down at random so that the expected result is the exact one (docs/merging.md). A weight
+            in float32 or float64 has no coarser grid than the computation: there both round to nearest.
+        seed: of the random numbers, in ``[0, 2**63)``: the same seed draws the same for the same element
+            ``[out, in]``, whatever the axis, the strides, the device and the backend. `rounding.seed_for` gives each of
+            several weights its own.
+
+    Shapes, the other arguments and the errors are those of `dora_linear`.
+
     Raises:
-        TypeError, ValueError, UnsupportedError: as `dora_linear`.
+        TypeError: also where `seed` is no int.
+        ValueError: also where `rounding` is neither of the two, or `seed` is out of range.
+        UnsupportedError: as `dora_linear`.
     """
     validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
     validation.check_eps(eps)
+    validation.check_rounding(rounding, seed)
+    drawn = seed if rounding == "stochastic" and is_coarse(weight.dtype) else None
     chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
     with torch.no_grad():
         if eps and magnitude is not None:
@@ -214,5 +254,6 @@ def merge_dora(
             )
             magnitude = magnitude * (norm / (norm + eps))
         if chosen == "reference":
-            return reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
-        return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen)
+            merged = reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
+            return merged.to(weight.dtype) if drawn is None else stochastic(merged, weight.dtype, drawn)
+        return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen, drawn)

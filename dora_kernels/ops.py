@@ -68,13 +68,14 @@ def merge(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    seed: int | None = None,
 ) -> Tensor:
-    """``g * (W + s B A)`` in weight's dtype, no gradient."""
+    """``g * (W + s B A)`` in weight's dtype, rounded to nearest or, with a seed, stochastically; no gradient."""
     if torch.compiler.is_compiling():
-        return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend)
+        return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
     rows = axis_first(weight, lora_A, lora_B, magnitude_axis)
     with no_autocast(weight.device):
-        merged: Tensor = linear.primitives(backend).merge(*rows, magnitude, scaling)
+        merged: Tensor = linear.primitives(backend).merge(*rows, magnitude, scaling, seed, magnitude_axis == "in")
     return merged if magnitude_axis == "out" else merged.t()
 
 
@@ -87,8 +88,9 @@ def merge_op(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    seed: int | None = None,
 ) -> Tensor:
-    return merge(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend)
+    return merge(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
 
 
 @merge_op.register_fake
@@ -100,6 +102,7 @@ def _(
     scaling: float,
     magnitude_axis: str,
     backend: str,
+    seed: int | None = None,
 ) -> Tensor:
     return torch.empty_like(weight) if magnitude_axis == "out" else torch.empty_like(weight.t()).t()
 

@@ -47,13 +47,13 @@ def magnitude_scale(magnitude: Tensor, norm: Tensor, eps: float = 0.0) -> Tensor
 def merge(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float, magnitude_axis: str
 ) -> Tensor:
-    """``g * (W + scaling * B @ A)``, rounded once to weight's dtype."""
+    """``g * (W + scaling * B @ A)`` as computed, to be rounded once to weight's dtype."""
     with no_autocast(weight.device), full_precision(weight.device):
         adapted = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
         if magnitude is not None:
             dim = 1 if magnitude_axis == "out" else 0
             adapted = adapted * magnitude_scale(magnitude, torch.linalg.vector_norm(adapted, dim=dim)).unsqueeze(dim)
-        return adapted.to(weight.dtype)
+        return adapted
 
 
 def dora_linear(

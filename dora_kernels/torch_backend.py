@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.reference import accumulation_dtype, full_precision, magnitude_scale
+from dora_kernels.rounding import stochastic
 
 _GRAM_FEATURES = 1024
 
@@ -145,11 +146,20 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    seed: int | None = None,
+    transposed: bool = False,
+) -> Tensor:
     """``g * (W + s B A)`` with ``g = magnitude / norm`` per row, 0 where the norm is 0; without a magnitude g is 1.
 
-    Computed in float32 (float64 for float64 input) and rounded once to weight's dtype. Along "in" the problem is the
-    transposed one.
+    Computed in float32 (float64 for float64 input) and rounded once to weight's dtype, with a seed stochastically.
+    Along "in" the problem is the `transposed` one, whose columns are the rows of the weight that the elements' indices
+    count along.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
@@ -157,20 +167,33 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | No
     if magnitude is not None:
         g = magnitude_scale(magnitude, weight_norm(weight, lora_A, lora_B, scaling)).unsqueeze(1)
     merged = torch.empty_like(weight)
+    start = 0
     with full_precision(weight.device):
-        if _row_major(weight):
+        if _row_major(weight) if seed is None else not transposed:
             for target, rows, left, scale in _blocks(_block_rows(*merged.shape), merged, weight, b, g):
-                _merge_block(target, rows, left, a, scale, scaling)
+                _merge_block(target, rows, left, a, scale, scaling, seed, start)
+                start += target.numel()
         else:
             scale = None if g is None else g.t()
             for target, columns, left in _blocks(_block_rows(*merged.t().shape), merged.t(), weight.t(), a.t()):
-                _merge_block(target, columns, left, b.t(), scale, scaling)
+                _merge_block(target, columns, left, b.t(), scale, scaling, seed, start)
+                start += target.numel()
     return merged
 
 
-def _merge_block(target: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: Tensor | None, scaling: float) -> None:
+def _merge_block(
+    target: Tensor,
+    w: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor | None,
+    scaling: float,
+    seed: int | None,
+    start: int,
+) -> None:
     direction = torch.addmm(w.to(left.dtype), left, right, alpha=scaling)
-    target.copy_(direction if scale is None else direction.mul_(scale))
+    merged = direction if scale is None else direction.mul_(scale)
+    target.copy_(merged if seed is None else stochastic(merged, target.dtype, seed, start))
 
 
 def compose(

@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_kernels.backends import BACKENDS
 
 AXES = ("out", "in")
+ROUNDINGS = ("nearest", "stochastic")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -121,6 +122,15 @@ def check_axis(magnitude_axis: Any) -> None:
 def check_backend(backend: Any) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
+def check_rounding(rounding: Any, seed: Any) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int in [0, 2**63), got {type(seed).__name__}")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed: expected an int in [0, 2**63), got {seed}")
 
 
 def _check_tensor(value: Any, name: str) -> None:

@@ -101,15 +101,15 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "kernels", "content", "files"],
-    ["torch_backend", "backends"],
+    ["reference", "rounding", "kernels", "content", "files"],
+    ["torch_backend", "backends", "convolution"],
     ["linear", "validation"],
     ["ops"],
     ["autograd", "norm_cache"],
     ["functional"],
     ["modules/base"],
-    ["modules/linear", "peft/state", "peft/dequantize", "peft/on_demand"],
-    ["peft/layer"],
+    ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["adapt", "peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
     ["peft/refused"],
@@ -118,9 +118,10 @@ LAYERS = [
     ["adapters/layers", "adapters/underscores"],
     ["adapters/bases"],
     ["adapters/reading", "adapters/writing"],
-    ["adapters/formats", "adapters/attach"],
+    ["adapters/formats", "adapters/attaching"],
     ["adapters/load"],
     ["adapters/save"],
+    ["gguf"],
 ]
 
 

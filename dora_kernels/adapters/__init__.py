@@ -1,6 +1,6 @@
 """Adapter files of every published form, and what is in them."""
 
-from dora_kernels.adapters.attach import attach, extract
+from dora_kernels.adapters.attaching import attach, extract
 from dora_kernels.adapters.formats import FORMATS
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.load import load_adapter, read_adapter

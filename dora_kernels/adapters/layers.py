@@ -41,6 +41,11 @@ class AdapterLayer:
         """Inputs and outputs: features, channels, or vocabulary and embedding dimension."""
         return self.lora_A.shape[1], self.lora_B.shape[0]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether it is of a convolution with groups: B has a group's share of the rank."""
+        return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
+
 
 @dataclass
 class Adapter:

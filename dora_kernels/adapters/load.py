@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels import files, validation
-from dora_kernels.adapters.attach import attach
+from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.layers import Adapter
@@ -73,6 +73,7 @@ def read_adapter(
         validation.check_axis(magnitude_axis)
     if scaling is not None:
         validation.check_scaling(scaling)
+        scaling = float(scaling)
     bases = None if base is None else bases_of(base)
     weights, config_file = _find(place, format)
     config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
@@ -84,12 +85,12 @@ def read_adapter(
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
         reading.notes.append(f"scaling {scaling:g} as asked for")
-    if chosen in ("lycoris", "kohya") and underscored(layers):
-        if bases is None:
+    if chosen in ("lycoris", "kohya"):
+        if bases is not None:
+            layers = resolve(layers, bases, reading.error, reading.notes)
+        elif underscored(layers):
             config[UNDERSCORED] = True
             reading.notes.append("names are the file's, with underscores: a model is needed for its own")
-        else:
-            layers = resolve(layers, bases, reading.error, reading.notes)
     if bases is not None:
         check_fit(layers, bases, reading.error)
     return Adapter(reading.decide(layers), chosen, reading.notes, config)

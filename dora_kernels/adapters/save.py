@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dora_kernels import files
-from dora_kernels.adapters.attach import extract
+from dora_kernels.adapters.attaching import extract
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.layers import Adapter
 from dora_kernels.adapters.load import CONFIG

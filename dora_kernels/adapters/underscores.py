@@ -22,7 +22,7 @@ def prefix_of(name: str) -> str:
 
 
 def underscored(names: Collection[str]) -> bool:
-    return any(prefix_of(name) for name in names)
+    return any(prefix_of(name) and "." not in name for name in names)
 
 
 def resolve(
@@ -46,7 +46,8 @@ def resolve(
     for name, layer in layers.items():
         prefix = prefix_of(name)
         rest = name[len(prefix) + 1 :] if prefix else name
-        names = [rest] if rest in known else candidates[rest.replace(".", "_")]
+        exact = [each for each in (name, rest) if each in known]
+        names = exact[:1] or candidates[rest.replace(".", "_")]
         if not names:
             missing[prefix].append(name)
             continue

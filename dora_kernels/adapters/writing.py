@@ -38,7 +38,8 @@ class Writing:
     ) -> Layers:
         """`layers`, checked: their kinds among the keys of `axes`, their magnitudes along an axis named there.
 
-        `plain` says whether the format has plain LoRA too, `grouped` whether convolutions may have groups.
+        `plain` says whether the format has plain LoRA, too, `grouped` whether its plain LoRA of convolutions with
+        groups is the same.
 
         Raises:
             ValueError: a layer does not fit.
@@ -52,8 +53,8 @@ class Writing:
                 has = " or ".join(map(repr, axes[layer.kind]))
                 raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for a "
                                         f"{layer.kind}, and no factors turn one into the other")  # fmt: skip
-            if not grouped and layer.lora_B.dim() > 2 and layer.lora_B.shape[1] != layer.rank:
-                raise self.refuse(name, "a convolution with groups has another low-rank product there")
+            if layer.grouped and not (grouped and layer.magnitude is None):
+                raise self.refuse(name, "a convolution with groups has another low-rank product or norm there")
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         if without and len(without) < len(layers):
             raise self.refuse(without[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")

@@ -4,7 +4,7 @@ Shapes: W and the merged weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any stri
 is the transposed one, ``(W.T, B.T, A.T)``.
 
 A program sweeps over its rows twice (`norm.sweep`): for their norm, and to write them. Where there is no magnitude the
-second is all. Computed in float32, rounded once.
+second is all. Computed in float32, rounded once, with a seed stochastically (rounding.py).
 
 Bytes: W read and written once in memory, and once more read, from the cache where a program's rows fit there.
 """
@@ -21,12 +21,12 @@ from dora_kernels.kernels.launch import INTERPRETED, on_device
 from dora_kernels.kernels.norm import sweep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def merge_kernel(
     w_ptr, a_ptr, b_ptr, m_ptr, merged_ptr,
     N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_mn, stride_mk,
-    scaling,
+    scaling, seed, index_n, index_k,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
 ):  # fmt: skip
@@ -53,10 +53,19 @@ def merge_kernel(
         stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_mn, stride_mk,
         scaling,
         PRODUCTS, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
+        seed, index_n, index_k,
     )  # fmt: skip
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    seed: int | None = None,
+    transposed: bool = False,
+) -> Tensor:
     """`torch_backend.merge`."""
     N, K = weight.shape
     R = lora_A.shape[0]
@@ -68,7 +77,7 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | No
             weight, lora_A, lora_B, None if magnitude is None else magnitude.contiguous(), merged,
             N, K, R,
             *weight.stride(), *lora_A.stride(), *lora_B.stride(), *merged.stride(),
-            scaling,
+            scaling, seed, *((1, N) if transposed else (K, 1)),
             PRODUCTS=products, INTERPRETED=INTERPRETED, HOLD_B=R <= config.BLOCK_R, **config._asdict(),
         )  # fmt: skip
     return merged

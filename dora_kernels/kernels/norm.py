@@ -31,6 +31,7 @@ from dora_kernels.kernels.config import (
 from dora_kernels.kernels.dot import cast, dot
 from dora_kernels.kernels.factored import factored_rows
 from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.rounding import draw, round_by_words
 
 
 @triton.jit
@@ -42,12 +43,13 @@ def sweep(
     scaling,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
+    seed=None, index_n=0, index_k=0,
 ):  # fmt: skip
     """``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows: each row's ``Σ_k V²`` and terms.
 
     The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is summed from; they are taken where three products
-    make it up. Where `merged_ptr` is given, ``row_scale * V`` is written there. HOLD_B: the rank fits in BLOCK_R, and
-    B's rows are held across the loop.
+    make it up. Where `merged_ptr` is given, ``row_scale * V`` is written there, rounded stochastically where there is a
+    seed, by ``n * index_n + k * index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
     """
     # 16-bit factors of one dtype are multiplied as they are, everything else as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty
@@ -92,7 +94,11 @@ def sweep(
         if PRODUCTS == 3:
             terms += tl.sum(w * w, 1)
         if merged_ptr is not None:
-            merged = cast(row_scale[:, None] * v, merged_ptr.dtype.element_ty, INTERPRETED)
+            merged = row_scale[:, None] * v
+            if seed is not None:
+                words = draw(seed, offs_n[:, None] * index_n + offs_k[None, :] * index_k)
+                merged = round_by_words(merged, words, merged_ptr.dtype.element_ty)
+            merged = cast(merged, merged_ptr.dtype.element_ty, INTERPRETED)
             tl.store(merged_ptr + offs_n[:, None] * stride_mn + offs_k[None, :] * stride_mk, merged, mask=mask_w)
     return total, terms + scaling * scaling * low
 

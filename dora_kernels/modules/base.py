@@ -14,6 +14,7 @@ from dora_kernels import validation
 from dora_kernels.functional import dora_weight_norm, merge_dora
 from dora_kernels.norm_cache import NormCache
 from dora_kernels.reference import accumulation_dtype
+from dora_kernels.rounding import is_coarse, stochastic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,6 +106,10 @@ class AdaptedLayer(nn.Module):
         """Write a weight ``[N, K]`` into the base layer."""
         self.base_layer.weight.copy_(merged)
 
+    def _merge_refusal(self) -> str | None:
+        """Why the base layer's weight cannot hold the adapter; None where it can."""
+        return None
+
     def _merge_arguments(self) -> dict[str, Any]:
         """What `merge_dora` is told beside the problem."""
         return {"magnitude": None, "scaling": self.scaling, "backend": self.backend}
@@ -112,6 +117,10 @@ class AdaptedLayer(nn.Module):
     def reset_adapter(self) -> None:
         """Set the adapter to its start, at which the layer equals its base layer."""
         self._reset_factors()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's tensors by their names in a state dict."""
+        return {name: self.get_parameter(name) for name in self.state_names}
 
     @property
     def merged(self) -> bool:
@@ -140,14 +149,14 @@ class AdaptedLayer(nn.Module):
         self._strength = float(value)
 
     def _merged_weight(self, rounding: str, seed: int) -> Tensor:
-        if rounding != "nearest":
-            raise ValueError(f"rounding: expected 'nearest', got {rounding!r}")
         weight, lora_A, lora_B = self._problem()
+        rounded: dict[str, Any] = {"rounding": rounding, "seed": seed}
         if self.strength == 1.0:
-            return merge_dora(weight, lora_A, lora_B, **self._merge_arguments())
+            return merge_dora(weight, lora_A, lora_B, **self._merge_arguments(), **rounded)
         wide = weight.to(accumulation_dtype(weight))
-        merged = merge_dora(wide, lora_A, lora_B, **self._merge_arguments())
-        return torch.lerp(wide, merged, self.strength).to(weight.dtype)
+        merged = torch.lerp(wide, merge_dora(wide, lora_A, lora_B, **self._merge_arguments(), **rounded), self.strength)
+        drawn = rounding == "stochastic" and is_coarse(weight.dtype)
+        return stochastic(merged, weight.dtype, seed) if drawn else merged.to(weight.dtype)
 
     @torch.no_grad()
     def merge(self, rounding: str = "nearest", seed: int = 0) -> None:
@@ -155,10 +164,16 @@ class AdaptedLayer(nn.Module):
 
         Args:
             rounding, seed: as `merge_dora`.
+
+        Raises:
+            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups).
         """
         if self.merged:
             warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
             return
+        refusal = self._merge_refusal()
+        if refusal is not None:
+            raise ValueError(f"the layer cannot be merged: {refusal}")
         merged = self._merged_weight(rounding, seed)
         self._unmerged = self.base_layer.weight.detach().to("cpu", copy=True)
         self._write(merged)

@@ -1,12 +1,7 @@
 """PEFT's LoRA layers on `nn.Conv1d`, `Conv2d` and `Conv3d`: one magnitude per output channel.
 
-As a linear problem the weight is ``[out, in * kernel]``, A ``[r, in * kernel]`` and B, a convolution of kernel 1,
-``[out, r]``.
-
-**Groups.** With g groups the weight is ``[out, in / g * kernel]``, but PEFT's A reads all channels: a row of it is g
-rows of the weight long. PEFT's norm cuts ``B A``, taken as ``[out / g, in * kernel]``, into the weight's rows. That is
-no norm of what the layer computes (25 % off at rank 4 and 2 groups), but adapters were trained with it. The exact norm,
-of each channel's update over all inputs, is an option that the saved adapter records (`config`).
+With groups the norm is PEFT's, which is no norm of what the layer computes (`convolution`), but which adapters were
+trained with. The exact one is an option that the saved adapter records (`config`).
 """
 
 from __future__ import annotations
@@ -14,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
 from torch import Tensor, nn
 
+from dora_kernels import convolution
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.state import SWITCH, Weights, active_dropout, divisor, interpolated, read, scale
-from dora_kernels.reference import accumulation_dtype
 
 _KINDS: dict[Any, tuple[Any, Callable[..., Tensor]]] = {
     nn.Conv1d: (DoraConv1dLayer, F.conv1d),
@@ -45,13 +39,8 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     if weights is None:
         return None
     last = base.groups == 1 and not weights.weight.is_contiguous()
-    rows = _rows(weights.weight, last), _rows(weights.lora_A, last), weights.lora_B.flatten(1)
-    return Weights(*rows, weights.magnitude.view(-1), bias)
-
-
-def _rows(weight: Tensor, channels_last: bool) -> Tensor:
-    """``[out, in * kernel]``, the latter in the order in which it lies in memory."""
-    return (weight.movedim(1, -1) if channels_last else weight).flatten(1)
+    w, a = convolution.rows(weights.weight, last), convolution.rows(weights.lora_A, last)
+    return Weights(w, a, weights.lora_B.flatten(1), weights.magnitude.view(-1), bias)
 
 
 def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
@@ -65,7 +54,7 @@ def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
         return False
     weight, a, b, m, _ = weights
     rank, groups = a.shape[0], base.groups
-    if not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):
+    if not (convolution.is_view(weight, False) or convolution.is_view(weight, True)):
         return False
     kernel = weight.shape[2:]
     return (
@@ -75,34 +64,13 @@ def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
     )
 
 
-def _grouped_norm(weights: Weights, scaling: float) -> Tensor:
-    """PEFT's norm of a grouped convolution."""
-    weight, a, b = (t.detach() for t in weights[:3])
-    dtype = accumulation_dtype(weight, a, b)
-    low = b.to(dtype).reshape(-1, a.shape[0]) @ a.to(dtype)
-    return torch.linalg.vector_norm(torch.add(weight.to(dtype), low.view(weight.shape), alpha=scaling), dim=1)
-
-
-def _exact_grouped_norm(weights: Weights, scaling: float, groups: int) -> Tensor:
-    """Of what the layer computes: a group's weight in its own channels, and its share of B and A in all of them."""
-    weight, a, b = (t.detach() for t in weights[:3])
-    dtype = accumulation_dtype(weight, a, b)
-    norms = []
-    parts = (t.to(dtype).chunk(groups) for t in (weight, a, b))
-    for group, (w, right, left) in enumerate(zip(*parts, strict=True)):
-        update = scaling * (left @ right)
-        update[:, group * w.shape[1] : (group + 1) * w.shape[1]] += w
-        norms.append(torch.linalg.vector_norm(update, dim=1))
-    return torch.cat(norms)
-
-
 class _DoraConvVariant(DoraVariant):
     read = staticmethod(read_weights)
 
     @staticmethod
     def rows(layer: Any, weight: Tensor) -> Tensor:
         """Whatever its memory format."""
-        return _rows(weight, not weight.is_contiguous())
+        return convolution.rows(weight, not weight.is_contiguous())
 
     @classmethod
     def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
@@ -110,14 +78,17 @@ class _DoraConvVariant(DoraVariant):
         scaling, groups = layer.scaling[adapter], layer.base_layer.groups
         a: Tensor = layer.lora_A[adapter].weight
         grouped, exact = groups > 1, adapter in vars(layer)[SWITCH].exact_norms
-        copied = not (a if layer.base_layer.weight.is_contiguous() else a.movedim(1, -1)).is_contiguous()
+        copied = not convolution.is_view(a, not layer.base_layer.weight.is_contiguous())
         if not grouped and not copied:
             return super().divisor(layer, adapter, weights)
 
         def norm() -> Tensor:
-            if grouped:
-                return _exact_grouped_norm(weights, scaling, groups) if exact else _grouped_norm(weights, scaling)
-            return dora_weight_norm(*(t.detach() for t in weights[:3]), scaling=scaling)
+            tensors = weights.weight.detach(), weights.lora_A.detach(), weights.lora_B.detach()
+            if not grouped:
+                return dora_weight_norm(*tensors, scaling=scaling)
+            if exact:
+                return convolution.exact_grouped_norm(*tensors, scaling, groups)
+            return convolution.pefts_grouped_norm(*tensors, scaling)
 
         stored = weights._replace(weight=layer.base_layer.weight, lora_A=a, lora_B=layer.lora_B[adapter].weight)
         return divisor(layer, adapter, stored, norm)
@@ -140,10 +111,8 @@ class _DoraConvVariant(DoraVariant):
         low = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         if base is not None:
             dora = result + (g - 1) * base + (g * scaling) * low
-        elif bias is None:
-            dora = g * torch.add(result, low, alpha=scaling)
         else:
-            dora = torch.addcmul(bias, g, torch.add(result - bias, low, alpha=scaling))
+            dora = convolution.compose(result, low, g, bias, scaling)
         return interpolated(module, active_adapter, result, dora)
 
     @staticmethod

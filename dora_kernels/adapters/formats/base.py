@@ -49,6 +49,9 @@ class Format:
             for part in ("lora_A", "lora_B"):
                 if part not in parts:
                     raise reading.error(f"{module} has no {self._called(part)}, only {', '.join(parts.values())}")
+                tensor = reading.check_tensor(parts[part])
+                if not 2 <= tensor.dim() <= 5 or not tensor.numel():
+                    raise reading.error(f"{parts[part]} {list(tensor.shape)} is no factor of a weight")
             layers[module] = self.layer(reading, module, parts)
             reading.check(module, layers[module])
         without = [name for name, layer in layers.items() if layer.magnitude is None]
@@ -98,5 +101,5 @@ class Format:
 
 def _inside(key: str, modules: Collection[str]) -> bool:
     """Whether `key` names something right inside one of `modules`, or inside an adapter's part of it."""
-    names = key.split(".")
+    names = key.removeprefix("base_model.model.").split(".")
     return any(".".join(names[:i]) in modules and "lora" in ".".join(names[i:]) for i in range(1, len(names)))

@@ -26,10 +26,10 @@ class LinearFormat(Format):
     plain: ClassVar[bool] = False
 
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
-        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         scaling = self.scaling(reading, module, a)
         magnitude, axis = None, "out"
-        if "magnitude" in parts and a.dim() == b.dim() == 2:
+        if "magnitude" in parts:
             key = parts["magnitude"]
             magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
         elif not self.plain:

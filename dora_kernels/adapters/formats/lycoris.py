@@ -6,7 +6,8 @@ and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet`` 
 Scaling ``alpha / r``; with ``rs_lora`` alpha is stored so that this still holds; without alpha 1, as ComfyUI's
 comfy/weight_adapter/lora.py. Norm of ``W + scaling * B @ A`` with gradient. ``dora_scale`` is ``[1, in, 1, ...]``, per
 input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...]``, per output, since: the shape tells.
-Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(float32).eps`` to the norm, ComfyUI nothing.
+Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(torch.float32).eps`` to the norm in training.
+ComfyUI (comfy/weight_adapter/base.py, 0.3) takes the norm of W alone for files per output: not what was trained.
 A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
 """
 
@@ -56,14 +57,12 @@ class Lycoris(Format):
         return super().read(reading)
 
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
-        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         if "mid" in parts:
             a = self._without_core(reading, parts, a)
         kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
         magnitude, axis = None, "out"
         if "magnitude" in parts:
-            if a.dim() < 2 or b.dim() < 2:
-                raise reading.error(f"{module}: lora_down {list(a.shape)}, lora_up {list(b.shape)} are no factors")
             key, features = parts["magnitude"], (a.shape[1], b.shape[0])
             scale = reading.check_tensor(key)
             magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))

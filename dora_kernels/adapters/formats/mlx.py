@@ -43,9 +43,7 @@ class Mlx(Format):
         return layers
 
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
-        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
-        if a.dim() != 2 or b.dim() != 2:
-            raise reading.error(f"{module}: lora_a {list(a.shape)}, lora_b {list(b.shape)} are no factors")
+        a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         scaling = reading.scaling
         if scaling is None:
             scaling = reading.number(reading.config, "lora_parameters", "scale")

@@ -13,4 +13,4 @@ def targets(names: Iterable[str]) -> str:
 
 def whole(number: float) -> float | int:
     """16 for 16.0, as configurations have it."""
-    return int(number) if number == int(number) else number
+    return int(number) if float(number).is_integer() else number

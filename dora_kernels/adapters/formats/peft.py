@@ -5,6 +5,7 @@ Keys ``base_model.model.<name>.lora_A.weight`` ``[r, in]``, ``.lora_B.weight`` `
 embeddings with ``lora_embedding_A`` ``[r, vocabulary]``, ``lora_embedding_B`` ``[dimension, r]`` and m ``[dimension]``.
 Scaling ``lora_alpha / r``, with ``use_rslora`` ``lora_alpha / sqrt(r)``, both by layer through ``rank_pattern`` and
 ``alpha_pattern``. Norm per output (channel, embedding dimension) of ``W + scaling * B @ A``, detached; no eps.
+With groups PEFT takes the norm of something else than what the layer computes: refused, unless it is plain LoRA.
 torchtune's recipes write such files, too, without ``use_dora`` in the configuration.
 """
 
@@ -35,7 +36,7 @@ class Peft(Format):
     weights = "adapter_model.safetensors"
     key = re.compile(
         r"(?:base_model\.model\.)?(?P<module>.+)\."
-        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
+        r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!bias$)[^.]+)??(?:\.weight)?"
     )
     parts: ClassVar = {
         "lora_A": "lora_A",
@@ -72,18 +73,19 @@ class Peft(Format):
         return layers
 
     def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
-        a, b = reading.check_tensor(parts["lora_A"]), reading.check_tensor(parts["lora_B"])
+        a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
             raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} are of layers of two kinds")
         kind = "embedding" if embedding else {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
         magnitude, axis = None, "out"
         if "magnitude" in parts:
-            if a.dim() < 2 or b.dim() < 2:
-                raise reading.error(f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors")
             key = parts["magnitude"]
             magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
-        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, module, a), axis)
+        layer = AdapterLayer(kind, a, b, magnitude, self._scaling(reading, module, a), axis)
+        if layer.grouped and magnitude is not None:
+            raise reading.error(f"{module}: PEFT takes another norm of a convolution with groups than the weight's")
+        return layer
 
     def _scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
         if reading.scaling is not None:

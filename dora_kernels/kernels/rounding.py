@@ -1,0 +1,40 @@
+"""Stochastic rounding of tiles: the same words for the same elements, and the same results, as `dora_kernels.rounding`.
+
+A merge alone rounds so. Every element computes its own four words and takes one of them: about 100 integer instructions
+where W's two passes are 6 bytes, on a GPU still in the order of the memory's time, and no tile has to begin at a
+multiple of four.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def draw(seed, index):
+    """The word of 32 bits of each element: word ``index % 4`` of Philox 4x32-10, key seed, counter ``index // 4``."""
+    w0, w1, w2, w3 = tl.randint4x(seed, index >> 2)
+    lane = index & 3
+    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+
+
+@triton.jit
+def round_by_words(x, words, dtype: tl.constexpr):
+    """float32 x as float32 numbers that `dtype` has, but for those beyond its largest, which are left as they are.
+
+    Away from zero where the word is below 2**32 times the fraction of the step, in integers: float32 has 16 bits more
+    than bfloat16, with the same exponents, and 13 more than the normal numbers of float16.
+    """
+    DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+    LARGEST: tl.constexpr = 0x7F7F0000 if dtype == tl.bfloat16 else 0x477FE000
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    fraction = (bits << (32 - DROPPED)).to(tl.uint32, bitcast=True)
+    steps = ((bits >> DROPPED) + (words < fraction).to(tl.int32)) << DROPPED
+    if dtype == tl.float16:
+        # Subnormal numbers are multiples of 2**-24, and the smallest normal one is 2**-14. The sign is put back as a bit.
+        small = tl.abs(x) * 16777216.0
+        whole = tl.floor(small)
+        fraction = tl.ceil((small - whole) * 4294967296.0).to(tl.uint32)
+        multiple = (whole + (words < fraction).to(tl.float32)) * 5.9604644775390625e-08
+        steps = tl.where(size < 0x38800000, multiple.to(tl.int32, bitcast=True) | (bits ^ size), steps)
+    return tl.where(size > LARGEST, bits, steps).to(tl.float32, bitcast=True)

@@ -1,0 +1,192 @@
+"""`DoRAConv1d`, `DoRAConv2d` and `DoRAConv3d`: convolutions with a weight-decomposed low-rank adapter."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import convolution
+from dora_kernels.functional import dora_weight_norm, layer_divisor, layer_scale
+from dora_kernels.modules.base import DoRALayer, check_dora_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _DoRAConv(DoRALayer):
+    """``y = conv(x, g * V) + bias``, ``V = weight + scaling * lora_B @ lora_A``, ``g = magnitude / (||V|| + eps)``.
+
+    lora_A is a convolution as the base layer (stride, padding, dilation, padding mode) from all input channels to
+    `rank`, lora_B one of kernel 1; their shapes are PEFT's, ``[rank, in_channels, *kernel]`` and
+    ``[out_channels, rank / groups, 1, ...]``. (PEFT's A has no dilation, and pads with zeros whatever the mode.)
+    The norm is the exact one of what the layer computes also with groups, where PEFT's is not; no grouped weight can
+    hold that, so a layer with groups cannot be merged. Dropout is applied to the low-rank branch only.
+
+    Args:
+        *base_args, **base_options: of the `torch.nn` convolution.
+        rank: at least 1, and a multiple of the groups.
+        alpha, dropout, use_rslora, backend, adapter_dtype: as `LoRALinear`.
+        magnitude_axis: "out", a magnitude per output channel, the norm over input channels and kernel (PEFT), or "in",
+            per input channel, the norm over output channels and kernel.
+        detach_norm, eps: as `DoRALinear`.
+        base_layer: an existing convolution to adapt, instead of a new one (`from_base`).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range.
+    """
+
+    kind: ClassVar[Any]
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(
+        self,
+        *base_args: Any,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        magnitude_axis: str = "out",
+        detach_norm: bool = True,
+        eps: float = 0.0,
+        backend: str = "auto",
+        adapter_dtype: torch.dtype | None = None,
+        base_layer: nn.Module | None = None,
+        **base_options: Any,
+    ) -> None:
+        check_dora_options(magnitude_axis, eps)
+        super().__init__()
+        base: Any = self.kind(*base_args, **base_options) if base_layer is None else base_layer
+        if isinstance(rank, int) and rank % base.groups:
+            raise ValueError(f"rank: expected a multiple of the {base.groups} groups, got {rank}")
+        factory = self._set_up(
+            base, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, backend=backend,
+            adapter_dtype=adapter_dtype,
+        )  # fmt: skip
+        self.lora_A = nn.utils.skip_init(
+            self.kind, base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
+            padding_mode=base.padding_mode, bias=False, **factory,
+        )  # fmt: skip
+        factory_b = {**factory, "groups": base.groups, "bias": False}
+        self.lora_B = nn.utils.skip_init(self.kind, rank, base.out_channels, 1, **factory_b)
+        self._reset_factors()
+        self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
+
+    @classmethod
+    def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
+        """Adapt an existing convolution, which becomes the base layer (shared, not copied) and is frozen."""
+        if type(base) is not cls.kind:
+            raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
+        return cls(base_layer=base, rank=rank, **options).train(base.training)
+
+    def _reset_factors(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``[rank, in_channels, *kernel]`` and B ``[out_channels, rank / groups, 1, ...]``."""
+        return self.lora_A.weight, self.lora_B.weight
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The magnitude as a vector, a view of the parameter ``[1, channels, 1, ...]``."""
+        return self.lora_magnitude_vector.view(-1)
+
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        base = self.base_layer
+        channels = base.out_channels if self.magnitude_axis == "out" else base.in_channels
+        return (1, channels, *(1 for _ in base.kernel_size))
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.base_layer.groups == 1 and not self.base_layer.weight.is_contiguous()
+
+    def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
+        last = self._channels_last
+        weight, lora_A = self.base_layer.weight, self.lora_A.weight
+        return convolution.rows(weight, last), convolution.rows(lora_A, last), self.lora_B.weight.flatten(1)
+
+    def _write(self, merged: Tensor) -> None:
+        weight = self.base_layer.weight
+        weight.copy_(convolution.from_rows(merged, weight.shape, self._channels_last))
+
+    def _weight_norm(self) -> Tensor:
+        """Per channel, differentiable where gradients are enabled and the norm is not detached."""
+        weight, lora_A, lora_B = self._problem()
+        groups, axis = self.base_layer.groups, self.magnitude_axis
+        if groups > 1:
+            norm = convolution.exact_grouped_norm(weight, lora_A, lora_B, self.scaling, groups, axis)
+        else:
+            problem = weight, lora_A, lora_B
+            detached = not torch.is_grad_enabled()
+            norm = layer_divisor(*problem, self.scaling, axis, detached, self.backend, None, self.training)
+            norm = norm.masked_fill(torch.isinf(norm), 0.0)
+        if axis == "in":
+            norm = convolution.over_kernel(norm, self.base_layer.weight.shape, groups, self._channels_last)
+        return norm
+
+    def _scale(self) -> Tensor:
+        """``g``, shaped to be broadcast over channels."""
+        last, weight, (lora_A, lora_B) = self._channels_last, self.base_layer.weight, self.factors
+        tensors: tuple[Tensor, Tensor, Tensor] = weight, lora_A, lora_B
+        norm = None
+        views = convolution.is_view(weight, last) and convolution.is_view(lora_A, last)
+        if self.base_layer.groups == 1 and self.magnitude_axis == "out" and views:
+            tensors = self._problem()
+        else:  # no row norm of a matrix, or of copies, which show no writes
+            norm = self._weight_norm
+        g = layer_scale(
+            *tensors, self.magnitude, self.scaling, self.magnitude_axis, self.detach_norm, self.backend,
+            self._norm_cache, self.training, self.eps, norm,
+        )  # fmt: skip
+        return self._per_channel(g)
+
+    def _per_channel(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in self.base_layer.kernel_size))
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """``[batch, in_channels, ...]`` (or without the batch) to ``[batch, out_channels, ...]``."""
+        base, g = self.base_layer, self._scale()
+        dropped = self.dropout(x)
+        if self.magnitude_axis == "in":
+            x, dropped = (x * g).to(x.dtype), (dropped * g).to(x.dtype)
+        result: Tensor = base(x)
+        low = self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype)))
+        if self.magnitude_axis == "in":
+            return torch.add(result, low, alpha=self.scaling).to(result.dtype)
+        bias = None if base.bias is None else self._per_channel(base.bias)
+        return convolution.compose(result, low, g, bias, self.scaling).to(result.dtype)
+
+    def _merge_refusal(self) -> str | None:
+        if self.base_layer.groups > 1:
+            return "its update reads all channels, and no weight of a convolution with groups can hold that"
+        return None
+
+    def _merge_arguments(self) -> dict[str, Any]:
+        """Along "in" a column of the problem has the scale of its channel, whatever its own norm."""
+        arguments = super()._merge_arguments()
+        if self.magnitude_axis == "in":
+            own = dora_weight_norm(*self._problem(), scaling=self.scaling, magnitude_axis="in", backend=self.backend)
+            g = self._scale().expand(-1, *self.base_layer.kernel_size)
+            columns = g.movedim(0, -1) if self._channels_last else g
+            arguments |= {"magnitude": columns.flatten() * own, "eps": 0.0}
+        return arguments
+
+
+class DoRAConv1d(_DoRAConv):
+    __doc__ = _DoRAConv.__doc__
+    kind = nn.Conv1d
+
+
+class DoRAConv2d(_DoRAConv):
+    __doc__ = _DoRAConv.__doc__
+    kind = nn.Conv2d
+
+
+class DoRAConv3d(_DoRAConv):
+    __doc__ = _DoRAConv.__doc__
+    kind = nn.Conv3d

@@ -1,0 +1,134 @@
+"""`DoRAEmbedding`: an embedding whose table has a weight-decomposed low-rank adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels.functional import layer_divisor, layer_scale, run_compose
+from dora_kernels.modules.base import DoRALayer, check_dora_options
+from dora_kernels.norm_cache import with_eps
+from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class DoRAEmbedding(DoRALayer):
+    """``y = g * (E[x] + scaling * A[:, x].T @ B.T)``: the rows of an adapted table, as PEFT's DoRA on `nn.Embedding`.
+
+    As a linear problem the weight is the table's transpose, ``[embedding_dim, num_embeddings]``. Nothing of the
+    table's size is formed. B starts normal and A at zero, as PEFT's. Parameters: ``lora_embedding_A``
+    ``[rank, num_embeddings]``, ``lora_embedding_B`` ``[embedding_dim, rank]``, ``lora_magnitude_vector``.
+
+    `padding_idx` and `scale_grad_by_freq` hold for A (and along "in" for the magnitude) as they would for the table;
+    the gradients are dense, also of a sparse embedding. `dropout` is not used, as in PEFT: indices cannot be dropped.
+
+    Args:
+        *base_args, **base_options: of `nn.Embedding`.
+        rank, alpha, use_rslora, backend, adapter_dtype: as `LoRALinear`.
+        magnitude_axis: "out", a magnitude per embedding dimension, the norm over the vocabulary (PEFT), or "in", one
+            per row of the table (MLX).
+        detach_norm, eps: as `DoRALinear`.
+        base_layer: an existing embedding to adapt, instead of a new one (`from_base`).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range; an embedding with `max_norm`, which
+            writes its table in every forward.
+    """
+
+    state_names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+    def __init__(
+        self,
+        *base_args: Any,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        magnitude_axis: str = "out",
+        detach_norm: bool = True,
+        eps: float = 0.0,
+        backend: str = "auto",
+        adapter_dtype: torch.dtype | None = None,
+        base_layer: nn.Embedding | None = None,
+        **base_options: Any,
+    ) -> None:
+        check_dora_options(magnitude_axis, eps)
+        super().__init__()
+        if base_layer is None:
+            base_layer = nn.Embedding(*base_args, **base_options)
+        if base_layer.max_norm is not None:
+            raise ValueError(f"max_norm: expected None, got {base_layer.max_norm}, which writes the table at each call")
+        factory = self._set_up(
+            base_layer, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, backend=backend,
+            adapter_dtype=adapter_dtype,
+        )  # fmt: skip
+        self.lora_embedding_A = nn.Parameter(torch.empty(rank, base_layer.num_embeddings, **factory))
+        self.lora_embedding_B = nn.Parameter(torch.empty(base_layer.embedding_dim, rank, **factory))
+        self._reset_factors()
+        self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
+
+    @classmethod
+    def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
+        """Adapt an existing `nn.Embedding`, which becomes the base layer (shared, not copied) and is frozen."""
+        if type(base) is not nn.Embedding:
+            raise TypeError(f"base: expected a torch.nn.Embedding itself, got {type(base).__name__}")
+        return cls(base_layer=base, rank=rank, **options).train(base.training)
+
+    def _reset_factors(self) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``[rank, num_embeddings]`` and B ``[embedding_dim, rank]``."""
+        return self.lora_embedding_A, self.lora_embedding_B
+
+    def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.base_layer.weight.t(), self.lora_embedding_A, self.lora_embedding_B
+
+    def _write(self, merged: Tensor) -> None:
+        self.base_layer.weight.t().copy_(merged)
+
+    def _rows(self, x: Tensor, table: Tensor) -> Tensor:
+        base = self.base_layer
+        return F.embedding(x, table, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """Indices ``[...]`` to ``[..., embedding_dim]``."""
+        result: Tensor = self.base_layer(x)
+        h = self._rows(x, self.lora_embedding_A.t())
+        if self.magnitude_axis == "out" and self.detach_norm:
+            return run_compose(
+                result, h, self.lora_embedding_B, self.lora_magnitude_vector, None, self.scaling, self._divisor,
+                self.backend,
+            )  # fmt: skip
+        with no_autocast(result.device):
+            dtype = accumulation_dtype(result, h)
+            total = torch.add(
+                result.to(dtype), h.to(dtype) @ self.lora_embedding_B.to(dtype).t(), alpha=self.scaling
+            )
+            if self.magnitude_axis == "out":
+                g = layer_scale(
+                    *self._problem(), self.lora_magnitude_vector, self.scaling, "out", False, self.backend,
+                    self._norm_cache, self.training, self.eps,
+                )  # fmt: skip
+            else:
+                g = self._row_scale(x, total)
+            return (g * total).to(result.dtype)
+
+    def _divisor(self, backend: str) -> Tensor:
+        divisor = layer_divisor(
+            *self._problem(), self.scaling, "out", True, backend, self._norm_cache, self.training
+        )
+        return with_eps(divisor, self.eps) if self.eps else divisor
+
+    def _row_scale(self, x: Tensor, total: Tensor) -> Tensor:
+        """Along "in" the norms that are needed are those of the rows at hand."""
+        norm = torch.linalg.vector_norm(total.detach() if self.detach_norm else total, dim=-1, keepdim=True)
+        magnitude = self._rows(x, self.lora_magnitude_vector.unsqueeze(1))
+        return magnitude_scale(magnitude, norm, self.eps)

@@ -1,0 +1,211 @@
+"""From file to model and back: `load_adapter` with a model, `attach`, `extract`; a failure leaves the model alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from adapter_models import EPS32, Model, adapted64, adapter_for, assert_same_function, linear_problem
+from torch import nn
+
+from dora_kernels import DoRALinear, LoRALinear, attach, extract, load_adapter, save_adapter
+from dora_kernels.adapters import Adapter
+
+pytest.importorskip("safetensors")
+
+LINEAR = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down", "lm_head"]
+EVERY = [*LINEAR, "embed_tokens", "layers.0.conv_in", "layers.1.conv"]
+
+
+def state(model):
+    """All that a failed call must leave: modules, their values, what trains, and what else a layer holds."""
+    return (
+        {name: (id(module), type(module), module.training) for name, module in model.named_modules()},
+        {name: (id(p), p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()},
+        {name: (m.scaling, m.alpha) for name, m in model.named_modules() if hasattr(m, "scaling")},
+    )
+
+
+def assert_unchanged(model, before):
+    now = state(model)
+    assert (now[0], now[2]) == (before[0], before[2])
+    assert now[1].keys() == before[1].keys()
+    for name, (identity, value, trains) in before[1].items():
+        assert now[1][name][0] == identity and now[1][name][2] == trains, name
+        assert torch.equal(now[1][name][1], value), name
+
+
+def merged(model, name):
+    """The weight that a layer is after merging, as a linear problem."""
+    layer = copy.deepcopy(model.get_submodule(name))
+    layer.merge()
+    return linear_problem(layer.base_layer)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_attach_and_extract(axis):
+    """The layers compute the adapted weight of the formula, and give back what they took."""
+    model, original = Model(), Model()
+    adapter = adapter_for(model, EVERY, axis=axis)
+    assert attach(model, adapter) == EVERY
+    for name in EVERY:
+        wanted = adapted64(original.get_submodule(name), adapter.layers[name])
+        assert float((merged(model, name) - wanted).norm()) <= 4 * EPS32 * float(wanted.norm())
+    back = extract(model)
+    for name, layer in back.layers.items():
+        sent = adapter.layers[name]
+        assert (layer.kind, layer.scaling, layer.magnitude_axis, layer.eps) == (sent.kind, sent.scaling, axis, 0.0)
+        for part in ("lora_A", "lora_B", "magnitude"):
+            assert torch.equal(getattr(layer, part), getattr(sent, part))
+    back.layers[EVERY[0]].lora_A.zero_()
+    assert extract(model).layers[EVERY[0]].lora_A.any()  # a copy
+
+
+def test_adapted_layers_take_the_values():
+    """In place where rank, axis and eps are the same, so that optimizers keep their parameters; anew otherwise."""
+    model = Model()
+    attach(model, adapter_for(model, LINEAR[:2], rank=4))
+    layers = {name: model.get_submodule(name) for name in LINEAR[:2]}
+    parameters = {name: parameter for name, parameter in model.named_parameters()}
+    adapter = adapter_for(Model(), LINEAR[:2], seed=5, rank=4, scaling=0.3)
+    ids = torch.arange(30)
+    with torch.no_grad():
+        model(ids)  # which keeps norms
+        attach(model, adapter)
+        fresh = Model()
+        attach(fresh, adapter)
+        assert torch.equal(model(ids), fresh(ids))
+    assert {name: model.get_submodule(name) for name in LINEAR[:2]} == layers
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    assert_same_function(Model(), extract(model), adapter, 0.0)
+    layers[LINEAR[0]].dropout.p = 0.25
+    other = adapter_for(Model(), LINEAR[:1], seed=6, rank=2, axis="in", eps=1e-3)
+    attach(model, other)
+    assert model.get_submodule(LINEAR[0]) is not layers[LINEAR[0]]
+    assert model.get_submodule(LINEAR[0]).dropout.p == 0.25
+    assert model.get_submodule(LINEAR[1]) is layers[LINEAR[1]]
+    assert extract(model).layers[LINEAR[0]].eps == 1e-3
+    attach(model, adapter_for(Model(), LINEAR[:1], plain=True))
+    assert type(model.get_submodule(LINEAR[0])) is LoRALinear
+    assert not any(isinstance(m.base_layer, LoRALinear) for m in model.modules() if hasattr(m, "base_layer"))
+
+
+def test_dtypes(tmp_path):
+    """A bfloat16 file stays bfloat16 in the model and back in a file; in a float64 model it is float64."""
+    model, adapter = Model().bfloat16(), adapter_for(Model(), LINEAR, dtype=torch.bfloat16)
+    save_adapter(adapter, tmp_path)
+    load_adapter(tmp_path, model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    wide = Model().double()
+    load_adapter(tmp_path, wide)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    save_adapter(model, tmp_path, force=True)
+    assert_same_function(Model(), load_adapter(tmp_path), adapter, 0.0)
+
+
+def test_a_module_under_two_names():
+    """Exchanged under both; two adapters for it are refused."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 4)})
+    model["c"] = model["a"]
+    attach(model, adapter_for(model, ["a"]))
+    assert isinstance(model["a"], DoRALinear) and model["c"] is model["a"]
+    tied = nn.ModuleDict({"a": nn.Linear(6, 6)})
+    tied["c"] = tied["a"]
+    before = state(tied)
+    with pytest.raises(ValueError, match="a and c are one module"):
+        attach(tied, adapter_for(tied, ["a", "c"]))
+    assert_unchanged(tied, before)
+
+
+def test_gpt2_layers(tmp_path):
+    """Stored transposed."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"c": conv1d(20, 12)})
+    plain = nn.ModuleDict({"c": nn.Linear(12, 20)})
+    plain["c"].weight.data.copy_(model["c"].weight.t())
+    adapter = adapter_for(plain, ["c"])
+    save_adapter(adapter, tmp_path)
+    load_adapter(tmp_path, model)
+    x = torch.randn(3, 12)
+    wanted = x.double() @ adapted64(plain["c"], adapter.layers["c"]).t() + model["c"].base_layer.bias.double()
+    assert float((model["c"](x) - wanted).detach().abs().max()) <= 16 * EPS32 * float(wanted.abs().max())
+
+
+def huge(adapter):
+    layer = adapter.layers[LINEAR[-1]]
+    object.__setattr__(layer, "lora_A", layer.lora_A.double() * 1e200)
+
+
+def renamed(adapter):
+    adapter.layers["layers.7.q_proj"] = adapter.layers.pop(LINEAR[-1])
+
+
+def resized(adapter):
+    adapter.layers[LINEAR[-1]] = adapter.layers[LINEAR[0]]
+
+
+def misshapen(adapter):
+    layer = adapter.layers[LINEAR[-1]]
+    object.__setattr__(layer, "magnitude", layer.magnitude[:-1])
+
+
+BAD = {
+    "no such layer": (renamed, "adapter: layers.7.q_proj: the model has no such layer"),
+    "another size": (resized, "adapter: lm_head is of a linear with 12 inputs and 12 outputs, the model's is a linear"),
+    "a short magnitude": (misshapen, "adapter: lm_head: magnitude [29]: expected [30]"),
+    "too large for the dtype": (huge, "adapter: lm_head: it has values that are not finite in torch.float32"),
+}
+
+
+@pytest.mark.parametrize("what, already", [(what, a) for what in BAD for a in (0, 1) if a or "dtype" not in what])
+def test_a_failure_leaves_the_model_unchanged(what, already):
+    """The last layer is bad, so that the others were planned before."""
+    change, message = BAD[what]
+    model = Model()
+    model.layers[0].up_proj.bias.requires_grad_(False)
+    if already:
+        attach(model, adapter_for(model, LINEAR, seed=9))
+    adapter = adapter_for(Model(), LINEAR)
+    change(adapter)
+    before = state(model)
+    with pytest.raises(ValueError) as raised:
+        attach(model, adapter)
+    assert str(raised.value).startswith(message)
+    assert_unchanged(model, before)
+
+
+def test_merged_layers_and_strengths_are_refused():
+    model = Model()
+    adapter = adapter_for(model, LINEAR)
+    attach(model, adapter)
+    layer = model.get_submodule(LINEAR[-1])
+    layer.merge()
+    before = state(model)
+    with pytest.raises(ValueError, match="lm_head is merged; call unmerge"):
+        attach(model, adapter)
+    assert_unchanged(model, before)
+    layer.unmerge()
+    layer.strength = 0.5
+    with pytest.raises(ValueError, match="lm_head has strength 0.5"):
+        extract(model)
+
+
+def test_other_refusals():
+    subclass = type("Other", (nn.Linear,), {})
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": subclass(6, 4)})
+    before = state(model)
+    with pytest.raises(TypeError, match="Other"):
+        attach(model, adapter_for(model, ["a", "b"]))
+    assert_unchanged(model, before)
+    with pytest.raises(TypeError, match="layers.1.conv: use_dora=False is for linear layers"):
+        attach(Model(), adapter_for(Model(), ["layers.1.conv"], plain=True))
+    with pytest.raises(ValueError, match="no adapted layer"):
+        extract(Model())
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
+        extract({})
+    with pytest.raises(TypeError, match="adapter: expected an Adapter, got dict"):
+        attach(Model(), {})
+    with pytest.raises(ValueError, match="the adapter has no layers"):
+        save_adapter(Adapter({}), "nowhere")

@@ -1,0 +1,251 @@
+"""Files that are wrong: one clear error each, naming file and key, and a model that is as it was."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+
+import pytest
+import torch
+from adapter_models import Model, adapter_for
+from test_adapters_attach import assert_unchanged, state
+
+from dora_kernels import attach, load_adapter, read_adapter, save_adapter
+from dora_kernels.adapters import FORMATS
+
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file
+
+NAMES = ["layers.0.q_proj", "layers.1.up_proj", "lm_head"]
+
+# the keys of the last layer's parts
+KEYS = {
+    "peft": ("base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight",
+             "base_model.model.lm_head.lora_magnitude_vector"),
+    "lycoris": ("lycoris_lm_head.lora_down.weight", "lycoris_lm_head.lora_up.weight", "lycoris_lm_head.dora_scale"),
+    "kohya": ("lora_unet_lm_head.lora_down.weight", "lora_unet_lm_head.lora_up.weight", "lora_unet_lm_head.dora_scale"),
+    "torchtune": ("lm_head.lora_a.weight", "lm_head.lora_b.weight", "lm_head.magnitude"),
+    "nvidia": ("base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight",
+               "base_model.model.lm_head.weight_m_wdecomp.weight"),
+    "qdora": ("lm_head.dora_layer.lora_A.weight", "lm_head.dora_layer.lora_B.weight",
+              "lm_head.magnitude_layer.magnitude"),
+    "mlx": ("lm_head.lora_a", "lm_head.lora_b", "lm_head.m"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=KEYS)
+def saved(request, tmp_path):
+    """The format, the file in a folder of its own, and the keys of its last layer."""
+    save_adapter(adapter_for(Model(), NAMES), tmp_path, format=request.param)
+    file = tmp_path / FORMATS[request.param].weights
+    assert set(KEYS[request.param]) < set(load_file(file))
+    return request.param, file, KEYS[request.param]
+
+
+def refused(file, message, error=ValueError, **options):
+    """Both a base model and one that is adapted already are unchanged; the message names the file first."""
+    for adapted in (False, True):
+        model = Model()
+        if adapted:
+            attach(model, adapter_for(model, NAMES, seed=8))
+        before = state(model)
+        with pytest.raises(error, match=re.escape(f"{file}: ") + message):
+            load_adapter(file, model, **options)
+        assert_unchanged(model, before)
+
+
+def change(file, changed):
+    tensors = load_file(file)
+    changed(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_missing_tensor(saved, part):
+    format, file, keys = saved
+    change(file, lambda tensors: tensors.pop(keys[part]))
+    refused(file, rf"\S*lm_head has no {re.escape(keys[part].partition('lm_head.')[2].removesuffix('.weight'))}")
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(saved, part, value):
+    format, file, keys = saved
+    change(file, lambda tensors: tensors[keys[part]].view(-1)[-1:].fill_(value))
+    refused(file, re.escape(keys[part]) + " has values that are not finite")
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_integers(saved, part):
+    format, file, keys = saved
+    change(file, lambda tensors: tensors.update({keys[part]: tensors[keys[part]].int()}))
+    refused(file, re.escape(keys[part]) + " is of torch.int32, which is no floating-point type")
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_sizes(saved, part):
+    """One row or one column less, no values at all, one dimension."""
+    format, file, keys = saved
+    whole = load_file(file)
+    tensor = whole[keys[part]]
+    for other in (tensor[:-1], tensor[..., :-1], tensor[:0], tensor.flatten()[:1], tensor[None]):
+        if other.shape != tensor.shape and other.numel() != tensor.numel():
+            save_file({**whole, keys[part]: other.contiguous()}, file)
+            refused(file, r"\S*lm_head")
+
+
+def test_truncated_and_oversized(saved):
+    format, file, keys = saved
+    whole = file.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    for content in (whole[:-4], whole[: 8 + length], whole[:20], whole[:8], b"", whole + b"\0\0\0\0",
+                    struct.pack("<Q", 2**40) + whole[8:], struct.pack("<Q", length + 1) + whole[8:]):  # fmt: skip
+        file.write_bytes(content)
+        refused(file, "truncated, or no safetensors file")
+
+
+def test_a_part_that_is_unknown(saved):
+    """A bias of lora_B changes the function: not left out as other tensors are."""
+    format, file, keys = saved
+    key = keys[1].removesuffix(".weight") + ".bias"
+    change(file, lambda tensors: tensors.update({key: torch.ones(30)}))
+    refused(file, re.escape(key) + " belongs to an adapted layer and is no part that")
+
+
+def test_another_model(saved):
+    format, file, keys = saved
+    changed = {key: key.replace("lm_head", "lm_tail") for key in load_file(file)}
+    tensors = load_file(file)
+    save_file({changed[key]: tensor for key, tensor in tensors.items()}, file)
+    if format == "peft":  # whose ranks are by name
+        config = file.with_name("adapter_config.json")
+        config.write_text(config.read_text().replace("lm_head", "lm_tail"))
+    refused(file, r"\S*lm_tail: the model has no such layer")
+
+
+# by key
+
+
+def test_two_keys_for_one_part(tmp_path):
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    key = KEYS["peft"][1]
+    change(file, lambda tensors: tensors.update({key.removeprefix("base_model.model."): tensors[key].clone()}))
+    refused(file, rf"{re.escape(key)} and .*lora_B.weight are both the lora_B of lm_head|lm_head.lora_B.weight and")
+
+
+def test_other_algorithms_of_lycoris(tmp_path):
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter_for(Model(), NAMES), file, format="lycoris")
+    change(file, lambda tensors: tensors.update({"lycoris_other.hada_w1_a": torch.ones(3, 3)}))
+    refused(file, "lycoris_other.hada_w1_a is of an algorithm of LyCORIS that is no product of two factors")
+    save_file({"lycoris_other.lokr_w1": torch.ones(3, 3)}, file)
+    refused(file, "no adapter of a format that is known: its keys are lycoris_other.lokr_w1")
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2), torch.empty(0)])
+def test_alpha_of_lycoris(tmp_path, alpha):
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter_for(Model(), NAMES), file, format="lycoris")
+    change(file, lambda tensors: tensors.update({"lycoris_lm_head.alpha": alpha}))
+    refused(file, "lycoris_lm_head.alpha: expected a number that is not 0, got")
+
+
+# pickles, folders
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (pytest.fail, ("it was unpickled",))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".safetensors"])
+def test_pickles_are_never_read(tmp_path, suffix):
+    file = tmp_path / f"adapter_model{suffix}"
+    file.write_bytes(pickle.dumps(Dangerous()))
+    safe = suffix == ".safetensors"
+    refused(file, "truncated, or no safetensors file" if safe else "a pickle, which may run anything")
+    if not safe:
+        refused(tmp_path, f"no safetensors file in it, only adapter_model{suffix}, a pickle", FileNotFoundError)
+        with pytest.raises(ValueError, match="written as safetensors alone"):
+            save_adapter(adapter_for(Model(), NAMES), file, force=True)
+
+
+def test_places(tmp_path):
+    refused(tmp_path, "no safetensors file in it", FileNotFoundError)
+    refused(tmp_path / "nothing", "no such file", FileNotFoundError)
+    for name in ("one.safetensors", "two.safetensors"):
+        save_adapter(adapter_for(Model(), NAMES), tmp_path / name, format="qdora")
+    refused(tmp_path, "expected one adapter's file, got one.safetensors, two.safetensors")
+    (tmp_path / "two.safetensors").unlink()
+    assert list(read_adapter(tmp_path).layers) == NAMES
+
+
+# configurations
+
+
+def configure(folder, **values):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return file
+
+
+CONFIGS = {
+    "no r": ("peft", {"r": None}, "r: expected a number, got None"),
+    "a word": ("peft", {"lora_alpha": "16"}, "lora_alpha: expected a number, got '16'"),
+    "NaN": ("peft", {"lora_alpha": float("nan"), "alpha_pattern": {}}, "lora_alpha: expected a number, got nan"),
+    "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: expected regular expressions"),
+    "no patterns": ("peft", {"alpha_pattern": [1]}, "alpha_pattern: expected regular expressions"),
+    "lora_bias": ("peft", {"lora_bias": True}, "lora_bias=True is not supported"),
+    "replication": ("peft", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* is not supported"),
+    "PiSSA": ("peft", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
+    "torchtune's rank": ("torchtune", {"lora_alpha": []}, r"lora_alpha: expected a number, got \[\]"),
+    "no scale": ("mlx", {"lora_parameters": 3}, "lora_parameters.scale: expected a number, got None"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_configurations(tmp_path, what):
+    format, values, message = CONFIGS[what]
+    save_adapter(adapter_for(Model(), NAMES), tmp_path, format=format)
+    config = configure(tmp_path, **values)
+    model = Model()
+    before = state(model)
+    with pytest.raises(ValueError, match=re.escape(f"{config}: ") + message):
+        load_adapter(tmp_path, model)
+    assert_unchanged(model, before)
+
+
+def test_configurations_that_contradict_the_file(tmp_path):
+    for format, values, message in (
+        ("peft", {"use_dora": False}, "it has magnitudes, and .*adapter_config.json says use_dora=False"),
+        ("peft", {"r": 5, "rank_pattern": {}}, r"layers.0.q_proj: lora_A \[2, 12\] has not the rank 5"),
+        ("torchtune", {"r": 5}, r"layers.0.q_proj: lora_A \[4, 12\] has not the rank 5"),
+        ("mlx", {"fine_tune_type": "lora"}, "it has magnitudes, and .*adapter_config.json says fine_tune_type='lora'"),
+    ):
+        folder = tmp_path / f"{format}-{'-'.join(values)}"
+        save_adapter(adapter_for(Model(), NAMES), folder, format=format)
+        configure(folder, **values)
+        refused(folder / FORMATS[format].weights, message)
+    for content in ("{", "[]", "[" * 100_000):
+        (folder / "adapter_config.json").write_text(content)
+        with pytest.raises(ValueError, match="adapter_config.json: no adapter configuration"):
+            read_adapter(folder)
+
+
+def test_arguments(tmp_path):
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    with pytest.raises(ValueError, match="format: expected one of 'auto', 'peft', .* got 'PEFT'"):
+        read_adapter(tmp_path, format="PEFT")
+    with pytest.raises(ValueError, match="magnitude_axis: expected 'out' or 'in', got 0"):
+        read_adapter(tmp_path, magnitude_axis=0)
+    with pytest.raises(ValueError, match="scaling: expected a finite number, got inf"):
+        read_adapter(tmp_path, scaling=float("inf"))
+    with pytest.raises(TypeError, match="path: expected a str or os.PathLike, got int"):
+        read_adapter(3)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
+        load_adapter(tmp_path, {})
+    with pytest.raises(TypeError, match="source: expected a torch.nn.Module or an Adapter, got str"):
+        save_adapter("model", tmp_path)

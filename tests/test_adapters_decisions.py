@@ -1,0 +1,237 @@
+"""What a file leaves open: which axis, which names, which kind; decided from evidence and said, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from adapter_models import EPS32, Model, adapter_for, assert_same_function
+from torch import nn
+
+from dora_kernels import attach, read_adapter, save_adapter
+
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file
+
+SQUARE = ["layers.0.q_proj", "layers.1.q_proj"]
+
+
+def vectors(tmp_path, axis, names, **options):
+    """A kohya file whose dora_scale have one dimension, and its adapter."""
+    adapter = adapter_for(Model(), names, axis=axis, **options)
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter, file, format="kohya")
+    save_file({key: t.flatten() if key.endswith("dora_scale") else t for key, t in load_file(file).items()}, file)
+    return file, adapter
+
+
+# the axis
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_by_shape(tmp_path, axis):
+    """``[out, 1]`` or ``[1, in]`` tell of square layers, too; no model is needed."""
+    adapter = adapter_for(Model(), SQUARE, axis=axis)
+    save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
+    read = read_adapter(tmp_path / "file.safetensors")
+    assert {layer.magnitude_axis for layer in read.layers.values()} == {axis}
+    assert not any("magnitude_axis" in note for note in read.notes)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_by_the_other_layers(tmp_path, axis):
+    file, _ = vectors(tmp_path, axis, [*SQUARE, "layers.0.up_proj"])
+    read = read_adapter(file)
+    assert {layer.magnitude_axis for layer in read.layers.values()} == {axis}
+    assert read.notes[-1] == (
+        f"magnitude_axis of lora_unet_layers_0_q_proj and 1 more: {axis!r}, as of the layers that are not square"
+    )
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("weights", ["model", "state dict"])
+def test_by_the_norms(tmp_path, axis, weights):
+    file, adapter = vectors(tmp_path, axis, SQUARE)
+    model = Model()
+    if weights == "state dict":
+        # a square matrix of a state dict may be stored either way: no evidence
+        with pytest.raises(ValueError, match="the model's weights do not tell: pass magnitude_axis="):
+            read_adapter(file, model.state_dict())
+        return
+    read = read_adapter(file, model)
+    assert read.notes[0].startswith(f"magnitude_axis of layers.0.q_proj and 1 more: {axis!r}, for the magnitude is ")
+    assert_same_function(model, read, adapter, 8 * EPS32)
+
+
+def test_by_the_norms_of_an_adapted_model(tmp_path):
+    file, _ = vectors(tmp_path, "in", SQUARE)
+    model = Model()
+    attach(model, adapter_for(model, SQUARE, seed=4))
+    assert read_adapter(file, model).layers[SQUARE[0]].magnitude_axis == "in"
+
+
+def test_no_evidence_is_an_error(tmp_path):
+    file, adapter = vectors(tmp_path, "in", SQUARE)
+    with pytest.raises(ValueError, match="no model was given to compare its norms: pass magnitude_axis='out' or 'in'"):
+        read_adapter(file)
+    model = Model()
+    assert_same_function(model, read_adapter(file, model, magnitude_axis="in"), adapter, 8 * EPS32)
+    for name in SQUARE:  # orthogonal: rows and columns have the same norms, and m is neither
+        nn.init.orthogonal_(model.get_submodule(name).weight, gain=50.0)
+    with pytest.raises(ValueError, match="the model's weights do not tell"):
+        read_adapter(file, model)
+
+
+def test_contradicting_evidence_is_an_error(tmp_path):
+    model, one, two = Model(), adapter_for(Model(), SQUARE[:1]), adapter_for(Model(), SQUARE[1:], axis="in")
+    one.layers |= two.layers
+    file = tmp_path / "file.safetensors"
+    save_adapter(one, file, format="lycoris")
+    save_file({key: t.flatten() if key.endswith("dora_scale") else t for key, t in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="the model's weights say both"):
+        read_adapter(file, model)
+
+
+@pytest.mark.parametrize("format", ["peft", "torchtune", "nvidia", "qdora", "mlx"])
+def test_a_format_that_fixes_it(tmp_path, format):
+    """Square layers are "out" whatever the weights say; what does not fit is an error that names the other axis."""
+    adapter = adapter_for(Model(), SQUARE)
+    for layer in adapter.layers.values():
+        layer.magnitude.fill_(3.0)
+    save_adapter(adapter, tmp_path, format=format)
+    read = read_adapter(tmp_path, Model())
+    assert {layer.magnitude_axis for layer in read.layers.values()} == {"out"}
+    assert read_adapter(tmp_path, magnitude_axis="in").layers[SQUARE[0]].magnitude_axis == "in"
+    name = "layers.0.up_proj"
+    save_adapter(adapter_for(Model(), [name]), tmp_path, format=format, force=True)
+    with pytest.raises(ValueError, match=r"axis 'in' asks for 12 values; magnitude_axis='out' would fit"):
+        read_adapter(tmp_path, magnitude_axis="in")
+
+
+# names
+
+
+def test_underscores_become_the_models_names(tmp_path):
+    """Without a model they stay; another format is refused then, attaching resolves them."""
+    model, names = Model(), ["layers.0.up_proj", "lm_head"]
+    adapter = adapter_for(model, names)
+    save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
+    without = read_adapter(tmp_path / "file.safetensors")
+    assert list(without.layers) == ["lycoris_layers_0_up_proj", "lycoris_lm_head"]
+    assert any("a model is needed" in note for note in without.notes)
+    with pytest.raises(ValueError, match="lycoris_layers_0_up_proj cannot be written as 'peft': .* its model"):
+        save_adapter(without, tmp_path / "peft")
+    save_adapter(without, tmp_path / "again.safetensors", format="lycoris")
+    assert load_file(tmp_path / "again.safetensors").keys() == load_file(tmp_path / "file.safetensors").keys()
+    assert attach(model, without) == names
+    named = read_adapter(tmp_path / "file.safetensors", Model().state_dict())
+    assert list(named.layers) == names
+
+
+def ambiguous():
+    """``a.b_c`` and ``a_b.c`` are both ``a_b_c``."""
+    return nn.ModuleDict({
+        "a": nn.ModuleDict({"b_c": nn.Linear(6, 4)}),
+        "a_b": nn.ModuleDict({"c": nn.Linear(6, 4)}),
+    })  # fmt: skip
+
+
+def test_ambiguous_names(tmp_path):
+    model = ambiguous()
+    adapter = adapter_for(model, ["a.b_c"])
+    save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
+    with pytest.raises(ValueError, match="lycoris_a_b_c may be any of a.b_c, a_b.c"):
+        read_adapter(tmp_path / "file.safetensors", model)
+    with pytest.raises(ValueError, match="a_b.c cannot be written as 'kohya': .* the same name as a.b_c"):
+        save_adapter(adapter_for(model, ["a.b_c", "a_b.c"]), tmp_path / "two.safetensors", format="kohya")
+
+
+def kohya(tmp_path, prefixes):
+    """A file with the same adapter under each prefix, of another layer for a prefix with a name."""
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter_for(Model(), ["lm_head"]), file, format="kohya", force=True)
+    tensors = load_file(file)
+    tensors = {key.replace("lora_unet_lm_head", one): t.clone() for one in prefixes for key, t in tensors.items()}
+    save_file(tensors, file)
+    return file
+
+
+def test_a_file_of_several_models(tmp_path):
+    """The text encoders' layers are left out beside the U-Net's, if none of them is the model's."""
+    file = kohya(tmp_path, ["lora_unet_lm_head", "lora_te1_text_model_encoder", "lora_te2_text_model_encoder"])
+    read = read_adapter(file, Model())
+    assert list(read.layers) == ["lm_head"]
+    assert read.notes == [f"1 layers with the prefix lora_te{i} are of another model and left out" for i in (1, 2)]
+    assert len(read_adapter(file).layers) == 3
+    with pytest.raises(ValueError, match="lora_(unet|te)_lm_head and lora_(unet|te)_lm_head are both lm_head"):
+        read_adapter(kohya(tmp_path, ["lora_unet_lm_head", "lora_te_lm_head"]), Model())
+    with pytest.raises(ValueError, match="lora_unet_other: the model has no such layer"):
+        read_adapter(kohya(tmp_path, ["lora_unet_lm_head", "lora_unet_other"]), Model())
+    with pytest.raises(ValueError, match="lora_unet_other: the model has no such layer"):
+        read_adapter(kohya(tmp_path, ["lora_unet_other"]), Model())
+
+
+def test_text_encoders_are_named_so(tmp_path):
+    model = nn.ModuleDict({"text_model": nn.ModuleDict({"a": nn.Linear(6, 4)}), "other": nn.Linear(6, 4)})
+    save_adapter(adapter_for(model, ["text_model.a", "other"]), tmp_path / "file.safetensors", format="kohya")
+    keys = load_file(tmp_path / "file.safetensors")
+    assert {key.partition(".")[0] for key in keys} == {"lora_te_text_model_a", "lora_unet_other"}
+
+
+# what MLX's keys leave open, and scalings
+
+
+def test_mlx_embeddings(tmp_path):
+    """The same keys as a linear layer's: by the model, by the magnitude's length, by the name."""
+    model = nn.ModuleDict({"wte": nn.Embedding(12, 12), "proj": nn.Linear(12, 12), "table": nn.Embedding(30, 12)})
+    adapter = adapter_for(model, ["wte", "table"], axis="in")
+    adapter.layers |= adapter_for(model, ["proj"]).layers
+    save_adapter(adapter, tmp_path, format="mlx")
+    kinds = {"wte": "embedding", "table": "embedding", "proj": "linear"}
+    for base in (model, None):
+        read = read_adapter(tmp_path, base)
+        assert {name: layer.kind for name, layer in read.layers.items()} == kinds
+        assert_same_function(model, read, adapter, 8 * EPS32)
+    assert "wte was taken for a layer of the kind 'embedding' by its name" in read.notes
+
+
+@pytest.mark.parametrize("format, where", [("torchtune", "r"), ("nvidia", "r"), ("mlx", "lora_parameters.scale")])
+def test_scaling_needs_a_configuration(tmp_path, format, where):
+    adapter = adapter_for(Model(), SQUARE, rank=4, scaling=0.3)
+    save_adapter(adapter, tmp_path, format=format)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {where}: no such file; pass scaling= to do without"):
+        read_adapter(tmp_path)
+    read = read_adapter(tmp_path, scaling=0.3)
+    assert read.notes[-1] == "scaling 0.3 as asked for"
+    assert_same_function(Model(), read, adapter, 0.0)
+
+
+def test_alpha_of_kohya_files(tmp_path):
+    """An integer, as sd-scripts stores it; none, scaling 1."""
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter_for(Model(), SQUARE, rank=4, scaling=0.5), file, format="kohya")
+    tensors = load_file(file)
+    save_file({key: torch.tensor(2) if key.endswith("alpha") else t for key, t in tensors.items()}, file)
+    assert read_adapter(file, Model()).layers[SQUARE[0]].scaling == 0.5
+    save_file({key: t for key, t in tensors.items() if not key.endswith("alpha")}, file)
+    read = read_adapter(file, Model())
+    assert read.layers[SQUARE[0]].scaling == 1.0 and "has no alpha: scaling 1" in read.notes[0]
+
+
+def test_peft_files_of_torchtune(tmp_path):
+    """Magnitudes, and no use_dora in the configuration."""
+    save_adapter(adapter_for(Model(), SQUARE), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "use_dora"}))
+    assert read_adapter(tmp_path).notes == ["DoRA, for there are magnitudes; no configuration says use_dora"]
+
+
+def test_other_tensors_are_named(tmp_path):
+    """Trained layer norms of a QDoRA file, a saved head of a PEFT file."""
+    save_adapter(adapter_for(Model(), SQUARE), tmp_path, format="qdora")
+    file = tmp_path / "model_state_dict.safetensors"
+    save_file({**load_file(file), "norm.weight": torch.ones(3), "norm.bias": torch.ones(3)}, file)
+    assert read_adapter(file).notes == ["norm.bias and 1 more: no adapter, left out"]
