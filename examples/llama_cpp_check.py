@@ -35,6 +35,8 @@ def loaded(file: Path, threads: int, lora: Path | None = None) -> Iterator[llama
     model = llama_cpp.Llama(
         str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False,
         lora_path=None if lora is None else str(lora),
+        # keys and values kept as float16, its default, would hide smaller differences
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
     )  # fmt: skip
     try:
         yield model
@@ -77,11 +79,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=2, help="of the reference's, to compare")
     chosen = parser.parse_args()
     folder: Path = chosen.folder
     llama_cpp.llama_log_set(keep_log, ctypes.c_void_p())
     reference = numpy.load(folder / "reference.npz")
-    windows, wanted = reference["ids"], reference["logits"]
+    windows, wanted, with_lora = (reference[key][: chosen.windows] for key in ("ids", "logits", "lora_logits"))
     print(f"llama-cpp-python {llama_cpp.__version__}, {chosen.threads} threads, logits' spread {wanted.std():.2f}")
 
     for dtype in DTYPES:
@@ -106,7 +109,7 @@ def main() -> None:
         print(f"adapter.gguf: {'LOADED, without its magnitude' if adapter else 'refused: ' + SAID[-1].strip()}")
     with loaded(base_file, chosen.threads, folder / "adapter-lora.gguf") as model:
         found = logits(model, windows)
-        compare("adapter-lora.gguf on base-f32.gguf, and transformers with it", found, reference["lora_logits"])
+        compare("adapter-lora.gguf on base-f32.gguf, and transformers with it", found, with_lora)
         compare("adapter-lora.gguf on base-f32.gguf, and the merged model", found, wanted)
 
 
