@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("gguf")
@@ -28,7 +33,7 @@ from transformers import (
 )
 
 from dora_kernels import merge_dora
-from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.adapters import Adapter, AdapterLayer, load_adapter
 from dora_kernels.gguf import DTYPES, as_lora, export_adapter, export_model, read_adapter, tokenizer
 from dora_kernels.gguf.layout import Layout
 
@@ -387,3 +392,26 @@ def test_order_of_rows():
     assert Layout("qwen2", 1, 2, 1).to_file("blk.0.attn_q.weight", rows).tolist() == list(range(8))
     for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"):
         assert torch.equal(layout.from_file(name, layout.to_file(name, rows)), rows)
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path):
+    """The whole way with a tiny model: every file is there, and transformers reads the float32 one back exactly."""
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 300, "max_position_embeddings": 256}))
+    model.save_pretrained(tmp_path / "model")
+    WAYS["gpt-2"]().save_pretrained(tmp_path / "model")
+    root = Path(__file__).parent.parent
+    options = "--no-memory --steps 2 --rank 2 --lora-rank 3".split()
+    command = [sys.executable, root / "examples" / "merge_to_gguf.py", "--model", "model", "--out", "out", *options]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("merged-f32.gguf") and "difference of a logit 0," in line for line in lines), lines
+    sizes = [line.split(":")[1].split(",")[:2] for line in lines if line.startswith(("base: ", "merged: "))]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+    found = read_adapter(tmp_path / "out" / "adapter.gguf")
+    equal_layers(load_adapter(tmp_path / "out" / "adapter").layers, found.layers)
+    assert {layer.rank for layer in read_adapter(tmp_path / "out" / "adapter-lora.gguf").layers.values()} == {3}
+    assert (tmp_path / "out" / "reference.npz").is_file()
