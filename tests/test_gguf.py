@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("gguf")
@@ -15,48 +10,17 @@ pytest.importorskip("transformers")
 
 import gguf
 import torch
+from gguf_models import MODELS, SIZES, random_model
 from peft import LoraConfig, get_peft_model
 from peft_models import move_adapter
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dora_kernels import merge_dora
-from dora_kernels.adapters import Adapter, AdapterLayer, load_adapter
-from dora_kernels.gguf import DTYPES, as_lora, export_adapter, export_model, read_adapter, tokenizer
+from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.gguf import DTYPES, as_lora, export_adapter, export_model, read_adapter
 from dora_kernels.gguf.layout import Layout
 
-# Grouped queries: q and k have different numbers of heads. Heads of 16, so that the order of their rows matters.
-SIZES = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
-MODELS = {
-    "llama": lambda **more: LlamaForCausalLM(LlamaConfig(**SIZES, **more)),
-    "mistral": lambda **more: MistralForCausalLM(MistralConfig(**SIZES, **more)),
-    "qwen2": lambda **more: Qwen2ForCausalLM(Qwen2Config(**SIZES, **more)),
-}
 IDS = torch.arange(2 * 23).reshape(2, 23) * 37 % SIZES["vocab_size"]
-
-
-def random_model(kind="llama", **more):
-    torch.manual_seed(5)
-    model = MODELS[kind](**more)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 2 else 0.1) + ("norm" in name))
-    return model.eval()
 
 
 def adapted(kind="llama", **more):
@@ -303,85 +267,6 @@ def test_adapters_that_are_refused(tmp_path):
         read_adapter(tmp_path / "m.gguf")
 
 
-def byte_level(*steps, ignore_merges=False):
-    """A tokenizer that cuts text by `steps`, then merges bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<|bos|>", "<|eos|>", *alphabet, "th", "the", "Ġthe", "12"])}
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
-
-
-def words(regex):
-    return [pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-
-
-REGEXES = {name: steps[0] for (steps, _), name in tokenizer.PRE_TOKENIZERS.items()}
-WAYS = {
-    "gpt-2": lambda: byte_level(pre_tokenizers.ByteLevel(False)),
-    "smollm": lambda: byte_level(pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)),
-    "llama-bpe": lambda: byte_level(*words(REGEXES["llama-bpe"]), ignore_merges=True),
-    "qwen2": lambda: byte_level(*words(REGEXES["qwen2"])),
-}
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_how_text_is_cut_has_a_name(name, tmp_path):
-    model = random_model("llama")
-    model.resize_token_embeddings(300)
-    export_model(model, tmp_path / "m.gguf", tokenizer=WAYS[name]())
-    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
-    assert fields["tokenizer.ggml.pre"].contents() == name
-    tokens, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
-    assert len(tokens) == len(types) == 300 and tokens[0] == "<|bos|>" and tokens[-1] == "[PAD299]"
-    assert [types[0], types[5], types[-1]] == [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.UNUSED]
-    assert fields["tokenizer.ggml.eos_token_id"].contents() == 1
-    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
-
-
-def test_tokenizers_that_are_refused(tmp_path):
-    model = random_model()
-    model.resize_token_embeddings(300)
-    unknown = byte_level(*words(r"\w+"))
-    with pytest.raises(ValueError, match=r"no name known here for text .* cut by \['.*w\+', 'bytes'\]; known: gpt-2"):
-        export_model(model, tmp_path / "m.gguf", tokenizer=unknown)
-    piece = Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True))
-    with pytest.raises(ValueError, match=r"BPE with byte fallback \(SentencePiece\)"):
-        export_model(model, tmp_path / "m.gguf", tokenizer=PreTrainedTokenizerFast(tokenizer_object=piece))
-    with pytest.raises(ValueError, match=r"token 261 has no row in the embedding, which has 96"):
-        export_model(random_model(), tmp_path / "m.gguf", tokenizer=WAYS["gpt-2"]())
-    assert not list(tmp_path.iterdir())
-
-
-TEXTS = [
-    "The capital of France is Paris, isn't it?  1234567 + 89",
-    "def f(x):\n\treturn  x ** 2  # naïve café — 你好 🙂\r\n\r\n",
-    "<|im_start|>user\nHi<|im_end|>\n",
-    "",
-]
-
-
-def test_a_real_tokenizer_gives_the_same_ids(tmp_path):
-    pytest.importorskip("sentencepiece")
-    weights = pytest.importorskip("bench.demo.model")
-    try:
-        source = weights.builtin_gguf()
-    except weights.DemoError as error:
-        pytest.skip(str(error))
-    wanted = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = random_model()
-    model.resize_token_embeddings(len(wanted))
-    export_model(model, tmp_path / "m.gguf", tokenizer=wanted, dtype="f16")
-    found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    for text in TEXTS:
-        assert found(text)["input_ids"] == wanted(text)["input_ids"], text
-    assert len(wanted(TEXTS[0])["input_ids"]) > 10
-    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "chat_template"):
-        assert getattr(found, name) == getattr(wanted, name), name
-
-
 def test_order_of_rows():
     """Element i of a head's first half and of its second stand next to each other in the file, head by head."""
     layout = Layout("llama", 1, heads=2, kv_heads=1)
@@ -392,26 +277,3 @@ def test_order_of_rows():
     assert Layout("qwen2", 1, 2, 1).to_file("blk.0.attn_q.weight", rows).tolist() == list(range(8))
     for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"):
         assert torch.equal(layout.from_file(name, layout.to_file(name, rows)), rows)
-
-
-@pytest.mark.slow
-def test_the_example(tmp_path):
-    """The whole way with a tiny model: every file is there, and transformers reads the float32 one back exactly."""
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 300, "max_position_embeddings": 256}))
-    model.save_pretrained(tmp_path / "model")
-    WAYS["gpt-2"]().save_pretrained(tmp_path / "model")
-    root = Path(__file__).parent.parent
-    options = "--no-memory --steps 2 --rank 2 --lora-rank 3".split()
-    command = [sys.executable, root / "examples" / "merge_to_gguf.py", "--model", "model", "--out", "out", *options]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = result.stdout.splitlines()
-    assert any(line.startswith("merged-f32.gguf") and "difference of a logit 0," in line for line in lines), lines
-    sizes = [line.split(":")[1].split(",")[:2] for line in lines if line.startswith(("base: ", "merged: "))]
-    assert len(sizes) == 2 and sizes[0] == sizes[1]
-    found = read_adapter(tmp_path / "out" / "adapter.gguf")
-    equal_layers(load_adapter(tmp_path / "out" / "adapter").layers, found.layers)
-    assert {layer.rank for layer in read_adapter(tmp_path / "out" / "adapter-lora.gguf").layers.values()} == {3}
-    assert (tmp_path / "out" / "reference.npz").is_file()
