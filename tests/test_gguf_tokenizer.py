@@ -32,6 +32,7 @@ def test_how_text_is_cut_has_a_name(name, tmp_path):
     tokens, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
     assert len(tokens) == len(types) == 300 and tokens[0] == "<|bos|>" and tokens[-1] == "[PAD299]"
     assert [types[0], types[5], types[-1]] == [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.UNUSED]
+    assert fields["tokenizer.ggml.merges"].contents() == ["t h", "th e", "Ġ the", "1 2"]
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 1
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
