@@ -122,6 +122,7 @@ class Problem:
     scaling: float
     magnitude_axis: str
     detach_norm: bool
+    eps: float = 0.0
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -130,7 +131,8 @@ class Problem:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "scaling": self.scaling, "magnitude_axis": self.magnitude_axis, "detach_norm": self.detach_norm
+            "scaling": self.scaling, "magnitude_axis": self.magnitude_axis, "detach_norm": self.detach_norm,
+            "eps": self.eps,
         }  # fmt: skip
 
     def replace(self, **changes: Any) -> Problem:
@@ -260,6 +262,7 @@ def eager(
     scaling: float,
     magnitude_axis: str,
     detach_norm: bool,
+    eps: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """PEFT's computation in plain PyTorch operations in the compute dtype, for either axis; its norm in float32."""
@@ -268,7 +271,7 @@ def eager(
     g = None
     if magnitude is not None:
         norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
+        g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm, eps)
     if g is not None and magnitude_axis == "in":
         x = (x * g).to(dtype)
     y = F.linear(x, weight.to(dtype)) + scaling * F.linear(F.linear(x, lora_A.to(dtype)), lora_B.to(dtype))
@@ -329,6 +332,16 @@ def check(
             size = wanted[name].norm().item()
             failures.append(f"{name} of norm {size:.2e} is off by {off:.2e}, allowed {allowed[name]:.2e}")
     assert not failures, "; ".join(failures)
+
+
+def exact_merge(problem: Problem) -> Tensor:
+    """The merged weight in float64."""
+    weight, lora_A, lora_B = (t.to(f64) for t in (problem.weight, problem.lora_A, problem.lora_B))
+    direction = weight + problem.scaling * lora_B @ lora_A
+    if problem.magnitude is None:
+        return direction
+    g = reference.magnitude_scale(problem.magnitude.to(f64), true_norm(problem))
+    return direction * (g.unsqueeze(1) if problem.magnitude_axis == "out" else g)
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -125,9 +125,6 @@ def test_another_model(saved):
     refused(file, r"\S*lm_tail: the model has no such layer")
 
 
-# by key
-
-
 def test_two_keys_for_one_part(tmp_path):
     save_adapter(adapter_for(Model(), NAMES), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -151,9 +148,6 @@ def test_alpha_of_lycoris(tmp_path, alpha):
     save_adapter(adapter_for(Model(), NAMES), file, format="lycoris")
     change(file, lambda tensors: tensors.update({"lycoris_lm_head.alpha": alpha}))
     refused(file, "lycoris_lm_head.alpha: expected a number that is not 0, got")
-
-
-# pickles, folders
 
 
 class Dangerous:
@@ -183,9 +177,6 @@ def test_places(tmp_path):
     assert list(read_adapter(tmp_path).layers) == NAMES
 
 
-# configurations
-
-
 def configure(folder, **values):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -196,12 +187,14 @@ CONFIGS = {
     "no r": ("peft", {"r": None}, "r: expected a number, got None"),
     "a word": ("peft", {"lora_alpha": "16"}, "lora_alpha: expected a number, got '16'"),
     "NaN": ("peft", {"lora_alpha": float("nan"), "alpha_pattern": {}}, "lora_alpha: expected a number, got nan"),
+    "too large": ("torchtune", {"lora_alpha": 10**400}, "lora_alpha: expected a number, got 1000"),
     "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: expected regular expressions"),
     "no patterns": ("peft", {"alpha_pattern": [1]}, "alpha_pattern: expected regular expressions"),
     "lora_bias": ("peft", {"lora_bias": True}, "lora_bias=True is not supported"),
     "replication": ("peft", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* is not supported"),
     "PiSSA": ("peft", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
     "torchtune's rank": ("torchtune", {"lora_alpha": []}, r"lora_alpha: expected a number, got \[\]"),
+    "AdaLoRA": ("peft", {"peft_type": "ADALORA"}, "peft_type: expected 'LORA', got 'ADALORA'"),
     "no scale": ("mlx", {"lora_parameters": 3}, "lora_parameters.scale: expected a number, got None"),
 }
 

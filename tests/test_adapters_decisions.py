@@ -26,9 +26,6 @@ def vectors(tmp_path, axis, names, **options):
     return file, adapter
 
 
-# the axis
-
-
 @pytest.mark.parametrize("axis", ["out", "in"])
 def test_by_shape(tmp_path, axis):
     """``[out, 1]`` or ``[1, in]`` tell of square layers, too; no model is needed."""
@@ -109,9 +106,6 @@ def test_a_format_that_fixes_it(tmp_path, format):
         read_adapter(tmp_path, magnitude_axis="in")
 
 
-# names
-
-
 def test_underscores_become_the_models_names(tmp_path):
     """Without a model they stay; another format is refused then, attaching resolves them."""
     model, names = Model(), ["layers.0.up_proj", "lm_head"]
@@ -177,9 +171,6 @@ def test_text_encoders_are_named_so(tmp_path):
     save_adapter(adapter_for(model, ["text_model.a", "other"]), tmp_path / "file.safetensors", format="kohya")
     keys = load_file(tmp_path / "file.safetensors")
     assert {key.partition(".")[0] for key in keys} == {"lora_te_text_model_a", "lora_unet_other"}
-
-
-# what MLX's keys leave open, and scalings
 
 
 def test_mlx_embeddings(tmp_path):

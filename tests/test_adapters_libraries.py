@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from dora_kernels import load_adapter, read_adapter, save_adapter
 
 pytest.importorskip("safetensors")
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LINEAR = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down", "lm_head"]
 CONV = ["layers.0.conv_in", "layers.1.conv"]
@@ -41,9 +42,6 @@ def inputs(module):
     if isinstance(module, nn.Linear):
         return torch.randn(7, module.in_features)
     return torch.randn(2, module.in_channels, *[9] * (module.weight.dim() - 2))
-
-
-# PEFT
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -90,30 +88,16 @@ def test_what_peft_writes_is_read(tmp_path):
     assert float((got - wanted).abs().max()) <= 16 * EPS32 * float(wanted.abs().max())
 
 
-# torchtune
-
-
-def tune(layer, module):
-    """torchtune's own layer on a linear layer's weight."""
-    dora = pytest.importorskip("torchtune.modules.peft")
-    their = dora.DoRALinear(module.in_features, module.out_features, layer.rank, layer.scaling * layer.rank)
-    with torch.no_grad():
-        their.weight.copy_(module.weight)
-    return their
-
-
 def test_torchtune_loads_what_is_written(tmp_path):
     model = Model()
     names = ["layers.0.q_proj", "lm_head"]  # without bias, as torchtune's layers here
     adapter = adapter_for(model, names)
     save_adapter(adapter, tmp_path, format="torchtune")
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
+    dora = pytest.importorskip("torchtune.modules.peft")
     for name in names:
         module = model.get_submodule(name)
-        dora = pytest.importorskip("torchtune.modules.peft")
         their = dora.DoRALinear(module.in_features, module.out_features, config["r"], config["lora_alpha"])
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         their.load_state_dict({"weight": module.weight, **own})
@@ -143,12 +127,8 @@ def test_what_torchtune_writes_is_read(tmp_path):
     assert float((got - wanted).abs().max()) <= 16 * EPS32 * float(wanted.abs().max())
 
 
-# LyCORIS
-
-
 @pytest.fixture
 def locon():
-    logging = pytest.importorskip("logging")
     logging.getLogger("LyCORIS").setLevel("ERROR")
     return pytest.importorskip("lycoris.modules.locon").LoConModule
 
@@ -156,8 +136,6 @@ def locon():
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("name", [LINEAR[0], LINEAR[1], *CONV])
 def test_lycoris_loads_what_is_written(tmp_path, locon, axis, name):
-    from safetensors.torch import load_file
-
     model = Model()
     adapter = adapter_for(model, [name], axis=axis)
     save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
@@ -203,7 +181,6 @@ def test_what_lycoris_writes_is_read(tmp_path, locon, axis, prefix, format):
 
 def test_a_whole_lycoris_network(tmp_path):
     """`create_lycoris` on the model, its own file, attached here."""
-    logging = pytest.importorskip("logging")
     lycoris = pytest.importorskip("lycoris")
     logging.getLogger("LyCORIS").setLevel("ERROR")
     theirs, ours = Model().eval(), Model().eval()

@@ -162,7 +162,17 @@ def test_dora_weight_norm(changes, error, message):
     says(error, message, dora_weight_norm, {**ADAPTER, **changes})
 
 
-@cases(ADAPTER_CASES, MAGNITUDE_CASES)
+ROUNDING_CASES = [
+    ({"rounding": "up"}, ValueError, "rounding: expected 'nearest' or 'stochastic', got 'up'"),
+    ({"rounding": None}, ValueError, "rounding: expected 'nearest' or 'stochastic', got None"),
+    ({"seed": 0.5}, TypeError, "seed: expected an int in [0, 2**63), got float"),
+    ({"seed": True}, TypeError, "seed: expected an int in [0, 2**63), got bool"),
+    ({"seed": -1}, ValueError, "seed: expected an int in [0, 2**63), got -1"),
+    ({"seed": 1 << 63}, ValueError, "seed: expected an int in [0, 2**63), got 9223372036854775808"),
+]
+
+
+@cases(ADAPTER_CASES, MAGNITUDE_CASES, ROUNDING_CASES)
 def test_merge_dora(changes, error, message):
     says(error, message, merge_dora, {**ADAPTER, "magnitude": torch.rand(4), **changes})
 

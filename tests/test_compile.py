@@ -7,7 +7,7 @@ import torch
 from helpers import NAMES, bf16, check, f32, gradients, leaves_of, make_problem, ours
 from torch.library import opcheck
 
-from dora_kernels import dora_linear, dora_weight_norm, linear, ops
+from dora_kernels import DoRAConv2d, DoRAEmbedding, dora_linear, dora_weight_norm, linear, ops
 from dora_kernels.norm_cache import safe_divisor
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
@@ -49,6 +49,30 @@ def test_fullgraph_of_frozen_parts(lane, needs, magnitude):
     problem = make_problem((15,), 37, 41, 4, bias=False, magnitude=magnitude, device=lane.device)
     needs = {name for name in needs if problem.tensors[name] is not None}
     check(compiled_results(problem, lane, "aot_eager", needs), problem, needs)
+
+
+OTHERS = {
+    "embedding": (lambda **o: DoRAEmbedding(9, 6, rank=2, **o), lambda: torch.randint(0, 9, (3, 4))),
+    "conv": (lambda **o: DoRAConv2d(4, 6, 3, rank=2, **o), lambda: torch.randn(2, 4, 5, 5)),
+    "groups": (lambda **o: DoRAConv2d(4, 6, 3, groups=2, rank=2, **o), lambda: torch.randn(2, 4, 5, 5)),
+}
+
+
+@axes
+@detachments
+@pytest.mark.parametrize("kind", OTHERS)
+def test_fullgraph_of_other_layers(kind, magnitude_axis, detach_norm):
+    make, draw = OTHERS[kind]
+    layer, x = make(magnitude_axis=magnitude_axis, detach_norm=detach_norm, eps=0.1), draw()
+    with torch.no_grad():
+        for factor in layer.factors:
+            factor.normal_()
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = call(x)
+        adapter = list(layer.adapter_parameters().values())
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), adapter)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.slow

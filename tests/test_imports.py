@@ -179,8 +179,9 @@ def test_only_kernels_import_triton(path):
         assert not {name for name in imports_of(path) if name.split(".")[0] == "triton"}
 
 
-def test_the_reference_imports_torch_alone():
-    roots = {name.split(".")[0] for name in imports_of(PACKAGE / "reference.py")} - set(sys.stdlib_module_names)
+@pytest.mark.parametrize("module", ["reference", "rounding"])
+def test_what_imports_torch_alone(module):
+    roots = {name.split(".")[0] for name in imports_of(PACKAGE / f"{module}.py")} - set(sys.stdlib_module_names)
     assert roots == {"torch"}
 
 

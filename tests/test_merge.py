@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LANES, bf16, error, f16, f32, f64, make_problem, norm_bound, oracle, true_norm, usable
+from helpers import LANES, bf16, error, exact_merge, f16, f32, f64, make_problem, norm_bound, oracle, true_norm, usable
 
-from dora_kernels import merge_dora, reference
+from dora_kernels import merge_dora
 
 DTYPES = [(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f32, bf16), (f64, f64), (f64, f32)]
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
@@ -27,15 +27,6 @@ def merged(problem, lane):
         problem.weight, problem.lora_A, problem.lora_B, problem.magnitude,
         scaling=problem.scaling, magnitude_axis=problem.magnitude_axis, backend=lane.backend,
     )  # fmt: skip
-
-
-def exact_merge(problem):
-    weight, lora_A, lora_B = (t.to(f64) for t in (problem.weight, problem.lora_A, problem.lora_B))
-    direction = weight + problem.scaling * lora_B @ lora_A
-    if problem.magnitude is None:
-        return direction
-    g = reference.magnitude_scale(problem.magnitude.to(f64), true_norm(problem))
-    return direction * (g.unsqueeze(1) if problem.magnitude_axis == "out" else g)
 
 
 @axes

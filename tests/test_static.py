@@ -57,6 +57,8 @@ CALLS: dict[str, Callable[..., Call]] = {
     "factor_grads without dB": partial(factor_grads, (f32, f32), 3, 16, 2, False),
     "merge": partial(merge, (bf16, bf16), 5, (67, 133)),
     "merge rank 70": partial(merge, (bf16, f32), 70, (67, 133), conv1d=True),
+    "merge stochastic": partial(merge, (bf16, f32), 5, (67, 133), seed=7),
+    "merge stochastic, axis in": partial(merge, (f16, f16), 70, (67, 133), axis="in", seed=7),
     "merge without m": partial(merge, (f32, f32), 33, (67, 133), axis="in", magnitude=False),
     **{
         f"compose {tokens} x {size}, rank {rank}": partial(compose, (bf16, bf16), tokens, rank, size)

@@ -26,6 +26,8 @@ TOKENS = sorted({n for i in range(15) for n in (2**i, 2**i + 1)})
 RANKS = [n for n in TOKENS if n <= LARGEST_RANK]
 
 _SIZE = 4096
+_SEED = 1 << 40
+"""Of 64 bits."""
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 # Base layer and adapter.
 DTYPES = ((_BF16, _BF16), (_FP16, _FP16), (_BF16, _FP32), (_FP16, _FP32), (_FP32, _FP32))
@@ -148,13 +150,16 @@ def merge(
     conv1d: bool = False,
     axis: str = "out",
     magnitude: bool = True,
+    seed: int | None = None,
     device: str = "meta",
 ) -> Call:
-    """A merged weight, with or without a magnitude."""
+    """A merged weight, with or without a magnitude, rounded to nearest or with a seed stochastically."""
     operands = _factors(dtypes, rank, shape, conv1d, axis, device)
     m = _zeros((operands["w"].shape[0],), dtypes[1], device) if magnitude else None
-    case = _words(_weight_case(rank, shape, conv1d, axis), "" if magnitude else "no m")
-    return Call("merge", _labels(dtypes), case, {**operands, "m": m}, (0.5,), ("merged",))
+    case = _words(
+        _weight_case(rank, shape, conv1d, axis), "" if magnitude else "no m", "" if seed is None else "stochastic"
+    )
+    return Call("merge", _labels(dtypes), case, {**operands, "m": m}, (0.5, seed, axis == "in"), ("merged",))
 
 
 def _factors(
@@ -286,7 +291,11 @@ def _merges(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
     for rank in _classes(RANKS, partial(merge, dtypes)):
         yield merge(dtypes, rank)
         yield merge(dtypes, rank, axis="in", magnitude=False)
+        if dtypes[0] is not _FP32:
+            yield merge(dtypes, rank, seed=_SEED)
     yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True)
+    if dtypes[0] is not _FP32:
+        yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True, axis="in", seed=_SEED)
 
 
 def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:

@@ -117,9 +117,11 @@ def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
 
 
-def merge_config(rank: int, products: int) -> NormConfig:
+def merge_config(rank: int, products: int, stochastic: bool) -> NormConfig:
     # A rank of 128 held spills in the second sweep on sm_100.
-    return norm_config(rank, products, held=64)
+    config = norm_config(rank, products, held=64)
+    # The random words beside the pieces of a product spill on sm_120 with 64 columns where loads are not aligned.
+    return config._replace(BLOCK_K=32) if stochastic and products > 1 else config
 
 
 def factored_config() -> FactoredConfig:

@@ -71,7 +71,7 @@ def merge(
     R = lora_A.shape[0]
     merged = torch.empty_like(weight)
     products = norm_products(weight, lora_A, lora_B, exact=True)
-    config = merge_config(R, products)
+    config = merge_config(R, products, stochastic=seed is not None)
     with on_device(weight):
         merge_kernel[(triton.cdiv(N, config.BLOCK_N),)](
             weight, lora_A, lora_B, None if magnitude is None else magnitude.contiguous(), merged,

@@ -31,10 +31,11 @@ def round_by_words(x, words, dtype: tl.constexpr):
     fraction = (bits << (32 - DROPPED)).to(tl.uint32, bitcast=True)
     steps = ((bits >> DROPPED) + (words < fraction).to(tl.int32)) << DROPPED
     if dtype == tl.float16:
-        # Subnormal numbers are multiples of 2**-24, and the smallest normal one is 2**-14. The sign is put back as a bit.
-        small = tl.abs(x) * 16777216.0
+        # Below 2**-14, subnormal, all are multiples of 2**-24. The sign, which -0 has too, is put back as a bit.
+        subnormal = size < 0x38800000
+        small = tl.where(subnormal, tl.abs(x), 0.0) * 16777216.0
         whole = tl.floor(small)
         fraction = tl.ceil((small - whole) * 4294967296.0).to(tl.uint32)
         multiple = (whole + (words < fraction).to(tl.float32)) * 5.9604644775390625e-08
-        steps = tl.where(size < 0x38800000, multiple.to(tl.int32, bitcast=True) | (bits ^ size), steps)
+        steps = tl.where(subnormal, multiple.to(tl.int32, bitcast=True) | (bits ^ size), steps)
     return tl.where(size > LARGEST, bits, steps).to(tl.float32, bitcast=True)

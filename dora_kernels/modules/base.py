@@ -87,6 +87,18 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def weight(self) -> Tensor:
+        """The base layer's, without the adapter, as PEFT's layers have it: models ask it for its dtype."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        return bias
+
+    @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B, shaped as PEFT stores them."""
         raise NotImplementedError

@@ -29,8 +29,8 @@ class LoRALinear(AdaptedLayer):
     PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``; names with an
     adapter's name in them (``lora_A.default.weight``) load as well.
 
-    The layer runs as one function, so hooks on the modules inside it do not fire. It has no `weight` of its own: code
-    that reads a linear layer's weight, as `nn.TransformerEncoderLayer` in evaluation does, would leave out the adapter.
+    The layer runs as one function, so hooks on the modules inside it do not fire. Its `weight` is the base layer's:
+    code that multiplies by it, as `nn.TransformerEncoderLayer` in evaluation does, leaves out the adapter.
 
     Args:
         in_features, out_features, bias: of the base layer.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -46,12 +45,11 @@ class Peft(Format):
         "lora_magnitude_vector": "magnitude",
     }
 
-    def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
-        return config.get("peft_type", "LORA") == "LORA" and super().matches(keys, config)
-
     def read(self, reading: Reading) -> dict[str, AdapterLayer]:
         config = reading.config
         where = reading.config_file
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"{where}: peft_type: expected 'LORA', got {config['peft_type']!r}")
         for name, harmless in (("lora_bias", False), ("layer_replication", None), ("target_parameters", None)):
             if config.get(name, harmless) not in (harmless, None, [], ()):
                 raise ValueError(f"{where}: {name}={config[name]!r} is not supported")
