@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from peft_models import move_adapter
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dora_kernels import merge_dora
-from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels import adapted_layers, apply_dora, merge_all, merge_dora
+from dora_kernels.adapters import Adapter, AdapterLayer, extract
 from dora_kernels.gguf import DTYPES, as_lora, export_adapter, export_model, read_adapter
 from dora_kernels.gguf.layout import Layout
 
@@ -182,6 +182,22 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path):
     assert list(found.layers) == list(adapter.layers) and found.format == "gguf"
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["adapter.type"].contents() == "dora" and "adapter.lora.alpha" not in fields
+
+
+def test_the_layers_of_this_package(tmp_path):
+    """Exported from the model, and merged into it."""
+    model = random_model()
+    apply_dora(model, "all-linear", rank=3)
+    with torch.no_grad():
+        for found in adapted_layers(model).values():
+            found.lora_B.weight.normal_(std=0.1)
+            found.lora_magnitude_vector.mul_(1.2)
+    export_adapter(model, tmp_path / "a.gguf")
+    equal_layers(extract(model).layers, read_adapter(tmp_path / "a.gguf").layers)
+    with pytest.raises(ValueError, match=r"still has an adapter; merge first: .* merge_all\(model\)"):
+        export_model(model, tmp_path / "model.gguf")
+    plain = merge_all(model)
+    assert_same_function(export_and_load(plain, tmp_path), plain)
 
 
 def test_rows_of_an_adapter_are_those_of_the_merged_file(tmp_path):
