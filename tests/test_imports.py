@@ -121,6 +121,7 @@ LAYERS = [
     ["adapters/formats", "adapters/attaching"],
     ["adapters/load"],
     ["adapters/save"],
+    ["gguf"],
 ]
 
 

@@ -1,0 +1,248 @@
+"""An adapter as a GGUF file, and back.
+
+llama.cpp knows LoRA: pairs of tensors ``<name>.lora_a`` and ``<name>.lora_b`` and one ``adapter.lora.alpha``. A
+magnitude rescales W, which no low-rank pair can, so a DoRA adapter carries it as ``<name>.dora_magnitude`` and names
+itself "dora" in ``adapter.type``: llama.cpp refuses either. Merge it, or take `as_lora`, for llama.cpp.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.adapters import Adapter, AdapterLayer, extract
+from dora_kernels.adapters.layers import problem_of
+from dora_kernels.files import as_path, check_tensor, replacing
+from dora_kernels.functional import merge_dora
+from dora_kernels.gguf.layout import Layout
+
+# Values of this package's own, one a layer, in the order of the first.
+MODULES = "adapter.dora.modules"
+SCALING = "adapter.dora.scaling"
+AXES = "adapter.dora.magnitude_axis"
+EPS = "adapter.dora.eps"
+
+PARTS = (".lora_a", ".lora_b", ".dora_magnitude")
+
+# GGUF's type of each: written as they are, bit for bit.
+TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+def export_adapter(
+    source: nn.Module | Adapter, path: str | os.PathLike[str], *, base: Any = None, force: bool = False
+) -> None:
+    """Write an adapter as a GGUF file.
+
+    `read_adapter` gives it back bit for bit; llama.cpp loads it if it is plain LoRA.
+
+    Args:
+        source: an adapter, or a transformers model with this package's layers in it (of PEFT's model, `load_adapter` of
+            what it saves).
+        path: the file; written under a temporary name beside it first.
+        base: the base model or its configuration; needed for an `Adapter`, which does not say whose it is.
+        force: replace an existing file.
+
+    Raises:
+        FileExistsError: `path` exists, and not `force`.
+        ImportError: the package `gguf` is missing.
+        TypeError: no `base` for an `Adapter`.
+        ValueError: a model type that GGUF files cannot hold here; a layer that has no name in GGUF, is neither linear
+            nor an embedding, or has factors of another dtype than `TYPES`; plain LoRA whose layers need different
+            alphas, of which the file has one.
+    """
+    import gguf
+
+    if isinstance(source, nn.Module):
+        base, adapter = source if base is None else base, extract(source)
+    else:
+        adapter = source
+    if base is None:
+        raise TypeError("base: an Adapter does not say whose it is; give the base model or its configuration")
+    layers = adapter.layers
+    if not layers:
+        raise ValueError("source: an adapter with no layers")
+    layout = Layout.of(getattr(base, "config", base))
+    tensors = {}
+    for module, name in _weight_names(layout, layers).items():
+        tensors.update(_to_file(layout, module, name, layers[module]))
+    plain = all(layer.magnitude is None for layer in layers.values())
+    with replacing(as_path(path), force=force) as (temporary,):
+        writer = gguf.GGUFWriter(temporary, layout.architecture)
+        try:
+            writer.add_type("adapter")
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora" if plain else "dora")
+            if plain:
+                writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _common_alpha(layers))
+            writer.add_block_count(layout.blocks)
+            writer.add_head_count(layout.heads)
+            writer.add_head_count_kv(layout.kv_heads)
+            _add_layers(writer, layers)
+            for name, tensor in tensors.items():
+                kind = gguf.GGMLQuantizationType[TYPES[tensor.dtype]]
+                writer.add_tensor(name, tensor.cpu().contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """The adapter in a file that `export_adapter` wrote.
+
+    Raises:
+        ImportError: the package `gguf` is missing.
+        FileNotFoundError: there is no such file.
+        ValueError: not a GGUF file, cut short, without the values that `export_adapter` writes, or with tensors that
+            are missing, left over, of shapes that do not fit, not finite, or of another dtype than `TYPES`.
+    """
+    import gguf
+
+    file = as_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # whatever the bytes make of the package's reader
+        raise ValueError(f"{file}: truncated, or no GGUF file: {error}") from error
+
+    def value(key: str) -> Any:
+        if key not in reader.fields:
+            raise ValueError(f"{file}: has no value {key}; only files that export_adapter wrote are read")
+        return reader.fields[key].contents()
+
+    if value("general.type") != "adapter":
+        raise ValueError(f"{file}: holds a {value('general.type')}, not an adapter")
+    kind = value("general.architecture")
+    keys = (f"{kind}.block_count", f"{kind}.attention.head_count", f"{kind}.attention.head_count_kv")
+    layout = Layout(kind, *(value(key) for key in keys))
+    tensors = {tensor.name: _tensor(file, tensor) for tensor in reader.tensors}
+    for name, tensor in tensors.items():
+        check_tensor(file, name, tensor)
+    layers = {}
+    names = _weight_names(layout, value(MODULES))
+    for (module, name), scaling, axis, eps in zip(names.items(), value(SCALING), value(AXES), value(EPS)):
+        found = [tensors.pop(name + part, None) for part in PARTS]
+        layers[module] = _from_file(layout, f"{file}: {name}", name, found, scaling, axis, eps)
+    if tensors:
+        raise ValueError(f"{file}: has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
+    return Adapter(layers, format="gguf")
+
+
+def as_lora(adapter: Adapter, base: nn.Module, rank: int) -> tuple[Adapter, dict[str, float]]:
+    """The nearest plain LoRA of that rank, which llama.cpp loads, and how much of the update it misses.
+
+    A DoRA layer changes W by ``(g - 1) * W + g * s * B @ A``, of full rank in general; its best approximation in the
+    Frobenius norm keeps the largest `rank` singular values (Eckart and Young). Linear layers only.
+
+    Args:
+        adapter: for `base`.
+        base: the model without adapters, or with them unmerged.
+        rank: of the result, in every layer.
+
+    Returns:
+        The adapter, in float32 with a scaling of 1; by module, ``‖update - B @ A‖ / ‖update‖``, 0 where nothing is
+        changed.
+
+    Raises:
+        AttributeError: `base` has no module of a layer's name.
+        ValueError: a layer that is not linear, or smaller than the rank.
+    """
+    layers, errors = {}, {}
+    for name, layer in adapter.layers.items():
+        module: Any = base.get_submodule(name)
+        weight = getattr(module, "base_layer", module).weight.detach()
+        if layer.kind != "linear" or rank > min(weight.shape):
+            raise ValueError(f"rank: {rank} is not possible for {name}, {layer.kind} of shape {list(weight.shape)}")
+        wide = weight.double()
+        factors = (layer.lora_A.double(), layer.lora_B.double())
+        magnitude = None if layer.magnitude is None else layer.magnitude.double()
+        axis, eps = layer.magnitude_axis, layer.eps
+        merged = merge_dora(wide, *factors, magnitude, scaling=layer.scaling, magnitude_axis=axis, eps=eps)
+        left, values, right = torch.linalg.svd((merged - wide).float(), full_matrices=False)
+        root = values[:rank].sqrt()
+        total = float(values.norm())
+        errors[name] = float(values[rank:].norm()) / total if total else 0.0
+        layers[name] = AdapterLayer("linear", root[:, None] * right[:rank], left[:, :rank] * root, None, 1.0)
+    note = f"the nearest LoRA of rank {rank} to an adapter of format {adapter.format}"
+    return replace(adapter, layers=layers, notes=[*adapter.notes, note]), errors
+
+
+def _weight_names(layout: Layout, modules: Any) -> dict[str, str]:
+    """GGUF's names of these modules' weights."""
+    known = layout.names()
+    names = {}
+    for module in modules:
+        name = known.get_name(module)
+        if name is None:
+            raise ValueError(f"adapter: layer {module} has no name in GGUF's architecture {layout.architecture!r}")
+        names[module] = f"{name}.weight"
+    return names
+
+
+def _to_file(layout: Layout, module: str, name: str, layer: AdapterLayer) -> dict[str, Tensor]:
+    if layer.kind not in ("linear", "embedding"):
+        raise ValueError(f"adapter: layer {module} is of kind {layer.kind}; GGUF adapters have linear and embedding")
+    # llama.cpp takes rows of an embedding's A by token.
+    a = layer.lora_A.t() if layer.kind == "embedding" else layer.lora_A
+    tensors = [a, layout.to_file(name, layer.lora_B), layer.magnitude]
+    if tensors[2] is not None and layer.magnitude_axis == "out":
+        tensors[2] = layout.to_file(name, tensors[2])
+    found = {name + part: tensor.detach() for part, tensor in zip(PARTS, tensors) if tensor is not None}
+    for tensor in found.values():
+        if tensor.dtype not in TYPES:
+            raise ValueError(f"adapter: layer {module} is in {tensor.dtype}; expected one of {list(TYPES)}")
+    return found
+
+
+def _from_file(
+    layout: Layout, where: str, name: str, found: list[Tensor | None], scaling: float, axis: str, eps: float
+) -> AdapterLayer:
+    a, b, magnitude = found
+    if a is None or b is None:
+        raise ValueError(f"{where}{PARTS[0 if a is None else 1]} is missing")
+    kind = "embedding" if name == "token_embd.weight" else "linear"
+    if kind == "embedding":
+        a = a.t().contiguous()
+    if magnitude is not None and axis == "out":
+        magnitude = layout.from_file(name, magnitude)
+    layer = AdapterLayer(kind, a, layout.from_file(name, b), magnitude, scaling, axis, eps)
+    problem = problem_of(layer)
+    if problem is not None:
+        raise ValueError(f"{where}: {problem}")
+    return layer
+
+
+def _common_alpha(layers: dict[str, AdapterLayer]) -> float:
+    """What llama.cpp divides by the rank, in float32, to get every layer's scaling."""
+    alphas = {round(layer.scaling * layer.rank, 6): name for name, layer in layers.items()}
+    if len(alphas) > 1:
+        some = ", ".join(f"{alpha:g} in {name}" for alpha, name in list(alphas.items())[:2])
+        raise ValueError(f"adapter: layers need different alphas ({some}), a GGUF file has one; see as_lora")
+    return next(iter(alphas))
+
+
+def _add_layers(writer: Any, layers: dict[str, AdapterLayer]) -> None:
+    import gguf
+
+    double = gguf.GGUFValueType.FLOAT64
+    writer.add_array(MODULES, list(layers))
+    writer.add_key_value(SCALING, [layer.scaling for layer in layers.values()], gguf.GGUFValueType.ARRAY, double)
+    writer.add_array(AXES, [layer.magnitude_axis for layer in layers.values()])
+    writer.add_key_value(EPS, [layer.eps for layer in layers.values()], gguf.GGUFValueType.ARRAY, double)
+
+
+def _tensor(file: Path, entry: Any) -> Tensor:
+    import numpy
+
+    dtype = next((dtype for dtype, name in TYPES.items() if name == entry.tensor_type.name), None)
+    if dtype is None:
+        known = ", ".join(TYPES.values())
+        raise ValueError(f"{file}: {entry.name} is of type {entry.tensor_type.name}; expected one of {known}")
+    raw = torch.from_numpy(numpy.array(entry.data).reshape(-1).view(numpy.uint8))
+    return raw.view(dtype).reshape([int(size) for size in reversed(entry.shape)])
