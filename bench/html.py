@@ -63,7 +63,7 @@ def write(record: Record, path: Path) -> None:
     missing = [(LABELS.get(name, name), reason) for name, reason in record["missing"].items()]
     text = _TEMPLATE.render(
         record=record, machine=machine_of(record["hardware"]), ceilings=ceilings, missing=missing,
-        disturbed=disturbed(record["hardware"]), figures=_figures(record), tables=show.tables(record),
+        disturbed=disturbed(record), figures=_figures(record), tables=show.tables(record),
     )  # fmt: skip
     replace(path, text)
 

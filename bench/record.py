@@ -131,10 +131,11 @@ def machine_of(hardware: dict[str, Any]) -> str:
     return f"{hardware['device']}{capability}, {hardware['threads']} threads"
 
 
-def disturbed(hardware: dict[str, Any]) -> str | None:
-    """A sentence where other processes have a share in the times; None where they have none."""
+def disturbed(record: Record) -> str | None:
+    """A sentence where other processes have a share in the times; None where they, or there, are none."""
+    hardware = record["hardware"]
     others = hardware.get("others") or 0.0
-    if others <= BUSY:
+    if others <= BUSY or not record["rows"]:
         return None
     cores = f"{others:g} of {hardware['cores']} cores"
     return f"other processes kept {cores} busy meanwhile: these times are not to be trusted"

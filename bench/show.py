@@ -44,7 +44,7 @@ def show(record: Record, screen: Console) -> None:
     screen.print(f"{machine_of(hardware)}; {versions}; commit {commit_of(record)}")
     found = ", ".join(ceiling(name, value) for name, value in record["ceilings"].items())
     screen.print(f"measured here: {found}")
-    if warning := disturbed(hardware):
+    if warning := disturbed(record):
         screen.print(f"[yellow]busy[/yellow] {warning}")
     for sheet in tables(record):
         screen.print()

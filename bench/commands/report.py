@@ -274,7 +274,7 @@ def place(results: Sequence[Record]) -> str:
     named = [name for name in ("torch", "triton", "peft", "transformers") if name in versions]
     names = ", ".join(f"{name} {versions[name]}" for name in named)
     commits = ", ".join(dict.fromkeys(map(commit_of, results)))
-    warnings = (disturbed(result["hardware"]) for result in results if result["rows"])
+    warnings = map(disturbed, results)
     busy = next((f"; {warning}" for warning in warnings if warning), "")
     return f"{machine_of(hardware)}; {names}; commit {commits}, {first['date']}{busy}"
 
