@@ -240,3 +240,13 @@ def test_bad_bases_and_options(base, options, error, message):
     with pytest.raises(error, match=message):
         DoRAConv2d.from_base(base, rank=2, **options)
     assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_base_layer_in_the_constructor():
+    base = type("Sub", (nn.Conv2d,), {})(4, 6, 3, stride=2)
+    layer, x = DoRAConv2d(rank=2, base_layer=base), torch.randn(1, 4, 7, 7)
+    torch.testing.assert_close(layer(x), base(x))
+    with pytest.raises(TypeError, match="base_layer: expected a torch.nn.Conv2d, got ConvTranspose2d"):
+        DoRAConv2d(rank=2, base_layer=nn.ConvTranspose2d(4, 4, 3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stride' beside base_layer"):
+        DoRAConv2d(rank=2, base_layer=base, stride=1)

@@ -216,4 +216,7 @@ def test_numbers_of_pefts_layer():
 def test_from_something_else(base, error, message):
     with pytest.raises(error, match=message):
         DoRAEmbedding.from_base(base, rank=2)
+    if not isinstance(base, nn.Embedding):
+        with pytest.raises(TypeError, match="base_layer: expected a torch.nn.Embedding, got Linear"):
+            DoRAEmbedding(rank=2, base_layer=base)
     assert all(p.requires_grad for p in base.parameters())

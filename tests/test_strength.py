@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
 from helpers import bf16, f64
 from torch import nn
 
-from dora_kernels import DoRAConv2d, DoRAEmbedding, DoRALinear, LoRALinear, merge_dora
+from dora_kernels import DoRAConv2d, DoRAEmbedding, DoRALinear, LoRALinear, merge_dora, set_dora_strength
 from dora_kernels.rounding import stochastic
 
 LAYERS = {
@@ -109,7 +110,17 @@ def test_bad_values(value, error, message):
     layer, _ = make("linear")
     with pytest.raises(error, match=message):
         layer.strength = value
+    with pytest.raises(error, match=message):
+        set_dora_strength(layer, value)
     assert layer.strength == 1.0
+
+
+def test_any_real_number():
+    layer, _ = make("linear")
+    for value in (Fraction(1, 2), 0.5):
+        layer.strength = 1
+        set_dora_strength(layer, value)
+        assert layer.strength == 0.5 and type(layer.strength) is float
 
 
 @kinds
