@@ -197,6 +197,15 @@ def test_dropout_is_on_the_low_rank_branch(magnitude_axis):
     torch.testing.assert_close(layer.eval()(x), convolve(layer, x))
 
 
+def test_the_scaled_input_is_made_once():
+    """Without active dropout both branches read it."""
+    layer = random_layer(magnitude_axis="in", dropout=0.5).eval()
+    x, saved = input_of(layer), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert len({t.data_ptr() for t in saved if t.shape == x.shape}) == 2  # x itself, for g's gradient, and the scaled
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_norm_for_many_calls(groups):
     layer = random_layer(groups=groups).eval()

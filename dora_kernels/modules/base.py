@@ -232,6 +232,11 @@ class AdaptedLayer(nn.Module):
         self.base_layer.weight.copy_(self._unmerged)
         self._unmerged = None
 
+    @property
+    def _drops(self) -> bool:
+        """Whether dropout is active."""
+        return self.training and self.dropout.p > 0.0
+
     def _check_input(self, x: Tensor) -> None:
         """Before anything is computed; what the base layer checks itself needs no check here."""
 

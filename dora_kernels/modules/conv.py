@@ -125,11 +125,13 @@ class _DoRAConv(DoRALayer):
     def _adapted(self, x: Tensor) -> Tensor:
         """``[batch, in_channels, ...]`` (or without the batch) to ``[batch, out_channels, ...]``."""
         base, g = self.base_layer, self._scale()
-        dropped = self.dropout(x)
+        dropped = self.dropout(x) if self._drops else None
+        dtype, read = x.dtype, x if dropped is None else dropped
         if self.magnitude_axis == "in":
-            x, dropped = (x * g).to(x.dtype), (dropped * g).to(x.dtype)
-        result: Tensor = base(x)
-        low = self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype)))
+            x = x * g
+            read = x if dropped is None else dropped * g  # unrounded, unlike what the base layer reads
+        result: Tensor = base(x.to(dtype))
+        low = self.lora_B(self.lora_A(read.to(self.lora_A.weight.dtype)))
         if self.magnitude_axis == "in":
             return torch.add(result, low, alpha=self.scaling).to(result.dtype)
         bias = None if base.bias is None else self._per_channel(base.bias)

@@ -134,7 +134,7 @@ class LoRALinear(AdaptedLayer):
 
     def _adapted(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        if self.training and self.dropout.p > 0.0:
+        if self._drops:
             return self._sum(x, self.dropout(x))
         return run_layer(x, *self._problem(), None, self.base_layer.bias, self.scaling, "out", True, None, self.backend)
 
@@ -168,7 +168,7 @@ class DoRALinear(DoRALayer, LoRALinear):
     def _adapted(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         problem = self._problem()
-        if not (self.training and self.dropout.p > 0.0):
+        if not self._drops:
             return run_layer(
                 x, *problem, self.lora_magnitude_vector, self.base_layer.bias, self.scaling, self.magnitude_axis,
                 self.detach_norm, None, self.backend, self._norm_cache, self.training, self.eps,
@@ -180,4 +180,4 @@ class DoRALinear(DoRALayer, LoRALinear):
         dropped = self.dropout(x)
         if self.magnitude_axis == "out":
             return self._sum(x, dropped, g)
-        return self._sum((x * g).to(x.dtype), (dropped * g).to(x.dtype))
+        return self._sum((x * g).to(x.dtype), dropped * g)
