@@ -98,9 +98,10 @@ class DoRAEmbedding(DoRALayer):
                 g = self._row_scale(x, total)
             return (g * total).to(result.dtype)
 
-    def _divisor(self, backend: str) -> Tensor:
+    def _divisor(self, _: str) -> Tensor:
+        """On the backend that the layer was asked for: a choice made for a call is no name to be held to."""
         divisor = layer_divisor(
-            *self._problem(), self.scaling, "out", True, backend, self._norm_cache, self.training
+            *self._problem(), self.scaling, "out", True, self.backend, self._norm_cache, self.training
         )
         return with_eps(divisor, self.eps) if self.eps else divisor
 
