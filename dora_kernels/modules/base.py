@@ -147,6 +147,11 @@ class AdaptedLayer(nn.Module):
         """The layer's output at strength 1."""
         raise NotImplementedError
 
+    def _base(self, x: Tensor) -> Tensor:
+        """What `_adapted` would be without the adapter, of every x that it takes: the base layer's output."""
+        y: Tensor = self.base_layer(x)
+        return y
+
     def _reset_factors(self) -> None:
         raise NotImplementedError
 
@@ -248,10 +253,9 @@ class AdaptedLayer(nn.Module):
         """
         self._check_input(x)
         if self.merged or self._strength == 0.0:
-            y: Tensor = self.base_layer(x)
-            return y
+            return self._base(x)
         y = self._adapted(x)
-        return y if self._strength == 1.0 else torch.lerp(self.base_layer(x).to(y.dtype), y, self._strength)
+        return y if self._strength == 1.0 else torch.lerp(self._base(x).to(y.dtype), y, self._strength)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:

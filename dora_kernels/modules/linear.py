@@ -138,6 +138,13 @@ class LoRALinear(AdaptedLayer):
             return self._sum(x, self.dropout(x))
         return run_layer(x, *self._problem(), None, self.base_layer.bias, self.scaling, "out", True, None, self.backend)
 
+    def _base(self, x: Tensor) -> Tensor:
+        """In x's dtype, where the base layer takes its own alone."""
+        if x.dtype == self.base_layer.weight.dtype:
+            return super()._base(x)
+        bias = self.base_layer.bias
+        return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
     def _sum(self, x: Tensor, dropped: Tensor, g: Tensor | None = None) -> Tensor:
         """``g * (W x + scaling * B A dropped) + bias``, in the base product's dtype: x's, or autocast's."""
         base = F.linear(x, self._weight().to(x.dtype))
