@@ -131,7 +131,7 @@ def run_compose(
     h = cast(h, low_rank_dtype(result, h))
     if chosen == "reference" or torch.compiler.is_compiling():  # the compiler fuses plain operations
         return reference.compose(result, h, lora_B, magnitude, divisor("torch"), bias, scaling)
-    return autograd.compose(result, h, lora_B, magnitude, bias, divisor(chosen), scaling, chosen)
+    return autograd.compose(result, h, lora_B, magnitude, bias, divisor(chosen), scaling, chosen, backend != "auto")
 
 
 def layer_scale(
@@ -184,7 +184,9 @@ def layer_divisor(
         if torch.is_grad_enabled():
             cache.unheard = True  # autograd runs the backward here and will not say when
         divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
-    return divisor if detach_norm else autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
+    if detach_norm:
+        return divisor
+    return autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis, chosen, backend != "auto")
 
 
 def dora_weight_norm(

@@ -254,3 +254,22 @@ def test_function_transforms(magnitude_axis, detach_norm, transform):
     if magnitude_axis == "out" and detach_norm:
         with pytest.raises(UnsupportedError, match="backend='torch' does not support"):
             functional(random_layer(backend="torch"), x, transform)
+
+
+@axes
+@detachments
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_second_derivatives(magnitude_axis, detach_norm, backend):
+    """A named backend never falls back on the reference; along "in" all are plain operations."""
+    layer = random_layer(magnitude_axis=magnitude_axis, detach_norm=detach_norm, backend=backend)
+    x = torch.tensor([1, 2, 2])
+    if backend == "torch" and magnitude_axis == "out":
+        with pytest.raises(UnsupportedError, match="backend='torch' has no second derivative.*create_graph=True"):
+            torch.autograd.grad(layer(x).pow(3).sum(), adapter(layer), create_graph=True)
+        return
+    results = []
+    for y in (layer(x), table(layer)[x]):
+        first = torch.autograd.grad(y.pow(3).sum(), adapter(layer), create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), adapter(layer))])
+    torch.testing.assert_close(*results)
