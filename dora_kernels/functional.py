@@ -176,7 +176,7 @@ def layer_divisor(
     if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
         dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
         return safe_divisor(dense.detach() if detach_norm else dense)
-    if norm is not None and not detach_norm:
+    if norm is not None and not detach_norm and torch.is_grad_enabled():
         return safe_divisor(norm())
     if compiling or cache is None or chosen == "reference":
         divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)

@@ -206,9 +206,11 @@ def test_the_scaled_input_is_made_once():
     assert len({t.data_ptr() for t in saved if t.shape == x.shape}) == 2  # x itself, for g's gradient, and the scaled
 
 
+@axes
+@detachments
 @pytest.mark.parametrize("groups", [1, 2])
-def test_one_norm_for_many_calls(groups):
-    layer = random_layer(groups=groups).eval()
+def test_one_norm_for_many_calls(groups, magnitude_axis, detach_norm):
+    layer = random_layer(groups=groups, magnitude_axis=magnitude_axis, detach_norm=detach_norm).eval()
     with torch.no_grad():
         for _ in range(3):
             layer(input_of(layer))
