@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
 from torch import nn
 
+from dora_kernels import validation
 from dora_kernels.modules import AdaptedLayer
 
 
@@ -32,10 +32,7 @@ def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength: expected a finite number, got {strength}")
+    validation.check_strength(strength)
     own = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
     patched = _patched(model)
     if not own and not patched:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +19,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_OPTIONS = frozenset({
+    "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps",
+})  # fmt: skip
+"""Of the adapter, among the keyword arguments of a layer that takes its base layer's beside them."""
+
+
 class AdaptedLayer(nn.Module):
     """A frozen `base_layer` and an adapter of its weight: the base class of every layer here.
 
@@ -33,6 +38,8 @@ class AdaptedLayer(nn.Module):
         backend: as `dora_linear`.
     """
 
+    kind: ClassVar[Any]
+    """The class of the base layer."""
     base_layer: Any
     dropout: nn.Dropout
     rank: int
@@ -56,7 +63,8 @@ class AdaptedLayer(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
-        _check_options(rank, alpha, dropout, backend)
+        validation.check_options(rank, alpha, dropout, backend, adapter_dtype)
+        self._check_base(base_layer, rank)
         divisor = math.sqrt(rank) if use_rslora else rank
         self.rank = rank
         self.alpha = float(divisor if alpha is None else alpha)
@@ -75,6 +83,27 @@ class AdaptedLayer(nn.Module):
         return {"device": weight.device, "dtype": adapter_dtype}
 
     @classmethod
+    def _base_and_options(
+        cls, base_layer: nn.Module | None, base_args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The base layer, given or made, and those of `options` that are the adapter's; the others are its own."""
+        own = {name: options.pop(name) for name in _OPTIONS & options.keys()}
+        if base_layer is None:
+            base_layer = cls.kind(*base_args, **options)
+        elif options:
+            raise TypeError(f"{cls.__name__}: got an unexpected keyword argument {min(options)!r} beside base_layer")
+        return base_layer, own
+
+    def _check_base(self, base_layer: Any, rank: int) -> None:
+        """Before it is frozen."""
+        if not isinstance(base_layer, self.kind):
+            raise TypeError(f"base_layer: expected a torch.nn.{self.kind.__name__}, got {type(base_layer).__name__}")
+
+    def _start(self) -> None:
+        """Set the factors to their start, once they are there."""
+        self._reset_factors()
+
+    @classmethod
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
         """Adapt an existing layer, which becomes the base layer (shared, not copied) and is frozen.
 
@@ -84,7 +113,14 @@ class AdaptedLayer(nn.Module):
             TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
             ValueError: an option out of range, or a base layer with settings that cannot be adapted.
         """
-        raise NotImplementedError
+        if type(base) is not cls.kind:
+            raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
+        return cls(base_layer=base, rank=rank, **options).train(base.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(f"{name}: it is the base layer's; set base_layer.{name}")
+        super().__setattr__(name, value)
 
     @property
     def weight(self) -> Tensor:
@@ -110,6 +146,11 @@ class AdaptedLayer(nn.Module):
     def _adapted(self, x: Tensor) -> Tensor:
         """The layer's output at strength 1."""
         raise NotImplementedError
+
+    def _base(self, x: Tensor) -> Tensor:
+        """What `_adapted` would be without the adapter, of every x that it takes: the base layer's output."""
+        y: Tensor = self.base_layer(x)
+        return y
 
     def _reset_factors(self) -> None:
         raise NotImplementedError
@@ -152,10 +193,7 @@ class AdaptedLayer(nn.Module):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"strength: expected a number, got {type(value).__name__}")
-        if not math.isfinite(value):
-            raise ValueError(f"strength: expected a finite number, got {value}")
+        validation.check_strength(value)
         if self.merged:
             raise ValueError("strength: the layer is merged, with the strength it had; call unmerge() before")
         self._strength = float(value)
@@ -199,6 +237,11 @@ class AdaptedLayer(nn.Module):
         self.base_layer.weight.copy_(self._unmerged)
         self._unmerged = None
 
+    @property
+    def _drops(self) -> bool:
+        """Whether dropout is active."""
+        return self.training and self.dropout.p > 0.0
+
     def _check_input(self, x: Tensor) -> None:
         """Before anything is computed; what the base layer checks itself needs no check here."""
 
@@ -210,10 +253,9 @@ class AdaptedLayer(nn.Module):
         """
         self._check_input(x)
         if self.merged or self._strength == 0.0:
-            y: Tensor = self.base_layer(x)
-            return y
+            return self._base(x)
         y = self._adapted(x)
-        return y if self._strength == 1.0 else torch.lerp(self.base_layer(x).to(y.dtype), y, self._strength)
+        return y if self._strength == 1.0 else torch.lerp(self._base(x).to(y.dtype), y, self._strength)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
@@ -254,13 +296,28 @@ class DoRALayer(AdaptedLayer):
     detach_norm: bool
     eps: float
 
-    def _set_up_magnitude(self, magnitude_axis: str, detach_norm: bool, eps: float, dtype: torch.dtype) -> None:
+    def _set_up(
+        self,
+        base_layer: nn.Module,
+        *,
+        magnitude_axis: str = "out",
+        detach_norm: bool = True,
+        eps: float = 0.0,
+        **options: Any,
+    ) -> dict[str, Any]:
+        validation.check_axis(magnitude_axis)
+        validation.check_eps(eps)
+        factory = super()._set_up(base_layer, **options)
         self.magnitude_axis = magnitude_axis
         self.detach_norm = bool(detach_norm)
         self.eps = float(eps)
         self._norm_cache = NormCache()
-        shape = self._magnitude_shape()
-        self.lora_magnitude_vector = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.base_layer.weight.device))
+        return factory
+
+    def _start(self) -> None:
+        super()._start()
+        dtype, device = self.factors[0].dtype, self.base_layer.weight.device
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(self._magnitude_shape(), dtype=dtype, device=device))
         self._reset_magnitude()
 
     state_names = (*AdaptedLayer.state_names, "lora_magnitude_vector")
@@ -304,28 +361,8 @@ class DoRALayer(AdaptedLayer):
         return f"{text}, eps={self.eps:g}" if self.eps else text
 
 
-def check_dora_options(magnitude_axis: Any, eps: Any) -> None:
-    """Before a base layer is frozen for them."""
-    validation.check_axis(magnitude_axis)
-    validation.check_eps(eps)
-
-
 def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict holds the base weight without the adapter, which it holds as well."""
     key = f"{prefix}base_layer.weight"
     if layer._unmerged is not None and key in state_dict:
         state_dict[key] = layer._unmerged
-
-
-def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
-        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    validation.check_backend(backend)
