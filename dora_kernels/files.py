@@ -25,6 +25,12 @@ def as_path(path: Any) -> Path:
     return Path(path)
 
 
+def pickle_hint(folder: Path) -> str:
+    """The rest of a sentence that misses a safetensors file in `folder`: what to do with a pickle there, or nothing."""
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    return f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
+
+
 def read_json(file: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file; ValueError, calling the file no `what`, for anything else."""
     try:

@@ -107,21 +107,21 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     found = [place / name for name in dict.fromkeys(each.weights for each in known) if (place / name).is_file()]
     found = found or sorted(place.glob("*.safetensors"))
     if len(found) != 1:
-        pickles = sorted(file.name for file in place.iterdir() if file.suffix in files.PICKLES)
-        hint = f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
         if found:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
-        raise FileNotFoundError(f"{place}: no safetensors file in it{hint}")
+        raise FileNotFoundError(f"{place}: no safetensors file in it{files.pickle_hint(place)}")
     config = place / CONFIG
     return found[0], config if config.is_file() else None
 
 
 def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], asked: str) -> str:
     found = detect(tensors, config)
-    if asked not in ("auto", found) and found is not None and {asked, found} != {"lycoris", "kohya"}:
+    if asked == "auto":
+        if found is None:
+            shown = ", ".join(list(tensors)[:3]) or "none"
+            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
+        return found
+    if found not in (None, asked) and {asked, found} != {"lycoris", "kohya"}:
         raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")
-    if asked == "auto" and found is None:
-        shown = ", ".join(list(tensors)[:3]) or "none"
-        raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
-    return found or "peft" if asked == "auto" else asked
+    return asked

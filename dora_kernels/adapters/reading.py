@@ -56,10 +56,6 @@ class Reading:
             raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
         return float(value)
 
-    def scaled(self, read: float) -> float:
-        """The scaling of a layer: the caller's, or the one that was read."""
-        return read if self.scaling is None else self.scaling
-
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
         """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.
 

@@ -83,8 +83,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            pickled = name == _WEIGHTS and (folder / "adapter_model.bin").is_file()
-            hint = ", only adapter_model.bin, a pickle, which is not read: save it as safetensors" if pickled else ""
+            hint = files.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config = folder / _WEIGHTS, _config(folder / _CONFIG)
     modules = _parts(file)

@@ -21,7 +21,7 @@ class Format:
     """A format: how it is recognised, read and written.
 
     A class says what the keys are (`key`, whose group "module" is the layer's name), which part each is (`part`),
-    and how a layer is read from its parts (`layer`) and written (`tensors`, `configuration`).
+    and how a layer is read from its parts (`scaling`, `layer`) and written (`write`).
     """
 
     name: ClassVar[str]
@@ -52,14 +52,19 @@ class Format:
                 tensor = reading.check_tensor(parts[part])
                 if not 2 <= tensor.dim() <= 5 or not tensor.numel():
                     raise reading.error(f"{parts[part]} {list(tensor.shape)} is no factor of a weight")
-            layers[module] = self.layer(reading, module, parts)
+            scaling = self.scaling(reading, module, parts) if reading.scaling is None else reading.scaling
+            layers[module] = self.layer(reading, module, parts, scaling)
             reading.check(module, layers[module])
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         if without and len(without) < len(layers):
             raise reading.error(f"{without[0]} has no {self._called('magnitude')}, which other layers have")
         return layers
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        """What the file or its configuration says."""
+        raise NotImplementedError
+
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         """One layer from its parts."""
         raise NotImplementedError
 

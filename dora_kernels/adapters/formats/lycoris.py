@@ -56,7 +56,7 @@ class Lycoris(Format):
                 raise reading.error(f"{key} is of an algorithm of LyCORIS that is no product of two factors")
         return super().read(reading)
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         if "mid" in parts:
             a = self._without_core(reading, parts, a)
@@ -67,7 +67,7 @@ class Lycoris(Format):
             scale = reading.check_tensor(key)
             magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))
         eps = 0.0 if magnitude is None else _EPS
-        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, parts, a), axis, eps)
+        return AdapterLayer(kind, a, b, magnitude, scaling, axis, eps)
 
     @staticmethod
     def _axis(scale: Tensor, features: tuple[int, int]) -> str | None:
@@ -87,10 +87,7 @@ class Lycoris(Format):
         dtype = torch.promote_types(a.dtype, torch.float32)
         return torch.einsum("ij...,jk->ik...", mid.to(dtype), a.flatten(1).to(dtype))
 
-    @staticmethod
-    def _scaling(reading: Reading, parts: Parts, a: Tensor) -> float:
-        if reading.scaling is not None:
-            return reading.scaling
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         if "alpha" not in parts:
             reading.notes.append(f"{parts['lora_A']} has no alpha: scaling 1")
             return 1.0
@@ -100,7 +97,7 @@ class Lycoris(Format):
         if not 0.0 < abs(alpha) <= 1e30:  # LyCORIS reads 0 as "no scaling", others as no adapter
             said = f"{alpha:g}" if tensor.numel() == 1 else f"a tensor {list(tensor.shape)}"
             raise reading.error(f"{key}: expected a number that is not 0, got {said}")
-        return alpha / a.shape[0]
+        return alpha / reading.tensors[parts["lora_A"]].shape[0]
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if not adapter.config.get(UNDERSCORED):

@@ -70,7 +70,7 @@ class Peft(Format):
             reading.notes.append("DoRA, for there are magnitudes; no configuration says use_dora")
         return layers
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
@@ -80,15 +80,13 @@ class Peft(Format):
         if "magnitude" in parts:
             key = parts["magnitude"]
             magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
-        layer = AdapterLayer(kind, a, b, magnitude, self._scaling(reading, module, a), axis)
+        layer = AdapterLayer(kind, a, b, magnitude, scaling, axis)
         if layer.grouped and magnitude is not None:
             raise reading.error(f"{module}: PEFT takes another norm of a convolution with groups than the weight's")
         return layer
 
-    def _scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
-        if reading.scaling is not None:
-            return reading.scaling
-        config = reading.config
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        config, lora_A = reading.config, reading.tensors[parts["lora_A"]]
         rank = reading.number({"r": self._by_pattern(reading, "rank_pattern", module, config.get("r"))}, "r")
         alpha = self._by_pattern(reading, "alpha_pattern", module, config.get("lora_alpha"))
         if rank != lora_A.shape[0] or rank < 1:
