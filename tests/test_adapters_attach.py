@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from adapter_models import EPS32, Model, adapted64, adapter_for, assert_same_function, linear_problem
 from torch import nn
 
-from dora_kernels import DoRALinear, LoRALinear, apply_dora, attach, extract, load_adapter, save_adapter
-from dora_kernels.adapters import Adapter
+from dora_kernels import DoRALinear, LoRALinear, apply_dora, attach, extract, load_adapter, read_adapter, save_adapter
+from dora_kernels.adapters import Adapter, combine_adapters
 
 pytest.importorskip("safetensors")
 
@@ -170,7 +171,7 @@ def misshapen(adapter):
 
 BAD = {
     "no such layer": (renamed, "adapter: layers.7.q_proj: the model has no such layer"),
-    "another size": (resized, "adapter: lm_head is of a linear with 12 inputs and 12 outputs, the model's is a linear"),
+    "another size": (resized, "adapter: lm_head is of a linear with 12 inputs, 12 outputs, the model's is a linear"),
     "a short magnitude": (misshapen, "adapter: lm_head: magnitude [29]: expected [30]"),
     "too large for the dtype": (huge, "adapter: lm_head: it has values that are not finite in torch.float32"),
 }
@@ -191,6 +192,45 @@ def test_a_failure_leaves_the_model_unchanged(what, already):
         attach(model, adapter)
     assert str(raised.value).startswith(message)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("already", [False, True])
+@pytest.mark.parametrize("file, model", [(1, 3), (3, 1), (1, (1, 3))])
+def test_kernels_are_not_broadcast(tmp_path, file, model, already):
+    """The linear layer before it is not changed either."""
+
+    def net(kernel):
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, kernel)})
+
+    adapter = adapter_for(net(file), ["a", "conv"])
+    save_adapter(adapter, tmp_path)
+    base = net(model)
+    if already:
+        attach(base, adapter_for(base, ["a", "conv"]))
+    before = state(base)
+    expected = re.escape(f"kernel {[file] * 2}, the model's is a conv2d with 4, 6 and the kernel ")
+    for failing in (lambda: attach(base, adapter), lambda: load_adapter(tmp_path, base),
+                    lambda: read_adapter(tmp_path, base.state_dict() if not already else base),
+                    lambda: combine_adapters(base, [adapter], [1.0])):  # fmt: skip
+        with pytest.raises(ValueError, match=expected):
+            failing()
+        assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_groups_are_not_broadcast(already):
+    """A file of a convolution without groups, for one that has as many as the rank: B would be broadcast."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3, groups=2)})
+    if already:
+        attach(model, adapter_for(model, ["a", "conv"], rank=2))
+    for source, target in ((1, 2), (2, 1)):
+        other = nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3, groups=source)})
+        base = model if target == 2 else nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3)})
+        adapter, before = adapter_for(other, ["a", "conv"], rank=2), state(base)
+        with pytest.raises(ValueError, match=r"adapter: conv: lora_B .*: expected \[6, [12], 1, 1\]"):
+            attach(base, adapter)
+        assert_unchanged(base, before)
 
 
 def test_merged_layers_and_strengths_are_refused():

@@ -107,6 +107,7 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     if adapted and isinstance(present, modules.DoRALayer) == dora and present.rank == layer.rank:
         if not dora or (present.magnitude_axis, present.eps) == (layer.magnitude_axis, layer.eps):
             _check_values(name, tensors, present.factors[0].dtype)
+            _check_shapes(name, layer, present)
             return present
     dtype = original.weight.dtype if original.weight.dtype == torch.float64 else tensors[0].dtype
     for tensor in tensors:
@@ -120,6 +121,7 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     new = kind_of(original, dora).from_base(
         original, rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype, **options
     )
+    _check_shapes(name, layer, new)
     _copy(layer, new)
     if adapted:
         new.strength = present.strength
@@ -134,6 +136,13 @@ def _check_values(name: str, tensors: list[torch.Tensor], dtype: torch.dtype) ->
     for tensor in tensors:
         if not bool(tensor.to(dtype).isfinite().all()):
             raise _error(f"{name}: it has values that are not finite in {dtype}, the layer's")
+
+
+def _check_shapes(name: str, layer: AdapterLayer, target: Any) -> None:
+    """No factor may be broadcast: those of a convolution depend on its groups, too."""
+    for part, came, expected in zip("AB", (layer.lora_A, layer.lora_B), target.factors, strict=True):
+        if came.shape != expected.shape:
+            raise _error(f"{name}: lora_{part} {list(came.shape)}: expected {list(expected.shape)}")
 
 
 @torch.no_grad()

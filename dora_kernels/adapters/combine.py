@@ -163,7 +163,7 @@ class _Problem:
         for layer in layers:
             if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
                 raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
-        self.kernel = tuple(weight.shape[2:])
+        self.kernel = base.kernel
         self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
         self.plain = not axes
         self.axis = axes.pop() if axes else "out"

@@ -42,6 +42,11 @@ class AdapterLayer:
         return self.lora_A.shape[1], self.lora_B.shape[0]
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's, empty otherwise."""
+        return tuple(self.lora_A.shape[2:])
+
+    @property
     def grouped(self) -> bool:
         """Whether it is of a convolution with groups: B has a group's share of the rank."""
         return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
