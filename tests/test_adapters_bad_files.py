@@ -142,6 +142,22 @@ def test_other_algorithms_of_lycoris(tmp_path):
     refused(file, "no adapter of a format that is known: its keys are lycoris_other.lokr_w1")
 
 
+OTHER_KEYS = ["hada_w1_a", "lokr_w2", "lokr_t2", "oft_blocks", "boft_blocks", "a1.weight", "b2.weight", "w_norm", "b_norm",
+              "diff", "diff_b", "on_input"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_other_algorithms_by_the_end_of_the_key(tmp_path, key):
+    """A module may be called as they are: ``model.diffusion_model``."""
+    file = tmp_path / "file.safetensors"
+    parts = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(3, 2), "alpha": torch.tensor(2.0)}
+    names = [f"model.{key.partition('.')[0]}usion_model.q", f"x.{key.partition('.')[0]}.q"]
+    save_file({f"{name}.{part}": tensor.clone() for name in names for part, tensor in parts.items()}, file)
+    assert list(read_adapter(file).layers) == names
+    change(file, lambda tensors: tensors.update({f"x.q.{key}": torch.ones(3)}))
+    refused(file, re.escape(f"x.q.{key} is of an algorithm of LyCORIS"))
+
+
 @pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2), torch.empty(0)])
 def test_alpha_of_lycoris(tmp_path, alpha):
     file = tmp_path / "file.safetensors"

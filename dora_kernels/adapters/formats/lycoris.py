@@ -28,7 +28,7 @@ from dora_kernels.adapters.writing import Writing
 
 _EPS = torch.finfo(torch.float32).eps
 
-_OTHERS = re.compile(r".+\.(?:hada_|lokr_|oft_|boft_|glora|a1\.|a2\.|b1\.|b2\.|w_norm|b_norm|diff|diff_b|on_input).*")
+_OTHERS = re.compile(r".+\.(?:(?:hada|lokr|b?oft)_\w+|[ab][12]\.weight|[wb]_norm|diff|diff_b|on_input)")
 """LyCORIS's other algorithms, none of which is a product of two factors."""
 
 
