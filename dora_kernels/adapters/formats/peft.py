@@ -26,8 +26,29 @@ from dora_kernels.adapters.writing import Layers, Writing
 
 _PREFIX = "base_model.model."
 
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts of lora_A and lora_B that take them off the base weight: the file is of another weight than the model's."""
+
+
+_REFUSED = (
+    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""Fields with which the layers are others than ``W + scaling * B @ A``, or adapters of something else than layers."""
+
+_KNOWN = {
+    # read
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    # which layers: the file's keys say
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "trainable_token_indices", "bias", "ensure_weight_tying",
+    # how they were trained, or made at first
+    "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
+    "qalora_group_size", "inference_mode", "task_type", "megatron_config", "megatron_core", "fan_in_fan_out",
+    # of whom
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+}  # fmt: skip
+"""Fields of `LoraConfig` (0.21) that leave the function of what is in the file as it is."""
 
 
 class Peft(Format):
@@ -50,9 +71,12 @@ class Peft(Format):
         where = reading.config_file
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"{where}: peft_type: expected 'LORA', got {config['peft_type']!r}")
-        for name, harmless in (("lora_bias", False), ("layer_replication", None), ("target_parameters", None)):
-            if config.get(name, harmless) not in (harmless, None, [], ()):
+        for name in _REFUSED:
+            if config.get(name):
                 raise ValueError(f"{where}: {name}={config[name]!r} is not supported")
+        for name in sorted(config.keys() - _KNOWN):
+            if config[name]:
+                reading.notes.append(f"{name}={config[name]!r} of the configuration is not known: read without it")
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise ValueError(
