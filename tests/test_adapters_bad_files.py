@@ -114,6 +114,16 @@ def test_a_part_that_is_unknown(saved):
     refused(file, re.escape(key) + " belongs to an adapted layer and is no part that")
 
 
+@pytest.mark.parametrize("part", ["alpha", "dora_scale", "reshape_weight", "lora_mid.weight", "diff_b", "lora_m"])
+def test_a_part_of_another_format(saved, part):
+    """Inside an adapted layer: nothing that could be left out."""
+    format, file, keys = saved
+    key = f"{keys[0].partition('lm_head')[0]}lm_head.{part}"
+    if key not in load_file(file):
+        change(file, lambda tensors: tensors.update({key: torch.ones(1)}))
+        refused(file, r"\S*lm_head")
+
+
 def test_another_model(saved):
     format, file, keys = saved
     changed = {key: key.replace("lm_head", "lm_tail") for key in load_file(file)}
@@ -142,8 +152,8 @@ def test_other_algorithms_of_lycoris(tmp_path):
     refused(file, "no adapter of a format that is known: its keys are lycoris_other.lokr_w1")
 
 
-OTHER_KEYS = ["hada_w1_a", "lokr_w2", "lokr_t2", "oft_blocks", "boft_blocks", "a1.weight", "b2.weight", "w_norm", "b_norm",
-              "diff", "diff_b", "on_input"]  # fmt: skip
+OTHER_KEYS = ["hada_w1_a", "lokr_w2", "lokr_t2", "oft_blocks", "boft_blocks", "a1.weight", "b2.weight", "w_norm",
+              "b_norm", "diff", "diff_b", "on_input"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", OTHER_KEYS)
@@ -207,7 +217,7 @@ CONFIGS = {
     "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: expected regular expressions"),
     "no patterns": ("peft", {"alpha_pattern": [1]}, "alpha_pattern: expected regular expressions"),
     "lora_bias": ("peft", {"lora_bias": True}, "lora_bias=True is not supported"),
-    "replication": ("peft", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=[[0, 2], [1, 2]] is not supported"),
+    "replication": ("peft", {"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]] is not supported"),
     "aLoRA": ("peft", {"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=[1, 2] is not supported"),
     "QALoRA": ("peft", {"use_qalora": True}, "use_qalora=True is not supported"),
     "BD-LoRA": ("peft", {"use_bdlora": {"nblocks": 2}}, "use_bdlora={'nblocks': 2} is not supported"),
@@ -241,10 +251,8 @@ def test_fields_of_peft(tmp_path):
     notes = read_adapter(tmp_path).notes
     assert notes == ["use_tomorrow={'a': 1} of the configuration is not known: read without it"]
     peft = pytest.importorskip("peft")
-    configure(tmp_path, use_tomorrow=None, **{
-        name: value for name, value in peft.LoraConfig().to_dict().items() if name not in ("r", "lora_alpha", "use_dora",
-        "rank_pattern", "alpha_pattern", "peft_type")
-    })  # fmt: skip
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    configure(tmp_path, **{**peft.LoraConfig().to_dict(), **ours, "use_tomorrow": None})
     assert read_adapter(tmp_path).notes == []
 
 

@@ -211,6 +211,28 @@ def test_alpha_of_kohya_files(tmp_path):
     assert read.layers[SQUARE[0]].scaling == 1.0 and "has no alpha: scaling 1" in read.notes[0]
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("names", ["", "lora_unet"])
+def test_pefts_factors_with_lycoris_alpha_and_scale(tmp_path, names, plain):
+    """ComfyUI reads them as kohya's; a configuration of PEFT's beside them says something else."""
+    model, adapter = Model(), adapter_for(Model(), [*SQUARE, "layers.0.conv_in"], axis="in", plain=plain)
+    file = tmp_path / "adapter_model.safetensors"
+    save_adapter(adapter, file, format="kohya")
+    tensors = {}
+    for key, tensor in load_file(file).items():
+        name, _, part = key.partition(".")
+        if not names:
+            name = next(each for each in adapter.layers if each.replace(".", "_") == name.removeprefix("lora_unet_"))
+        tensors[f"{name}.{part}".replace("lora_down", "lora_A").replace("lora_up", "lora_B")] = tensor
+    save_file(tensors, file)
+    read = read_adapter(file, model)
+    assert read.format == ("kohya" if names else "lycoris")
+    assert_same_function(model, read, adapter)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    with pytest.raises(ValueError, match=r"\.alpha belongs to an adapted layer and is no part that 'peft' knows"):
+        read_adapter(file, model)
+
+
 def test_peft_files_of_torchtune(tmp_path):
     """Magnitudes, and no use_dora in the configuration."""
     save_adapter(adapter_for(Model(), SQUARE), tmp_path)

@@ -104,7 +104,12 @@ class Format:
         return next(called for called, name in self.parts.items() if name == part)
 
 
+_ADAPTING = re.compile(r".*(?:lora|dora|magnitude).*|alpha|reshape_weight|diff|diff_b|[wb]_norm")
+"""What keys of adapters are called inside a layer, in any format: none can be left out."""
+
+
 def _inside(key: str, modules: Collection[str]) -> bool:
-    """Whether `key` names something right inside one of `modules`, or inside an adapter's part of it."""
+    """Whether `key` names a part of an adapter inside one of `modules`."""
     names = key.removeprefix("base_model.model.").split(".")
-    return any(".".join(names[:i]) in modules and "lora" in ".".join(names[i:]) for i in range(1, len(names)))
+    halves = ((".".join(names[:i]), ".".join(names[i:])) for i in range(1, len(names)))
+    return any(module in modules and _ADAPTING.fullmatch(part) for module, part in halves)

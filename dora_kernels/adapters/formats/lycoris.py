@@ -9,6 +9,8 @@ input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...
 Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(torch.float32).eps`` to the norm in training.
 ComfyUI (comfy/weight_adapter/base.py, 0.3) takes the norm of W alone for files per output: not what was trained.
 A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
+ComfyUI also reads PEFT's keys of the factors, ``<name>.lora_A.weight`` and ``.lora_B.weight``, with ``.alpha`` and
+``.dora_scale`` beside them, and gives them the same meaning; here, too, unless a configuration of PEFT's is there.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ class Lycoris(Format):
     name = "lycoris"
     weights = "adapter_model.safetensors"
     configured = False
-    key = re.compile(r"(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha|dora_scale)")
+    key = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale)")
     parts: ClassVar = {
         "lora_down.weight": "lora_A",
         "lora_up.weight": "lora_B",
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
         "dora_scale": "magnitude",
         "lora_mid.weight": "mid",
         "alpha": "alpha",
@@ -47,6 +51,9 @@ class Lycoris(Format):
 
     def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
         own = [key for key in keys if ".lora_down." in key or ".lora_up." in key]
+        if "peft_type" not in config:
+            own += [key for key in keys if key.endswith((".alpha", ".dora_scale"))
+                    and f"{key.rpartition('.')[0]}.lora_A.weight" in keys]  # fmt: skip
         kohya = any(prefix_of(key).startswith("lora_") for key in own)
         return bool(own) and kohya == (self.name == "kohya")
 
