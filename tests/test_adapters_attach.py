@@ -171,7 +171,7 @@ def misshapen(adapter):
 
 BAD = {
     "no such layer": (renamed, "adapter: layers.7.q_proj: the model has no such layer"),
-    "another size": (resized, "adapter: lm_head is of a linear with 12 inputs, 12 outputs, the model's is a linear"),
+    "another size": (resized, "adapter: lm_head is of a linear with 12 inputs and 12 outputs, the model's is a linear"),
     "a short magnitude": (misshapen, "adapter: lm_head: magnitude [29]: expected [30]"),
     "too large for the dtype": (huge, "adapter: lm_head: it has values that are not finite in torch.float32"),
 }
@@ -209,7 +209,7 @@ def test_kernels_are_not_broadcast(tmp_path, file, model, already):
     if already:
         attach(base, adapter_for(base, ["a", "conv"]))
     before = state(base)
-    expected = re.escape(f"kernel {[file] * 2}, the model's is a conv2d with 4, 6 and the kernel ")
+    expected = re.escape(f"kernel {[file] * 2}, the model's is a conv2d with 4 and 6 and the kernel ")
     for failing in (lambda: attach(base, adapter), lambda: load_adapter(tmp_path, base),
                     lambda: read_adapter(tmp_path, base.state_dict() if not already else base),
                     lambda: combine_adapters(base, [adapter], [1.0])):  # fmt: skip
