@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -137,8 +138,35 @@ def test_ambiguous_names(tmp_path):
     save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
     with pytest.raises(ValueError, match="lycoris_a_b_c may be any of a.b_c, a_b.c"):
         read_adapter(tmp_path / "file.safetensors", model)
-    with pytest.raises(ValueError, match="a_b.c cannot be written as 'kohya': .* the same name as a.b_c"):
+    with pytest.raises(ValueError, match="a.b_c cannot be written as 'kohya': .* the same name as a_b.c"):
         save_adapter(adapter_for(model, ["a.b_c", "a_b.c"]), tmp_path / "two.safetensors", format="kohya")
+
+
+def test_a_name_without_dots_does_not_win(tmp_path):
+    """``a_b`` and ``a.b`` are both ``a_b``: neither read nor written for such a model; an adapter alone is written."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(6, 4)}), "a_b": nn.Linear(6, 4)})
+    for name in ("a.b", "a_b"):
+        adapter, file = adapter_for(model, [name]), tmp_path / f"{name}.safetensors"
+        save_adapter(adapter, file, format="lycoris")
+        for failing in (lambda: read_adapter(file, model), lambda: attach(model, read_adapter(file))):  # noqa: B023
+            with pytest.raises(ValueError, match=r"lycoris_a_b may be any of a\.b, a_b$"):
+                failing()
+        adapted = copy.deepcopy(model)
+        attach(adapted, adapter)
+        for format in ("lycoris", "kohya"):
+            with pytest.raises(ValueError, match=f"{name} cannot be written as '{format}': .* the same name as a.b"):
+                save_adapter(adapted, tmp_path / "new.safetensors", format=format)
+        save_adapter(adapted, tmp_path / "peft", force=True)
+        assert list(read_adapter(tmp_path / "peft", model).layers) == [name]
+
+
+def test_dots_in_the_file_decide(tmp_path):
+    """A file of PEFT's keys, or of a converter's, whose names are the model's own."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(6, 4)}), "a_b": nn.Linear(6, 4)})
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter_for(model, ["a.b"]), file, format="lycoris")
+    save_file({key.replace("lycoris_a_b", "a.b"): tensor for key, tensor in load_file(file).items()}, file)
+    assert list(read_adapter(file, model).layers) == ["a.b"]
 
 
 def kohya(tmp_path, prefixes):

@@ -65,7 +65,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     bases = bases_of(model)
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = resolve(layers, bases, _error, adapter.notes)
+        layers = {own: layers[name] for name, own in resolve(layers, bases, _error, adapter.notes).items()}
     check_fit(layers, bases, _error)
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -74,8 +74,8 @@ def check_fit(
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(
-                f"{name} is of a {layer.kind} with {layer.features[0]} inputs and {layer.features[1]} outputs{here}, the "
-                f"model's is a {base.kind or 'tensor'} with {base.features[0]} and {base.features[1]}{there}"
+                f"{name} is of a {layer.kind} with {layer.features[0]} inputs and {layer.features[1]} outputs{here}, "
+                f"the model's is a {base.kind or 'tensor'} with {base.features[0]} and {base.features[1]}{there}"
             )
 
 

@@ -143,7 +143,7 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = resolve(layers, bases, error, [])
+        layers = {own: layers[name] for name, own in resolve(layers, bases, error, []).items()}
     check_fit(layers, bases, error)
     return layers
 

@@ -87,7 +87,8 @@ def read_adapter(
         reading.notes.append(f"scaling {scaling:g} as asked for")
     if chosen in ("lycoris", "kohya"):
         if bases is not None:
-            layers = resolve(layers, bases, reading.error, reading.notes)
+            names = resolve(layers, bases, reading.error, reading.notes)
+            layers = {own: layers[name] for name, own in names.items()}
         elif underscored(layers):
             config[UNDERSCORED] = True
             reading.notes.append("names are the file's, with underscores: a model is needed for its own")

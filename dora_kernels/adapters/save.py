@@ -9,6 +9,7 @@ from torch import nn
 
 from dora_kernels import files
 from dora_kernels.adapters.attaching import extract
+from dora_kernels.adapters.bases import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.layers import Adapter
 from dora_kernels.adapters.load import CONFIG
@@ -46,7 +47,8 @@ def save_adapter(
     adapter = source if isinstance(source, Adapter) else extract(source)
     if not adapter.layers:
         raise ValueError("source: the adapter has no layers")
-    chosen, writing = FORMATS[format], Writing(format)
+    known = bases_of(source) if isinstance(source, nn.Module) else ()
+    chosen, writing = FORMATS[format], Writing(format, known)
     if adapter.config.get(UNDERSCORED) and format != adapter.format:
         name = next(iter(adapter.layers))
         raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from typing import TypeVar
 
 UNDERSCORED = "underscored"
 """The entry of `Adapter.config` that says that names are still those of the file."""
 
 _PREFIX = re.compile(r"(lycoris|lora_unet|lora_te\d?|lora)_")
-
-T = TypeVar("T")
 
 
 def prefix_of(name: str) -> str:
@@ -26,9 +23,9 @@ def underscored(names: Collection[str]) -> bool:
 
 
 def resolve(
-    layers: dict[str, T], known: Collection[str], error: Callable[[str], ValueError], notes: list[str]
-) -> dict[str, T]:
-    """`layers` under the model's names (`known`).
+    names: Collection[str], known: Collection[str], error: Callable[[str], ValueError], notes: list[str]
+) -> dict[str, str]:
+    """The model's name (of `known`) that each of a file's names stands for.
 
     A file may be of several models, told apart by the prefix (``lora_unet``, ``lora_te1``): prefixes of which no layer
     is the model's are left out, with a note, if another's all are.
@@ -39,26 +36,26 @@ def resolve(
     candidates: dict[str, list[str]] = defaultdict(list)
     for name in known:
         candidates[name.replace(".", "_")].append(name)
-    found: dict[str, T] = {}
+    found: dict[str, str] = {}
     came: dict[str, str] = {}
     missing: dict[str, list[str]] = defaultdict(list)
-    hits: set[str] = set()
-    for name, layer in layers.items():
+    for name in names:
         prefix = prefix_of(name)
         rest = name[len(prefix) + 1 :] if prefix else name
-        exact = [each for each in (name, rest) if each in known]
-        names = exact[:1] or candidates[rest.replace(".", "_")]
-        if not names:
+        exact = "." in name and name in known  # then no dot was lost
+        meant = {name} if exact else {each for way in (name, rest) for each in candidates[way.replace(".", "_")]}
+        if not meant:
             missing[prefix].append(name)
             continue
-        if len(names) > 1:
-            raise error(f"{name} may be any of {', '.join(sorted(names))}")
-        if names[0] in found:
-            raise error(f"{came[names[0]]} and {name} are both {names[0]}")
-        found[names[0]], came[names[0]] = layer, name
-        hits.add(prefix)
-    for prefix, names in missing.items():
+        if len(meant) > 1:
+            raise error(f"{name} may be any of {', '.join(sorted(meant))}")
+        own = meant.pop()
+        if own in came:
+            raise error(f"{came[own]} and {name} are both {own}")
+        found[name], came[own] = own, name
+    hits = {prefix_of(name) for name in found}
+    for prefix, others in missing.items():
         if prefix in hits or not hits or not prefix.startswith("lora_"):
-            raise error(f"{names[0]}: the model has no such layer")
-        notes.append(f"{len(names)} layers with the prefix {prefix} are of another model and left out")
+            raise error(f"{others[0]}: the model has no such layer")
+        notes.append(f"{len(others)} layers with the prefix {prefix} are of another model and left out")
     return found

@@ -20,9 +20,14 @@ Layers = dict[str, AdapterLayer]
 
 @dataclass
 class Writing:
-    """What a format writes with: refusals that name the layer, and notes of what was folded."""
+    """What a format writes with: refusals that name the layer, and notes of what was folded.
+
+    Attributes:
+        known: the names of the model's layers, adapted or not, where a model is the source.
+    """
 
     format: str
+    known: Collection[str] = ()
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, name: str, reason: str) -> ValueError:

@@ -16,6 +16,7 @@ ComfyUI also reads PEFT's keys of the factors, ``<name>.lora_A.weight`` and ``.l
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -130,11 +131,12 @@ class Lycoris(Format):
         return "lycoris"
 
     def _check_names(self, adapter: Adapter, writing: Writing) -> None:
-        """Two names that underscores make one cannot be written."""
-        seen: dict[str, str] = {}
+        """A name that underscores make the same as another of the adapter's or the model's cannot be written."""
+        names: dict[str, set[str]] = defaultdict(set)
+        for name in (*adapter.layers, *writing.known):
+            names[name.replace(".", "_")].add(name)
         for name in adapter.layers:
-            other = seen.setdefault(name.replace(".", "_"), name)
-            if other != name:
+            for other in sorted(names[name.replace(".", "_")] - {name}):
                 raise writing.refuse(name, f"with underscores for dots it has the same name as {other}")
 
 
