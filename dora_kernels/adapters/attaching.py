@@ -11,7 +11,7 @@ from dora_kernels import modules
 from dora_kernels.adapt import adapted_layers, check_layer, kind_of, places_of, put
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -65,7 +65,8 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     bases = bases_of(model)
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = {own: layers[name] for name, own in resolve(layers, bases, _error, adapter.notes).items()}
+        names = resolve(layers, bases, _error, adapter.notes, adapter.config.get(PREFIX, ""))
+        layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, _error)
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_kernels import combination
 from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
 
@@ -143,7 +143,8 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = {own: layers[name] for name, own in resolve(layers, bases, error, []).items()}
+        names = resolve(layers, bases, error, [], adapter.config.get(PREFIX, ""))
+        layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, error)
     return layers
 

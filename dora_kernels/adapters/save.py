@@ -13,12 +13,17 @@ from dora_kernels.adapters.bases import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.layers import Adapter
 from dora_kernels.adapters.load import CONFIG
-from dora_kernels.adapters.underscores import UNDERSCORED
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix
 from dora_kernels.adapters.writing import Writing
 
 
 def save_adapter(
-    source: nn.Module | Adapter, path: str | os.PathLike[str], *, format: str = "peft", force: bool = False
+    source: nn.Module | Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "peft",
+    prefix: str | None = None,
+    force: bool = False,
 ) -> list[str]:
     """Write an adapter in a format of `FORMATS`; docs/formats.md says what each can hold.
 
@@ -30,6 +35,9 @@ def save_adapter(
         source: a model with adapted layers, or an `Adapter`.
         path: a folder; the formats without configuration (lycoris, kohya, qdora) take a ``.safetensors`` file, too.
         format: which.
+        prefix: of the names in a LyCORIS or kohya file, "lora_te1" for a first text encoder's. None: the one that the
+            adapter was read with, if it was of the same format, else "lycoris", or kohya's "lora_te" for modules in
+            ``text_model`` and "lora_unet" for others.
         force: overwrite files that are there.
 
     Returns:
@@ -48,8 +56,12 @@ def save_adapter(
     if not adapter.layers:
         raise ValueError("source: the adapter has no layers")
     known = bases_of(source) if isinstance(source, nn.Module) else ()
-    chosen, writing = FORMATS[format], Writing(format, known)
-    if adapter.config.get(UNDERSCORED) and format != adapter.format:
+    chosen = FORMATS[format]
+    if prefix is not None and not chosen.underscored:
+        raise ValueError(f"prefix: the format {format!r} has none in its names")
+    own = adapter.config.get(PREFIX, "") if adapter.format == format else ""
+    writing = Writing(format, known, own if prefix is None else check_prefix(prefix))
+    if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
         name = next(iter(adapter.layers))
         raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")
     weights = place

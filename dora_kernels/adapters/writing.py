@@ -24,10 +24,12 @@ class Writing:
 
     Attributes:
         known: the names of the model's layers, adapted or not, where a model is the source.
+        prefix: that the caller wants for the names, where a format has one; empty for the format's choice.
     """
 
     format: str
     known: Collection[str] = ()
+    prefix: str = ""
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, name: str, reason: str) -> ValueError:

@@ -29,6 +29,8 @@ class Format:
     """The file's name in a folder."""
     configured: ClassVar[bool] = True
     """Whether an ``adapter_config.json`` belongs to it."""
+    underscored: ClassVar[bool] = False
+    """Whether names have a prefix, and underscores for dots."""
     key: ClassVar[re.Pattern[str]]
     parts: ClassVar[dict[str, str]]
     """What the key's group "part" says, to the names of `Parts`."""

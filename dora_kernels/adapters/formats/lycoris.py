@@ -39,6 +39,7 @@ class Lycoris(Format):
     name = "lycoris"
     weights = "adapter_model.safetensors"
     configured = False
+    underscored = True
     key = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale)")
     parts: ClassVar = {
         "lora_down.weight": "lora_A",
@@ -117,7 +118,8 @@ class Lycoris(Format):
             alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
             if not alpha or alpha.isinf():
                 raise writing.refuse(name, f"scaling {layer.scaling:g} is an alpha of {float(alpha):g} there")
-            key = name if adapter.config.get(UNDERSCORED) else f"{self.prefix(name)}_{name.replace('.', '_')}"
+            prefix = writing.prefix or self.prefix(name)
+            key = name if adapter.config.get(UNDERSCORED) else f"{prefix}_{name.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"] = layer.lora_A
             tensors[f"{key}.lora_up.weight"] = layer.lora_B
             tensors[f"{key}.alpha"] = alpha
