@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from dora_kernels import files
 from dora_kernels.adapters.attaching import extract
 from dora_kernels.adapters.bases import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
+from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.layers import Adapter
 from dora_kernels.adapters.load import CONFIG
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix
@@ -46,7 +48,8 @@ def save_adapter(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: the format cannot express the adapter, a value is not finite, or the path is no name for it.
-        FileExistsError: a file is there, and not `force`.
+        FileExistsError: a file is there, and not `force`; or the folder holds another format's adapter, of which this
+            would exchange one half or be the second.
     """
     place = files.as_path(path)
     check_format(format)
@@ -71,6 +74,7 @@ def save_adapter(
         weights = place / chosen.weights
     elif chosen.configured:
         raise ValueError(f"{place}: the format {format!r} has a configuration beside the tensors; give a folder")
+    _check_place(weights, chosen)
     tensors, config = chosen.write(adapter, writing)
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -81,3 +85,17 @@ def save_adapter(
         if config is not None:
             files.save_json(written[1], config)
     return writing.notes
+
+
+def _check_place(weights: Path, chosen: Format) -> None:
+    """FileExistsError where the folder holds files that belong to another format's adapter and would stay."""
+    if weights.name not in {format.weights for format in FORMATS.values()}:
+        return
+    others = {format.weights for format in FORMATS.values()} - {weights.name}
+    others |= set() if chosen.configured else {CONFIG}
+    for name in sorted(others):
+        if weights.with_name(name).exists():
+            raise FileExistsError(
+                f"{weights.parent}: {name} in it belongs to an adapter of another format than {chosen.name!r}; give a "
+                "folder of its own, also with force=True"
+            )
