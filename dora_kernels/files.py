@@ -81,7 +81,8 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 def save_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, in place: call it with a name that `replacing` gives."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

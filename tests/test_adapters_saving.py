@@ -138,6 +138,28 @@ def test_what_cannot_be_written_leaves_no_folder(tmp_path):
         save_adapter(adapter_for(Model(), NAMES), tmp_path / "folder.safetensors", force=True)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_scalings(tmp_path, format):
+    """What is written is read again; what no reader takes is no file's."""
+    for scaling in (1e20, -1e20, 1e-30, -2.0):
+        adapter, model = adapter_for(Model(), NAMES, scaling=scaling), Model()
+        save_adapter(adapter, tmp_path, format=format, force=True)
+        assert_same_function(model, read_adapter(tmp_path, model), adapter, 1e-6)
+    before = content(tmp_path)
+    said = f"{NAMES[0]} cannot be written as '{format}': scaling .*: expected a finite number"
+    for scaling in (float("nan"), float("inf"), -float("inf"), 1e300, 1e21):
+        with pytest.raises(ValueError, match=said):
+            save_adapter(adapter_for(Model(), NAMES, scaling=scaling), tmp_path, format=format, force=True)
+    with pytest.raises(ValueError, match="eps nan: expected a finite number"):
+        save_adapter(adapter_for(Model(), NAMES, eps=float("nan")), tmp_path, format=format, force=True)
+    assert content(tmp_path) == before
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.save_json(tmp_path / "file.json", {"a": float("nan")})
+
+
 def test_permissions(tmp_path):
     """As any other new file's, not the temporary file's."""
     save_adapter(adapter_for(Model(), NAMES), tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,11 +115,9 @@ class Reading:
         return axis
 
     def check(self, label: str, layer: AdapterLayer) -> None:
-        """ValueError where a layer's tensors do not belong together."""
+        """ValueError where a layer's tensors do not belong together, or its scaling is out of range."""
         if problem := problem_of(layer):
             raise self.error(f"{label}: {problem}")
-        if not math.isfinite(layer.scaling):
-            raise self.error(f"{label}: scaling {layer.scaling} is not finite")
 
     def check_tensor(self, key: str) -> Tensor:
         files.check_tensor(self.file, key, self.tensors[key])
