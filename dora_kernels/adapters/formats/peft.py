@@ -23,6 +23,7 @@ from dora_kernels.adapters.formats.names import targets, whole
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.writing import Layers, Writing
+from dora_kernels.patterns import by_pattern
 
 _PREFIX = "base_model.model."
 
@@ -111,21 +112,15 @@ class Peft(Format):
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         config, lora_A = reading.config, reading.tensors[parts["lora_A"]]
-        rank = reading.number({"r": self._by_pattern(reading, "rank_pattern", module, config.get("r"))}, "r")
-        alpha = self._by_pattern(reading, "alpha_pattern", module, config.get("lora_alpha"))
+        rank, alpha = (
+            by_pattern(config.get(name), module, config.get(default), f"{reading.config_file}: {name}")
+            for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        rank = reading.number({"r": rank}, "r")
         if rank != lora_A.shape[0] or rank < 1:
             raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
         divisor = math.sqrt(rank) if config.get("use_rslora") else rank
         return reading.number({"lora_alpha": alpha}, "lora_alpha") / divisor
-
-    @staticmethod
-    def _by_pattern(reading: Reading, name: str, module: str, default: Any) -> Any:
-        """The value for a module: that of the first pattern that matches the end of its name, as PEFT does."""
-        patterns = reading.config.get(name) or {}
-        try:
-            return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-        except (AttributeError, re.error) as error:
-            raise ValueError(f"{reading.config_file}: {name}: expected regular expressions: {error}") from error
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d"), ("out",))
