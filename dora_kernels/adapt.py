@@ -21,7 +21,6 @@ from dora_kernels.modules import (
     LoRALinear,
 )
 from dora_kernels.modules.linear import is_conv1d
-from dora_kernels.patterns import by_pattern
 from dora_kernels.rounding import seed_for
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
@@ -92,8 +91,8 @@ def apply_dora(
     try:
         for module, name in chosen.items():
             kind = kind_of(module, use_dora)
-            own_rank = by_pattern(rank_pattern, name, rank, "rank_pattern")
-            own_alpha = by_pattern(alpha_pattern, name, alpha, "alpha_pattern")
+            own_rank = _of_pattern(rank_pattern, name, rank)
+            own_alpha = _of_pattern(alpha_pattern, name, alpha)
             try:
                 layers[module] = kind.from_base(module, rank=own_rank, alpha=own_alpha, **options)
             except (TypeError, ValueError) as error:
@@ -284,6 +283,13 @@ def _matches(pattern: str | list[str], name: str) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in pattern)
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -312,7 +312,6 @@ REFUSED = [
     (None, {"target_modules": 3}, TypeError, "target_modules: expected a regular expression or names, got 3"),
     (None, {"target_modules": ["nothing"]}, ValueError, r"target_modules: \['nothing'\] names no layer"),
     (None, {"rank_pattern": {"2": 0}}, ValueError, r"block\.2: rank: expected at least 1, got 0"),
-    (None, {"alpha_pattern": {"(": 1}}, ValueError, "^alpha_pattern: expected regular expressions and their values"),
     (None, {"alpha_pattern": {"2": "x"}}, TypeError, r"block\.2: alpha: expected a number, got str"),
     (None, {"magnitude_axis": "rows"}, ValueError, "magnitude_axis: expected 'out' or 'in'"),
     (None, {"eps": -1.0}, ValueError, "eps: expected a finite number of at least 0"),

@@ -249,6 +249,18 @@ def test_merged_layers_and_strengths_are_refused():
         extract(model)
 
 
+@pytest.mark.parametrize("name, kind", [("layers.1.conv", "conv1d"), ("embed_tokens", "embedding")])
+def test_plain_lora_of_other_layers(tmp_path, name, kind):
+    """Read and written, not attached."""
+    model, adapter = Model(), adapter_for(Model(), [LINEAR[0], name], plain=True)
+    save_adapter(adapter, tmp_path)
+    assert_same_function(model, read_adapter(tmp_path, model), adapter, 0.0)
+    before = state(model)
+    with pytest.raises(TypeError, match=f"adapter: {name}: plain LoRA of a {kind} cannot be attached: without magn"):
+        load_adapter(tmp_path, model)
+    assert_unchanged(model, before)
+
+
 def test_other_refusals():
     subclass = type("Other", (nn.Linear,), {})
     model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": subclass(6, 4)})
@@ -256,8 +268,6 @@ def test_other_refusals():
     with pytest.raises(TypeError, match="Other"):
         attach(model, adapter_for(model, ["a", "b"]))
     assert_unchanged(model, before)
-    with pytest.raises(TypeError, match="layers.1.conv: use_dora=False is for linear layers"):
-        attach(Model(), adapter_for(Model(), ["layers.1.conv"], plain=True))
     with pytest.raises(ValueError, match="no adapted layer"):
         extract(Model())
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
         The names of the layers.
 
     Raises:
-        TypeError: an argument of the wrong type, or a layer that `apply_dora` cannot adapt, or not without magnitude.
+        TypeError: an argument of the wrong type, a layer that `apply_dora` cannot adapt, or plain LoRA of a convolution
+            or an embedding.
         ValueError: the model has not one of the layers, or of another size, merged, or with hooks, or a value is not
             finite. The model is unchanged.
     """
@@ -68,6 +70,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
         names = resolve(layers, bases, _error, adapter.notes, adapter.config.get(PREFIX, ""))
         layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, _error)
+    check_plain(layers)
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
@@ -89,6 +92,16 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
         else:
             put(model, places[present], prepared)
     return list(layers)
+
+
+def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
+    """TypeError for plain LoRA of what no layer of this package adapts without a magnitude."""
+    for name, layer in layers.items():
+        if layer.magnitude is None and layer.kind != "linear":
+            raise TypeError(
+                f"adapter: {name}: plain LoRA of a {layer.kind} cannot be attached: without magnitudes that is for linear "
+                "layers alone; it can be converted to other formats"
+            )
 
 
 def _error(text: str) -> ValueError:

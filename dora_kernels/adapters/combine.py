@@ -100,7 +100,8 @@ def combine_adapters(
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
     """The adapter whose merged weight is ``W + strength * (merged - W)``: exact, of the same ranks.
 
-    0 is the base model, bit for bit, 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
+    0 is, merged, the base model bit for bit (unmerged, m over the norm is 1 up to rounding; a layer's own ``strength``
+    is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
 
     Raises:
         TypeError, ValueError: as `combine_adapters`.
