@@ -99,8 +99,8 @@ def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
     for name, layer in layers.items():
         if layer.magnitude is None and layer.kind != "linear":
             raise TypeError(
-                f"adapter: {name}: plain LoRA of a {layer.kind} cannot be attached: without magnitudes that is for linear "
-                "layers alone; it can be converted to other formats"
+                f"adapter: {name}: plain LoRA of a {layer.kind} cannot be attached: without magnitudes only "
+                "linear layers can; it can be converted to other formats"
             )
 
 
