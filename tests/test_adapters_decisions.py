@@ -314,6 +314,7 @@ def test_pefts_factors_with_lycoris_alpha_and_scale(tmp_path, names, plain):
     read = read_adapter(file, model)
     assert read.format == ("kohya" if names else "lycoris")
     assert_same_function(model, read, adapter)
+    assert read.config == ({"prefix": names} if names else {})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
     with pytest.raises(ValueError, match=r"\.alpha belongs to an adapted layer and is no part that 'peft' knows"):
         read_adapter(file, model)

@@ -116,9 +116,9 @@ def _named(
     elif any(prefix_of(name, asked) and "." not in name for name in names):
         config[UNDERSCORED] = True
         reading.notes.append("names are the file's, with underscores: a model is needed for its own")
-    prefixes = {prefix_of(name, asked) for name in names}
-    if len(prefixes) == 1:
-        config[PREFIX] = prefixes.pop()
+    prefix, *others = {prefix_of(name, asked) for name in names}
+    if prefix and not others:
+        config[PREFIX] = prefix
     return {own: layers[name] for name, own in names.items()}
 
 
