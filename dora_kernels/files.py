@@ -25,6 +25,12 @@ def as_path(path: Any) -> Path:
     return Path(path)
 
 
+def pickle_hint(folder: Path) -> str:
+    """The rest of a sentence that misses a safetensors file in `folder`: what to do with a pickle there, or nothing."""
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    return f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
+
+
 def read_json(file: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file; ValueError, calling the file no `what`, for anything else."""
     try:
@@ -75,7 +81,8 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 def save_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, in place: call it with a name that `replacing` gives."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "rounding", "kernels", "content", "files"],
+    ["reference", "rounding", "kernels", "content", "files", "patterns"],
     ["torch_backend", "backends", "convolution"],
     ["linear", "validation", "combination"],
     ["ops"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dora_kernels import modules
 from dora_kernels.adapt import adapted_layers, check_layer, kind_of, places_of, put
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -54,7 +55,8 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
         The names of the layers.
 
     Raises:
-        TypeError: an argument of the wrong type, or a layer that `apply_dora` cannot adapt, or not without magnitude.
+        TypeError: an argument of the wrong type, a layer that `apply_dora` cannot adapt, or plain LoRA of a convolution
+            or an embedding.
         ValueError: the model has not one of the layers, or of another size, merged, or with hooks, or a value is not
             finite. The model is unchanged.
     """
@@ -65,8 +67,10 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     bases = bases_of(model)
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = resolve(layers, bases, _error, adapter.notes)
+        names = resolve(layers, bases, _error, adapter.notes, adapter.config.get(PREFIX, ""))
+        layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, _error)
+    check_plain(layers)
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
@@ -90,6 +94,16 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     return list(layers)
 
 
+def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
+    """TypeError for plain LoRA of what no layer of this package adapts without a magnitude."""
+    for name, layer in layers.items():
+        if layer.magnitude is None and layer.kind != "linear":
+            raise TypeError(
+                f"adapter: {name}: plain LoRA of a {layer.kind} cannot be attached: without magnitudes only "
+                "linear layers can; it can be converted to other formats"
+            )
+
+
 def _error(text: str) -> ValueError:
     return ValueError(f"adapter: {text}")
 
@@ -107,6 +121,7 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     if adapted and isinstance(present, modules.DoRALayer) == dora and present.rank == layer.rank:
         if not dora or (present.magnitude_axis, present.eps) == (layer.magnitude_axis, layer.eps):
             _check_values(name, tensors, present.factors[0].dtype)
+            _check_shapes(name, layer, present)
             return present
     dtype = original.weight.dtype if original.weight.dtype == torch.float64 else tensors[0].dtype
     for tensor in tensors:
@@ -120,6 +135,7 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     new = kind_of(original, dora).from_base(
         original, rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype, **options
     )
+    _check_shapes(name, layer, new)
     _copy(layer, new)
     if adapted:
         new.strength = present.strength
@@ -134,6 +150,13 @@ def _check_values(name: str, tensors: list[torch.Tensor], dtype: torch.dtype) ->
     for tensor in tensors:
         if not bool(tensor.to(dtype).isfinite().all()):
             raise _error(f"{name}: it has values that are not finite in {dtype}, the layer's")
+
+
+def _check_shapes(name: str, layer: AdapterLayer, target: Any) -> None:
+    """No factor may be broadcast: those of a convolution depend on its groups, too."""
+    for part, came, expected in zip("AB", (layer.lora_A, layer.lora_B), target.factors, strict=True):
+        if came.shape != expected.shape:
+            raise _error(f"{name}: lora_{part} {list(came.shape)}: expected {list(expected.shape)}")
 
 
 @torch.no_grad()

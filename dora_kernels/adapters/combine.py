@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_kernels import combination
 from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
 
@@ -100,7 +100,8 @@ def combine_adapters(
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
     """The adapter whose merged weight is ``W + strength * (merged - W)``: exact, of the same ranks.
 
-    0 is the base model, bit for bit, 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
+    0 is, merged, the base model bit for bit (unmerged, m over the norm is 1 up to rounding; a layer's own ``strength``
+    is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
 
     Raises:
         TypeError, ValueError: as `combine_adapters`.
@@ -143,7 +144,8 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = resolve(layers, bases, error, [])
+        names = resolve(layers, bases, error, [], adapter.config.get(PREFIX, ""))
+        layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, error)
     return layers
 
@@ -163,7 +165,7 @@ class _Problem:
         for layer in layers:
             if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
                 raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
-        self.kernel = tuple(weight.shape[2:])
+        self.kernel = base.kernel
         self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
         self.plain = not axes
         self.axis = axes.pop() if axes else "out"

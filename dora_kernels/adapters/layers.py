@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,11 @@ class AdapterLayer:
         return self.lora_A.shape[1], self.lora_B.shape[0]
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's, empty otherwise."""
+        return tuple(self.lora_A.shape[2:])
+
+    @property
     def grouped(self) -> bool:
         """Whether it is of a convolution with groups: B has a group's share of the rank."""
         return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
@@ -65,7 +71,7 @@ class Adapter:
 
 
 def problem_of(layer: AdapterLayer) -> str | None:
-    """What is wrong with the shapes of a layer, None if nothing is."""
+    """What is wrong with a layer's shapes and numbers, None if nothing is; its tensors' values are not looked at."""
     a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
     dims = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}.get(layer.kind)
     if a.dim() != dims or not a.numel():
@@ -76,4 +82,8 @@ def problem_of(layer: AdapterLayer) -> str | None:
     length = layer.features[layer.magnitude_axis == "out"]
     if m is not None and m.shape != (length,):
         return f"magnitude {list(m.shape)}: expected [{length}] for axis {layer.magnitude_axis!r}"
+    if not math.isfinite(layer.scaling):
+        return f"scaling {layer.scaling:g}: expected a finite number"
+    if not 0.0 <= layer.eps < math.inf:
+        return f"eps {layer.eps:g}: expected a finite number that is not negative"
     return None

@@ -15,14 +15,24 @@ from dora_kernels.adapters.layers import AdapterLayer, problem_of
 SMALL_EPS = 1e-6
 """An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
 
+LARGEST = 1e20
+"""Of a scaling in a file: a reader takes an alpha up to 1e30, and ranks, folding and rounding come between."""
+
 Layers = dict[str, AdapterLayer]
 
 
 @dataclass
 class Writing:
-    """What a format writes with: refusals that name the layer, and notes of what was folded."""
+    """What a format writes with: refusals that name the layer, and notes of what was folded.
+
+    Attributes:
+        known: the names of the model's layers, adapted or not, where a model is the source.
+        prefix: that the caller wants for the names, where a format has one; empty for the format's choice.
+    """
 
     format: str
+    known: Collection[str] = ()
+    prefix: str = ""
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, name: str, reason: str) -> ValueError:
@@ -47,6 +57,8 @@ class Writing:
         for name, layer in layers.items():
             if problem := problem_of(layer):
                 raise self.refuse(name, problem)
+            if abs(layer.scaling) > LARGEST:
+                raise self.refuse(name, f"scaling {layer.scaling:g}: expected a finite number up to {LARGEST:g}")
             if layer.kind not in axes:
                 raise self.refuse(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
             if layer.magnitude is not None and layer.magnitude_axis not in axes[layer.kind]:
