@@ -5,8 +5,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dora_kernels.checkpoints import Checkpoint, merge_checkpoint
+from dora_kernels.checkpoints import Checkpoint
 from dora_kernels.cli.output import console, errors, progress
+from dora_kernels.merging import merge_checkpoint
 
 if TYPE_CHECKING:
     import typer

@@ -1,0 +1,152 @@
+"""An adapter merged into a model's folder of safetensors, shard by shard, in a new folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dora_kernels import files, validation
+from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed
+from dora_kernels.rounding import seed_for
+
+# Files of weights beside the safetensors: they would stay unmerged.
+_WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def merge_checkpoint(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    strength: float = 1.0,
+    force: bool = False,
+    advance: Callable[[str], None] = lambda step: None,
+    **options: Any,
+) -> Adapter:
+    """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
+
+    A shard at a time is in memory. The folder is made under another name beside `out` and renamed when it is complete.
+
+    Args:
+        checkpoint: the base model.
+        path: the adapter.
+        out: the new folder.
+        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
+        strength: as `set_dora_strength`.
+        force: replace `out` if it is there.
+        advance: called with the name of each file before it is written.
+        options: as `read_adapter`.
+
+    Raises:
+        FileExistsError: `out` is there, and not `force`.
+        TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised; or whether one is stored
+            transposed is open. Nothing is written.
+    """
+    target = files.as_path(out)
+    validation.check_rounding(rounding, seed)
+    _check_target(target, (checkpoint.folder, files.as_path(path)), force)
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
+    adapter, keys = read_for(checkpoint, path, **options)
+    _check_tied(checkpoint, adapter, path)
+    transposed = stored_transposed(checkpoint, adapter, keys)
+    wanted = {}
+    for name, key in keys.items():
+        files.check_tensor(checkpoint.folder, key, checkpoint[key])
+        wanted[key] = name
+    with _replacing_folder(target, force) as folder:
+        for shard, own in checkpoint.shards.items():
+            advance(shard)
+            if not wanted.keys() & set(own):
+                shutil.copyfile(checkpoint.folder / shard, folder / shard)
+                continue
+            tensors = files.read_tensors(checkpoint.folder / shard)
+            for key in wanted.keys() & set(own):
+                name = wanted[key]
+                layer, own_seed = adapter.layers[name], seed_for(seed, name)
+                tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
+            files.save_tensors(folder / shard, tensors)
+        _copy_others(checkpoint.folder, folder)
+    return adapter
+
+
+def _check_target(target: Path, read: Sequence[Path], force: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: is a file, expected a folder's name")
+    if target.exists() and not force:
+        raise FileExistsError(f"{target}: exists already; --force replaces it")
+    for place in (place.resolve() for place in read):
+        if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
+            raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
+
+
+def _check_tied(checkpoint: Checkpoint, adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """An output layer that is not in the file is the embedding: what is merged into that would be in both."""
+    if any(key.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for key in checkpoint):
+        return
+    makers = checkpoint.config.get("architectures") or []
+    tied = checkpoint.config.get("tie_word_embeddings", any(str(one).endswith(("ForCausalLM", "LMHeadModel"))
+                                                            for one in makers))  # fmt: skip
+    for name, layer in adapter.layers.items():
+        if tied and layer.kind == "embedding" and layer.features[0] == checkpoint.config.get("vocab_size"):
+            raise ValueError(
+                f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both"
+            )
+
+
+def _merged(
+    stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int
+) -> Tensor:
+    """The weight as it was stored, merged by the layer that would run it."""
+    adapted = attached(stored.clone(), layer, transposed)
+    adapted.strength = strength
+    adapted.merge(rounding, seed)
+    merged: Tensor = adapted.base_layer.weight.detach()
+    return merged.t().contiguous() if transposed else merged
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Everything that holds no weights, folders included."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json")) and name != "model.safetensors.index.json"]
+
+    for place in source.iterdir():
+        if left_out("", [place.name]):
+            continue
+        if place.is_dir():
+            shutil.copytree(place, target / place.name, ignore=left_out)
+        else:
+            shutil.copyfile(place, target / place.name)
+
+
+@contextlib.contextmanager
+def _replacing_folder(folder: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends without an exception."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    new, old = made / "new", made / "old"
+    try:
+        new.mkdir()
+        yield new
+        if folder.exists() and force:
+            os.replace(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        if folder.exists() or not old.exists():  # else the old one is all there is
+            shutil.rmtree(made, ignore_errors=True)
