@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer, attach, read_adapter
+from dora_kernels.adapters.load import Contents, contents
+from dora_kernels.adapters.underscores import prefix_of
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 from dora_kernels.reference import magnitude_scale
 
@@ -19,6 +21,9 @@ _SINGLE, _INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "
 
 # What a model's name of a layer may have before the name in its file, or the file before the model's.
 _PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.")
+
+# What output layers are called.
+_OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
 
 # Models whose linear layers are stored transposed (transformers' Conv1D).
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -85,9 +90,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, dict[str, str]]:
-    """An adapter for a checkpoint's model, under the adapter's own names, and the key of each layer's weight.
+    """An adapter for a checkpoint's model, under the adapter's own names, and the checkpoint's key of each such name.
 
-    The names may differ from the checkpoint's in a prefix, such as ``model.``.
+    The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight is at
+    ``keys[f"{name}.weight"]``.
 
     Args:
         checkpoint, path: which.
@@ -97,44 +103,54 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
         TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; or the layer's weight is
             tied to the embedding.
     """
-    try:
-        adapter = read_adapter(path, checkpoint, **options)
-    except ValueError as error:
-        found = _with_prefix(checkpoint, path, options)
-        if len(found) > 1:
-            keys = " or ".join(next(iter(names.values())) for _, names in found)
-            raise ValueError(f"{path}: its names are ambiguous: {next(iter(found[0][1]))} may be {keys}") from None
-        if not found:
-            if "lm_head: the model has no such layer" in str(error):
-                raise ValueError(
-                    f"{path}: lm_head: {checkpoint.folder} has no lm_head.weight, for it is tied to the embedding, and "
-                    "merging into one would change both"
-                ) from None
-            raise
-        return found[0]
-    return adapter, {name: f"{name}.weight" for name in adapter.layers}
+    found = contents(path, options.get("format", "auto"))
+    keys = _keys(checkpoint, found)
+    missing = [name for name in found.layers if f"{name}.weight" not in keys]
+    if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
+        raise ValueError(
+            f"{path}: {missing[0]}: {checkpoint.folder} has no {missing[0]}.weight, for it is tied to the embedding, "
+            "and merging into one would change both"
+        )
+    return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _with_prefix(
-    checkpoint: Checkpoint, path: str | os.PathLike[str], options: dict[str, Any]
-) -> list[tuple[Adapter, dict[str, str]]]:
-    found = []
+def _keys(checkpoint: Checkpoint, adapter: Contents) -> dict[str, str]:
+    """The checkpoint's keys by what the adapter calls them: the prefix that most of its layers are found with."""
+    names = [_bare(name) if adapter.format in ("lycoris", "kohya") else name for name in adapter.layers]
+
+    def found(keys: Mapping[str, str]) -> list[str]:
+        known = {key.removesuffix(".weight"): own for key, own in keys.items()}
+        if adapter.format in ("lycoris", "kohya"):
+            known = {key.replace(".", "_"): own for key, own in known.items()}
+        return [known[name] for name in names if name in known]
+
+    plain = {key: key for key in checkpoint}
+    best = [(found(plain), plain)]
     for prefix, added in itertools.product(_PREFIXES, (True, False)):
         keys = {prefix + key if added else key.removeprefix(prefix): key for key in checkpoint}
-        if len(keys) < len(checkpoint) or list(keys) == list(checkpoint):
+        places = found(keys)
+        if len(keys) < len(checkpoint) or len(places) < max(1, len(best[0][0])):
             continue
-        try:
-            adapter = read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options)
-        except ValueError:
-            continue
-        found.append((adapter, {name: keys[f"{name}.weight"] for name in adapter.layers}))
-    return found
+        if len(places) > len(best[0][0]):
+            best = []
+        if places not in [each for each, _ in best]:
+            best.append((places, keys))
+    if len(best) > 1 and len(best[0][0]) == len(names) and best[0][1] is not plain:
+        either = " or ".join(places[0] for places, _ in best)
+        raise ValueError(f"{adapter.file}: its names are ambiguous: {adapter.layers[0]} may be {either}")
+    return best[0][1]
+
+
+def _bare(name: str) -> str:
+    """A name with underscores for dots, without what says which model it is of."""
+    return name.removeprefix(f"{prefix_of(name)}_").replace(".", "_")
 
 
 def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:
     """Linear layers stored as ``[in, out]``: by their shapes, square ones by the kind of model."""
     linear = {name: layer for name, layer in adapter.layers.items() if layer.kind == "linear"}
-    found = {name for name, layer in linear.items() if tuple(checkpoint[keys[name]].shape) != layer.features[::-1]}
+    shapes = {name: tuple(checkpoint[keys[f"{name}.weight"]].shape) for name in linear}
+    found = {name for name, layer in linear.items() if shapes[name] != layer.features[::-1]}
     square = {name for name, layer in linear.items() if layer.features[0] == layer.features[1]}
     if checkpoint.config.get("model_type") in _TRANSPOSED:
         return found | square
@@ -156,8 +172,8 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
     for name, layer in adapter.layers.items():
         g = None
         if layer.magnitude is not None:
-            files.check_tensor(checkpoint.folder, keys[name], checkpoint[keys[name]])
-            adapted = attached(checkpoint[keys[name]], layer, name in transposed)
+            files.check_tensor(checkpoint.folder, keys[f"{name}.weight"], checkpoint[keys[f"{name}.weight"]])
+            adapted = attached(checkpoint[keys[f"{name}.weight"]], layer, name in transposed)
             assert isinstance(adapted, DoRALayer)
             g = magnitude_scale(adapted.magnitude.detach().flatten(), adapted._weight_norm() + layer.eps)
         yield name, g

@@ -61,7 +61,8 @@ def merge_checkpoint(
     _check_tied(checkpoint, adapter, path)
     transposed = stored_transposed(checkpoint, adapter, keys)
     wanted = {}
-    for name, key in keys.items():
+    for name in adapter.layers:
+        key = keys[f"{name}.weight"]
         files.check_tensor(checkpoint.folder, key, checkpoint[key])
         wanted[key] = name
     with _replacing_folder(target, force) as folder:
@@ -119,7 +120,8 @@ def _copy_others(source: Path, target: Path) -> None:
     """Everything that holds no weights, folders included."""
 
     def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json")) and name != "model.safetensors.index.json"]
+        kept = "model.safetensors.index.json"
+        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json")) and name != kept]
 
     for place in source.iterdir():
         if left_out("", [place.name]):

@@ -15,19 +15,9 @@ pytest.importorskip("safetensors")
 from adapter_models import Model, adapted64, adapter_for, assert_same_function, norm64
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import cli
 from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
 
 NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down"]
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
