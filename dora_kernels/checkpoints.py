@@ -25,8 +25,9 @@ _PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.
 # What output layers are called.
 _OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
 
-# Models whose linear layers are stored transposed (transformers' Conv1D).
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# Models with linear layers that are stored transposed (transformers' Conv1D), and what these are called.
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -147,19 +148,39 @@ def _bare(name: str) -> str:
 
 
 def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:
-    """Linear layers stored as ``[in, out]``: by their shapes, square ones by the kind of model."""
+    """Linear layers stored as ``[in, out]``: by their shapes, square ones by the kind of model, or what PEFT saw of it.
+
+    PEFT's ``fan_in_fan_out`` is that of the last layer it adapted: true of a Conv1D, false of anything.
+
+    Raises:
+        ValueError: whether a square one is stored transposed is open.
+    """
     linear = {name: layer for name, layer in adapter.layers.items() if layer.kind == "linear"}
     shapes = {name: tuple(checkpoint[keys[f"{name}.weight"]].shape) for name in linear}
-    found = {name for name, layer in linear.items() if shapes[name] != layer.features[::-1]}
     square = {name for name, layer in linear.items() if layer.features[0] == layer.features[1]}
-    if checkpoint.config.get("model_type") in _TRANSPOSED:
+    found = {name for name, layer in linear.items() if shapes[name] != layer.features[::-1]}
+    kinds = {kind for kind in settings(checkpoint.config, "model_type") if isinstance(kind, str)}
+    if not square:
+        return found
+    if kinds & set(_TRANSPOSED):
+        return found | {name for name in square if name.rpartition(".")[2] in _CONV1D}
+    others = linear.keys() - square
+    if found == others and adapter.config.get("fan_in_fan_out") is True:
         return found | square
-    if found and square:
-        raise ValueError(
-            f"{checkpoint.folder}: {min(found)} is stored transposed, and whether {min(square)}, which is square, is "
-            f"too is open: no config.json says that it is one of {', '.join(_TRANSPOSED)}"
-        )
-    return found
+    if not found and (kinds or others) and adapter.config.get("fan_in_fan_out") is not True:
+        return found
+    reason = (f"{min(found)} is stored transposed, and " if found else
+              "the adapter's fan_in_fan_out is contradicted by its other layers, and " if others else "")  # fmt: skip
+    raise ValueError(
+        f"{checkpoint.folder}: {reason}whether {min(square)}, which is square, is {'too' if found else 'transposed'} "
+        f"is open: no config.json says whether the model is one of {', '.join(_TRANSPOSED)}"
+    )
+
+
+def settings(config: Mapping[str, Any], name: str) -> list[Any]:
+    """What a model's configuration says under a name, and those of its parts, such as ``text_config``."""
+    found = [config[name]] if name in config else []
+    return [*found, *(value for part in config.values() if isinstance(part, Mapping) for value in settings(part, name))]
 
 
 def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor | None]]:
@@ -198,7 +219,6 @@ def _module(layer: AdapterLayer, weight: Tensor) -> nn.Module:
     else:
         inputs, outputs = layer.features
         convolution: Any = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[layer.kind]
-        groups = inputs // weight.shape[1]
-        module = convolution(inputs, outputs, tuple(weight.shape[2:]), groups=groups, bias=False, device="meta")
+        module = convolution(inputs, outputs, tuple(weight.shape[2:]), bias=False, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
+from adapter_models import adapted64
 from cli_models import adapter_file, gpt2, llama, plain_linears, rewrite
 from safetensors.torch import load_file, save_file
 
@@ -53,3 +57,53 @@ def test_an_undecided_axis_under_another_prefix_is_said(call, tmp_path):
     status, _, stderr = call("merge", tmp_path / "base", source, tmp_path / "out")
     assert status == 2 and f"the magnitude of {name} fits inputs and outputs" in stderr, stderr
     assert call("merge", tmp_path / "base", source, tmp_path / "out", "--axis", "out")[0] == 0
+
+
+# stored transposed
+
+SQUARE = "transformer.h.0.attn.c_proj"
+
+
+def edit_json(file, **changes):
+    """Set entries of a JSON file; None takes one out."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "right"),
+    [
+        ({}, {}, True),
+        ({"model_type": None}, {}, False),
+        ({"model_type": None}, {"fan_in_fan_out": True}, True),
+        ({"model_type": "of-its-own"}, {"fan_in_fan_out": True}, True),
+        ({"model_type": "speech", "decoder": {"model_type": "gpt2"}}, {}, True),
+    ],
+    ids=["model_type", "nothing", "adapter", "adapter-of-a-custom-model", "nested"],
+)
+def test_square_weights_of_conv1d(call, tmp_path, model, adapter, right):
+    """Merged as the model computes, or refused where nothing says how they are stored."""
+    gpt2().save_pretrained(tmp_path / "base")
+    reference = plain_linears(gpt2())
+    source, made = adapter_file(tmp_path, reference, names=[SQUARE])
+    edit_json(tmp_path / "base" / "config.json", **model)
+    edit_json(source / "adapter_config.json", **adapter)
+    status, _, stderr = call("merge", tmp_path / "base", source, tmp_path / "out")
+    if not right:
+        assert status == 2 and f"whether {SQUARE}, which is square, is transposed is open" in stderr, stderr
+        return
+    assert (status, stderr) == (0, "")
+    found = load_file(tmp_path / "out" / "model.safetensors")[f"{SQUARE}.weight"]
+    wanted = adapted64(reference.get_submodule(SQUARE), made.layers[SQUARE])
+    torch.testing.assert_close(found.t().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_square_weights_of_linear_layers_beside_conv1d(call, tmp_path):
+    """Of an encoder beside a GPT-2: by the name."""
+    gpt2().save_pretrained(tmp_path / "base")
+    square = torch.nn.ModuleDict({"query": torch.nn.Linear(16, 16, bias=False)})
+    rewrite(tmp_path / "base" / "model.safetensors", lambda t: t.update({"query.weight": square.query.weight.detach()}))
+    source, made = adapter_file(tmp_path, square, names=["query"])
+    assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")["query.weight"]
+    torch.testing.assert_close(found.double(), adapted64(square.query, made.layers["query"]), rtol=1e-5, atol=1e-6)
