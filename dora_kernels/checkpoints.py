@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ _SINGLE, _INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "
 # What a model's name of a layer may have before the name in its file, or the file before the model's.
 _PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.")
 
-# What output layers are called.
+# What output layers are called, what embeddings are called, and models without output layer.
 _OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
+_EMBEDDING = re.compile(r"^(?!embed_out$).*(embed|shared|wte|wpe)")
+_HEADLESS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
 # Models with linear layers that are stored transposed (transformers' Conv1D), and what these are called.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -175,6 +178,26 @@ def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[st
         f"{checkpoint.folder}: {reason}whether {min(square)}, which is square, is {'too' if found else 'transposed'} "
         f"is open: no config.json says whether the model is one of {', '.join(_TRANSPOSED)}"
     )
+
+
+def tied(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether a table of embeddings is the output layer's weight, too, so that a change of it would be in both.
+
+    It is where the file has no output layer of its size, unless the configuration says that it is not, or that there is
+    none. A smaller table than the vocabulary's is none of tokens.
+    """
+    shape = checkpoint[key].shape
+    if any(isinstance(size, int) and shape[0] < size for size in settings(checkpoint.config, "vocab_size")):
+        return False
+    makers = checkpoint.config.get("architectures")
+    if isinstance(makers, list) and makers and all(_HEADLESS.search(str(maker)) for maker in makers):
+        return False
+    outputs = (name for name in checkpoint if name.endswith(".weight") and name != key
+               and not any(part.isdigit() or _EMBEDDING.search(part) for part in name.split(".")))  # fmt: skip
+    if any(checkpoint[name].shape == shape for name in outputs):
+        return False
+    said = settings(checkpoint.config, "tie_word_embeddings")
+    return not said or any(each is not False for each in said)
 
 
 def settings(config: Mapping[str, Any], name: str) -> list[Any]:

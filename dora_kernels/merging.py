@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_kernels import files, validation
 from dora_kernels.adapters import Adapter, AdapterLayer
-from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed
+from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
 from dora_kernels.rounding import seed_for
 
 # Files of weights beside the safetensors: they would stay unmerged.
@@ -58,12 +58,16 @@ def merge_checkpoint(
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
     adapter, keys = read_for(checkpoint, path, **options)
-    _check_tied(checkpoint, adapter, path)
     transposed = stored_transposed(checkpoint, adapter, keys)
     wanted = {}
     for name in adapter.layers:
         key = keys[f"{name}.weight"]
         files.check_tensor(checkpoint.folder, key, checkpoint[key])
+        if adapter.layers[name].kind == "embedding" and tied(checkpoint, key):
+            raise ValueError(
+                f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both; "
+                f"if it is not, {CONFIG} has to say so: tie_word_embeddings"
+            )
         wanted[key] = name
     with _replacing_folder(target, force) as folder:
         for shard, own in checkpoint.shards.items():
@@ -89,20 +93,6 @@ def _check_target(target: Path, read: Sequence[Path], force: bool) -> None:
     for place in (place.resolve() for place in read):
         if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
             raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
-
-
-def _check_tied(checkpoint: Checkpoint, adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """An output layer that is not in the file is the embedding: what is merged into that would be in both."""
-    if any(key.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for key in checkpoint):
-        return
-    makers = checkpoint.config.get("architectures") or []
-    tied = checkpoint.config.get("tie_word_embeddings", any(str(one).endswith(("ForCausalLM", "LMHeadModel"))
-                                                            for one in makers))  # fmt: skip
-    for name, layer in adapter.layers.items():
-        if tied and layer.kind == "embedding" and layer.features[0] == checkpoint.config.get("vocab_size"):
-            raise ValueError(
-                f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both"
-            )
 
 
 def _merged(

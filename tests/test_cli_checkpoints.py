@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
+import transformers
 from adapter_models import adapted64
 from cli_models import adapter_file, gpt2, llama, plain_linears, rewrite
 from safetensors.torch import load_file, save_file
@@ -107,3 +108,61 @@ def test_square_weights_of_linear_layers_beside_conv1d(call, tmp_path):
     assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
     found = load_file(tmp_path / "out" / "model.safetensors")["query.weight"]
     torch.testing.assert_close(found.double(), adapted64(square.query, made.layers["query"]), rtol=1e-5, atol=1e-6)
+
+
+# tied weights
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 30, "vocab_size": 30}
+
+
+def bert(kind=transformers.BertForMaskedLM):
+    torch.manual_seed(0)
+    return kind(transformers.BertConfig(**SMALL)), "bert.embeddings.word_embeddings"
+
+
+def t5():
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=30, num_layers=1, num_heads=2, vocab_size=30)
+    return transformers.T5ForConditionalGeneration(config), "shared"
+
+
+def causal():
+    return llama(), "model.embed_tokens"
+
+
+@pytest.mark.parametrize("make", [bert, t5, causal])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": None}, {"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}}],
+    ids=["as-saved", "unsaid", "nested"],
+)
+def test_tied_embeddings_are_refused(call, tmp_path, make, changes):
+    model, name = make()
+    model.save_pretrained(tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", **{"tie_word_embeddings": True, **changes})
+    untied = "lm_head.weight" in load_file(tmp_path / "base" / "model.safetensors")
+    source, made = adapter_file(tmp_path, model, names=[name])
+    if untied:  # where the file has an output layer of its own, it is
+        assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
+        rewrite(tmp_path / "base" / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
+    # as large, and no output layer
+    rewrite(tmp_path / "base" / "model.safetensors", lambda t: t.update({"block.output.weight": torch.zeros(16, 16)}))
+    status, _, stderr = call("merge", tmp_path / "base", source, tmp_path / "out2")
+    assert status == 2 and f"{name}: the model's output layer is tied to this embedding" in stderr, stderr
+    edit_json(tmp_path / "base" / "config.json", tie_word_embeddings=False, text_config=None)
+    assert call("merge", tmp_path / "base", source, tmp_path / "out2")[0] == 0
+    found = load_file(tmp_path / "out2" / "model.safetensors")[f"{name}.weight"]
+    wanted = adapted64(model.get_submodule(name), made.layers[name])
+    torch.testing.assert_close(found.t().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_no_output_layer_to_be_tied_to(call, tmp_path):
+    """Of a classifier's embedding, and of positions."""
+    model, name = bert(transformers.BertForSequenceClassification)
+    model.save_pretrained(tmp_path / "classifier")
+    source, _ = adapter_file(tmp_path, model, names=[name])
+    assert call("merge", tmp_path / "classifier", source, tmp_path / "out")[0] == 0
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    edit_json(tmp_path / "gpt2" / "config.json", vocab_size=2000)
+    source, _ = adapter_file(tmp_path / "positions", gpt2(), names=["transformer.wpe"])
+    assert call("merge", tmp_path / "gpt2", source, tmp_path / "out2")[0] == 0
