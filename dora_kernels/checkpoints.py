@@ -41,6 +41,7 @@ class Checkpoint(Mapping[str, Tensor]):
     Attributes:
         folder: where.
         shards: the keys in each file.
+        index: the file that says so, None of one file.
         config: what ``config.json`` says, empty without one.
 
     Raises:
@@ -53,6 +54,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder")
         self.shards = self._find()
+        self.index = None if (self.folder / _SINGLE).is_file() else self.folder / _INDEX
         config = self.folder / CONFIG
         self.config = files.read_json(config, "model's configuration") if config.is_file() else {}
         self._places = {key: file for file, keys in self.shards.items() for key in keys}

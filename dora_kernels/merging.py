@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_kernels import files, validation
 from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
 from dora_kernels.rounding import seed_for
 
@@ -81,7 +82,7 @@ def merge_checkpoint(
                 layer, own_seed = adapter.layers[name], seed_for(seed, name)
                 tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
             files.save_tensors(folder / shard, tensors)
-        _copy_others(checkpoint.folder, folder)
+        _copy_others(checkpoint, folder)
     return adapter
 
 
@@ -106,19 +107,18 @@ def _merged(
     return merged.t().contiguous() if transposed else merged
 
 
-def _copy_others(source: Path, target: Path) -> None:
-    """Everything that holds no weights, folders included."""
+def _copy_others(checkpoint: Checkpoint, target: Path) -> None:
+    """Everything that holds no weights, folders included, but no adapter's configuration."""
 
     def left_out(folder: str, names: list[str]) -> list[str]:
-        kept = "model.safetensors.index.json"
-        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json")) and name != kept]
+        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json"))]
 
-    for place in source.iterdir():
-        if left_out("", [place.name]):
-            continue
+    for place in checkpoint.folder.iterdir():
         if place.is_dir():
             shutil.copytree(place, target / place.name, ignore=left_out)
-        else:
+        elif place == checkpoint.index or not (
+            place.name in checkpoint.shards or place.name == ADAPTER_CONFIG or left_out("", [place.name])
+        ):
             shutil.copyfile(place, target / place.name)
 
 

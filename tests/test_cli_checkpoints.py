@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from adapter_models import adapted64
-from cli_models import adapter_file, gpt2, llama, plain_linears, rewrite
+from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
 
 
@@ -166,3 +167,32 @@ def test_no_output_layer_to_be_tied_to(call, tmp_path):
     edit_json(tmp_path / "gpt2" / "config.json", vocab_size=2000)
     source, _ = adapter_file(tmp_path / "positions", gpt2(), names=["transformer.wpe"])
     assert call("merge", tmp_path / "gpt2", source, tmp_path / "out2")[0] == 0
+
+
+# the other files
+
+
+def test_shards_of_any_name(call, tmp_path):
+    """The merged ones are not overwritten by those they were made of."""
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "weights.dat")
+    places = dict.fromkeys(load_file(tmp_path / "base" / "weights.dat"), "weights.dat")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    source, made = adapter_file(tmp_path, model)
+    assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
+    found, name = load_file(tmp_path / "out" / "weights.dat"), NAMES[0]
+    wanted = adapted64(model.get_submodule(name), made.layers[name])
+    torch.testing.assert_close(found[f"{name}.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_files_of_an_adapter_or_of_no_use_are_not_copied(call, tmp_path):
+    model = llama()
+    source, _ = adapter_file(tmp_path, model)
+    shutil.copytree(source, tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text("{}")
+    assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
+    left = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"}
+    assert snapshot(tmp_path / "base").keys() - snapshot(tmp_path / "out").keys() == left
