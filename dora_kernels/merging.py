@@ -50,8 +50,8 @@ def merge_checkpoint(
 
     Raises:
         FileExistsError: `out` is there, and not `force`.
-        TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised; or whether one is stored
-            transposed is open. Nothing is written.
+        TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised, tied to another, or not finite
+            when it is merged; or whether one is stored transposed is open. Nothing is written.
     """
     target = files.as_path(out)
     validation.check_rounding(rounding, seed)
@@ -81,6 +81,8 @@ def merge_checkpoint(
                 name = wanted[key]
                 layer, own_seed = adapter.layers[name], seed_for(seed, name)
                 tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
+                if not bool(tensors[key].isfinite().all()):
+                    raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
             files.save_tensors(folder / shard, tensors)
         _copy_others(checkpoint, folder)
     return adapter

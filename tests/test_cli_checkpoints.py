@@ -196,3 +196,17 @@ def test_files_of_an_adapter_or_of_no_use_are_not_copied(call, tmp_path):
     assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
     left = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"}
     assert snapshot(tmp_path / "base").keys() - snapshot(tmp_path / "out").keys() == left
+
+
+# values
+
+
+def test_no_infinities_are_written(call, tmp_path):
+    """Of magnitudes that float32 holds and the weight's dtype does not."""
+    llama(torch.float16).save_pretrained(tmp_path / "base")
+    source, _ = adapter_file(tmp_path, llama())
+    key = f"base_model.model.{NAMES[1]}.lora_magnitude_vector"
+    rewrite(source / "adapter_model.safetensors", lambda tensors: tensors[key].fill_(1e9))
+    status, _, stderr = call("merge", tmp_path / "base", source, tmp_path / "out")
+    assert status == 2 and f"{NAMES[1]}.weight: merged, it has values that are not finite in torch.float16" in stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
