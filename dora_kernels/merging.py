@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from dora_kernels.rounding import seed_for
 
 # Files of weights beside the safetensors: they would stay unmerged.
 _WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+
+# Suffixes and names of the files of a model's folder, which may be replaced.
+_USUAL = (".safetensors", ".json", ".model", ".jinja", "merges.txt", "vocab.txt", "README.md", ".gitattributes")
 
 
 def merge_checkpoint(
@@ -44,18 +47,18 @@ def merge_checkpoint(
         out: the new folder.
         rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
         strength: as `set_dora_strength`.
-        force: replace `out` if it is there.
+        force: replace `out` if it is there, and a model's folder.
         advance: called with the name of each file before it is written.
         options: as `read_adapter`.
 
     Raises:
-        FileExistsError: `out` is there, and not `force`.
+        FileExistsError: `out` is there, and not `force`, or holds what is no model's.
         TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised, tied to another, or not finite
             when it is merged; or whether one is stored transposed is open. Nothing is written.
     """
     target = files.as_path(out)
     validation.check_rounding(rounding, seed)
-    _check_target(target, (checkpoint.folder, files.as_path(path)), force)
+    _check_target(target, checkpoint.folder, files.as_path(path), force)
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
     adapter, keys = read_for(checkpoint, path, **options)
@@ -88,14 +91,30 @@ def merge_checkpoint(
     return adapter
 
 
-def _check_target(target: Path, read: Sequence[Path], force: bool) -> None:
+def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: is a file, expected a folder's name")
     if target.exists() and not force:
-        raise FileExistsError(f"{target}: exists already; --force replaces it")
-    for place in (place.resolve() for place in read):
+        raise FileExistsError(f"{target}: exists already; force=True replaces it, if it is a model's folder")
+    for place in (base.resolve(), adapter.resolve()):
         if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
             raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
+    if not target.exists():
+        return
+    held = list(target.rglob("*"))
+    foreign = sorted(str(place.relative_to(target)) for place in held if not _of_model(place, target, base))
+    if foreign:
+        raise FileExistsError(f"{target}: not replaced: {foreign[0]} in it is no file of a model's, nor of {base}")
+    if held and not any(place.name == CONFIG or place.suffix == ".safetensors" for place in held):
+        raise FileExistsError(f"{target}: not replaced: neither {CONFIG} nor safetensors in it, as a model's has")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise FileExistsError(f"{target}: not replaced: the working directory is in it")
+
+
+def _of_model(place: Path, target: Path, base: Path) -> bool:
+    """Whether a file or folder in `target` is such as a model's folder has, or the base model's."""
+    usual = place.parent == target and (place.suffix in _USUAL or place.name in _USUAL)
+    return (usual and place.is_file()) or (base / place.relative_to(target)).exists()
 
 
 def _merged(

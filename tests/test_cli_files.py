@@ -173,9 +173,24 @@ def test_nothing_is_overwritten_without_force(call, tmp_path, base):
     for arguments in (["merge", base, source, out], ["convert", source, source, "--to", "peft"]):
         status, stdout, stderr = call(*arguments)
         assert (status, stdout) == (2, "") and "exists already" in stderr and stderr.count("\n") == 1
+    status, stdout, stderr = call("merge", base, source, out, "--force")
+    assert (status, stdout) == (2, "") and "not replaced: precious in it is no file of a model's" in stderr
     assert snapshot(out) == {"precious": b"mine"}
-    assert call("merge", base, source, out, "--force")[0] == 0
-    assert "precious" not in snapshot(out) and "config.json" in snapshot(out)
+    (out / "precious").rename(out / "data.json")
+    status, stdout, stderr = call("merge", base, source, out, "--force")
+    assert (status, stdout) == (2, "") and "not replaced: neither config.json nor safetensors" in stderr
+    (out / "data.json").rename(out / "config.json")
+    for _ in range(2):  # the second replaces what has the base model's folder, too
+        assert call("merge", base, source, out, "--force")[0] == 0
+        assert snapshot(out)["config.json"] == snapshot(base)["config.json"]
+    for place in ("more/mine.txt", "docs/mine.json", "thesis.txt"):
+        (out / place).parent.mkdir(exist_ok=True)
+        (out / place).write_text("mine")
+        status, _, stderr = call("merge", base, source, out, "--force")
+        assert status == 2 and "not replaced: " in stderr and (out / place).read_text() == "mine"
+        (out / place).unlink()
+        if place.startswith("docs"):
+            (out / place).parent.rmdir()
     assert call("convert", source, source, "--to", "peft", "--force")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-peft", "base", "out"]
 

@@ -29,7 +29,7 @@ def add(app: "typer.Typer") -> None:
         seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of stochastic rounding.")] = 0,
         strength: Annotated[float, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = 1.0,
         axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
-        force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT.")] = False,
+        force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT, if it is a model's.")] = False,
     ) -> None:
         """Merge an adapter into a model, file by file, without holding the model in memory.
 
