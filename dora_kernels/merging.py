@@ -152,6 +152,7 @@ def _replacing_folder(folder: Path, force: bool) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
+        files.settle(file for file in new.rglob("*") if file.is_file())
         if folder.exists() and force:
             os.replace(folder, old)
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -196,6 +198,30 @@ def test_files_of_an_adapter_or_of_no_use_are_not_copied(call, tmp_path):
     assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
     left = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"}
     assert snapshot(tmp_path / "base").keys() - snapshot(tmp_path / "out").keys() == left
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="modes of POSIX")
+def test_modes_and_disk(call, monkeypatch, tmp_path):
+    """As of any new file, and on the disk before the folder is there."""
+    llama().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    source, _ = adapter_file(tmp_path, llama())
+    right, synced = os.fsync, []
+
+    def seen(handle):
+        assert not (tmp_path / "out").exists()
+        synced.append(os.fstat(handle).st_ino)
+        right(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    before = os.umask(0o027)
+    try:
+        assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
+    finally:
+        os.umask(before)
+    written = [file.stat() for file in (tmp_path / "out").iterdir()]
+    assert {stat.S_IMODE(file.st_mode) for file in written} == {0o640}
+    assert {file.st_ino for file in written} == set(synced)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
 
 
 # values
