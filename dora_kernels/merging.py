@@ -34,7 +34,7 @@ def merge_checkpoint(
     seed: int = 0,
     strength: float = 1.0,
     force: bool = False,
-    advance: Callable[[str], None] = lambda step: None,
+    advance: Callable[[str, int], None] = lambda step, total: None,
     **options: Any,
 ) -> Adapter:
     """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
@@ -48,7 +48,7 @@ def merge_checkpoint(
         rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
         strength: as `set_dora_strength`.
         force: replace `out` if it is there, and a model's folder.
-        advance: called with the name of each file before it is written.
+        advance: called with each layer's name, when it is merged, and with how many there are.
         options: as `read_adapter`.
 
     Raises:
@@ -75,7 +75,6 @@ def merge_checkpoint(
         wanted[key] = name
     with _replacing_folder(target, force) as folder:
         for shard, own in checkpoint.shards.items():
-            advance(shard)
             if not wanted.keys() & set(own):
                 shutil.copyfile(checkpoint.folder / shard, folder / shard)
                 continue
@@ -86,6 +85,7 @@ def merge_checkpoint(
                 tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
                 if not bool(tensors[key].isfinite().all()):
                     raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
+                advance(name, len(wanted))
             files.save_tensors(folder / shard, tensors)
         _copy_others(checkpoint, folder)
     return adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ import transformers
 from adapter_models import adapted64
 from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
+
+from dora_kernels import files, merging
+from dora_kernels.cli import convert, inspect, merge
 
 
 def gpt2_as_on_the_hub(folder):
@@ -236,3 +240,39 @@ def test_no_infinities_are_written(call, tmp_path):
     status, _, stderr = call("merge", tmp_path / "base", source, tmp_path / "out")
     assert status == 2 and f"{NAMES[1]}.weight: merged, it has values that are not finite in torch.float16" in stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+# progress
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What the commands' bars hear, between what is merged and saved."""
+    heard = []
+
+    @contextlib.contextmanager
+    def listening():
+        yield lambda step, total: heard.append((step, total))
+
+    for command in (convert, inspect, merge):
+        monkeypatch.setattr(command, "progress", listening)
+    for module, name in ((merging, "_merged"), (files, "save_tensors")):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, right=right, name=name: (heard.append(name), right(*a))[1])
+    return heard
+
+
+def test_progress(call, tmp_path, steps):
+    """A step after each layer that is merged or compared, and after reading and writing."""
+    llama().save_pretrained(tmp_path / "base")
+    source, _ = adapter_file(tmp_path, llama())
+    steps.clear()
+    assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
+    assert steps[-1] == "save_tensors" and steps[:-1:2] == ["_merged"] * 3
+    assert {step for step in steps[1:-1:2]} == {(name, 3) for name in NAMES}
+    steps.clear()
+    assert call("inspect", source, "--base", tmp_path / "base")[0] == 0
+    assert {step for step in steps} == {(name, 3) for name in NAMES}
+    steps.clear()
+    assert call("convert", source, tmp_path / "converted", "--to", "mlx")[0] == 0
+    assert steps == [(f"{source} is read", 2), "save_tensors", (f"{tmp_path / 'converted'} is written", 2)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
 from dora_kernels.checkpoints import Checkpoint, read_for
-from dora_kernels.cli.output import console, errors
+from dora_kernels.cli.output import console, errors, progress
 
 if TYPE_CHECKING:
     import typer
@@ -36,12 +36,14 @@ def add(app: "typer.Typer") -> None:
 
         Prints what had to be decided or folded. Exit status 2 if the format cannot express the adapter.
         """
-        with errors():
+        with errors(), progress() as advance:
             if base:
                 adapter, _ = read_for(Checkpoint(base), source, format=source_format, magnitude_axis=axis)
             else:
                 adapter = read_adapter(source, format=source_format, magnitude_axis=axis)
+            advance(f"{source} is read", 2)
             folded = save_adapter(adapter, target, format=to, force=force)
+            advance(f"{target} is written", 2)
         output = console()
         output.print(f"{source}: {adapter.format}, {len(adapter.layers)} layers", soft_wrap=True)
         for note in (*adapter.notes, *folded):

@@ -57,11 +57,11 @@ def inspect(path: str | Path, base: str | Path = "", axis: str = "auto") -> dict
     if base:
         checkpoint = Checkpoint(base)
         adapter, keys = read_for(checkpoint, path, magnitude_axis=axis)
-        with progress(len(adapter.layers)) as advance:
+        with progress() as advance:
             for name, scale in scales(checkpoint, adapter, keys):
-                advance(name)
                 if scale is not None:
                     g[name] = scale.float()
+                advance(name, len(adapter.layers))
     else:
         adapter = read_adapter(path, magnitude_axis=axis)
     layers = {name: _layer(layer, g.get(name)) for name, layer in adapter.layers.items()}

@@ -37,7 +37,7 @@ def add(app: "typer.Typer") -> None:
         """
         with errors():
             checkpoint = Checkpoint(base)
-            with progress(len(checkpoint.shards)) as advance:
+            with progress() as advance:
                 merged = merge_checkpoint(
                     checkpoint, adapter, out, rounding=rounding, seed=seed, strength=strength, force=force,
                     advance=advance, magnitude_axis=axis,

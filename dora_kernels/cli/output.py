@@ -21,15 +21,15 @@ def console(stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error, if that is a terminal; what it gives is called at each of `total` steps."""
+def progress() -> Iterator[Callable[[str, int], None]]:
+    """A bar on standard error, if that is a terminal. What it gives is called after each step, of how many."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     stderr = console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda step: bar.update(task, advance=1, description=step)
+        task = bar.add_task("", total=None)
+        yield lambda step, total: bar.update(task, advance=1, description=step, total=total)
 
 
 @contextlib.contextmanager
