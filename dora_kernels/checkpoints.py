@@ -182,6 +182,12 @@ def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[st
     )
 
 
+def is_embedding(key: str) -> bool:
+    """Whether a weight is called as embeddings are."""
+    module = key.removesuffix(".weight").rpartition(".")[2]
+    return key.endswith(".weight") and bool(_EMBEDDING.search(module))
+
+
 def tied(checkpoint: Checkpoint, key: str) -> bool:
     """Whether a table of embeddings is the output layer's weight, too, so that a change of it would be in both.
 

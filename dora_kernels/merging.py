@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
 from dora_kernels.rounding import seed_for
+from dora_kernels.trained import Trained, trained_beside
 
 # Files of weights beside the safetensors: they would stay unmerged.
 _WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -34,12 +35,14 @@ def merge_checkpoint(
     seed: int = 0,
     strength: float = 1.0,
     force: bool = False,
+    adapter_only: bool = False,
     advance: Callable[[str, int], None] = lambda step, total: None,
     **options: Any,
 ) -> Adapter:
     """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
 
-    A shard at a time is in memory. The folder is made under another name beside `out` and renamed when it is complete.
+    What is trained beside the adapter (`trained`) is written, too, as PEFT's merge_and_unload does. A shard at a time
+    is in memory. The folder is made under another name beside `out` and renamed when it is complete.
 
     Args:
         checkpoint: the base model.
@@ -48,6 +51,7 @@ def merge_checkpoint(
         rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
         strength: as `set_dora_strength`.
         force: replace `out` if it is there, and a model's folder.
+        adapter_only: leave out what is trained beside the adapter.
         advance: called with each layer's name, when it is merged, and with how many there are.
         options: as `read_adapter`.
 
@@ -73,22 +77,47 @@ def merge_checkpoint(
                 f"if it is not, {CONFIG} has to say so: tie_word_embeddings"
             )
         wanted[key] = name
+    beside = Trained()
+    if not adapter_only:
+        beside = trained_beside(checkpoint, path, adapter, keys, options.get("format", "auto"))
+        if len(beside) and strength != 1.0:
+            raise ValueError(
+                f"strength: expected 1, for {next(iter(beside))} is trained beside the adapter, got {strength:g}; "
+                "adapter_only=True leaves it out"
+            )
+        adapter.notes[:] = [note for note in adapter.notes if not note.endswith(": no adapter, left out")]
+        adapter.notes += [f"{key}: as trained beside the adapter" for key in (*beside.whole, *beside.rows)]
+        adapter.notes += [f"{key}: added, as trained beside the adapter; the base model's files lack it"
+                          for key in beside.added]  # fmt: skip
     with _replacing_folder(target, force) as folder:
         for shard, own in checkpoint.shards.items():
-            if not wanted.keys() & set(own):
+            added = beside.added if shard == list(checkpoint.shards)[-1] else {}
+            if not added and not {*wanted, *beside} & set(own):
                 shutil.copyfile(checkpoint.folder / shard, folder / shard)
                 continue
             tensors = files.read_tensors(checkpoint.folder / shard)
-            for key in wanted.keys() & set(own):
+            beside.put(tensors)
+            for key in (key for key in own if key in wanted):
                 name = wanted[key]
                 layer, own_seed = adapter.layers[name], seed_for(seed, name)
                 tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
                 if not bool(tensors[key].isfinite().all()):
                     raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
                 advance(name, len(wanted))
-            files.save_tensors(folder / shard, tensors)
+            files.save_tensors(folder / shard, {**tensors, **added})
         _copy_others(checkpoint, folder)
+        if checkpoint.index is not None and beside.added:
+            _add_to_index(folder / checkpoint.index.name, shard, beside.added)
     return adapter
+
+
+def _add_to_index(index: Path, shard: str, added: Mapping[str, Tensor]) -> None:
+    content = files.read_json(index, "index of shards")
+    content["weight_map"].update(dict.fromkeys(added, shard))
+    metadata = content.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += sum(tensor.nbytes for tensor in added.values())
+    files.save_json(index, content)
 
 
 def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:

@@ -29,6 +29,9 @@ def add(app: "typer.Typer") -> None:
         seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of stochastic rounding.")] = 0,
         strength: Annotated[float, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = 1.0,
         axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
+        adapter_only: Annotated[
+            bool, typer.Option("--adapter-only", help="Leave out what is trained beside the adapter (modules_to_save).")
+        ] = False,
         force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT, if it is a model's.")] = False,
     ) -> None:
         """Merge an adapter into a model, file by file, without holding the model in memory.
@@ -40,7 +43,7 @@ def add(app: "typer.Typer") -> None:
             with progress() as advance:
                 merged = merge_checkpoint(
                     checkpoint, adapter, out, rounding=rounding, seed=seed, strength=strength, force=force,
-                    advance=advance, magnitude_axis=axis,
+                    adapter_only=adapter_only, advance=advance, magnitude_axis=axis,
                 )  # fmt: skip
         output = console()
         for note in merged.notes:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+# What the errors of the Python functions call arguments, and the options that the commands have for them.
+_OPTIONS = {
+    "force=True": "--force",
+    "adapter_only=True": "--adapter-only",
+    "magnitude_axis=": "--axis ",
+    "scaling=": "--scaling ",
+    "format=": "--from ",
+}
 
 
 def console(stderr: bool = False) -> Console:
@@ -43,5 +54,7 @@ def errors() -> Iterator[None]:
         text = str(error)
         if isinstance(error, ImportError):
             text = f"adapter files need {error.name}: pip install 'dora-kernels[files]'"
+        for argument, option in _OPTIONS.items():
+            text = re.sub(rf"\b{argument}", option, text)
         print("error: " + " ".join(text.split()), file=sys.stderr)
         raise typer.Exit(2) from None
