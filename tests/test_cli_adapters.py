@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -59,6 +60,50 @@ def test_convert_takes_an_axis_and_a_format(call, tmp_path):
     status, _, stderr = call("convert", place, tmp_path / "peft", "--to", "peft", "--axis", "in")
     assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and "q_proj" in stderr
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "in", "in", "--to", "peft"], "exists already; --force overwrites it"),
+        (["convert", "in", "in", "--to", "peft", "--force", "--scaling", "x"], "--scaling: expected a number, got 'x'"),
+        (["convert", "bare", "out", "--to", "peft"], "pass --scaling to do without"),
+        (["inspect", "bare"], "pass --scaling to do without"),
+        (["merge", "base", "bare", "out"], "pass --scaling to do without"),
+        (["inspect", "square"], "pass --axis 'out' or 'in'"),
+        (["inspect", "in", "--axis", "in"], "--axis 'out' would fit"),
+        (["inspect", "in", "--from", "mlx"], "--from 'mlx' was asked for"),
+        (["merge", "base", "in", "out", "--from", "mlx"], "--from 'mlx' was asked for"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_name_the_commands_options(call, tmp_path, base, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3))
+    saved(tmp_path / "bare", adapter_for(Model(), NAMES, rank=3))
+    (tmp_path / "bare" / "adapter_config.json").unlink()
+    saved(tmp_path / "square", adapter_for(Model(), NAMES[:1], rank=3), "lycoris")
+    file = tmp_path / "square" / "adapter_model.safetensors"
+    save_file({key: tensor.flatten() if "scale" in key else tensor for key, tensor in load_file(file).items()}, file)
+    status, stdout, stderr = call(*arguments)
+    assert (status, stdout) == (2, "") and stderr.count("\n") == 1 and words in stderr, stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scaling_that_no_file_says(call, tmp_path, base):
+    """Of a file without its configuration: what every command asks for helps."""
+    adapter = adapter_for(Model(), NAMES, rank=3, scaling=0.5)
+    saved(tmp_path / "in", adapter)
+    (tmp_path / "in" / "adapter_config.json").unlink()
+    options = ["--scaling", "0.5", "--from", "peft"]
+    assert call("convert", tmp_path / "in", tmp_path / "out", "--to", "peft", *options)[0] == 0
+    assert_same_function(Model(), read_adapter(tmp_path / "out"), adapter)
+    found = json.loads(call("inspect", tmp_path / "in", "--json", *options)[1])
+    assert {layer["scaling"] for layer in found["layers"].values()} == {0.5}
+    assert call("merge", base, tmp_path / "in", tmp_path / "merged", *options)[0] == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{NAMES[1]}.weight"]
+    wanted = adapted64(Model().get_submodule(NAMES[1]), adapter.layers[NAMES[1]])
+    torch.testing.assert_close(merged.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 # inspect
