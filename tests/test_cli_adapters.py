@@ -13,10 +13,11 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
+import rich.console
 from adapter_models import Model, adapted64, adapter_for, assert_same_function, norm64
 from safetensors.torch import load_file, save_file
 
-from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
+from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
 
 NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down"]
 
@@ -147,6 +148,27 @@ def test_inspect_prints_tables_and_histograms(call, tmp_path, base):
     saved(tmp_path / "plain", plain)
     status, stdout, _ = call("inspect", tmp_path / "plain")
     assert status == 0 and "magnitudes:" not in stdout and "none" in stdout
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_inspect_prints_long_names_whole(call, tmp_path, monkeypatch, terminal):
+    """In a line of any length where nobody watches, folded on a terminal."""
+    name = ".".join(["encoder_block_number"] * 9) + ".q"
+    adapter = adapter_for(Model(), NAMES[:1], rank=3, scaling=0.5)
+    saved(tmp_path / "in", Adapter({name: adapter.layers[NAMES[0]]}))
+    if terminal:
+        monkeypatch.setattr("dora_kernels.cli.inspect.console", lambda: rich.console.Console(width=100, markup=False))
+    status, stdout, _ = call("inspect", tmp_path / "in")
+    assert status == 0
+    lines = stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "|A|" in line)
+    row = lines[start + 1].split()
+    assert row[1:5] == ["linear", "3", "0.5", "out"] and row[-1] != "..." and len(row) == 12, stdout
+    if not terminal:
+        assert row[0] == name
+        return
+    folded = row[0] + "".join(line.strip() for line in lines[start + 2 : lines.index("", start)])
+    assert folded == name and max(map(len, lines[start:])) <= 100
 
 
 PREFIX = f"base_model.model.{NAMES[1]}."

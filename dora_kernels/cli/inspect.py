@@ -158,7 +158,7 @@ def _print(found: dict[str, Any], output: "Console") -> None:
         output.print(f"note: {note}", soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     compared = found["g"] is not None
-    table.add_column("layer", no_wrap=True, overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=12)
     for heading in ("kind", "rank", "scaling", "axis", "|A|", "|B|", "magnitude", *(("g",) if compared else ())):
         table.add_column(heading, no_wrap=True)
     for name, layer in found["layers"].items():

@@ -22,13 +22,16 @@ _OPTIONS = {
 }
 
 
+_ENDLESS = 1 << 20
+
+
 def console(stderr: bool = False) -> Console:
     """Standard output, or error, as text is: without markup."""
     from rich.console import Console
 
-    # Where nobody watches, rich takes 80 columns, and words break that a search should find.
+    # Where nobody watches, rich takes 80 columns, and cuts and breaks what a search should find.
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 120)
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else _ENDLESS)
 
 
 @contextlib.contextmanager
