@@ -1,34 +1,36 @@
-"""Folders of safetensors that hold a model: read without the model, and merged with an adapter shard by shard."""
+"""Folders of safetensors that hold a model: read without the model, layer by layer."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files, validation
+from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer, attach, read_adapter
+from dora_kernels.adapters.load import Contents, contents
+from dora_kernels.adapters.underscores import prefix_of
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 from dora_kernels.reference import magnitude_scale
-from dora_kernels.rounding import seed_for
 
-_SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_SINGLE, _INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 # What a model's name of a layer may have before the name in its file, or the file before the model's.
 _PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.")
 
-# Models whose linear layers are stored transposed (transformers' Conv1D).
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# What output layers are called, what embeddings are called, and models without output layer.
+_OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
+_EMBEDDING = re.compile(r"^(?!embed_out$).*(embed|shared|wte|wpe)")
+_HEADLESS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
-# Files of weights beside the safetensors: they would stay unmerged.
-_WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+# Models with linear layers that are stored transposed (transformers' Conv1D), and what these are called.
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -39,6 +41,7 @@ class Checkpoint(Mapping[str, Tensor]):
     Attributes:
         folder: where.
         shards: the keys in each file.
+        index: the file that says so, None of one file.
         config: what ``config.json`` says, empty without one.
 
     Raises:
@@ -51,7 +54,8 @@ class Checkpoint(Mapping[str, Tensor]):
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder")
         self.shards = self._find()
-        config = self.folder / _CONFIG
+        self.index = None if (self.folder / _SINGLE).is_file() else self.folder / _INDEX
+        config = self.folder / CONFIG
         self.config = files.read_json(config, "model's configuration") if config.is_file() else {}
         self._places = {key: file for file, keys in self.shards.items() for key in keys}
         self._open: dict[str, dict[str, Tensor]] = {}
@@ -91,9 +95,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, dict[str, str]]:
-    """An adapter for a checkpoint's model, under the adapter's own names, and the key of each layer's weight.
+    """An adapter for a checkpoint's model, under the adapter's own names, and the checkpoint's key of each such name.
 
-    The names may differ from the checkpoint's in a prefix, such as ``model.``.
+    The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight is at
+    ``keys[f"{name}.weight"]``.
 
     Args:
         checkpoint, path: which.
@@ -103,136 +108,109 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
         TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; or the layer's weight is
             tied to the embedding.
     """
-    try:
-        adapter = read_adapter(path, checkpoint, **options)
-    except ValueError as error:
-        found = _with_prefix(checkpoint, path, options)
-        if len(found) > 1:
-            keys = " or ".join(next(iter(names.values())) for _, names in found)
-            raise ValueError(f"{path}: its names are ambiguous: {next(iter(found[0][1]))} may be {keys}") from None
-        if not found:
-            if "lm_head: the model has no such layer" in str(error):
-                raise ValueError(
-                    f"{path}: lm_head: {checkpoint.folder} has no lm_head.weight, for it is tied to the embedding, and "
-                    "merging into one would change both"
-                ) from None
-            raise
-        return found[0]
-    return adapter, {name: f"{name}.weight" for name in adapter.layers}
+    found = contents(path, options.get("format", "auto"))
+    keys = _keys(checkpoint, found)
+    missing = [name for name in found.layers if f"{name}.weight" not in keys]
+    if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
+        raise ValueError(
+            f"{path}: {missing[0]}: {checkpoint.folder} has no {missing[0]}.weight, for it is tied to the embedding, "
+            "and merging into one would change both"
+        )
+    return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _with_prefix(
-    checkpoint: Checkpoint, path: str | os.PathLike[str], options: dict[str, Any]
-) -> list[tuple[Adapter, dict[str, str]]]:
-    found = []
+def _keys(checkpoint: Checkpoint, adapter: Contents) -> dict[str, str]:
+    """The checkpoint's keys by what the adapter calls them: the prefix that most of its layers are found with."""
+    names = [_bare(name) if adapter.format in ("lycoris", "kohya") else name for name in adapter.layers]
+
+    def found(keys: Mapping[str, str]) -> list[str]:
+        known = {key.removesuffix(".weight"): own for key, own in keys.items()}
+        if adapter.format in ("lycoris", "kohya"):
+            known = {key.replace(".", "_"): own for key, own in known.items()}
+        return [known[name] for name in names if name in known]
+
+    plain = {key: key for key in checkpoint}
+    best = [(found(plain), plain)]
     for prefix, added in itertools.product(_PREFIXES, (True, False)):
         keys = {prefix + key if added else key.removeprefix(prefix): key for key in checkpoint}
-        if len(keys) < len(checkpoint) or list(keys) == list(checkpoint):
+        places = found(keys)
+        if len(keys) < len(checkpoint) or len(places) < max(1, len(best[0][0])):
             continue
-        try:
-            adapter = read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options)
-        except ValueError:
-            continue
-        found.append((adapter, {name: keys[f"{name}.weight"] for name in adapter.layers}))
-    return found
+        if len(places) > len(best[0][0]):
+            best = []
+        if places not in [each for each, _ in best]:
+            best.append((places, keys))
+    if len(best) > 1 and len(best[0][0]) == len(names) and best[0][1] is not plain:
+        either = " or ".join(places[0] for places, _ in best)
+        raise ValueError(f"{adapter.file}: its names are ambiguous: {adapter.layers[0]} may be {either}")
+    return best[0][1]
 
 
-def merge_checkpoint(
-    checkpoint: Checkpoint,
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    rounding: str = "nearest",
-    seed: int = 0,
-    strength: float = 1.0,
-    force: bool = False,
-    advance: Callable[[str], None] = lambda step: None,
-    **options: Any,
-) -> Adapter:
-    """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
+def _bare(name: str) -> str:
+    """A name with underscores for dots, without what says which model it is of."""
+    return name.removeprefix(f"{prefix_of(name)}_").replace(".", "_")
 
-    A shard at a time is in memory. The folder is made under another name beside `out` and renamed when it is complete.
 
-    Args:
-        checkpoint: the base model.
-        path: the adapter.
-        out: the new folder.
-        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
-        strength: as `set_dora_strength`.
-        force: replace `out` if it is there.
-        advance: called with the name of each file before it is written.
-        options: as `read_adapter`.
+def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:
+    """Linear layers stored as ``[in, out]``: by their shapes, square ones by the kind of model, or what PEFT saw of it.
+
+    PEFT's ``fan_in_fan_out`` is that of the last layer it adapted: true of a Conv1D, false of anything.
 
     Raises:
-        FileExistsError: `out` is there, and not `force`.
-        TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised; or whether one is stored
-            transposed is open. Nothing is written.
+        ValueError: whether a square one is stored transposed is open.
     """
-    target = files.as_path(out)
-    validation.check_rounding(rounding, seed)
-    _check_target(target, (checkpoint.folder, files.as_path(path)), force)
-    if "quantization_config" in checkpoint.config:
-        raise ValueError(f"{checkpoint.folder / _CONFIG}: quantization_config: quantised weights cannot be merged into")
-    adapter, keys = read_for(checkpoint, path, **options)
-    _check_tied(checkpoint, adapter, path)
-    transposed = _transposed(checkpoint, adapter, keys)
-    wanted = {}
-    for name, key in keys.items():
-        files.check_tensor(checkpoint.folder, key, checkpoint[key])
-        wanted[key] = name
-    with _replacing_folder(target, force) as folder:
-        for shard, own in checkpoint.shards.items():
-            advance(shard)
-            if not wanted.keys() & set(own):
-                shutil.copyfile(checkpoint.folder / shard, folder / shard)
-                continue
-            tensors = files.read_tensors(checkpoint.folder / shard)
-            for key in wanted.keys() & set(own):
-                name = wanted[key]
-                layer, own_seed = adapter.layers[name], seed_for(seed, name)
-                tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
-            files.save_tensors(folder / shard, tensors)
-        _copy_others(checkpoint.folder, folder)
-    return adapter
-
-
-def _check_target(target: Path, read: Sequence[Path], force: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target}: is a file, expected a folder's name")
-    if target.exists() and not force:
-        raise FileExistsError(f"{target}: exists already; --force replaces it")
-    for place in (place.resolve() for place in read):
-        if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
-            raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
-
-
-def _check_tied(checkpoint: Checkpoint, adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """An output layer that is not in the file is the embedding: what is merged into that would be in both."""
-    if any(key.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for key in checkpoint):
-        return
-    makers = checkpoint.config.get("architectures") or []
-    tied = checkpoint.config.get("tie_word_embeddings", any(str(one).endswith(("ForCausalLM", "LMHeadModel"))
-                                                            for one in makers))  # fmt: skip
-    for name, layer in adapter.layers.items():
-        if tied and layer.kind == "embedding" and layer.features[0] == checkpoint.config.get("vocab_size"):
-            raise ValueError(
-                f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both"
-            )
-
-
-def _transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:
-    """Linear layers stored as ``[in, out]``: by their shapes, square ones by the kind of model."""
     linear = {name: layer for name, layer in adapter.layers.items() if layer.kind == "linear"}
-    found = {name for name, layer in linear.items() if tuple(checkpoint[keys[name]].shape) != layer.features[::-1]}
+    shapes = {name: tuple(checkpoint[keys[f"{name}.weight"]].shape) for name in linear}
     square = {name for name, layer in linear.items() if layer.features[0] == layer.features[1]}
-    if checkpoint.config.get("model_type") in _TRANSPOSED:
+    found = {name for name, layer in linear.items() if shapes[name] != layer.features[::-1]}
+    kinds = {kind for kind in settings(checkpoint.config, "model_type") if isinstance(kind, str)}
+    if not square:
+        return found
+    if kinds & set(_TRANSPOSED):
+        return found | {name for name in square if name.rpartition(".")[2] in _CONV1D}
+    others = linear.keys() - square
+    if found == others and adapter.config.get("fan_in_fan_out") is True:
         return found | square
-    if found and square:
-        raise ValueError(
-            f"{checkpoint.folder}: {min(found)} is stored transposed, and whether {min(square)}, which is square, is "
-            f"too is open: no config.json says that it is one of {', '.join(_TRANSPOSED)}"
-        )
-    return found
+    if not found and (kinds or others) and adapter.config.get("fan_in_fan_out") is not True:
+        return found
+    reason = (f"{min(found)} is stored transposed, and " if found else
+              "the adapter's fan_in_fan_out is contradicted by its other layers, and " if others else "")  # fmt: skip
+    raise ValueError(
+        f"{checkpoint.folder}: {reason}whether {min(square)}, which is square, is {'too' if found else 'transposed'} "
+        f"is open: no config.json says whether the model is one of {', '.join(_TRANSPOSED)}"
+    )
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a weight is called as embeddings are."""
+    module = key.removesuffix(".weight").rpartition(".")[2]
+    return key.endswith(".weight") and bool(_EMBEDDING.search(module))
+
+
+def tied(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether a table of embeddings is the output layer's weight, too, so that a change of it would be in both.
+
+    It is where the file has no output layer of its size, unless the configuration says that it is not, or that there is
+    none. A smaller table than the vocabulary's is none of tokens.
+    """
+    shape = checkpoint[key].shape
+    if any(isinstance(size, int) and shape[0] < size for size in settings(checkpoint.config, "vocab_size")):
+        return False
+    makers = checkpoint.config.get("architectures")
+    if isinstance(makers, list) and makers and all(_HEADLESS.search(str(maker)) for maker in makers):
+        return False
+    outputs = (name for name in checkpoint if name.endswith(".weight") and name != key
+               and not any(part.isdigit() or _EMBEDDING.search(part) for part in name.split(".")))  # fmt: skip
+    if any(checkpoint[name].shape == shape for name in outputs):
+        return False
+    said = settings(checkpoint.config, "tie_word_embeddings")
+    return not said or any(each is not False for each in said)
+
+
+def settings(config: Mapping[str, Any], name: str) -> list[Any]:
+    """What a model's configuration says under a name, and those of its parts, such as ``text_config``."""
+    found = [config[name]] if name in config else []
+    return [*found, *(value for part in config.values() if isinstance(part, Mapping) for value in settings(part, name))]
 
 
 def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor | None]]:
@@ -241,35 +219,24 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
     Raises:
         ValueError: a weight is quantised or not finite, or whether it is stored transposed is open.
     """
-    transposed = _transposed(checkpoint, adapter, keys)
+    transposed = stored_transposed(checkpoint, adapter, keys)
     for name, layer in adapter.layers.items():
         g = None
         if layer.magnitude is not None:
-            files.check_tensor(checkpoint.folder, keys[name], checkpoint[keys[name]])
-            adapted = _attached(checkpoint[keys[name]], layer, name in transposed)
+            files.check_tensor(checkpoint.folder, keys[f"{name}.weight"], checkpoint[keys[f"{name}.weight"]])
+            adapted = attached(checkpoint[keys[f"{name}.weight"]], layer, name in transposed)
             assert isinstance(adapted, DoRALayer)
             g = magnitude_scale(adapted.magnitude.detach().flatten(), adapted._weight_norm() + layer.eps)
         yield name, g
 
 
-def _attached(stored: Tensor, layer: AdapterLayer, transposed: bool) -> AdaptedLayer:
+def attached(stored: Tensor, layer: AdapterLayer, transposed: bool) -> AdaptedLayer:
     """The layer of a model with that weight and adapter."""
     holder = nn.ModuleDict({"layer": _module(layer, stored.t() if transposed else stored)})
     attach(holder, Adapter({"layer": layer}))
     adapted = holder["layer"]
     assert isinstance(adapted, AdaptedLayer)
     return adapted
-
-
-def _merged(
-    stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int
-) -> Tensor:
-    """The weight as it was stored, merged by the layer that would run it."""
-    adapted = _attached(stored.clone(), layer, transposed)
-    adapted.strength = strength
-    adapted.merge(rounding, seed)
-    merged: Tensor = adapted.base_layer.weight.detach()
-    return merged.t().contiguous() if transposed else merged
 
 
 def _module(layer: AdapterLayer, weight: Tensor) -> nn.Module:
@@ -282,44 +249,6 @@ def _module(layer: AdapterLayer, weight: Tensor) -> nn.Module:
     else:
         inputs, outputs = layer.features
         convolution: Any = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[layer.kind]
-        groups = inputs // weight.shape[1]
-        module = convolution(inputs, outputs, tuple(weight.shape[2:]), groups=groups, bias=False, device="meta")
+        module = convolution(inputs, outputs, tuple(weight.shape[2:]), bias=False, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module
-
-
-def _copy_others(source: Path, target: Path) -> None:
-    """Everything that holds no weights, folders included."""
-
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json")) and name != _INDEX]
-
-    for place in source.iterdir():
-        if left_out("", [place.name]):
-            continue
-        if place.is_dir():
-            shutil.copytree(place, target / place.name, ignore=left_out)
-        else:
-            shutil.copyfile(place, target / place.name)
-
-
-@contextlib.contextmanager
-def _replacing_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when the block ends without an exception."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    new, old = made / "new", made / "old"
-    try:
-        new.mkdir()
-        yield new
-        if folder.exists() and force:
-            os.replace(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    finally:
-        if folder.exists() or not old.exists():  # else the old one is all there is
-            shutil.rmtree(made, ignore_errors=True)

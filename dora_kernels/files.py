@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,16 @@ def save_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(f"{text}\n", encoding="utf-8")
 
 
+def settle(written: Iterable[Path]) -> None:
+    """Bring files to the disk, with the mode of any new file: mkstemp's and safetensors' are the owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in written:
+        os.chmod(file, 0o666 & ~mask)
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+
+
 @contextlib.contextmanager
 def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
     """Temporary names beside `files`, which take their places when the block ends without an exception.
@@ -107,12 +117,7 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
             os.close(handle)
             temporary.append(Path(name))
         yield list(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        for written in temporary:
-            os.chmod(written, 0o666 & ~mask)  # mkstemp's are readable by the owner alone
-            with written.open("rb") as content:
-                os.fsync(content.fileno())
+        settle(temporary)
         for written, file in zip(temporary, files):
             os.replace(written, file)
     finally:

@@ -65,3 +65,16 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch):
     """The same random numbers for each test, and no warning held back because an earlier test met it."""
     torch.manual_seed(0)
     monkeypatch.setattr(backends, "_warned", set())
+
+
+@pytest.fixture
+def call(capsys):
+    """The command line: exit status, standard output and error of ``call(*arguments)``."""
+    from dora_kernels import cli
+
+    def run(*arguments):
+        capsys.readouterr()  # transformers' progress
+        status = cli.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run

@@ -7,27 +7,19 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
+import rich.console
 from adapter_models import Model, adapted64, adapter_for, assert_same_function, norm64
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import cli
-from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
+from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
 
 NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down"]
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -71,6 +63,50 @@ def test_convert_takes_an_axis_and_a_format(call, tmp_path):
     assert not (tmp_path / "peft").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "in", "in", "--to", "peft"], "exists already; --force overwrites it"),
+        (["convert", "in", "in", "--to", "peft", "--force", "--scaling", "x"], "--scaling: expected a number, got 'x'"),
+        (["convert", "bare", "out", "--to", "peft"], "pass --scaling to do without"),
+        (["inspect", "bare"], "pass --scaling to do without"),
+        (["merge", "base", "bare", "out"], "pass --scaling to do without"),
+        (["inspect", "square"], "pass --axis 'out' or 'in'"),
+        (["inspect", "in", "--axis", "in"], "--axis 'out' would fit"),
+        (["inspect", "in", "--from", "mlx"], "--from 'mlx' was asked for"),
+        (["merge", "base", "in", "out", "--from", "mlx"], "--from 'mlx' was asked for"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_name_the_commands_options(call, tmp_path, base, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3))
+    saved(tmp_path / "bare", adapter_for(Model(), NAMES, rank=3))
+    (tmp_path / "bare" / "adapter_config.json").unlink()
+    saved(tmp_path / "square", adapter_for(Model(), NAMES[:1], rank=3), "lycoris")
+    file = tmp_path / "square" / "adapter_model.safetensors"
+    save_file({key: tensor.flatten() if "scale" in key else tensor for key, tensor in load_file(file).items()}, file)
+    status, stdout, stderr = call(*arguments)
+    assert (status, stdout) == (2, "") and stderr.count("\n") == 1 and words in stderr, stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scaling_that_no_file_says(call, tmp_path, base):
+    """Of a file without its configuration: what every command asks for helps."""
+    adapter = adapter_for(Model(), NAMES, rank=3, scaling=0.5)
+    saved(tmp_path / "in", adapter)
+    (tmp_path / "in" / "adapter_config.json").unlink()
+    options = ["--scaling", "0.5", "--from", "peft"]
+    assert call("convert", tmp_path / "in", tmp_path / "out", "--to", "peft", *options)[0] == 0
+    assert_same_function(Model(), read_adapter(tmp_path / "out"), adapter)
+    found = json.loads(call("inspect", tmp_path / "in", "--json", *options)[1])
+    assert {layer["scaling"] for layer in found["layers"].values()} == {0.5}
+    assert call("merge", base, tmp_path / "in", tmp_path / "merged", *options)[0] == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{NAMES[1]}.weight"]
+    wanted = adapted64(Model().get_submodule(NAMES[1]), adapter.layers[NAMES[1]])
+    torch.testing.assert_close(merged.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 # inspect
 
 
@@ -112,6 +148,27 @@ def test_inspect_prints_tables_and_histograms(call, tmp_path, base):
     saved(tmp_path / "plain", plain)
     status, stdout, _ = call("inspect", tmp_path / "plain")
     assert status == 0 and "magnitudes:" not in stdout and "none" in stdout
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_inspect_prints_long_names_whole(call, tmp_path, monkeypatch, terminal):
+    """In a line of any length where nobody watches, folded on a terminal."""
+    name = ".".join(["encoder_block_number"] * 9) + ".q"
+    adapter = adapter_for(Model(), NAMES[:1], rank=3, scaling=0.5)
+    saved(tmp_path / "in", Adapter({name: adapter.layers[NAMES[0]]}))
+    if terminal:
+        monkeypatch.setattr("dora_kernels.cli.inspect.console", lambda: rich.console.Console(width=100, markup=False))
+    status, stdout, _ = call("inspect", tmp_path / "in")
+    assert status == 0
+    lines = stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "|A|" in line)
+    row = lines[start + 1].split()
+    assert row[1:5] == ["linear", "3", "0.5", "out"] and row[-1] != "..." and len(row) == 12, stdout
+    if not terminal:
+        assert row[0] == name
+        return
+    folded = row[0] + "".join(line.strip() for line in lines[start + 2 : lines.index("", start)])
+    assert folded == name and max(map(len, lines[start:])) <= 100
 
 
 PREFIX = f"base_model.model.{NAMES[1]}."

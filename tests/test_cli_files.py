@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -17,48 +16,12 @@ pytest.importorskip("transformers")
 
 import transformers
 from adapter_models import adapted64, adapter_for
+from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import cli, files, merge_all
+from dora_kernels import files, merge_all
 from dora_kernels.adapters import FORMATS, Adapter, attach, read_adapter, save_adapter
 from dora_kernels.checkpoints import Checkpoint
-
-NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"]
-
-
-def llama(dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=30, tie_word_embeddings=False, **options,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30)).eval()
-
-
-def plain_linears(model):
-    """The model with `nn.Linear` for Conv1D, for the helpers of adapters."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ == "Conv1D":
-                linear = nn.Linear(*child.weight.shape)
-                linear.weight = nn.Parameter(child.weight.detach().t().contiguous())
-                setattr(module, name, linear)
-    return model
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        capsys.readouterr()  # transformers' progress
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(params=["whole", "shards"])
@@ -72,17 +35,6 @@ def base(request, tmp_path):
     (folder / "more").mkdir()
     (folder / "more" / "notes.txt").write_text("kept")
     return folder
-
-
-def adapter_file(tmp_path, model, format="peft", names=tuple(NAMES), **options):
-    adapter = adapter_for(model, names, rank=3, scaling=0.5, **options)
-    folder = tmp_path / f"adapter-{format}"
-    save_adapter(adapter, folder, format=format)
-    return folder, adapter
-
-
-def snapshot(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 # merge
@@ -221,9 +173,24 @@ def test_nothing_is_overwritten_without_force(call, tmp_path, base):
     for arguments in (["merge", base, source, out], ["convert", source, source, "--to", "peft"]):
         status, stdout, stderr = call(*arguments)
         assert (status, stdout) == (2, "") and "exists already" in stderr and stderr.count("\n") == 1
+    status, stdout, stderr = call("merge", base, source, out, "--force")
+    assert (status, stdout) == (2, "") and "not replaced: precious in it is no file of a model's" in stderr
     assert snapshot(out) == {"precious": b"mine"}
-    assert call("merge", base, source, out, "--force")[0] == 0
-    assert "precious" not in snapshot(out) and "config.json" in snapshot(out)
+    (out / "precious").rename(out / "data.json")
+    status, stdout, stderr = call("merge", base, source, out, "--force")
+    assert (status, stdout) == (2, "") and "not replaced: neither config.json nor safetensors" in stderr
+    (out / "data.json").rename(out / "config.json")
+    for _ in range(2):  # the second replaces what has the base model's folder, too
+        assert call("merge", base, source, out, "--force")[0] == 0
+        assert snapshot(out)["config.json"] == snapshot(base)["config.json"]
+    for place in ("more/mine.txt", "docs/mine.json", "thesis.txt"):
+        (out / place).parent.mkdir(exist_ok=True)
+        (out / place).write_text("mine")
+        status, _, stderr = call("merge", base, source, out, "--force")
+        assert status == 2 and "not replaced: " in stderr and (out / place).read_text() == "mine"
+        (out / place).unlink()
+        if place.startswith("docs"):
+            (out / place).parent.rmdir()
     assert call("convert", source, source, "--to", "peft", "--force")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-peft", "base", "out"]
 
@@ -259,12 +226,6 @@ def test_a_crash_leaves_the_old_files_whole(call, monkeypatch, tmp_path, step):
 
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-10])
-
-
-def rewrite(file, change):
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
 
 
 KEY = f"base_model.model.{NAMES[1]}.lora_B.weight"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,38 @@ def _named(
     if prefix and not others:
         config[PREFIX] = prefix
     return {own: layers[name] for name, own in names.items()}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the keys of an adapter's file say.
+
+    Attributes:
+        file, format: which.
+        layers: the adapter's layers, by the file's own names.
+        others: the keys of what is no adapter.
+    """
+
+    file: Path
+    format: str
+    layers: list[str]
+    others: list[str]
+
+
+def contents(path: str | os.PathLike[str], format: str = "auto") -> Contents:
+    """The keys of the file that `read_adapter` reads, without its values.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: as `read_adapter`, where no value is needed for it.
+    """
+    check_format(format, "auto")
+    file, config_file = _find(files.as_path(path), format)
+    config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
+    tensors = files.read_tensors(file)
+    chosen = _format(file, tensors, config, format)
+    matches = {key: FORMATS[chosen].key.fullmatch(key) for key in tensors}
+    layers = dict.fromkeys(match["module"] for match in matches.values() if match)
+    return Contents(file, chosen, list(layers), [key for key, match in matches.items() if not match])
 
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
 from dora_kernels.checkpoints import Checkpoint, read_for
-from dora_kernels.cli.output import console, errors
+from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
+from dora_kernels.cli.output import console, errors, progress
 
 if TYPE_CHECKING:
     import typer
@@ -17,31 +18,33 @@ def add(app: "typer.Typer") -> None:
     """Add the command."""
     import typer
 
-    formats = ", ".join(FORMATS)
-
     @app.command("convert")
     def convert_command(
         source: Annotated[Path, typer.Argument(metavar="IN", help="The adapter: a safetensors file or its folder.")],
         target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder or file.")],
-        to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{formats}.")],
-        source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=f"auto, {formats}.")] = "auto",
+        to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")],
+        source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         base: Annotated[
             str,
-            typer.Option(metavar="MODEL_DIR", show_default=False, help="For its names and its weights' norms."),
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="For its layers' names and sizes."),
         ] = "",
-        axis: Annotated[str, typer.Option(metavar="NAME", help="Of IN's magnitudes: auto, out, in.")] = "auto",
+        axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
+        scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
         force: Annotated[bool, typer.Option("--force", help="Overwrite files of OUT.")] = False,
     ) -> None:
         """Write an adapter in another format: the same function, to float32 accuracy.
 
         Prints what had to be decided or folded. Exit status 2 if the format cannot express the adapter.
         """
-        with errors():
+        with errors(), progress() as advance:
+            options = read_options(source_format, axis, scaling)
             if base:
-                adapter, _ = read_for(Checkpoint(base), source, format=source_format, magnitude_axis=axis)
+                adapter, _ = read_for(Checkpoint(base), source, **options)
             else:
-                adapter = read_adapter(source, format=source_format, magnitude_axis=axis)
+                adapter = read_adapter(source, **options)
+            advance(f"{source} is read", 2)
             folded = save_adapter(adapter, target, format=to, force=force)
+            advance(f"{target} is written", 2)
         output = console()
         output.print(f"{source}: {adapter.format}, {len(adapter.layers)} layers", soft_wrap=True)
         for note in (*adapter.notes, *folded):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer, read_adapter
 from dora_kernels.checkpoints import Checkpoint, read_for, scales
+from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def add(app: "typer.Typer") -> None:
             str,
             typer.Option(metavar="MODEL_DIR", show_default=False, help="For g = magnitude / norm."),
         ] = "",
-        axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
+        source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
+        axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
+        scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     ) -> None:
         """Rank, axis, scaling and norms of an adapter, and its suspicious values.
@@ -43,12 +46,12 @@ def add(app: "typer.Typer") -> None:
         Exit status 2 for a damaged file; what is only suspicious is named, with status 0.
         """
         with errors():
-            found = inspect(path, base, axis)
+            found = inspect(path, base, **read_options(source_format, axis, scaling))
         print(json.dumps(found, indent=2, allow_nan=False)) if as_json else _print(found, console())
 
 
-def inspect(path: str | Path, base: str | Path = "", axis: str = "auto") -> dict[str, Any]:
-    """What `dora-kernels inspect` finds, ready for JSON.
+def inspect(path: str | Path, base: str | Path = "", **options: Any) -> dict[str, Any]:
+    """What `dora-kernels inspect` finds, ready for JSON; the options are `read_adapter`'s.
 
     Raises:
         TypeError, FileNotFoundError, ValueError: as `read_adapter` and `Checkpoint`.
@@ -56,14 +59,14 @@ def inspect(path: str | Path, base: str | Path = "", axis: str = "auto") -> dict
     g: dict[str, Tensor] = {}
     if base:
         checkpoint = Checkpoint(base)
-        adapter, keys = read_for(checkpoint, path, magnitude_axis=axis)
-        with progress(len(adapter.layers)) as advance:
+        adapter, keys = read_for(checkpoint, path, **options)
+        with progress() as advance:
             for name, scale in scales(checkpoint, adapter, keys):
-                advance(name)
                 if scale is not None:
                     g[name] = scale.float()
+                advance(name, len(adapter.layers))
     else:
-        adapter = read_adapter(path, magnitude_axis=axis)
+        adapter = read_adapter(path, **options)
     layers = {name: _layer(layer, g.get(name)) for name, layer in adapter.layers.items()}
     suspicious = _of_all(adapter)
     for name, layer in adapter.layers.items():
@@ -155,7 +158,7 @@ def _print(found: dict[str, Any], output: "Console") -> None:
         output.print(f"note: {note}", soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     compared = found["g"] is not None
-    table.add_column("layer", no_wrap=True, overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=12)
     for heading in ("kind", "rank", "scaling", "axis", "|A|", "|B|", "magnitude", *(("g",) if compared else ())):
         table.add_column(heading, no_wrap=True)
     for name, layer in found["layers"].items():

@@ -5,8 +5,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dora_kernels.checkpoints import Checkpoint, merge_checkpoint
+from dora_kernels.checkpoints import Checkpoint
+from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress
+from dora_kernels.merging import merge_checkpoint
 
 if TYPE_CHECKING:
     import typer
@@ -27,19 +29,25 @@ def add(app: "typer.Typer") -> None:
         ] = "nearest",
         seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of stochastic rounding.")] = 0,
         strength: Annotated[float, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = 1.0,
-        axis: Annotated[str, typer.Option(metavar="NAME", help="Of the magnitudes: auto, out, in.")] = "auto",
-        force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT.")] = False,
+        source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
+        axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
+        scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
+        adapter_only: Annotated[
+            bool, typer.Option("--adapter-only", help="Leave out what is trained beside the adapter (modules_to_save).")
+        ] = False,
+        force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT, if it is a model's.")] = False,
     ) -> None:
         """Merge an adapter into a model, file by file, without holding the model in memory.
 
         OUT has BASE's files, its configuration and tokenizer among them, and takes its place when it is complete.
         """
         with errors():
+            options = read_options(source_format, axis, scaling)
             checkpoint = Checkpoint(base)
-            with progress(len(checkpoint.shards)) as advance:
+            with progress() as advance:
                 merged = merge_checkpoint(
                     checkpoint, adapter, out, rounding=rounding, seed=seed, strength=strength, force=force,
-                    advance=advance, magnitude_axis=axis,
+                    adapter_only=adapter_only, advance=advance, **options,
                 )  # fmt: skip
         output = console()
         for note in merged.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -11,25 +12,38 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+# What the errors of the Python functions call arguments, and the options that the commands have for them.
+_OPTIONS = {
+    "force=True": "--force",
+    "adapter_only=True": "--adapter-only",
+    "magnitude_axis=": "--axis ",
+    "scaling=": "--scaling ",
+    "format=": "--from ",
+}
+
+
+_ENDLESS = 1 << 20
+
+
 def console(stderr: bool = False) -> Console:
     """Standard output, or error, as text is: without markup."""
     from rich.console import Console
 
-    # Where nobody watches, rich takes 80 columns, and words break that a search should find.
+    # Where nobody watches, rich takes 80 columns, and cuts and breaks what a search should find.
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 120)
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else _ENDLESS)
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error, if that is a terminal; what it gives is called at each of `total` steps."""
+def progress() -> Iterator[Callable[[str, int], None]]:
+    """A bar on standard error, if that is a terminal. What it gives is called after each step, of how many."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     stderr = console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda step: bar.update(task, advance=1, description=step)
+        task = bar.add_task("", total=None)
+        yield lambda step, total: bar.update(task, advance=1, description=step, total=total)
 
 
 @contextlib.contextmanager
@@ -43,5 +57,7 @@ def errors() -> Iterator[None]:
         text = str(error)
         if isinstance(error, ImportError):
             text = f"adapter files need {error.name}: pip install 'dora-kernels[files]'"
+        for argument, option in _OPTIONS.items():
+            text = re.sub(rf"\b{argument}", option, text)
         print("error: " + " ".join(text.split()), file=sys.stderr)
         raise typer.Exit(2) from None

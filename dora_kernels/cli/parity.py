@@ -71,8 +71,9 @@ def add(app: "typer.Typer") -> None:
 
 
 def _run_with_progress(options: Settings) -> list[Cell]:
-    with progress(len(options.cases) * len(options.backends)) as advance:
-        return parity.run(options, lambda case, backend: advance(f"{backend}: {case}"))
+    total = len(options.cases) * len(options.backends)
+    with progress() as advance:
+        return parity.run(options, lambda case, backend: advance(f"{backend}: {case}", total))
 
 
 def _parity_json(options: Settings, cells: list[Cell]) -> dict[str, Any]:

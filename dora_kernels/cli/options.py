@@ -1,0 +1,25 @@
+"""What the commands that read an adapter let the caller say about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dora_kernels.adapters import FORMATS
+
+FROM = f"The adapter's: auto, {', '.join(FORMATS)}."
+AXIS = "Of the adapter's magnitudes: auto, out, in."
+SCALING = "Instead of what the adapter's files say."
+
+
+def read_options(source_format: str, axis: str, scaling: str) -> dict[str, Any]:
+    """The arguments of `read_adapter` for ``--from``, ``--axis`` and ``--scaling``, empty where it is not given.
+
+    Raises:
+        ValueError: the scaling is no number.
+    """
+    # a text, for the oldest typer supported knows no `float | None`
+    try:
+        number = float(scaling) if scaling else None
+    except ValueError:
+        raise ValueError(f"--scaling: expected a number, got {scaling!r}") from None
+    return {"format": source_format, "magnitude_axis": axis, "scaling": number}

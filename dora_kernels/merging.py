@@ -1,0 +1,195 @@
+"""An adapter merged into a model's folder of safetensors, shard by shard, in a new folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dora_kernels import files, validation
+from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
+from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.rounding import seed_for
+from dora_kernels.trained import Trained, trained_beside
+
+# Files of weights beside the safetensors: they would stay unmerged.
+_WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+
+# Suffixes and names of the files of a model's folder, which may be replaced.
+_USUAL = (".safetensors", ".json", ".model", ".jinja", "merges.txt", "vocab.txt", "README.md", ".gitattributes")
+
+
+def merge_checkpoint(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    strength: float = 1.0,
+    force: bool = False,
+    adapter_only: bool = False,
+    advance: Callable[[str, int], None] = lambda step, total: None,
+    **options: Any,
+) -> Adapter:
+    """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
+
+    What is trained beside the adapter (`trained`) is written, too, as PEFT's merge_and_unload does. A shard at a time
+    is in memory. The folder is made under another name beside `out` and renamed when it is complete.
+
+    Args:
+        checkpoint: the base model.
+        path: the adapter.
+        out: the new folder.
+        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
+        strength: as `set_dora_strength`.
+        force: replace `out` if it is there, and a model's folder.
+        adapter_only: leave out what is trained beside the adapter.
+        advance: called with each layer's name, when it is merged, and with how many there are.
+        options: as `read_adapter`.
+
+    Raises:
+        FileExistsError: `out` is there, and not `force`, or holds what is no model's.
+        TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised, tied to another, or not finite
+            when it is merged; or whether one is stored transposed is open. Nothing is written.
+    """
+    target = files.as_path(out)
+    validation.check_rounding(rounding, seed)
+    _check_target(target, checkpoint.folder, files.as_path(path), force)
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
+    adapter, keys = read_for(checkpoint, path, **options)
+    transposed = stored_transposed(checkpoint, adapter, keys)
+    wanted = {}
+    for name in adapter.layers:
+        key = keys[f"{name}.weight"]
+        files.check_tensor(checkpoint.folder, key, checkpoint[key])
+        if adapter.layers[name].kind == "embedding" and tied(checkpoint, key):
+            raise ValueError(
+                f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both; "
+                f"if it is not, {CONFIG} has to say so: tie_word_embeddings"
+            )
+        wanted[key] = name
+    beside = Trained()
+    if not adapter_only:
+        beside = trained_beside(checkpoint, path, adapter, keys, options.get("format", "auto"))
+        if len(beside) and strength != 1.0:
+            raise ValueError(
+                f"strength: expected 1, for {next(iter(beside))} is trained beside the adapter, got {strength:g}; "
+                "adapter_only=True leaves it out"
+            )
+        adapter.notes[:] = [note for note in adapter.notes if not note.endswith(": no adapter, left out")]
+        adapter.notes += [f"{key}: as trained beside the adapter" for key in (*beside.whole, *beside.rows)]
+        adapter.notes += [f"{key}: added, as trained beside the adapter; the base model's files lack it"
+                          for key in beside.added]  # fmt: skip
+    with _replacing_folder(target, force) as folder:
+        for shard, own in checkpoint.shards.items():
+            added = beside.added if shard == list(checkpoint.shards)[-1] else {}
+            if not added and not {*wanted, *beside} & set(own):
+                shutil.copyfile(checkpoint.folder / shard, folder / shard)
+                continue
+            tensors = files.read_tensors(checkpoint.folder / shard)
+            beside.put(tensors)
+            for key in (key for key in own if key in wanted):
+                name = wanted[key]
+                layer, own_seed = adapter.layers[name], seed_for(seed, name)
+                tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
+                if not bool(tensors[key].isfinite().all()):
+                    raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
+                advance(name, len(wanted))
+            files.save_tensors(folder / shard, {**tensors, **added})
+        _copy_others(checkpoint, folder)
+        if checkpoint.index is not None and beside.added:
+            _add_to_index(folder / checkpoint.index.name, shard, beside.added)
+    return adapter
+
+
+def _add_to_index(index: Path, shard: str, added: Mapping[str, Tensor]) -> None:
+    content = files.read_json(index, "index of shards")
+    content["weight_map"].update(dict.fromkeys(added, shard))
+    metadata = content.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += sum(tensor.nbytes for tensor in added.values())
+    files.save_json(index, content)
+
+
+def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: is a file, expected a folder's name")
+    if target.exists() and not force:
+        raise FileExistsError(f"{target}: exists already; force=True replaces it, if it is a model's folder")
+    for place in (base.resolve(), adapter.resolve()):
+        if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
+            raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
+    if not target.exists():
+        return
+    held = list(target.rglob("*"))
+    foreign = sorted(str(place.relative_to(target)) for place in held if not _of_model(place, target, base))
+    if foreign:
+        raise FileExistsError(f"{target}: not replaced: {foreign[0]} in it is no file of a model's, nor of {base}")
+    if held and not any(place.name == CONFIG or place.suffix == ".safetensors" for place in held):
+        raise FileExistsError(f"{target}: not replaced: neither {CONFIG} nor safetensors in it, as a model's has")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise FileExistsError(f"{target}: not replaced: the working directory is in it")
+
+
+def _of_model(place: Path, target: Path, base: Path) -> bool:
+    """Whether a file or folder in `target` is such as a model's folder has, or the base model's."""
+    usual = place.parent == target and (place.suffix in _USUAL or place.name in _USUAL)
+    return (usual and place.is_file()) or (base / place.relative_to(target)).exists()
+
+
+def _merged(
+    stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int
+) -> Tensor:
+    """The weight as it was stored, merged by the layer that would run it."""
+    adapted = attached(stored.clone(), layer, transposed)
+    adapted.strength = strength
+    adapted.merge(rounding, seed)
+    merged: Tensor = adapted.base_layer.weight.detach()
+    return merged.t().contiguous() if transposed else merged
+
+
+def _copy_others(checkpoint: Checkpoint, target: Path) -> None:
+    """Everything that holds no weights, folders included, but no adapter's configuration."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json"))]
+
+    for place in checkpoint.folder.iterdir():
+        if place.is_dir():
+            shutil.copytree(place, target / place.name, ignore=left_out)
+        elif place == checkpoint.index or not (
+            place.name in checkpoint.shards or place.name == ADAPTER_CONFIG or left_out("", [place.name])
+        ):
+            shutil.copyfile(place, target / place.name)
+
+
+@contextlib.contextmanager
+def _replacing_folder(folder: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends without an exception."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    new, old = made / "new", made / "old"
+    try:
+        new.mkdir()
+        yield new
+        files.settle(file for file in new.rglob("*") if file.is_file())
+        if folder.exists() and force:
+            os.replace(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        if folder.exists() or not old.exists():  # else the old one is all there is
+            shutil.rmtree(made, ignore_errors=True)
