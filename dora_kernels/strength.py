@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_kernels.modules import AdaptedLayer
+from dora_kernels.adapt import adapted_layers
 
 
 def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
@@ -36,7 +36,7 @@ def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = N
         raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
     if not math.isfinite(strength):
         raise ValueError(f"strength: expected a finite number, got {strength}")
-    own = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
+    own = adapted_layers(model)
     patched = _patched(model)
     if not own and not patched:
         raise ValueError("model: no patched DoRA layers; call dora_kernels.patch_peft(model) first, or apply_dora")

@@ -109,6 +109,7 @@ LAYERS = [
     ["functional"],
     ["modules/base"],
     ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["targets"],
     ["adapt", "peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],

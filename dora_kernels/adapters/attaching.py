@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from dora_kernels import modules
-from dora_kernels.adapt import adapted_layers, check_layer, kind_of, places_of, put
+from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
 from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.targets import check_layer, kind_of, places_of, put, submodule, unwrapped
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -60,8 +61,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     bases = bases_of(model)
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
@@ -72,7 +72,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     planned: dict[str, Any] = {}
     try:
         for name, layer in layers.items():
-            present = model.get_submodule(name)
+            present = submodule(model, name)
             if other := next((other for other in places[present] if other in planned), None):
                 raise _error(f"{other} and {name} are one module of the model's")
             if not isinstance(present, modules.AdaptedLayer):
