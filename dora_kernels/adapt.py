@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,18 @@ from torch import Tensor, nn
 
 from dora_kernels import validation
 from dora_kernels.modules import AdaptedLayer
+from dora_kernels.modules.conv import CONFINED
 from dora_kernels.rounding import seed_for
-from dora_kernels.targets import check_layer, chosen, kind_of, named_modules, of_pattern, places_of, put, unwrapped
+from dora_kernels.targets import (
+    adapted_layer,
+    check_layer,
+    chosen,
+    named_modules,
+    of_pattern,
+    places_of,
+    put,
+    unwrapped,
+)
 
 
 def apply_dora(
@@ -73,13 +84,12 @@ def apply_dora(
     layers: dict[nn.Module, AdaptedLayer] = {}
     try:
         for module, name in found.items():
-            kind = kind_of(module, use_dora)
             own_rank = of_pattern(rank_pattern, name, rank)
             own_alpha = of_pattern(alpha_pattern, name, alpha)
-            try:
-                layers[module] = kind.from_base(module, rank=own_rank, alpha=own_alpha, **options)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+            layers[module] = adapted_layer(module, name, use_dora, rank=own_rank, alpha=own_alpha, **options)
+        confined = [found[module] for module, layer in layers.items() if layer._confined]
+        if confined:
+            warnings.warn(f"{', '.join(confined)}: {CONFINED}", stacklevel=2)
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

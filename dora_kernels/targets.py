@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from dora_kernels.modules import (
     DoRALinear,
     LoRALinear,
 )
+from dora_kernels.modules.conv import CONFINED
 from dora_kernels.modules.linear import is_conv1d
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
@@ -150,6 +152,16 @@ def _no_linear_layers(model: nn.Module, places: dict[nn.Module, list[str]]) -> s
 def kind_of(module: nn.Module, use_dora: bool) -> type[AdaptedLayer]:
     kind = DoRALinear if is_conv1d(module) else _KINDS[type(module)]
     return LoRALinear if kind is DoRALinear and not use_dora else kind
+
+
+def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) -> AdaptedLayer:
+    """A module's adapted layer (`from_base`), with its name in what is refused and without warnings of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(f"groups: {CONFINED}"))
+        try:
+            return kind_of(module, use_dora).from_base(module, **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
 
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:

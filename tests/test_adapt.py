@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
@@ -229,10 +230,15 @@ def moved_copy(dtype):
 
 
 def test_merging_refuses_groups():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2))
-    apply_dora(model, ["0", "1"], rank=2)
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=groups) for groups in (1, 2, 2)))
+    kept = r"extract and attach keep it, and torch\.save\(dora_state_dict\(model\), \.\.\.\)"
+    with pytest.warns(UserWarning) as warned:
+        apply_dora(model, ["0", "1", "2"], rank=2)
+    (warning,) = warned
+    assert re.fullmatch(rf"1, 2: .* groups can be neither merged nor written into a file; {kept}", str(warning.message))
+    assert warning.filename == __file__
     weight = model[0].base_layer.weight.clone()
-    with pytest.raises(ValueError, match="1: the layer cannot be merged: its update reads all channels"):
+    with pytest.raises(ValueError, match=rf"1: the layer cannot be merged: its update reads all channels.*{kept}"):
         merge_all(model)
     assert type(model[0]) is DoRAConv2d and torch.equal(model[0].base_layer.weight, weight)
 

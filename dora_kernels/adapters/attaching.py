@@ -12,7 +12,7 @@ from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
 from dora_kernels.adapters.underscores import UNDERSCORED, resolve
-from dora_kernels.targets import check_layer, kind_of, places_of, put, submodule, unwrapped
+from dora_kernels.targets import adapted_layer, check_layer, places_of, put, submodule, unwrapped
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -117,9 +117,8 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
         options |= {"dropout": present.dropout.p, "backend": present.backend}
         if dora and isinstance(present, modules.DoRALayer):
             options["detach_norm"] = present.detach_norm
-    new = kind_of(original, dora).from_base(
-        original, rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype, **options
-    )
+    alpha = layer.scaling * layer.rank
+    new = adapted_layer(original, name, dora, rank=layer.rank, alpha=alpha, adapter_dtype=dtype, **options)
     _copy(layer, new)
     if adapted:
         new.strength = present.strength

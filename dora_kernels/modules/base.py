@@ -122,6 +122,11 @@ class AdaptedLayer(nn.Module):
         """Why the base layer's weight cannot hold the adapter; None where it can."""
         return None
 
+    @property
+    def _confined(self) -> bool:
+        """Whether no plain layer and no file can hold the adapter."""
+        return False
+
     def _merge_arguments(self) -> dict[str, Any]:
         """What `merge_dora` is told beside the problem."""
         return {"magnitude": None, "scaling": self.scaling, "backend": self.backend}

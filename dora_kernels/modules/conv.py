@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+KEPT = "extract and attach keep it, and torch.save(dora_state_dict(model), ...)"
+CONFINED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT}"
+
+
 class _DoRAConv(DoRALayer):
     """``y = conv(x, g * V) + bias``, ``V = weight + scaling * lora_B @ lora_A``, ``g = magnitude / (||V|| + eps)``.
 
@@ -23,7 +28,8 @@ class _DoRAConv(DoRALayer):
     `rank`, lora_B one of kernel 1; their shapes are PEFT's, ``[rank, in_channels, *kernel]`` and
     ``[out_channels, rank / groups, 1, ...]``. (PEFT's A has no dilation, and pads with zeros whatever the mode.)
     The norm is the exact one of what the layer computes also with groups, where PEFT's is not; no grouped weight can
-    hold that, so a layer with groups cannot be merged. Dropout is applied to the low-rank branch only.
+    hold that, so a layer with groups can be neither merged nor written into a file, and warns so. Dropout is applied to
+    the low-rank branch only.
 
     Args:
         *base_args, **base_options: of the `torch.nn` convolution.
@@ -74,6 +80,8 @@ class _DoRAConv(DoRALayer):
         self.lora_B = nn.utils.skip_init(self.kind, rank, base.out_channels, 1, **factory_b)
         self._reset_factors()
         self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
+        if self._confined:
+            warnings.warn(f"groups: {CONFINED}", stacklevel=2)
 
     @classmethod
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
@@ -161,10 +169,15 @@ class _DoRAConv(DoRALayer):
         bias = None if base.bias is None else self._per_channel(base.bias)
         return convolution.compose(result, low, g, bias, self.scaling).to(result.dtype)
 
+    @property
+    def _confined(self) -> bool:
+        groups: int = self.base_layer.groups
+        return groups > 1
+
     def _merge_refusal(self) -> str | None:
-        if self.base_layer.groups > 1:
-            return "its update reads all channels, and no weight of a convolution with groups can hold that"
-        return None
+        if self._confined:
+            return f"its update reads all channels, which no weight of a convolution with groups can hold; {KEPT}"
+        return super()._merge_refusal()
 
     def _merge_arguments(self) -> dict[str, Any]:
         """Along "in" a column of the problem has the scale of its channel, whatever its own norm."""
