@@ -68,7 +68,8 @@ def apply_dora(
         TypeError: a layer that is named is of no kind that can be adapted: a plain `nn.Linear`, `Embedding`, `Conv1d`,
             `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); or an argument of the wrong type.
         ValueError: nothing is named; a layer is adapted already, parametrized, or has hooks, which would no longer
-            run; an argument out of range. The model is as it was then.
+            run, or its weight is on the meta device or not finite; an argument out of range. The model is as it was
+            then.
     """
     model = unwrapped(model)
     options = {

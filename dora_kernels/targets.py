@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_kernels.modules import (
     AdaptedLayer,
@@ -191,6 +191,13 @@ def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) 
         raise ValueError(f"{name}: the layer has hooks or a replaced forward, which would not run any more")
     if isinstance(parents[0], nn.TransformerEncoderLayer):
         raise TypeError(f"{name}: nn.TransformerEncoderLayer reads the weight itself in evaluation")
+    check_loaded(weight, name)
+
+
+def check_loaded(weight: Tensor, name: str) -> None:
+    """Whether a base weight has values that an adapter can start from."""
+    if weight.is_meta:
+        raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights before")
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
 from dora_kernels.adapters.underscores import UNDERSCORED, resolve
-from dora_kernels.targets import adapted_layer, check_layer, places_of, put, submodule, unwrapped
+from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -56,8 +56,8 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
 
     Raises:
         TypeError: an argument of the wrong type, or a layer that `apply_dora` cannot adapt, or not without magnitude.
-        ValueError: the model has not one of the layers, or of another size, merged, or with hooks, or a value is not
-            finite. The model is unchanged.
+        ValueError: the model has not one of the layers, or of another size, merged, with hooks, or on the meta device,
+            or a value is not finite, of the adapter or of a layer that is adapted for it. The model is unchanged.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
@@ -67,7 +67,8 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     if adapter.config.get(UNDERSCORED):
         layers = resolve(layers, bases, _error, adapter.notes)
     check_fit(layers, bases, _error)
-    originals, places = base_modules(model), places_of(model)
+    originals: dict[str, Any] = dict(base_modules(model))
+    places = places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
     try:
@@ -77,6 +78,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
                 raise _error(f"{other} and {name} are one module of the model's")
             if not isinstance(present, modules.AdaptedLayer):
                 check_layer(model, present, name, layer.magnitude is not None)
+            check_loaded(originals[name].weight, name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
         for parameter, requires_grad in trained:  # a new layer freezes its base layer

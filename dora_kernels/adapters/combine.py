@@ -17,6 +17,7 @@ from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.underscores import UNDERSCORED, resolve
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
+from dora_kernels.targets import check_loaded
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def combine_adapters(
 
     Raises:
         TypeError: an argument is of the wrong type, or a base weight no floating-point tensor (quantised).
-        ValueError: as many weights as adapters are not given, one is not finite, `rank` is below 1, the model has no
-            such layer or one of another shape, a convolution has groups, whose update is no product of two factors, or
-            a layer's adapters have magnitudes along both axes, whose sum no factor of rows or columns can express: it
-            is exact only as a dense weight.
+        ValueError: as many weights as adapters are not given, one of them, of the model's or of the adapters' values is
+            not finite, `rank` is below 1, the model has no such layer or one of another shape or on the meta device, a
+            convolution has groups, whose update is no product of two factors, or a layer's adapters have magnitudes
+            along both axes, whose sum no factor of rows or columns can express: it is exact only as a dense weight.
     """
     _check(model, adapters, weights, rank)
     bases = bases_of(model)
@@ -155,12 +156,18 @@ class _Problem:
         weight = base.weight.detach()
         if not weight.is_floating_point():
             raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")
+        check_loaded(weight, f"model: {name}")
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"model: {name}: its weight has values that are not finite")
         axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}
         if len(axes) > 1:
             raise ValueError(
                 f"adapters: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA adapter"
             )
         for layer in layers:
+            for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B), ("magnitude", layer.magnitude)):
+                if tensor is not None and not bool(tensor.isfinite().all()):
+                    raise ValueError(f"adapters: {name}: {part} has values that are not finite")
             if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
                 raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
         self.kernel = tuple(weight.shape[2:])

@@ -46,7 +46,7 @@ class AdaptedLayer(nn.Module):
 
     def _set_up(
         self,
-        base_layer: nn.Module,
+        base_layer: Any,
         *,
         rank: int,
         alpha: float | None = None,
@@ -57,6 +57,9 @@ class AdaptedLayer(nn.Module):
     ) -> dict[str, Any]:
         """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
         _check_options(rank, alpha, dropout, backend)
+        weight = base_layer.weight
+        if not weight.is_meta and not bool(weight.detach().isfinite().all()):
+            raise ValueError("base_layer: its weight has values that are not finite")
         divisor = math.sqrt(rank) if use_rslora else rank
         self.rank = rank
         self.alpha = float(divisor if alpha is None else alpha)
@@ -69,7 +72,6 @@ class AdaptedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self._unmerged: Tensor | None = None
         self._register_state_dict_hook(_save_unmerged)
-        weight = self.base_layer.weight
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
         return {"device": weight.device, "dtype": adapter_dtype}
@@ -82,7 +84,8 @@ class AdaptedLayer(nn.Module):
 
         Raises:
             TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
-            ValueError: an option out of range, or a base layer with settings that cannot be adapted.
+            ValueError: an option out of range, or a base layer with settings that cannot be adapted, or values that are
+                not finite.
         """
         raise NotImplementedError
 
@@ -120,6 +123,11 @@ class AdaptedLayer(nn.Module):
 
     def _merge_refusal(self) -> str | None:
         """Why the base layer's weight cannot hold the adapter; None where it can."""
+        for name, parameter in self.adapter_parameters().items():
+            if parameter.is_meta:
+                return f"its {name} is on the meta device, without values"
+            if not bool(parameter.detach().isfinite().all()):
+                return f"its {name} has values that are not finite"
         return None
 
     @property
@@ -183,7 +191,8 @@ class AdaptedLayer(nn.Module):
             rounding, seed: as `merge_dora`.
 
         Raises:
-            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups).
+            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups), or a value of
+                the adapter is not finite.
         """
         if self.merged:
             warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad

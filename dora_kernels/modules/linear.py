@@ -44,7 +44,7 @@ class LoRALinear(AdaptedLayer):
         adapter_dtype: of the adapter; None takes float32 under a 16-bit base layer, as PEFT does, else `dtype`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError, ValueError: an argument of the wrong type or out of range; a weight of `base_layer` not finite.
     """
 
     lora_A: Any
