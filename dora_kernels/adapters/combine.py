@@ -63,7 +63,9 @@ def combine_adapters(
     """The weighted sum ``W + Σ w_i (merged_i - W)`` of what adapters do to a model's weights, as one adapter.
 
     Of DoRA adapters along one axis, and plain LoRA, the sum is a DoRA adapter again, of the sum of the ranks: exact, in
-    float32 (float64 for float64). An adapter without a layer leaves it as it is. The result has a scaling of 1.
+    float32 (float64 for float64). An adapter without a layer leaves it as it is. The result has a scaling of 1. Where
+    some layers are DoRA, those of plain LoRA alone get the magnitude at which they stay as they are: files hold one or
+    the other.
 
     Args:
         model: the base model, adapted or not; it is not changed. Its weights decide about the norms.
@@ -89,13 +91,17 @@ def combine_adapters(
     for weight, adapter in zip(weights, adapters, strict=True):
         for name, layer in _layers(adapter, bases).items():
             found.setdefault(name, []).append((float(weight), layer))
-    layers, report = {}, {}
+    axes = {each.magnitude_axis for parts in found.values() for _, each in parts if each.magnitude is not None}
+    common = min(axes, key=("out", "in").index, default=None)
+    layers, report, given = {}, {}, []
     for name, parts in found.items():
-        problem = _Problem(name, bases[name], [layer for _, layer in parts])
+        problem = _Problem(name, bases[name], [layer for _, layer in parts], common)
         layers[name], report[name] = _combined(problem, parts, rank)
+        if common is not None and not any(layer.magnitude is not None for _, layer in parts):
+            given.append(f"{name} is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)")
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
-    return Adapter(layers, "model", [f"combined: {of}; {result}"]), result
+    return Adapter(layers, "model", [f"combined: {of}; {result}", *given]), result
 
 
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
@@ -110,7 +116,8 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     if strength == 1:
         return adapter
     config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
-    return Adapter(result.layers, adapter.format, [*adapter.notes, f"at a strength of {strength:g}"], config)
+    notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
+    return Adapter(result.layers, adapter.format, notes, config)
 
 
 def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
@@ -152,7 +159,7 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 class _Problem:
     """A layer's base weight as the linear problem, its axis, and how factors and magnitudes are laid out in it."""
 
-    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer]) -> None:
+    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None) -> None:
         weight = base.weight.detach()
         if not weight.is_floating_point():
             raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")
@@ -172,8 +179,8 @@ class _Problem:
                 raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
         self.kernel = tuple(weight.shape[2:])
         self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
-        self.plain = not axes
-        self.axis = axes.pop() if axes else "out"
+        self.plain = common is None
+        self.axis = axes.pop() if axes else common or "out"
         self.dtype = accumulation_dtype(weight, *(t for layer in layers for t in (layer.lora_A, layer.lora_B)))
         self.length = base.features[1 if self.axis == "out" else 0]
 
