@@ -14,16 +14,7 @@ from dora_kernels import validation
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.rounding import seed_for
-from dora_kernels.targets import (
-    adapted_layer,
-    check_layer,
-    chosen,
-    named_modules,
-    of_pattern,
-    places_of,
-    put,
-    unwrapped,
-)
+from dora_kernels.targets import ByName, adapted_layer, chosen, named_modules, places_of, put, unwrapped
 
 
 def apply_dora(
@@ -53,8 +44,9 @@ def apply_dora(
     Args:
         model: changed in place; of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
-            "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``) and the
-            projections inside `nn.MultiheadAttention`, which reads their weights itself.
+            "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``), the
+            projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
+            as quantised layers, of which a warning gives names and reasons.
         rank, alpha, dropout, use_rslora, magnitude_axis, detach_norm, eps, backend, adapter_dtype: as `DoRALinear`.
         rank_pattern, alpha_pattern: other values for some layers, as PEFT's: keys are regular expressions that match
             the end of a name, from a dot on; the first that does counts.
@@ -62,11 +54,13 @@ def apply_dora(
         use_dora: False puts plain LoRA on linear layers (`LoRALinear`).
 
     Returns:
-        The names of the adapted layers, in the model's order.
+        The names of the adapted layers, in the model's order. A warning says which of the patterns match nothing, and
+        which layers are convolutions with groups, whose adapters no file holds.
 
     Raises:
-        TypeError: a layer that is named is of no kind that can be adapted: a plain `nn.Linear`, `Embedding`, `Conv1d`,
-            `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); or an argument of the wrong type.
+        TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
+            `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); or an argument
+            of the wrong type.
         ValueError: nothing is named; a layer is adapted already, parametrized, or has hooks, which would no longer
             run, or its weight is on the meta device or not finite; an argument out of range. The model is as it was
             then.
@@ -78,19 +72,20 @@ def apply_dora(
     if use_dora:
         options |= {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm, "eps": eps}
     places = places_of(model)
-    found = chosen(model, places, target_modules, exclude_modules)
-    for module, name in found.items():
-        check_layer(model, module, name, use_dora)
+    ranks, alphas = ByName(rank_pattern, "rank_pattern"), ByName(alpha_pattern, "alpha_pattern")
+    found, notes = chosen(model, places, target_modules, exclude_modules, use_dora)
     flags = [(p, p.requires_grad) for module in found for p in module.parameters(recurse=False)]
     layers: dict[nn.Module, AdaptedLayer] = {}
     try:
         for module, name in found.items():
-            own_rank = of_pattern(rank_pattern, name, rank)
-            own_alpha = of_pattern(alpha_pattern, name, alpha)
-            layers[module] = adapted_layer(module, name, use_dora, rank=own_rank, alpha=own_alpha, **options)
+            own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
+            layers[module] = adapted_layer(module, name, use_dora, **own, **options)
+        notes += ranks.unmatched(found.values()) + alphas.unmatched(found.values())
         confined = [found[module] for module, layer in layers.items() if layer._confined]
         if confined:
-            warnings.warn(f"{', '.join(confined)}: {CONFINED}", stacklevel=2)
+            notes.append(f"{', '.join(confined)}: {CONFINED}")
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from dora_kernels import validation
 from dora_kernels.modules import (
     AdaptedLayer,
     DoRAConv1d,
@@ -84,55 +85,127 @@ def chosen(
     places: dict[nn.Module, list[str]],
     target_modules: str | Iterable[str],
     exclude_modules: str | Iterable[str] | None,
-) -> dict[nn.Module, str]:
-    """The modules that the patterns name, and their names: of several the first that is named."""
-    targets = _pattern(target_modules, "target_modules")
-    excluded = None if exclude_modules is None else _pattern(exclude_modules, "exclude_modules")
-    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    use_dora: bool,
+) -> tuple[dict[nn.Module, str], list[str]]:
+    """The layers that the patterns name, with their names, of several the first that is named; and what to warn of.
+
+    Raises:
+        TypeError, ValueError: as `dora_kernels.apply_dora` of the patterns, and of layers that are named.
+    """
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    targets = [] if everything else _pattern(target_modules, "target_modules")
+    excluded = [] if exclude_modules is None else _pattern(exclude_modules, "exclude_modules")
     skipped = _no_linear_layers(model, places) if everything else set()
-    found = {}
+    found, dropped = {}, 0
     for module, names in places.items():
         if module in skipped:
             continue
-        for name in names:
-            if not name or (excluded is not None and _matches(excluded, name)):
-                continue
-            if _is_linear(module) if everything else _matches(targets, name):
-                found[module] = name
-                break
+        named = [name for name in names if name and (_is_linear(module) if everything else _matches(targets, name))]
+        kept = [name for name in named if not _matches(excluded, name)]
+        if kept:
+            found[module] = kept[0]
+        dropped += bool(named and not kept)
     if not found:
-        some = ", ".join(name for names in places.values() for name in names[:1] if name and len(name) < 60)[:300]
-        raise ValueError(f"target_modules: {target_modules!r} names no layer of the model; it has {some}")
-    return found
+        raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora)
+    left_out: dict[str, list[str]] = {}
+    for module, name in list(found.items()):
+        _check_bare(model, module, name)
+        problem = _problem(model, module, name, use_dora)
+        if problem is None:
+            check_loaded(module, name)
+        elif everything:
+            del found[module]
+            left_out.setdefault(str(problem), []).append(name)
+        else:
+            raise type(problem)(f"{name}: {problem}; leave it out with exclude_modules=[{name!r}]")
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in left_out.items())
+    if not found:
+        raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
+    known = [name for names in places.values() for name in names if name]
+    missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
+    return found, [f"all-linear leaves out {reasons}"] * bool(left_out) + missed
 
 
-def _pattern(value: Any, name: str) -> str | list[str]:
+def _nothing(
+    model: nn.Module, places: dict[nn.Module, list[str]], target_modules: Any, excluded: Any, use_dora: bool
+) -> ValueError:
+    """Why no layer is named."""
+    if type(model) in _KINDS or is_conv1d(model):
+        kind = kind_of(model, use_dora)
+        make = "from_linear" if issubclass(kind, LoRALinear) else "from_base"
+        return ValueError(f"model: it is a layer itself, which nothing holds; take {kind.__name__}.{make}(model, ...)")
+    if excluded is not None:
+        return ValueError(f"exclude_modules: {excluded!r} leaves out all that target_modules={target_modules!r} names")
+    some = ", ".join(name for names in places.values() for name in names[:1] if name and len(name) < 60)[:300]
+    return ValueError(f"target_modules: {target_modules!r} names no layer of the model; it has {some}")
+
+
+def _compiled(expression: str, argument: str, around: str = "{}") -> re.Pattern[str]:
+    try:
+        re.compile(expression)
+        return re.compile(around.format(expression))
+    except re.error as error:
+        raise ValueError(f"{argument}: {expression!r} is no regular expression: {error}") from error
+
+
+def _pattern(value: Any, argument: str) -> re.Pattern[str] | list[str]:
     if isinstance(value, str):
-        return value
+        return _compiled(value, argument)
     try:
         names = list(value)
     except TypeError:
         names = [None]
     if not all(isinstance(one, str) for one in names):
-        raise TypeError(f"{name}: expected a regular expression or names, got {value!r}")
+        raise TypeError(f"{argument}: expected a regular expression or names, got {value!r}")
     return names
 
 
-def _matches(pattern: str | list[str], name: str) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+def _matches(pattern: re.Pattern[str] | list[str], name: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
     return any(name == one or name.endswith(f".{one}") for one in pattern)
 
 
-def of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument: str) -> list[str]:
+    """A sentence where some of a pattern is the name of nothing."""
+    if isinstance(pattern, re.Pattern):
+        missed = [] if any(map(pattern.fullmatch, names)) else [pattern.pattern]
+    else:
+        parts = [name.split(".") for name in names]
+        ends = {".".join(part[i:]) for part in parts for i in range(len(part))}
+        missed = [one for one in pattern if one not in ends]
+    return [f"{argument}: the model has no {', '.join(map(repr, missed))}"] if missed else []
+
+
+class ByName:
+    """Values for some layers, `rank_pattern` or `alpha_pattern`: the first whose key matches the end of a name counts.
+
+    Raises:
+        TypeError: `values` is no mapping with strings as keys.
+        ValueError: a key is no regular expression.
+    """
+
+    def __init__(self, values: Any, argument: str) -> None:
+        values = {} if values is None else values
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise TypeError(f"{argument}: expected a mapping of regular expressions to values, got {values!r}")
+        self._argument = argument
+        self._values = [(_compiled(key, argument, r"(.*\.)?({})$"), key, value) for key, value in values.items()]
+
+    def get(self, name: str, default: Any) -> Any:
+        return next((value for pattern, _, value in self._values if pattern.match(name)), default)
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """A sentence where a key matches none of the adapted layers."""
+        missed = [repr(key) for pattern, key, _ in self._values if not any(map(pattern.match, names))]
+        return [f"{self._argument}: no adapted layer is {', '.join(missed)}"] if missed else []
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module)
+    """Also what is none of torch's, as quantised layers: it is left out with its reason, not in silence."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    alike = all(isinstance(size, int) for size in sizes) and not module._modules
+    return isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module) or alike
 
 
 def _no_linear_layers(model: nn.Module, places: dict[nn.Module, list[str]]) -> set[nn.Module]:
@@ -165,42 +238,71 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
 
 
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:
-    """Whether the layer may be replaced."""
-    parents = [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
-    kind = f"{type(module).__module__}.{type(module).__name__}"
-    held = parents[0]._modules.get(name.rpartition(".")[2], module)
-    if held is not module:
-        raise ValueError(f"{name}: the layer is wrapped by itself ({type(held).__name__}); adapt it before")
-    if isinstance(module, AdaptedLayer) or any(isinstance(parent, AdaptedLayer) for parent in parents):
+    """Whether the layer may be replaced, and has values that an adapter can start from."""
+    _check_bare(model, module, name)
+    problem = _problem(model, module, name, use_dora)
+    if problem is not None:
+        raise type(problem)(f"{name}: {problem}")
+    check_loaded(module, name)
+
+
+def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+    """From the nearest on."""
+    return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
+
+
+def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Whether the layer has no adapter yet."""
+    around = [module, *_parents(model, name)]
+    if any(isinstance(one, AdaptedLayer) for one in around):
         raise ValueError(f"{name}: the layer is adapted already")
-    if any(cls.__module__.startswith("peft.") for one in (module, *parents) for cls in type(one).__mro__):
+    if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
         raise ValueError(f"{name}: the layer is adapted already, by PEFT; dora_kernels.patch_peft is for its adapters")
+
+
+def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> Exception | None:
+    """Why a layer without adapter cannot have one, without its name."""
+    parent, kind = _parents(model, name)[0], f"{type(module).__module__}.{type(module).__name__}"
+    held = parent._modules[name.rpartition(".")[2]]
+    if held is not module:
+        return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before")
     if nn.utils.parametrize.is_parametrized(module):
-        raise ValueError(f"{name}: the layer is parametrized; remove the parametrization before")
+        return ValueError("the layer is parametrized; remove the parametrization before")
+    weight: Any = getattr(module, "weight", None)
+    if _is_quantised(module, weight):
+        of = "" if weight is None else f", its weight {type(weight).__name__} of {weight.dtype}"
+        return TypeError(f"the layer is quantised ({kind}{of}); PEFT adapts it, and dora_kernels.patch_peft runs that")
     if type(module) not in _KINDS and not is_conv1d(module):
-        raise TypeError(
-            f"{name}: expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}; "
-            "leave it out with exclude_modules"
-        )
+        return TypeError(f"expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}")
     if not use_dora and kind_of(module, use_dora) is not LoRALinear:
-        raise TypeError(f"{name}: use_dora=False is for linear layers, got {kind}")
-    weight: Any = module.weight
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point parameter as weight, got {type(weight)} {weight.dtype}")
+        return TypeError(f"use_dora=False is for linear layers, got {kind}")
+    if "weight" not in module._parameters:
+        makers = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values()) or "something else"
+        return ValueError(
+            f"the weight is no parameter but made anew in each forward, by {makers} (nn.utils.weight_norm, "
+            "spectral_norm, prune); remove that before"
+        )
     if _hooked(module):
-        raise ValueError(f"{name}: the layer has hooks or a replaced forward, which would not run any more")
-    if isinstance(parents[0], nn.TransformerEncoderLayer):
-        raise TypeError(f"{name}: nn.TransformerEncoderLayer reads the weight itself in evaluation")
-    check_loaded(weight, name)
+        return ValueError("the layer has hooks or a replaced forward, which would not run any more")
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return TypeError("nn.TransformerEncoderLayer reads the weight itself in evaluation")
+    return None
 
 
-def check_loaded(weight: Tensor, name: str) -> None:
-    """Whether a base weight has values that an adapter can start from."""
-    if weight.is_meta:
-        raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights before")
+def _is_quantised(module: nn.Module, weight: Any) -> bool:
+    if any(cls.__module__.partition(".")[0] in ("bitsandbytes", "hqq") for cls in type(module).__mro__):
+        return True
+    parameter = module._parameters.get("weight")
+    return parameter is not None and (type(parameter) is not nn.Parameter or parameter.dtype not in validation.DTYPES)
 
 
 def _hooked(module: nn.Module) -> bool:
     own = vars(module)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in own or any(own[one] for one in hooks)
+
+
+def check_loaded(layer: Any, name: str) -> None:
+    """Whether the weight of a base layer has values that an adapter can start from."""
+    if layer.weight.is_meta:
+        raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights before")

@@ -14,7 +14,7 @@ from dora_kernels.backends import BACKENDS
 AXES = ("out", "in")
 ROUNDINGS = ("nearest", "stochastic")
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_layer(
@@ -136,7 +136,7 @@ def check_rounding(rounding: Any, seed: Any) -> None:
 def _check_tensor(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
+    if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
 

@@ -67,8 +67,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     if adapter.config.get(UNDERSCORED):
         layers = resolve(layers, bases, _error, adapter.notes)
     check_fit(layers, bases, _error)
-    originals: dict[str, Any] = dict(base_modules(model))
-    places = places_of(model)
+    originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
     try:
@@ -78,7 +77,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
                 raise _error(f"{other} and {name} are one module of the model's")
             if not isinstance(present, modules.AdaptedLayer):
                 check_layer(model, present, name, layer.magnitude is not None)
-            check_loaded(originals[name].weight, name)
+            check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
         for parameter, requires_grad in trained:  # a new layer freezes its base layer

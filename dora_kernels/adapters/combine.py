@@ -163,7 +163,7 @@ class _Problem:
         weight = base.weight.detach()
         if not weight.is_floating_point():
             raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")
-        check_loaded(weight, f"model: {name}")
+        check_loaded(base, f"model: {name}")
         if not bool(weight.isfinite().all()):
             raise ValueError(f"model: {name}: its weight has values that are not finite")
         axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}

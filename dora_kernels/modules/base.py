@@ -56,8 +56,10 @@ class AdaptedLayer(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
-        _check_options(rank, alpha, dropout, backend)
+        _check_options(rank, alpha, dropout, backend, adapter_dtype)
         weight = base_layer.weight
+        if weight.dtype not in validation.DTYPES:
+            raise TypeError(f"base_layer: expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
         if not weight.is_meta and not bool(weight.detach().isfinite().all()):
             raise ValueError("base_layer: its weight has values that are not finite")
         divisor = math.sqrt(rank) if use_rslora else rank
@@ -331,7 +333,7 @@ def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str,
         state_dict[key] = layer._unmerged
 
 
-def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any) -> None:
+def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dtype: Any) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
     if rank < 1:
@@ -343,3 +345,5 @@ def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any) -> None:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     validation.check_backend(backend)
+    if adapter_dtype is not None and adapter_dtype not in validation.DTYPES:
+        raise TypeError(f"adapter_dtype: expected a floating-point torch.dtype or None, got {adapter_dtype!r}")
