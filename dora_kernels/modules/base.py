@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from dora_kernels.rounding import is_coarse, stochastic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 class AdaptedLayer(nn.Module):
@@ -318,6 +321,20 @@ class DoRALayer(AdaptedLayer):
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, magnitude_axis={self.magnitude_axis!r}, detach_norm={self.detach_norm}"
         return f"{text}, eps={self.eps:g}" if self.eps else text
+
+
+def showing(*names: str) -> Callable[[type[T]], type[T]]:
+    """A class with properties that are its base layer's, for models that read them, as a convolution's stride."""
+
+    def shown(name: str) -> property:
+        return property(lambda layer: getattr(layer.base_layer, name), doc="The base layer's.")
+
+    def decorate(cls: type[T]) -> type[T]:
+        for name in names:
+            setattr(cls, name, shown(name))
+        return cls
+
+    return decorate
 
 
 def check_dora_options(magnitude_axis: Any, eps: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dora_kernels import convolution
 from dora_kernels.functional import dora_weight_norm, layer_divisor, layer_scale
-from dora_kernels.modules.base import DoRALayer, check_dora_options
+from dora_kernels.modules.base import DoRALayer, check_dora_options, showing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,6 +21,7 @@ KEPT = "extract and attach keep it, and torch.save(dora_state_dict(model), ...)"
 CONFINED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT}"
 
 
+@showing("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 class _DoRAConv(DoRALayer):
     """``y = conv(x, g * V) + bias``, ``V = weight + scaling * lora_B @ lora_A``, ``g = magnitude / (||V|| + eps)``.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.functional import layer_divisor, layer_scale, run_compose
-from dora_kernels.modules.base import DoRALayer, check_dora_options
+from dora_kernels.modules.base import DoRALayer, check_dora_options, showing
 from dora_kernels.norm_cache import with_eps
 from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@showing("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 class DoRAEmbedding(DoRALayer):
     """``y = g * (E[x] + scaling * A[:, x].T @ B.T)``: the rows of an adapted table, as PEFT's DoRA on `nn.Embedding`.
 
