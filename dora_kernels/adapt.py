@@ -105,7 +105,9 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def remove_dora(model: nn.Module) -> nn.Module:
-    """Put the base layers back, unmerged, under every name, and forget the adapters. They stay frozen.
+    """Put the base layers back, unmerged, under every name, and forget the adapters.
+
+    What trained of them before they were adapted trains again; the rest stays as `mark_only_dora_trainable` left it.
 
     Raises:
         ValueError: `model` has no adapted layers, or is one itself.
@@ -115,14 +117,15 @@ def remove_dora(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()
-        put(model, places[layer], layer.base_layer)
+        put(model, places[layer], layer._release())
     return model
 
 
 def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.Module:
     """Merge every adapted layer, at its strength, and put its base layer in its place: a model without adapters.
 
-    Layer by layer, each replaced as soon as it is merged, so that no copy of the model is kept.
+    Layer by layer, each replaced as soon as it is merged, so that no copy of the model is kept. What trains afterwards
+    is as `remove_dora` says.
 
     Args:
         rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
@@ -143,8 +146,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     for name, layer in layers.items():
         if not layer.merged:
             layer.merge(rounding, seed_for(seed, name))
-        layer._unmerged = None
-        put(model, places[layer], layer.base_layer)
+        put(model, places[layer], layer._release())
     return model
 
 

@@ -20,7 +20,9 @@ from dora_kernels import (
     LoRALinear,
     adapted_layers,
     apply_dora,
+    attach,
     dora_state_dict,
+    extract,
     mark_only_dora_trainable,
     merge_all,
     remove_dora,
@@ -270,6 +272,26 @@ def test_what_trains_and_is_counted():
     assert summary.trainable == sum(summary.layers.values()) and summary.share == summary.trainable / summary.total
     with pytest.raises(ValueError, match=r"call apply_dora\(model\) first"):
         mark_only_dora_trainable(Net())
+
+
+@pytest.mark.parametrize("end", [remove_dora, merge_all])
+def test_what_trained_trains_again(end):
+    """Of the base layers, also through `attach`; what else was frozen is the caller's."""
+    model = Net()
+    model.block[2].bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    apply_dora(model, ["conv", "0", "2"], rank=4)
+    other = Net()
+    apply_dora(other, ["conv", "0", "2"], rank=2)
+    attach(model, extract(other))
+    end(copy.deepcopy(model))
+    end(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    apply_dora(model, ["conv", "0", "2"], rank=2)
+    mark_only_dora_trainable(model)
+    end(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["conv.weight", "conv.bias", "block.0.weight", "block.0.bias", "block.2.weight"]
 
 
 def test_state_dict_round_trip():

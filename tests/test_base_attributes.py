@@ -52,3 +52,13 @@ def test_unknown_attributes():
     layer = DoRAConv1d(4, 4, 1, rank=1)
     with pytest.raises(AttributeError, match="nothing"):
         layer.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("kind, base, other", LAYERS, ids=lambda value: getattr(value, "__name__", ""))
+def test_numbers_of_numpy(kind, base, other):
+    np = pytest.importorskip("numpy")
+    layer = kind.from_base(copy.deepcopy(base), rank=np.int64(2), alpha=np.float32(4), dropout=np.float32(0.5))
+    assert (type(layer.rank), layer.rank, layer.scaling, layer.dropout.p) == (int, 2, 2.0, 0.5)
+    for rank in (True, 2.0, np.float64(2)):
+        with pytest.raises(TypeError, match="rank: expected an int, got "):
+            kind.from_base(copy.deepcopy(base), rank=rank)

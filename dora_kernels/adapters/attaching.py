@@ -27,7 +27,10 @@ def extract(model: nn.Module) -> Adapter:
     bases = bases_of(model)
     for name, layer in adapted.items():
         if layer.strength != 1.0:
-            raise ValueError(f"model: {name} has strength {layer.strength:g}, which no adapter holds; set it to 1")
+            raise ValueError(
+                f"model: {name} has strength {layer.strength:g}, which no adapter holds; set it to 1, and take "
+                f"with_strength(model, adapter, {layer.strength:g}) of the adapter then"
+            )
         a, b = (factor.detach().clone() for factor in layer.factors)
         dora = isinstance(layer, modules.DoRALayer)
         layers[name] = AdapterLayer(
@@ -122,7 +125,7 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     new = adapted_layer(original, name, dora, rank=layer.rank, alpha=alpha, adapter_dtype=dtype, **options)
     _copy(layer, new)
     if adapted:
-        new.strength = present.strength
+        new.strength, new._thawed = present.strength, present._thawed
         before = present.adapter_parameters()
         for key, parameter in new.adapter_parameters().items():
             parameter.requires_grad_(key not in before or before[key].requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,7 +97,7 @@ def combine_adapters(
     layers, report, given = {}, {}, []
     for name, parts in found.items():
         problem = _Problem(name, bases[name], [layer for _, layer in parts], common)
-        layers[name], report[name] = _combined(problem, parts, rank)
+        layers[name], report[name] = _combined(problem, parts, None if rank is None else int(rank))
         if common is not None and not any(layer.magnitude is not None for _, layer in parts):
             given.append(f"{name} is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)")
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
@@ -125,7 +126,8 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for adapter in adapters:
         if not isinstance(adapter, Adapter):
-            raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}")
+            hint = "; read_adapter(path) gives one" if isinstance(adapter, str | os.PathLike) else ""
+            raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}{hint}")
     if not adapters:
         raise ValueError("adapters: expected at least one, got none")
     if not any(adapter.layers for adapter in adapters):
@@ -137,9 +139,9 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
             raise TypeError(f"weights: expected numbers, got {type(weight).__name__}")
         if not math.isfinite(weight):
             raise ValueError(f"weights: expected finite numbers, got {weight}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, numbers.Integral)):
         raise TypeError(f"rank: expected an int or None, got {type(rank).__name__}")
-    if rank is not None and rank < 1:
+    if rank is not None and int(rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
 
 

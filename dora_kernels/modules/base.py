@@ -60,6 +60,7 @@ class AdaptedLayer(nn.Module):
     ) -> dict[str, Any]:
         """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
         _check_options(rank, alpha, dropout, backend, adapter_dtype)
+        rank = int(rank)
         weight = base_layer.weight
         if weight.dtype not in validation.DTYPES:
             raise TypeError(f"base_layer: expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
@@ -73,8 +74,9 @@ class AdaptedLayer(nn.Module):
         validation.check_scaling(self.scaling)
         self.backend = backend
         self._strength = 1.0
+        self._thawed = tuple(name for name, p in base_layer.named_parameters() if p.requires_grad)
         self.base_layer = base_layer.requires_grad_(False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(float(dropout))
         self._unmerged: Tensor | None = None
         self._register_state_dict_hook(_save_unmerged)
         if adapter_dtype is None:
@@ -218,6 +220,14 @@ class AdaptedLayer(nn.Module):
         self.base_layer.weight.copy_(self._unmerged)
         self._unmerged = None
 
+    def _release(self) -> nn.Module:
+        """The base layer as it is, merged or not, for good: what trained before it was adapted trains again."""
+        self._unmerged = None
+        base: nn.Module = self.base_layer
+        for name in self._thawed:
+            base.get_parameter(name).requires_grad_(True)
+        return base
+
     def _check_input(self, x: Tensor) -> None:
         """Before anything is computed; what the base layer checks itself needs no check here."""
 
@@ -351,15 +361,15 @@ def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str,
 
 
 def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dtype: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
-    if rank < 1:
+    if int(rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
         raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
         raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
-    if not 0.0 <= dropout < 1.0:
+    if not 0.0 <= float(dropout) < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     validation.check_backend(backend)
     if adapter_dtype is not None and adapter_dtype not in validation.DTYPES:

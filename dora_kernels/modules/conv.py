@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,18 +68,18 @@ class _DoRAConv(DoRALayer):
         check_dora_options(magnitude_axis, eps)
         super().__init__()
         base: Any = self.kind(*base_args, **base_options) if base_layer is None else base_layer
-        if isinstance(rank, int) and rank % base.groups:
+        if isinstance(rank, numbers.Integral) and int(rank) % base.groups:
             raise ValueError(f"rank: expected a multiple of the {base.groups} groups, got {rank}")
         factory = self._set_up(
             base, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, backend=backend,
             adapter_dtype=adapter_dtype,
         )  # fmt: skip
         self.lora_A = nn.utils.skip_init(
-            self.kind, base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
+            self.kind, base.in_channels, self.rank, base.kernel_size, base.stride, base.padding, base.dilation,
             padding_mode=base.padding_mode, bias=False, **factory,
         )  # fmt: skip
         factory_b = {**factory, "groups": base.groups, "bias": False}
-        self.lora_B = nn.utils.skip_init(self.kind, rank, base.out_channels, 1, **factory_b)
+        self.lora_B = nn.utils.skip_init(self.kind, self.rank, base.out_channels, 1, **factory_b)
         self._reset_factors()
         self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
         if self._confined:

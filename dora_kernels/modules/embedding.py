@@ -68,8 +68,8 @@ class DoRAEmbedding(DoRALayer):
             base_layer, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, backend=backend,
             adapter_dtype=adapter_dtype,
         )  # fmt: skip
-        self.lora_embedding_A = nn.Parameter(torch.empty(rank, base_layer.num_embeddings, **factory))
-        self.lora_embedding_B = nn.Parameter(torch.empty(base_layer.embedding_dim, rank, **factory))
+        self.lora_embedding_A = nn.Parameter(torch.empty(self.rank, base_layer.num_embeddings, **factory))
+        self.lora_embedding_B = nn.Parameter(torch.empty(base_layer.embedding_dim, self.rank, **factory))
         self._reset_factors()
         self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
 

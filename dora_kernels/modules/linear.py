@@ -66,8 +66,8 @@ class LoRALinear(AdaptedLayer):
         if base_layer is None:
             base_layer = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         factory = self._set_up(base_layer, rank=rank, **options)
-        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, rank, bias=False, **factory)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, out_features, bias=False, **factory)
+        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, self.rank, bias=False, **factory)
+        self.lora_B = nn.utils.skip_init(nn.Linear, self.rank, out_features, bias=False, **factory)
         self._reset_factors()
 
     @classmethod
