@@ -47,7 +47,7 @@ class AdapterLayer:
         return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
 
 
-@dataclass
+@dataclass(repr=False)
 class Adapter:
     """An adapter of a whole model, wherever it came from.
 
@@ -62,6 +62,16 @@ class Adapter:
     format: str = "model"
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Short; the tensors are in `layers`."""
+        ranks = sorted({layer.rank for layer in self.layers.values()})
+        kinds = sorted({f"DoRA along {layer.magnitude_axis!r}" if layer.magnitude is not None else "plain LoRA"
+                        for layer in self.layers.values()})  # fmt: skip
+        text = f"{len(self.layers)} layers"
+        if ranks:
+            text += f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        return f"<Adapter of {', '.join([text, *kinds])}, format {self.format!r}>"
 
 
 def problem_of(layer: AdapterLayer) -> str | None:
