@@ -268,20 +268,24 @@ def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> 
         return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before")
     if nn.utils.parametrize.is_parametrized(module):
         return ValueError("the layer is parametrized; remove the parametrization before")
-    weight: Any = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
+    if type(weight).__name__ == "DTensor":
+        return TypeError("the layer is sharded; adapt the model before")
     if _is_quantised(module, weight):
-        of = "" if weight is None else f", its weight {type(weight).__name__} of {weight.dtype}"
+        of = "" if weight is None else f", weight {type(weight).__name__}"
         return TypeError(f"the layer is quantised ({kind}{of}); PEFT adapts it, and dora_kernels.patch_peft runs that")
     if type(module) not in _KINDS and not is_conv1d(module):
         return TypeError(f"expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}")
     if not use_dora and kind_of(module, use_dora) is not LoRALinear:
         return TypeError(f"use_dora=False is for linear layers, got {kind}")
-    if "weight" not in module._parameters:
+    if weight is None:
         makers = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values()) or "something else"
         return ValueError(
             f"the weight is no parameter but made anew in each forward, by {makers} (nn.utils.weight_norm, "
             "spectral_norm, prune); remove that before"
         )
+    if weight.dtype not in validation.DTYPES:
+        return TypeError(f"expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
     if _hooked(module):
         return ValueError("the layer has hooks or a replaced forward, which would not run any more")
     if isinstance(parent, nn.TransformerEncoderLayer):
@@ -289,11 +293,11 @@ def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> 
     return None
 
 
-def _is_quantised(module: nn.Module, weight: Any) -> bool:
+def _is_quantised(module: nn.Module, weight: nn.Parameter | None) -> bool:
+    """By its library, or a tensor of a class of its own as weight."""
     if any(cls.__module__.partition(".")[0] in ("bitsandbytes", "hqq") for cls in type(module).__mro__):
         return True
-    parameter = module._parameters.get("weight")
-    return parameter is not None and (type(parameter) is not nn.Parameter or parameter.dtype not in validation.DTYPES)
+    return weight is not None and type(weight) is not nn.Parameter and not nn.parameter.is_lazy(weight)
 
 
 def _hooked(module: nn.Module) -> bool:

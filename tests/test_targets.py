@@ -36,25 +36,33 @@ def warned(call):
 
 
 def test_all_linear_leaves_out_what_it_cannot_adapt():
+    class Weight(nn.Parameter):
+        pass
+
+    foreign = nn.Linear(8, 8)
+    foreign.weight = Weight(torch.ones(8, 8))
     integers = nn.Linear(8, 8)
     integers.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
     hooked = nn.Linear(8, 8)
     hooked.register_forward_hook(lambda *_: None)
-    model = net(encoder=nn.TransformerEncoderLayer(8, 2, 8), own=MyLinear(8, 8), other=MyLinear(8, 8), packed=Packed(),
-                integers=integers, hooked=hooked, attention=nn.MultiheadAttention(8, 2))  # fmt: skip
+    model = net(encoder=nn.TransformerEncoderLayer(8, 2, 8), own=MyLinear(8, 8), other=MyLinear(8, 8),
+                packed=Packed(), lazy=nn.LazyLinear(8),
+                integers=integers, foreign=foreign, hooked=hooked, attention=nn.MultiheadAttention(8, 2))  # fmt: skip
     (text,) = warned(lambda: apply_dora(model, rank=2))
     assert list(adapted_layers(model)) == ["first"]
     for part in (
         "all-linear leaves out encoder.linear1, encoder.linear2: nn.TransformerEncoderLayer reads the weight itself",
         "; own, other: expected a plain nn.Linear, ",
         "; packed: expected a plain nn.Linear, ",
-        "; integers: the layer is quantised (torch.nn.modules.linear.Linear, its weight Parameter of torch.int8); PEFT "
-        "adapts it, and dora_kernels.patch_peft runs that",
+        "; lazy: expected a plain nn.Linear, ",
+        "; integers: expected float32, bfloat16, float16 or float64 as weight, got torch.int8",
+        "; foreign: the layer is quantised (torch.nn.modules.linear.Linear, weight Weight); PEFT adapts it, and "
+        "dora_kernels.patch_peft runs that",
         "; hooked: the layer has hooks or a replaced forward",
     ):
         assert part in text
     assert "out_proj" not in text
-    named = ["encoder.linear1", "own", "other", "packed", "integers", "hooked"]
+    named = ["encoder.linear1", "own", "other", "packed", "integers", "foreign", "hooked", "lazy"]
     for name in named:
         with pytest.raises((TypeError, ValueError), match=rf"{name}: .*; leave it out with exclude_modules=\['{name}"):
             apply_dora(model, [name])

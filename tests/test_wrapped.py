@@ -118,3 +118,16 @@ def test_a_layer_that_is_compiled_itself():
     model[0] = compiled(model[0])
     assert list(adapted_layers(model)) == NAMES
     torch.testing.assert_close(merge_all(model)(X), y)
+
+
+def test_a_sharded_model(group):
+    """FSDP2 keeps parts of weights, of which no norm can start."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"0: the layer is sharded; adapt the model before"):
+        apply_dora(model, ["0"])
+    with pytest.raises(ValueError, match=r"'all-linear' finds no layer .*: 0: the layer is sharded"):
+        apply_dora(model)
