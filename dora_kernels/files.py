@@ -49,6 +49,7 @@ def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True)
         FileNotFoundError: there is no such file.
         ValueError: it is no safetensors file, is shorter than its header says, or longer.
     """
+    _check_installed()
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -59,6 +60,14 @@ def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True)
     except (SafetensorError, OSError, OverflowError, RuntimeError, AttributeError) as error:
         # the last three: sizes and dtypes that torch has not
         raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from error
+
+
+def _check_installed() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        text = "adapter files need safetensors: pip install 'dora-kernels[files]'"
+        raise ModuleNotFoundError(text, name="safetensors") from error
 
 
 def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
@@ -72,6 +81,7 @@ def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, in place: call it with a name that `replacing` gives."""
+    _check_installed()
     from safetensors.torch import save_file
 
     # a clone of what shares memory, which the format cannot hold

@@ -63,6 +63,16 @@ def test_attach_and_extract(axis):
     assert extract(model).layers[EVERY[0]].lora_A.any()  # a copy
 
 
+def test_repr_is_short():
+    adapter = adapter_for(Model(), LINEAR[:2], rank=4)
+    assert repr(adapter) == "<Adapter of 2 layers, rank 4, DoRA along 'out', format 'model'>"
+    mixed = {"other": adapter_for(Model(), LINEAR[2:3], rank=2, plain=True).layers[LINEAR[2]], **adapter.layers}
+    assert repr(Adapter(mixed, "peft")) == (
+        "<Adapter of 3 layers, rank 2 to 4, DoRA along 'out', plain LoRA, format 'peft'>"
+    )
+    assert repr(Adapter({})) == "<Adapter of 0 layers, format 'model'>"
+
+
 def test_adapted_layers_take_the_values():
     """In place where rank, axis and eps are the same, so that optimizers keep their parameters; anew otherwise."""
     model = Model()
@@ -245,7 +255,7 @@ def test_merged_layers_and_strengths_are_refused():
     assert_unchanged(model, before)
     layer.unmerge()
     layer.strength = 0.5
-    with pytest.raises(ValueError, match="lm_head has strength 0.5"):
+    with pytest.raises(ValueError, match=r"lm_head has strength 0\.5, .* with_strength\(model, adapter, 0\.5\)"):
         extract(model)
 
 

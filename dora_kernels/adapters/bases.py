@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.layers import AdapterLayer
 from dora_kernels.modules import AdaptedLayer
+from dora_kernels.targets import named_modules
 
 _CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
@@ -83,7 +84,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by name, an adapted layer's base layer under the layer's own name; a shared one under each of its."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if inside and name.startswith(inside):
             continue
         if isinstance(module, AdaptedLayer):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.adapters.layers import AdapterLayer, problem_of
+from dora_kernels.modules.conv import KEPT
 
 SMALL_EPS = 1e-6
 """An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
@@ -63,10 +64,10 @@ class Writing:
                 raise self.refuse(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
             if layer.magnitude is not None and layer.magnitude_axis not in axes[layer.kind]:
                 has = " or ".join(map(repr, axes[layer.kind]))
-                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for a "
-                                        f"{layer.kind}, and no factors turn one into the other")  # fmt: skip
+                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for "
+                                        f"{layer.kind} layers, and no factors turn one into the other")  # fmt: skip
             if layer.grouped and not (grouped and layer.magnitude is None):
-                raise self.refuse(name, "a convolution with groups has another low-rank product or norm there")
+                raise self.refuse(name, f"a convolution with groups has another low-rank product or norm there; {KEPT}")
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         if without and len(without) < len(layers):
             raise self.refuse(without[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from dora_kernels.rounding import is_coarse, stochastic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 _OPTIONS = frozenset({
@@ -53,7 +56,7 @@ class AdaptedLayer(nn.Module):
 
     def _set_up(
         self,
-        base_layer: nn.Module,
+        base_layer: Any,
         *,
         rank: int,
         alpha: float | None = None,
@@ -64,7 +67,13 @@ class AdaptedLayer(nn.Module):
     ) -> dict[str, Any]:
         """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
         validation.check_options(rank, alpha, dropout, backend, adapter_dtype)
+        rank = int(rank)
         self._check_base(base_layer, rank)
+        weight: Any = base_layer.weight
+        if weight.dtype not in validation.DTYPES:
+            raise TypeError(f"base_layer: expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
+        if not weight.is_meta and not bool(weight.detach().isfinite().all()):
+            raise ValueError("base_layer: its weight has values that are not finite")
         divisor = math.sqrt(rank) if use_rslora else rank
         self.rank = rank
         self.alpha = float(divisor if alpha is None else alpha)
@@ -73,11 +82,11 @@ class AdaptedLayer(nn.Module):
         validation.check_scaling(self.scaling)
         self.backend = backend
         self._strength = 1.0
+        self._thawed = tuple(name for name, p in base_layer.named_parameters() if p.requires_grad)
         self.base_layer = base_layer.requires_grad_(False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(float(dropout))
         self._unmerged: Tensor | None = None
         self._register_state_dict_hook(_save_unmerged)
-        weight = self.base_layer.weight
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
         return {"device": weight.device, "dtype": adapter_dtype}
@@ -111,7 +120,8 @@ class AdaptedLayer(nn.Module):
 
         Raises:
             TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
-            ValueError: an option out of range, or a base layer with settings that cannot be adapted.
+            ValueError: an option out of range, or a base layer with settings that cannot be adapted, or values that are
+                not finite.
         """
         if type(base) is not cls.kind:
             raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
@@ -161,7 +171,17 @@ class AdaptedLayer(nn.Module):
 
     def _merge_refusal(self) -> str | None:
         """Why the base layer's weight cannot hold the adapter; None where it can."""
+        for name, parameter in self.adapter_parameters().items():
+            if parameter.is_meta:
+                return f"its {name} is on the meta device, without values"
+            if not bool(parameter.detach().isfinite().all()):
+                return f"its {name} has values that are not finite"
         return None
+
+    @property
+    def _confined(self) -> bool:
+        """Whether no plain layer and no file can hold the adapter."""
+        return False
 
     def _merge_arguments(self) -> dict[str, Any]:
         """What `merge_dora` is told beside the problem."""
@@ -216,7 +236,8 @@ class AdaptedLayer(nn.Module):
             rounding, seed: as `merge_dora`.
 
         Raises:
-            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups).
+            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups), or a value of
+                the adapter is not finite.
         """
         if self.merged:
             warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
@@ -241,6 +262,13 @@ class AdaptedLayer(nn.Module):
     def _drops(self) -> bool:
         """Whether dropout is active."""
         return self.training and self.dropout.p > 0.0
+    def _release(self) -> nn.Module:
+        """The base layer as it is, merged or not, for good: what trained before it was adapted trains again."""
+        self._unmerged = None
+        base: nn.Module = self.base_layer
+        for name in self._thawed:
+            base.get_parameter(name).requires_grad_(True)
+        return base
 
     def _check_input(self, x: Tensor) -> None:
         """Before anything is computed; what the base layer checks itself needs no check here."""
@@ -359,6 +387,20 @@ class DoRALayer(AdaptedLayer):
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, magnitude_axis={self.magnitude_axis!r}, detach_norm={self.detach_norm}"
         return f"{text}, eps={self.eps:g}" if self.eps else text
+
+
+def showing(*names: str) -> Callable[[type[T]], type[T]]:
+    """A class with properties that are its base layer's, for models that read them, as a convolution's stride."""
+
+    def shown(name: str) -> property:
+        return property(lambda layer: getattr(layer.base_layer, name), doc="The base layer's.")
+
+    def decorate(cls: type[T]) -> type[T]:
+        for name in names:
+            setattr(cls, name, shown(name))
+        return cls
+
+    return decorate
 
 
 def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

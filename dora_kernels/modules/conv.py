@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 
 from dora_kernels import convolution
 from dora_kernels.functional import dora_weight_norm, layer_divisor, layer_scale
-from dora_kernels.modules.base import DoRALayer
+from dora_kernels.modules.base import DoRALayer, showing
+
+KEPT = "extract and attach keep it, and safetensors.torch.save_file(dora_state_dict(model), ...)"
+CONFINED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT}"
 
 
+@showing("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 class _DoRAConv(DoRALayer):
     """``y = conv(x, g * V) + bias``, ``V = weight + scaling * lora_B @ lora_A``, ``g = magnitude / (||V|| + eps)``.
 
@@ -20,7 +25,8 @@ class _DoRAConv(DoRALayer):
     `rank`, lora_B one of kernel 1; their shapes are PEFT's, ``[rank, in_channels, *kernel]`` and
     ``[out_channels, rank / groups, 1, ...]``. (PEFT's A has no dilation, and pads with zeros whatever the mode.)
     The norm is the exact one of what the layer computes also with groups, where PEFT's is not; no grouped weight can
-    hold that, so a layer with groups cannot be merged. Dropout is applied to the low-rank branch only.
+    hold that, so a layer with groups can be neither merged nor written into a file, and warns so. Dropout is applied to
+    the low-rank branch only.
 
     Args:
         *base_args, **options: of the `torch.nn` convolution, beside the following.
@@ -44,12 +50,14 @@ class _DoRAConv(DoRALayer):
         factory = self._set_up(base_layer, rank=rank, **options)
         base = self.base_layer
         self.lora_A = nn.utils.skip_init(
-            self.kind, base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
+            self.kind, base.in_channels, self.rank, base.kernel_size, base.stride, base.padding, base.dilation,
             padding_mode=base.padding_mode, bias=False, **factory,
         )  # fmt: skip
         factory_b = {**factory, "groups": base.groups, "bias": False}
-        self.lora_B = nn.utils.skip_init(self.kind, rank, base.out_channels, 1, **factory_b)
+        self.lora_B = nn.utils.skip_init(self.kind, self.rank, base.out_channels, 1, **factory_b)
         self._start()
+        if self._confined:
+            warnings.warn(f"groups: {CONFINED}", stacklevel=2)
 
     def _check_base(self, base_layer: Any, rank: int) -> None:
         super()._check_base(base_layer, rank)
@@ -137,10 +145,15 @@ class _DoRAConv(DoRALayer):
         bias = None if base.bias is None else self._per_channel(base.bias)
         return convolution.compose(result, low, g, bias, self.scaling).to(result.dtype)
 
+    @property
+    def _confined(self) -> bool:
+        groups: int = self.base_layer.groups
+        return groups > 1
+
     def _merge_refusal(self) -> str | None:
-        if self.base_layer.groups > 1:
-            return "its update reads all channels, and no weight of a convolution with groups can hold that"
-        return None
+        if self._confined:
+            return f"its update reads all channels, which no weight of a convolution with groups can hold; {KEPT}"
+        return super()._merge_refusal()
 
     def _merge_arguments(self) -> dict[str, Any]:
         """Along "in" a column of the problem has the scale of its channel, whatever its own norm."""

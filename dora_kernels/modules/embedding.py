@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.functional import layer_divisor, layer_scale, run_compose
-from dora_kernels.modules.base import DoRALayer
+from dora_kernels.modules.base import DoRALayer, showing
 from dora_kernels.norm_cache import with_eps
 from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
 
 
+@showing("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 class DoRAEmbedding(DoRALayer):
     """``y = g * (E[x] + scaling * A[:, x].T @ B.T)``: the rows of an adapted table, as PEFT's DoRA on `nn.Embedding`.
 
@@ -46,8 +47,8 @@ class DoRAEmbedding(DoRALayer):
         base_layer, options = self._base_and_options(base_layer, base_args, options)
         factory = self._set_up(base_layer, rank=rank, **options)
         base = self.base_layer
-        self.lora_embedding_A = nn.Parameter(torch.empty(rank, base.num_embeddings, **factory))
-        self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, rank, **factory))
+        self.lora_embedding_A = nn.Parameter(torch.empty(self.rank, base.num_embeddings, **factory))
+        self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, self.rank, **factory))
         self._start()
 
     def _check_base(self, base_layer: Any, rank: int) -> None:

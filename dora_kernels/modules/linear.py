@@ -49,7 +49,7 @@ class LoRALinear(AdaptedLayer):
         adapter_dtype: of the adapter; None takes float32 under a 16-bit base layer, as PEFT does, else `dtype`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError, ValueError: an argument of the wrong type or out of range; a weight of `base_layer` not finite.
     """
 
     kind = nn.Linear
@@ -74,8 +74,8 @@ class LoRALinear(AdaptedLayer):
         factory = self._set_up(base_layer, rank=rank, **options)
         self._transposed = not isinstance(base_layer, nn.Linear)
         out_features, in_features = self._weight().shape
-        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, rank, bias=False, **factory)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, out_features, bias=False, **factory)
+        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, self.rank, bias=False, **factory)
+        self.lora_B = nn.utils.skip_init(nn.Linear, self.rank, out_features, bias=False, **factory)
         self._start()
 
     def _check_base(self, base_layer: Any, rank: int) -> None:
