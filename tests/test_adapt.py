@@ -234,7 +234,7 @@ def moved_copy(dtype):
 
 def test_merging_refuses_groups():
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=groups) for groups in (1, 2, 2)))
-    kept = r"extract and attach keep it, and torch\.save\(dora_state_dict\(model\), \.\.\.\)"
+    kept = r"extract and attach keep it, and safetensors\.torch\.save_file\(dora_state_dict\(model\), \.\.\.\)"
     with pytest.warns(UserWarning) as warned:
         apply_dora(model, ["0", "1", "2"], rank=2)
     (warning,) = warned
@@ -357,7 +357,7 @@ REFUSED = [
     (None, {"exclude_modules": "["}, ValueError, r"exclude_modules: '\[' is no regular expression"),
     (None, {"rank_pattern": {"*": 2}}, ValueError, r"rank_pattern: '\*' is no regular expression: nothing to repeat"),
     (None, {"alpha_pattern": ["2"]}, TypeError, r"alpha_pattern: expected a mapping of regular .*, got \['2'\]"),
-    (None, {"adapter_dtype": "bfloat16"}, TypeError, "adapter_dtype: expected a floating-point .* got 'bfloat16'"),
+    (None, {"adapter_dtype": "bfloat16"}, TypeError, "adapter_dtype: expected float32, .* got 'bfloat16'"),
     (None, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype: expected .* got torch.int8"),
     (None, {"exclude_modules": ["0", "2", "again"]}, ValueError, "exclude_modules: .* leaves out all that target"),
     (None, {"rank_pattern": {"2": 0}}, ValueError, r"block\.2: rank: expected at least 1, got 0"),
