@@ -123,11 +123,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """First derivatives that can be differentiated again (``create_graph=True``): the reference's own."""
     x, weight, lora_A, lora_B, magnitude, bias, _, divisor, _, _ = ctx.saved_tensors
     scaling, magnitude_axis, detach_norm, backend, named, eps = ctx.settings
-    if named:
-        raise UnsupportedError(
-            f"backend={backend!r} has no second derivative, and create_graph=True asks for one; "
-            "use backend='reference', or 'auto', which takes the reference there"
-        )
+    _check_second(backend, named)
     warn_once("create_graph=True: the gradients of dora_linear are taken from the dense reference, which is slow")
     norm = None
     if divisor is not None:
@@ -140,6 +136,15 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         )
 
     return _gradients([x, weight, lora_A, lora_B, magnitude, bias], ctx.needs_input_grad, layer, dy)
+
+
+def _check_second(backend: str, named: bool) -> None:
+    """Whether gradients that can be differentiated again may be the reference's."""
+    if named:
+        raise UnsupportedError(
+            f"backend={backend!r} has no second derivative, and create_graph=True asks for one; "
+            "use backend='reference', or 'auto', which takes the reference there"
+        )
 
 
 def _gradients(
@@ -156,7 +161,12 @@ def _gradients(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, divisor: Tensor, settings: tuple[float, str]
+        ctx: Any,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        divisor: Tensor,
+        settings: tuple[float, str, str, bool],
     ) -> Tensor:
         ctx.settings = settings
         ctx.save_for_backward(weight, lora_A, lora_B, divisor)
@@ -165,10 +175,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_norm: Tensor) -> tuple[Tensor | None, ...]:
         weight, lora_A, lora_B, divisor = ctx.saved_tensors
-        scaling, magnitude_axis = ctx.settings
+        scaling, magnitude_axis, backend, named = ctx.settings
         needed = ctx.needs_input_grad[:3]
         linear.note_backward(any(needed))
         if torch.is_grad_enabled():
+            _check_second(backend, named)
+
             def dense(*tensors: Any) -> Tensor:
                 weight, lora_A, lora_B = tensors
                 return reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
@@ -186,11 +198,18 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, divisor: Tensor, scaling: float, magnitude_axis: str
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    divisor: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    named: bool,
 ) -> Tensor:
     """The norm, computed already and infinite where it is 0, as a function of the weight, A and B."""
     return divisor if not torch.is_grad_enabled() else _Norm.apply(
-        weight, lora_A, lora_B, divisor, (scaling, magnitude_axis)
+        weight, lora_A, lora_B, divisor, (scaling, magnitude_axis, backend, named)
     )
 
 
@@ -204,9 +223,9 @@ class _Compose(torch.autograd.Function):
         magnitude: Tensor,
         bias: Tensor | None,
         divisor: Tensor,
-        settings: tuple[float, str],
+        settings: tuple[float, str, bool],
     ) -> Tensor:
-        scaling, backend = ctx.settings = settings
+        scaling, backend, _ = ctx.settings = settings
         g = quotient(magnitude, divisor, result)
         with no_autocast(result.device):
             y, base = linear.compose(
@@ -218,7 +237,7 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, lora_B, magnitude, bias, g, divisor, base = ctx.saved_tensors
-        scaling, backend = ctx.settings
+        scaling, backend, _ = ctx.settings
         need_result, need_h, need_b, _, need_bias, _, _ = ctx.needs_input_grad
         linear.note_backward(need_h or need_b)
         if torch.is_grad_enabled():
@@ -249,10 +268,11 @@ def compose(
     divisor: Tensor,
     scaling: float,
     backend: str,
+    named: bool,
 ) -> Tensor:
     """``g * (result - bias + s h Bᵀ) + bias`` for ``result [..., N]`` and ``h [..., r]``, whose dtype may be wider."""
     if torch.is_grad_enabled():
-        return _Compose.apply(result, h, lora_B, magnitude, bias, divisor, (scaling, backend))
+        return _Compose.apply(result, h, lora_B, magnitude, bias, divisor, (scaling, backend, named))
     with no_autocast(result.device):
         y, _ = linear.compose(_rows(result), _rows(h), lora_B, magnitude, bias, scaling, False, backend, divisor)
     return _unflat(y, result)
@@ -261,7 +281,8 @@ def compose(
 def _differentiable_compose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """As `_differentiable_backward`, where the base result is a constant: what is kept of it has no history."""
     h, lora_B, magnitude, bias, _, divisor, base = ctx.saved_tensors
-    scaling, backend = ctx.settings
+    scaling, backend, named = ctx.settings
+    _check_second(backend, named)
     if ctx.needs_input_grad[0]:
         raise UnsupportedError(
             "create_graph=True: a DoRA layer whose product another module makes has no second derivative"

@@ -65,8 +65,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if single.is_file():
             return {_SINGLE: list(files.read_tensors(single))}
         if not index.is_file():
-            pickles = sorted(file.name for file in self.folder.iterdir() if file.suffix in files.PICKLES)
-            hint = f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
+            hint = files.pickle_hint(self.folder)
             raise FileNotFoundError(f"{self.folder}: neither {_SINGLE} nor {_INDEX} in it{hint}")
         places = files.read_json(index, "index of shards").get("weight_map")
         if not isinstance(places, dict) or not places:

@@ -25,6 +25,12 @@ def as_path(path: Any) -> Path:
     return Path(path)
 
 
+def pickle_hint(folder: Path) -> str:
+    """The rest of a sentence that misses a safetensors file in `folder`: what to do with a pickle there, or nothing."""
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    return f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
+
+
 def read_json(file: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file; ValueError, calling the file no `what`, for anything else."""
     try:
@@ -43,6 +49,7 @@ def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True)
         FileNotFoundError: there is no such file.
         ValueError: it is no safetensors file, is shorter than its header says, or longer.
     """
+    _check_installed()
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -53,6 +60,14 @@ def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True)
     except (SafetensorError, OSError, OverflowError, RuntimeError, AttributeError) as error:
         # the last three: sizes and dtypes that torch has not
         raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from error
+
+
+def _check_installed() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        text = "adapter files need safetensors: pip install 'dora-kernels[files]'"
+        raise ModuleNotFoundError(text, name="safetensors") from error
 
 
 def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
@@ -66,6 +81,7 @@ def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, in place: call it with a name that `replacing` gives."""
+    _check_installed()
     from safetensors.torch import save_file
 
     # a clone of what shares memory, which the format cannot hold
@@ -75,7 +91,8 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 def save_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, in place: call it with a name that `replacing` gives."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def settle(written: Iterable[Path]) -> None:

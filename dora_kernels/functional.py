@@ -131,7 +131,7 @@ def run_compose(
     h = cast(h, low_rank_dtype(result, h))
     if chosen == "reference" or torch.compiler.is_compiling():  # the compiler fuses plain operations
         return reference.compose(result, h, lora_B, magnitude, divisor("torch"), bias, scaling)
-    return autograd.compose(result, h, lora_B, magnitude, bias, divisor(chosen), scaling, chosen)
+    return autograd.compose(result, h, lora_B, magnitude, bias, divisor(chosen), scaling, chosen, backend != "auto")
 
 
 def layer_scale(
@@ -176,7 +176,7 @@ def layer_divisor(
     if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
         dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
         return safe_divisor(dense.detach() if detach_norm else dense)
-    if norm is not None and not detach_norm:
+    if norm is not None and not detach_norm and torch.is_grad_enabled():
         return safe_divisor(norm())
     if compiling or cache is None or chosen == "reference":
         divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
@@ -184,7 +184,9 @@ def layer_divisor(
         if torch.is_grad_enabled():
             cache.unheard = True  # autograd runs the backward here and will not say when
         divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
-    return divisor if detach_norm else autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis)
+    if detach_norm:
+        return divisor
+    return autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis, chosen, backend != "auto")
 
 
 def dora_weight_norm(

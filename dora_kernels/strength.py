@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
 from torch import nn
 
-from dora_kernels.modules import AdaptedLayer
+from dora_kernels import validation
+from dora_kernels.adapt import adapted_layers
 
 
 def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
@@ -32,11 +32,8 @@ def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength: expected a finite number, got {strength}")
-    own = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
+    validation.check_strength(strength)
+    own = adapted_layers(model)
     patched = _patched(model)
     if not own and not patched:
         raise ValueError("model: no patched DoRA layers; call dora_kernels.patch_peft(model) first, or apply_dora")

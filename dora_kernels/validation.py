@@ -14,7 +14,7 @@ from dora_kernels.backends import BACKENDS
 AXES = ("out", "in")
 ROUNDINGS = ("nearest", "stochastic")
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_layer(
@@ -106,6 +106,31 @@ def check_scaling(scaling: Any) -> None:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 
+def check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dtype: Any) -> None:
+    """What every adapted layer is made with."""
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
+        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
+    if int(rank) < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
+    if not 0.0 <= float(dropout) < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_backend(backend)
+    if adapter_dtype is not None and adapter_dtype not in DTYPES:
+        raise TypeError(f"adapter_dtype: expected float32, bfloat16, float16 or float64, got {adapter_dtype!r}")
+
+
+def check_strength(strength: Any) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
+        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
+    value: Any = strength
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"strength: expected a finite number, got {strength}")
+
+
 def check_eps(eps: Any) -> None:
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
@@ -136,7 +161,7 @@ def check_rounding(rounding: Any, seed: Any) -> None:
 def _check_tensor(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
+    if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from helpers import bf16, f32, f64
 from torch import nn
 
@@ -18,7 +20,9 @@ from dora_kernels import (
     LoRALinear,
     adapted_layers,
     apply_dora,
+    attach,
     dora_state_dict,
+    extract,
     mark_only_dora_trainable,
     merge_all,
     remove_dora,
@@ -99,7 +103,7 @@ def test_targets(targets, excluded, names):
     model = Net()
     before = snapshot(model)
     if names is None:
-        with pytest.raises(ValueError, match="target_modules: 'block' names no layer of the model; it has embedding, "):
+        with pytest.raises(ValueError, match="exclude_modules: 'block' leaves out all that target_modules='block'"):
             apply_dora(model, targets, exclude_modules=excluded)
         assert unchanged(model, before)
         return
@@ -229,10 +233,15 @@ def moved_copy(dtype):
 
 
 def test_merging_refuses_groups():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2))
-    apply_dora(model, ["0", "1"], rank=2)
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=groups) for groups in (1, 2, 2)))
+    kept = r"extract and attach keep it, and torch\.save\(dora_state_dict\(model\), \.\.\.\)"
+    with pytest.warns(UserWarning) as warned:
+        apply_dora(model, ["0", "1", "2"], rank=2)
+    (warning,) = warned
+    assert re.fullmatch(rf"1, 2: .* groups can be neither merged nor written into a file; {kept}", str(warning.message))
+    assert warning.filename == __file__
     weight = model[0].base_layer.weight.clone()
-    with pytest.raises(ValueError, match="1: the layer cannot be merged: its update reads all channels"):
+    with pytest.raises(ValueError, match=rf"1: the layer cannot be merged: its update reads all channels.*{kept}"):
         merge_all(model)
     assert type(model[0]) is DoRAConv2d and torch.equal(model[0].base_layer.weight, weight)
 
@@ -265,6 +274,26 @@ def test_what_trains_and_is_counted():
         mark_only_dora_trainable(Net())
 
 
+@pytest.mark.parametrize("end", [remove_dora, merge_all])
+def test_what_trained_trains_again(end):
+    """Of the base layers, also through `attach`; what else was frozen is the caller's."""
+    model = Net()
+    model.block[2].bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    apply_dora(model, ["conv", "0", "2"], rank=4)
+    other = Net()
+    apply_dora(other, ["conv", "0", "2"], rank=2)
+    attach(model, extract(other))
+    end(copy.deepcopy(model))
+    end(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    apply_dora(model, ["conv", "0", "2"], rank=2)
+    mark_only_dora_trainable(model)
+    end(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["conv.weight", "conv.bias", "block.0.weight", "block.0.bias", "block.2.weight"]
+
+
 def test_state_dict_round_trip():
     models = [moved_copy(f32), Net()]
     apply_dora(models[1], ["conv", "0", "2"], rank=2)
@@ -291,8 +320,8 @@ def parametrized(model):
     nn.utils.parametrizations.weight_norm(model.block[2])
 
 
-def quantised(model):
-    model.block[2] = type("Linear4bit", (nn.Linear,), {})(8, 8)
+def derived(model):
+    model.block[2] = type("MyLinear", (nn.Linear,), {})(8, 8)
 
 
 def integers(model):
@@ -300,17 +329,37 @@ def integers(model):
     model.block[2].forward = lambda x: x
 
 
+def fp8(model):
+    model.block[2].weight = nn.Parameter(torch.ones(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    model.block[2].forward = lambda x: x
+
+
+def pruned(model):
+    nn.utils.prune.l1_unstructured(model.block[2], "weight", 0.3)
+
+
+NAMED = {"target_modules": ["0", "2"]}
+LEAVE = r"; leave it out with exclude_modules=\['block\.2'\]"
 REFUSED = [
-    (hooked, {}, ValueError, r"block\.2: the layer has hooks or a replaced forward"),
-    (wrapped, {}, ValueError, r"block\.2: the layer has hooks or a replaced forward"),
-    (parametrized, {}, ValueError, r"block\.2: the layer is parametrized"),
-    (quantised, {}, TypeError, r"block\.2: expected a plain nn\.Linear, .* got .*Linear4bit; leave it out"),
-    (integers, {}, TypeError, r"block\.2: expected a floating-point parameter as weight, .*int8"),
+    (hooked, NAMED, ValueError, rf"block\.2: the layer has hooks or a replaced forward.*{LEAVE}"),
+    (wrapped, NAMED, ValueError, rf"block\.2: the layer has hooks or a replaced forward.*{LEAVE}"),
+    (parametrized, NAMED, ValueError, rf"block\.2: the layer is parametrized.*{LEAVE}"),
+    (derived, NAMED, TypeError, rf"block\.2: expected a plain nn\.Linear, .* got .*MyLinear{LEAVE}"),
+    (integers, NAMED, TypeError, rf"block\.2: expected float32, .* as weight, got torch.int8{LEAVE}"),
+    (fp8, NAMED, TypeError, rf"block\.2: expected float32, .* as weight, got torch.float8_e4m3fn{LEAVE}"),
+    (pruned, NAMED, ValueError, rf"block\.2: the weight is .* made anew in each forward, by L1Unstructured .*{LEAVE}"),
     (None, {"target_modules": ["0", "norm"]}, TypeError, "norm: expected a plain .* got .*LayerNorm"),
     (None, {"target_modules": ".*"}, TypeError, "block: expected a plain .* got .*Sequential"),
     (None, {"target_modules": ["0", "conv"], "use_dora": False}, TypeError, "conv: use_dora=False is for linear"),
     (None, {"target_modules": 3}, TypeError, "target_modules: expected a regular expression or names, got 3"),
     (None, {"target_modules": ["nothing"]}, ValueError, r"target_modules: \['nothing'\] names no layer"),
+    (None, {"target_modules": "(0"}, ValueError, r"target_modules: '\(0' is no regular expression: missing \)"),
+    (None, {"exclude_modules": "["}, ValueError, r"exclude_modules: '\[' is no regular expression"),
+    (None, {"rank_pattern": {"*": 2}}, ValueError, r"rank_pattern: '\*' is no regular expression: nothing to repeat"),
+    (None, {"alpha_pattern": ["2"]}, TypeError, r"alpha_pattern: expected a mapping of regular .*, got \['2'\]"),
+    (None, {"adapter_dtype": "bfloat16"}, TypeError, "adapter_dtype: expected a floating-point .* got 'bfloat16'"),
+    (None, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype: expected .* got torch.int8"),
+    (None, {"exclude_modules": ["0", "2", "again"]}, ValueError, "exclude_modules: .* leaves out all that target"),
     (None, {"rank_pattern": {"2": 0}}, ValueError, r"block\.2: rank: expected at least 1, got 0"),
     (None, {"alpha_pattern": {"2": "x"}}, TypeError, r"block\.2: alpha: expected a number, got str"),
     (None, {"magnitude_axis": "rows"}, ValueError, "magnitude_axis: expected 'out' or 'in'"),
@@ -346,8 +395,11 @@ def test_attention_and_encoder_layers():
     with pytest.raises(TypeError, match=r"attention\.out_proj: expected a plain .*NonDynamicallyQuantizableLinear"):
         apply_dora(attention, ["out_proj"])
     assert apply_dora(attention) == ["out"]
+    encoder = nn.TransformerEncoderLayer(8, 2)
     with pytest.raises(TypeError, match=r"linear1: nn\.TransformerEncoderLayer reads the weight itself"):
-        apply_dora(nn.TransformerEncoderLayer(8, 2))
+        apply_dora(encoder, ["linear1"])
+    with pytest.raises(ValueError, match=r"'all-linear' finds no layer .*: linear1, linear2: nn\.TransformerEncoder"):
+        apply_dora(encoder)
 
 
 def test_no_model():

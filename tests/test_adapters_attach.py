@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from adapter_models import EPS32, Model, adapted64, adapter_for, assert_same_function, linear_problem
 from torch import nn
 
-from dora_kernels import DoRALinear, LoRALinear, apply_dora, attach, extract, load_adapter, save_adapter
-from dora_kernels.adapters import Adapter
+from dora_kernels import DoRALinear, LoRALinear, apply_dora, attach, extract, load_adapter, read_adapter, save_adapter
+from dora_kernels.adapters import Adapter, combine_adapters
 
 pytest.importorskip("safetensors")
 
@@ -60,6 +61,16 @@ def test_attach_and_extract(axis):
             assert torch.equal(getattr(layer, part), getattr(sent, part))
     back.layers[EVERY[0]].lora_A.zero_()
     assert extract(model).layers[EVERY[0]].lora_A.any()  # a copy
+
+
+def test_repr_is_short():
+    adapter = adapter_for(Model(), LINEAR[:2], rank=4)
+    assert repr(adapter) == "<Adapter of 2 layers, rank 4, DoRA along 'out', format 'model'>"
+    mixed = {"other": adapter_for(Model(), LINEAR[2:3], rank=2, plain=True).layers[LINEAR[2]], **adapter.layers}
+    assert repr(Adapter(mixed, "peft")) == (
+        "<Adapter of 3 layers, rank 2 to 4, DoRA along 'out', plain LoRA, format 'peft'>"
+    )
+    assert repr(Adapter({})) == "<Adapter of 0 layers, format 'model'>"
 
 
 def test_adapted_layers_take_the_values():
@@ -193,6 +204,45 @@ def test_a_failure_leaves_the_model_unchanged(what, already):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("already", [False, True])
+@pytest.mark.parametrize("file, model", [(1, 3), (3, 1), (1, (1, 3))])
+def test_kernels_are_not_broadcast(tmp_path, file, model, already):
+    """The linear layer before it is not changed either."""
+
+    def net(kernel):
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, kernel)})
+
+    adapter = adapter_for(net(file), ["a", "conv"])
+    save_adapter(adapter, tmp_path)
+    base = net(model)
+    if already:
+        attach(base, adapter_for(base, ["a", "conv"]))
+    before = state(base)
+    expected = re.escape(f"kernel {[file] * 2}, the model's is a conv2d with 4 and 6 and the kernel ")
+    for failing in (lambda: attach(base, adapter), lambda: load_adapter(tmp_path, base),
+                    lambda: read_adapter(tmp_path, base.state_dict() if not already else base),
+                    lambda: combine_adapters(base, [adapter], [1.0])):  # fmt: skip
+        with pytest.raises(ValueError, match=expected):
+            failing()
+        assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_groups_are_not_broadcast(already):
+    """A file of a convolution without groups, for one that has as many as the rank: B would be broadcast."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3, groups=2)})
+    if already:
+        attach(model, adapter_for(model, ["a", "conv"], rank=2))
+    for source, target in ((1, 2), (2, 1)):
+        other = nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3, groups=source)})
+        base = model if target == 2 else nn.ModuleDict({"a": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3)})
+        adapter, before = adapter_for(other, ["a", "conv"], rank=2), state(base)
+        with pytest.raises(ValueError, match=r"adapter: conv: lora_B .*: expected \[6, [12], 1, 1\]"):
+            attach(base, adapter)
+        assert_unchanged(base, before)
+
+
 def test_merged_layers_and_strengths_are_refused():
     model = Model()
     adapter = adapter_for(model, LINEAR)
@@ -205,8 +255,20 @@ def test_merged_layers_and_strengths_are_refused():
     assert_unchanged(model, before)
     layer.unmerge()
     layer.strength = 0.5
-    with pytest.raises(ValueError, match="lm_head has strength 0.5"):
+    with pytest.raises(ValueError, match=r"lm_head has strength 0\.5, .* with_strength\(model, adapter, 0\.5\)"):
         extract(model)
+
+
+@pytest.mark.parametrize("name, kind", [("layers.1.conv", "conv1d"), ("embed_tokens", "embedding")])
+def test_plain_lora_of_other_layers(tmp_path, name, kind):
+    """Read and written, not attached."""
+    model, adapter = Model(), adapter_for(Model(), [LINEAR[0], name], plain=True)
+    save_adapter(adapter, tmp_path)
+    assert_same_function(model, read_adapter(tmp_path, model), adapter, 0.0)
+    before = state(model)
+    with pytest.raises(TypeError, match=f"adapter: {name}: plain LoRA of a {kind} cannot be attached: without magn"):
+        load_adapter(tmp_path, model)
+    assert_unchanged(model, before)
 
 
 def test_other_refusals():
@@ -216,8 +278,6 @@ def test_other_refusals():
     with pytest.raises(TypeError, match="Other"):
         attach(model, adapter_for(model, ["a", "b"]))
     assert_unchanged(model, before)
-    with pytest.raises(TypeError, match="layers.1.conv: use_dora=False is for linear layers"):
-        attach(Model(), adapter_for(Model(), ["layers.1.conv"], plain=True))
     with pytest.raises(ValueError, match="no adapted layer"):
         extract(Model())
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):

@@ -114,6 +114,16 @@ def test_a_part_that_is_unknown(saved):
     refused(file, re.escape(key) + " belongs to an adapted layer and is no part that")
 
 
+@pytest.mark.parametrize("part", ["alpha", "dora_scale", "reshape_weight", "lora_mid.weight", "diff_b", "lora_m"])
+def test_a_part_of_another_format(saved, part):
+    """Inside an adapted layer: nothing that could be left out."""
+    format, file, keys = saved
+    key = f"{keys[0].partition('lm_head')[0]}lm_head.{part}"
+    if key not in load_file(file):
+        change(file, lambda tensors: tensors.update({key: torch.ones(1)}))
+        refused(file, r"\S*lm_head")
+
+
 def test_another_model(saved):
     format, file, keys = saved
     changed = {key: key.replace("lm_head", "lm_tail") for key in load_file(file)}
@@ -140,6 +150,22 @@ def test_other_algorithms_of_lycoris(tmp_path):
     refused(file, "lycoris_other.hada_w1_a is of an algorithm of LyCORIS that is no product of two factors")
     save_file({"lycoris_other.lokr_w1": torch.ones(3, 3)}, file)
     refused(file, "no adapter of a format that is known: its keys are lycoris_other.lokr_w1")
+
+
+OTHER_KEYS = ["hada_w1_a", "lokr_w2", "lokr_t2", "oft_blocks", "boft_blocks", "a1.weight", "b2.weight", "w_norm",
+              "b_norm", "diff", "diff_b", "on_input"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_other_algorithms_by_the_end_of_the_key(tmp_path, key):
+    """A module may be called as they are: ``model.diffusion_model``."""
+    file = tmp_path / "file.safetensors"
+    parts = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(3, 2), "alpha": torch.tensor(2.0)}
+    names = [f"model.{key.partition('.')[0]}usion_model.q", f"x.{key.partition('.')[0]}.q"]
+    save_file({f"{name}.{part}": tensor.clone() for name in names for part, tensor in parts.items()}, file)
+    assert list(read_adapter(file).layers) == names
+    change(file, lambda tensors: tensors.update({f"x.q.{key}": torch.ones(3)}))
+    refused(file, re.escape(f"x.q.{key} is of an algorithm of LyCORIS"))
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2), torch.empty(0)])
@@ -191,9 +217,16 @@ CONFIGS = {
     "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: expected regular expressions"),
     "no patterns": ("peft", {"alpha_pattern": [1]}, "alpha_pattern: expected regular expressions"),
     "lora_bias": ("peft", {"lora_bias": True}, "lora_bias=True is not supported"),
-    "replication": ("peft", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* is not supported"),
+    "replication": ("peft", {"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]] is not supported"),
+    "aLoRA": ("peft", {"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=[1, 2] is not supported"),
+    "QALoRA": ("peft", {"use_qalora": True}, "use_qalora=True is not supported"),
+    "BD-LoRA": ("peft", {"use_bdlora": {"nblocks": 2}}, "use_bdlora={'nblocks': 2} is not supported"),
+    "Arrow": ("peft", {"arrow_config": {"top_k": 3}}, "arrow_config={'top_k': 3} is not supported"),
+    "KaSA": ("peft", {"kasa_config": {"beta": 1e-4}}, "kasa_config={'beta': 0.0001} is not supported"),
+    "MonteCLoRA": ("peft", {"monteclora_config": {"a": 1}}, "monteclora_config={'a': 1} is not supported"),
+    "LoRA-GA": ("peft", {"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga' changes the base weights"),
     "PiSSA": ("peft", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
-    "torchtune's rank": ("torchtune", {"lora_alpha": []}, r"lora_alpha: expected a number, got \[\]"),
+    "torchtune's rank": ("torchtune", {"lora_alpha": []}, "lora_alpha: expected a number, got []"),
     "AdaLoRA": ("peft", {"peft_type": "ADALORA"}, "peft_type: expected 'LORA', got 'ADALORA'"),
     "no scale": ("mlx", {"lora_parameters": 3}, "lora_parameters.scale: expected a number, got None"),
 }
@@ -206,9 +239,21 @@ def test_configurations(tmp_path, what):
     config = configure(tmp_path, **values)
     model = Model()
     before = state(model)
-    with pytest.raises(ValueError, match=re.escape(f"{config}: ") + message):
+    with pytest.raises(ValueError, match=re.escape(f"{config}: {message}")):
         load_adapter(tmp_path, model)
     assert_unchanged(model, before)
+
+
+def test_fields_of_peft(tmp_path):
+    """One that is not known is named, unless it is off; PEFT's own, at their defaults, are all known."""
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    configure(tmp_path, use_tomorrow={"a": 1}, use_qalora=False, kasa_config=None, use_yesterday=False)
+    notes = read_adapter(tmp_path).notes
+    assert notes == ["use_tomorrow={'a': 1} of the configuration is not known: read without it"]
+    peft = pytest.importorskip("peft")
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    configure(tmp_path, **{**peft.LoraConfig().to_dict(), **ours, "use_tomorrow": None})
+    assert read_adapter(tmp_path).notes == []
 
 
 def test_configurations_that_contradict_the_file(tmp_path):

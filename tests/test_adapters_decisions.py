@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from adapter_models import EPS32, Model, adapter_for, assert_same_function
 from torch import nn
 
-from dora_kernels import attach, read_adapter, save_adapter
+from dora_kernels import attach, extract, load_adapter, read_adapter, save_adapter
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
@@ -137,8 +138,35 @@ def test_ambiguous_names(tmp_path):
     save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
     with pytest.raises(ValueError, match="lycoris_a_b_c may be any of a.b_c, a_b.c"):
         read_adapter(tmp_path / "file.safetensors", model)
-    with pytest.raises(ValueError, match="a_b.c cannot be written as 'kohya': .* the same name as a.b_c"):
+    with pytest.raises(ValueError, match="a.b_c cannot be written as 'kohya': .* the same name as a_b.c"):
         save_adapter(adapter_for(model, ["a.b_c", "a_b.c"]), tmp_path / "two.safetensors", format="kohya")
+
+
+def test_a_name_without_dots_does_not_win(tmp_path):
+    """``a_b`` and ``a.b`` are both ``a_b``: neither read nor written for such a model; an adapter alone is written."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(6, 4)}), "a_b": nn.Linear(6, 4)})
+    for name in ("a.b", "a_b"):
+        adapter, file = adapter_for(model, [name]), tmp_path / f"{name}.safetensors"
+        save_adapter(adapter, file, format="lycoris")
+        for failing in (lambda: read_adapter(file, model), lambda: attach(model, read_adapter(file))):  # noqa: B023
+            with pytest.raises(ValueError, match=r"lycoris_a_b may be any of a\.b, a_b$"):
+                failing()
+        adapted = copy.deepcopy(model)
+        attach(adapted, adapter)
+        for format in ("lycoris", "kohya"):
+            with pytest.raises(ValueError, match=f"{name} cannot be written as '{format}': .* the same name as a.b"):
+                save_adapter(adapted, tmp_path / "new.safetensors", format=format)
+        save_adapter(adapted, tmp_path / "peft", force=True)
+        assert list(read_adapter(tmp_path / "peft", model).layers) == [name]
+
+
+def test_dots_in_the_file_decide(tmp_path):
+    """A file of PEFT's keys, or of a converter's, whose names are the model's own."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(6, 4)}), "a_b": nn.Linear(6, 4)})
+    file = tmp_path / "file.safetensors"
+    save_adapter(adapter_for(model, ["a.b"]), file, format="lycoris")
+    save_file({key.replace("lycoris_a_b", "a.b"): tensor for key, tensor in load_file(file).items()}, file)
+    assert list(read_adapter(file, model).layers) == ["a.b"]
 
 
 def kohya(tmp_path, prefixes):
@@ -164,6 +192,64 @@ def test_a_file_of_several_models(tmp_path):
         read_adapter(kohya(tmp_path, ["lora_unet_lm_head", "lora_unet_other"]), Model())
     with pytest.raises(ValueError, match="lora_unet_other: the model has no such layer"):
         read_adapter(kohya(tmp_path, ["lora_unet_other"]), Model())
+
+
+def sdxl(tmp_path):
+    """Two text encoders with the same names and other sizes, and their adapters, in one file."""
+    models, adapters, tensors = {}, {}, {}
+    for i, prefix in enumerate(("lora_te1", "lora_te2", "lora_unet")):
+        layers = nn.ModuleDict({"fc1": nn.Linear(6 + i, 4), "fc2": nn.Linear(4, 6)})
+        models[prefix] = nn.ModuleDict({"text_model": layers})
+        adapters[prefix] = adapter_for(models[prefix], ["text_model.fc1", "text_model.fc2"])
+        file = tmp_path / f"{prefix}.safetensors"
+        save_adapter(adapters[prefix], file, format="kohya", prefix=prefix)
+        tensors |= load_file(file)
+    assert {key.partition("_text")[0] for key in tensors} == set(models)
+    save_file(tensors, tmp_path / "all.safetensors")
+    return tmp_path / "all.safetensors", models, adapters
+
+
+def test_one_model_of_several_by_its_prefix(tmp_path):
+    """Read, with or without the model, attached, and written again under the prefix that it had."""
+    file, models, adapters = sdxl(tmp_path)
+    for prefix, model in models.items():
+        with pytest.raises(ValueError, match="are both text_model.fc.; read it with prefix="):
+            read_adapter(file, model)
+        named, unnamed = read_adapter(file, model, prefix=prefix), read_adapter(file, prefix=f"{prefix}_")
+        assert named.notes[0] == f"4 layers without the prefix {prefix} are left out, as asked for"
+        assert_same_function(model, named, adapters[prefix])
+        for adapter in (named, unnamed):
+            save_adapter(adapter, tmp_path / "again.safetensors", format="kohya", force=True)
+            alone = load_file(tmp_path / f"{prefix}.safetensors")
+            assert load_file(tmp_path / "again.safetensors").keys() == alone.keys()
+        assert attach(copy.deepcopy(model), unnamed) == list(adapters[prefix].layers)
+        load_adapter(file, model, prefix=prefix)
+        assert_same_function(model, extract(model), adapters[prefix])
+    save_adapter(named, tmp_path / "other.safetensors", format="lycoris")
+    assert all(key.startswith("lycoris_text_model") for key in load_file(tmp_path / "other.safetensors"))
+
+
+def test_prefixes_of_ones_own(tmp_path):
+    model, file = Model(), tmp_path / "file.safetensors"
+    save_adapter(adapter_for(model, SQUARE), file, format="lycoris", prefix="my")
+    assert list(read_adapter(file, model, prefix="my").layers) == SQUARE
+    without = read_adapter(file, prefix="my")
+    assert without.config == {"underscored": True, "prefix": "my"}
+    assert attach(Model(), without) == SQUARE
+    with pytest.raises(ValueError, match="my_layers_0_q_proj cannot be written as 'lycoris': .* with its model"):
+        save_adapter(without, file, format="lycoris", prefix="lora_te1", force=True)
+    with pytest.raises(ValueError, match="file.safetensors: prefix='lora_te' was asked for, and no layer has it;"):
+        read_adapter(file, model, prefix="lora_te")
+    save_adapter(adapter_for(model, SQUARE), tmp_path / "peft")
+    with pytest.raises(ValueError, match="prefix: .* is of the format 'peft', whose names have none"):
+        read_adapter(tmp_path / "peft", model, prefix="lora_te")
+    with pytest.raises(ValueError, match="prefix: the format 'peft' has none in its names"):
+        save_adapter(adapter_for(model, SQUARE), tmp_path / "new", prefix="lora_te")
+    for prefix, error in (("", ValueError), ("_", ValueError), ("a.b", ValueError), (3, TypeError)):
+        with pytest.raises(error, match="prefix: expected"):
+            read_adapter(file, model, prefix=prefix)
+        with pytest.raises(error, match="prefix: expected"):
+            save_adapter(adapter_for(model, SQUARE), file, format="kohya", prefix=prefix, force=True)
 
 
 def test_text_encoders_are_named_so(tmp_path):
@@ -209,6 +295,29 @@ def test_alpha_of_kohya_files(tmp_path):
     save_file({key: t for key, t in tensors.items() if not key.endswith("alpha")}, file)
     read = read_adapter(file, Model())
     assert read.layers[SQUARE[0]].scaling == 1.0 and "has no alpha: scaling 1" in read.notes[0]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("names", ["", "lora_unet"])
+def test_pefts_factors_with_lycoris_alpha_and_scale(tmp_path, names, plain):
+    """ComfyUI reads them as kohya's; a configuration of PEFT's beside them says something else."""
+    model, adapter = Model(), adapter_for(Model(), [*SQUARE, "layers.0.conv_in"], axis="in", plain=plain)
+    file = tmp_path / "adapter_model.safetensors"
+    save_adapter(adapter, file, format="kohya")
+    tensors = {}
+    for key, tensor in load_file(file).items():
+        name, _, part = key.partition(".")
+        if not names:
+            name = next(each for each in adapter.layers if each.replace(".", "_") == name.removeprefix("lora_unet_"))
+        tensors[f"{name}.{part}".replace("lora_down", "lora_A").replace("lora_up", "lora_B")] = tensor
+    save_file(tensors, file)
+    read = read_adapter(file, model)
+    assert read.format == ("kohya" if names else "lycoris")
+    assert_same_function(model, read, adapter)
+    assert read.config == ({"prefix": names} if names else {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    with pytest.raises(ValueError, match=r"\.alpha belongs to an adapted layer and is no part that 'peft' knows"):
+        read_adapter(file, model)
 
 
 def test_peft_files_of_torchtune(tmp_path):

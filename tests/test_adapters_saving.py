@@ -49,6 +49,36 @@ def test_nothing_is_overwritten_unasked(old):
     assert not (folder / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("there", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_folder_with_another_formats_adapter(tmp_path, format, there):
+    """It is exchanged as a whole, or not touched, with and without force."""
+    save_adapter(adapter_for(Model(), NAMES), tmp_path, format=there)
+    before = content(tmp_path)
+    for force in (False, True):
+        try:
+            save_adapter(adapter_for(Model(), NAMES, seed=2, rank=6), tmp_path, format=format, force=force)
+        except FileExistsError:
+            assert content(tmp_path) == before
+            assert format != there or not force
+            read_adapter(tmp_path)
+        else:
+            assert force
+            both = {FORMATS[format].weights, "adapter_config.json"} if FORMATS[format].configured else {
+                FORMATS[format].weights}  # fmt: skip
+            assert content(tmp_path).keys() == both
+            assert read_adapter(tmp_path).format == format
+
+
+def test_a_file_of_its_own_in_such_a_folder(tmp_path):
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    save_adapter(adapter_for(Model(), NAMES), tmp_path / "other.safetensors", format="lycoris")
+    with pytest.raises(FileExistsError, match="adapter_config.json in it belongs to an adapter of another format than"):
+        save_adapter(adapter_for(Model(), NAMES), tmp_path / "adapter_model.safetensors", format="lycoris", force=True)
+    with pytest.raises(FileExistsError, match="adapter_model.safetensors in it belongs to .* 'mlx'; give a folder"):
+        save_adapter(adapter_for(Model(), NAMES), tmp_path, format="mlx", force=True)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("second", [False, True])
 def test_a_write_that_fails_half_way(tmp_path, monkeypatch, format, second):
@@ -106,6 +136,28 @@ def test_what_cannot_be_written_leaves_no_folder(tmp_path):
     (tmp_path / "folder.safetensors" / "adapter_model.safetensors").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         save_adapter(adapter_for(Model(), NAMES), tmp_path / "folder.safetensors", force=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_scalings(tmp_path, format):
+    """What is written is read again; what no reader takes is no file's."""
+    for scaling in (1e20, -1e20, 1e-30, -2.0):
+        adapter, model = adapter_for(Model(), NAMES, scaling=scaling), Model()
+        save_adapter(adapter, tmp_path, format=format, force=True)
+        assert_same_function(model, read_adapter(tmp_path, model), adapter, 1e-6)
+    before = content(tmp_path)
+    said = f"{NAMES[0]} cannot be written as '{format}': scaling .*: expected a finite number"
+    for scaling in (float("nan"), float("inf"), -float("inf"), 1e300, 1e21):
+        with pytest.raises(ValueError, match=said):
+            save_adapter(adapter_for(Model(), NAMES, scaling=scaling), tmp_path, format=format, force=True)
+    with pytest.raises(ValueError, match="eps nan: expected a finite number"):
+        save_adapter(adapter_for(Model(), NAMES, eps=float("nan")), tmp_path, format=format, force=True)
+    assert content(tmp_path) == before
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.save_json(tmp_path / "file.json", {"a": float("nan")})
 
 
 def test_permissions(tmp_path):

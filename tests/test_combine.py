@@ -365,7 +365,7 @@ def test_the_strength_of_this_packages_layers():
         ({"weights": [1.0, "2"]}, TypeError, "^weights: expected numbers, got str"),
         ({"adapters": [], "weights": []}, ValueError, "^adapters: expected at least one"),
         ({"adapters": [Adapter({})], "weights": [1.0]}, ValueError, "^adapters: expected layers"),
-        ({"adapters": ["x", "y"]}, TypeError, "^adapters: expected Adapter, got str"),
+        ({"adapters": ["x", "y"]}, TypeError, r"^adapters: expected Adapter, got str; read_adapter\(path\) gives one"),
         ({"rank": 0}, ValueError, "^rank: expected at least 1, got 0"),
         ({"rank": 2.0}, TypeError, "^rank: expected an int or None, got float"),
         ({"model": None}, TypeError, r"^model: expected a torch\.nn\.Module, got NoneType"),

@@ -98,10 +98,36 @@ assert not any(name.startswith("dora_kernels.kernels") for name in sys.modules)
     assert (out, err) == ("", "")
 
 
+def test_files_without_safetensors(tmp_path):
+    """What is missing is said with the extra that brings it."""
+    out, _ = run(BLOCKED + f"""
+import torch, dora_kernels
+model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+dora_kernels.apply_dora(model, rank=1)
+open({str(tmp_path / "a.safetensors")!r}, "w").close()
+for call in (lambda: dora_kernels.save_adapter(model, {str(tmp_path / "new")!r}),
+             lambda: dora_kernels.load_adapter({str(tmp_path / "a.safetensors")!r}, model)):
+    try:
+        call()
+    except ImportError as error:
+        print(error.name, error)
+""")
+    assert out.splitlines() == ["safetensors adapter files need safetensors: pip install 'dora-kernels[files]'"] * 2
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["a.safetensors"]
+
+
+def test_dir():
+    """The public names, lazily loaded ones too, and nothing that is merely imported."""
+    out, _ = run("import dora_kernels; print(*dir(dora_kernels))")
+    names = out.split()
+    assert [name for name in names if not name.startswith("__")] == sorted(dora_kernels.__all__)
+    assert {"__version__", "__all__", "__doc__"} <= set(names)
+
+
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "rounding", "kernels", "content", "files"],
+    ["reference", "rounding", "kernels", "content", "files", "patterns"],
     ["torch_backend", "backends", "convolution"],
     ["linear", "validation", "combination"],
     ["ops"],
@@ -109,6 +135,7 @@ LAYERS = [
     ["functional"],
     ["modules/base"],
     ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
+    ["targets"],
     ["adapt", "peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],

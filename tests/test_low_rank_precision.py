@@ -9,6 +9,7 @@ make the norm by its own bound.
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -33,7 +34,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dora_kernels
-from dora_kernels import DoRALinear, LoRALinear, dora_linear, linear, reference, torch_backend
+from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, linear, reference, torch_backend
 from dora_kernels.functional import run_compose
 from dora_kernels.norm_cache import compute_divisor
 
@@ -273,3 +274,25 @@ def test_three_pieces_hold_a_float32(monkeypatch):
     # The three products are rounded to float32, and so is their sum, twice.
     off = (found - left.double() @ right.double()).abs()
     assert (off <= 2.0**-22 * (left.double().abs() @ right.double().abs())).all()
+
+
+@pytest.mark.parametrize("magnitude_axis", ["out", "in"])
+@pytest.mark.parametrize("kind, dropout", [("linear", 0.5), ("conv", 0.0), ("conv", 0.5)])
+def test_layers_round_no_input_of_the_low_rank_branch(kind, dropout, magnitude_axis):
+    """Where it is no part of one function, too: the factors' gradients are as exact as those of a float32 layer."""
+    torch.manual_seed(0)
+    options = {"rank": 8, "magnitude_axis": magnitude_axis, "dropout": dropout, "bias": False, "dtype": bf16}
+    layer = DoRALinear(64, 48, **options) if kind == "linear" else DoRAConv2d(16, 24, 3, **options)
+    with torch.no_grad():
+        layer.lora_B.weight.normal_(0, 0.1)
+        layer.lora_magnitude_vector.mul_(1.234)
+    x = torch.randn(*((100, 64) if kind == "linear" else (4, 16, 9, 9))).to(bf16)
+    dy = torch.randn_like(layer(x))
+    results = []
+    for dtype in (f64, f32, None):
+        one = layer if dtype is None else copy.deepcopy(layer).to(dtype)
+        torch.manual_seed(1)
+        y = one(x if dtype is None else x.to(dtype))
+        results.append(torch.autograd.grad(y, one.factors, dy.to(y.dtype)))
+    for wanted, theirs, mine in zip(*results, strict=True):
+        assert distance(mine, wanted) <= max(LUCK * distance(theirs, wanted), SUMS * wanted.norm())

@@ -238,6 +238,8 @@ OPTIONS = [
     ({"rank": 2, "backend": "cuda"}, ValueError, "backend: expected one of 'auto', .*, got 'cuda'"),
     ({"rank": 2, "magnitude_axis": "rows"}, ValueError, "magnitude_axis: expected 'out' or 'in', got 'rows'"),
     ({"rank": 2, "ranks": 3}, TypeError, "unexpected keyword argument 'ranks'"),
+    ({"rank": 2, "adapter_dtype": torch.int8}, TypeError, "adapter_dtype: expected float32, .* got torch.int8"),
+    ({"rank": 2, "adapter_dtype": "bf16"}, TypeError, "adapter_dtype: expected float32, .* got 'bf16'"),
 ]
 
 
@@ -245,15 +247,51 @@ OPTIONS = [
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         DoRALinear(4, 4, **options)
+    base = nn.Linear(4, 4)
     with pytest.raises(error, match=message):
-        DoRALinear.from_linear(nn.Linear(4, 4), **options)
+        DoRALinear.from_linear(base, **options)
+    assert base.weight.requires_grad
 
 
 @pytest.mark.parametrize("linear", [None, nn.Conv1d(1, 1, 1), type("Quantised", (nn.Linear,), {})(2, 2)])
 def test_from_something_else(linear):
-    message = r"linear: expected a torch\.nn\.Linear itself, .* got (NoneType|Conv1d|Quantised)"
+    message = r"base: expected a torch\.nn\.Linear itself, .* got (NoneType|Conv1d|Quantised)"
     with pytest.raises(TypeError, match=message):
-        LoRALinear.from_linear(linear, rank=2)
+        LoRALinear.from_linear(linear=linear, rank=2)
+
+
+@kinds
+def test_a_base_layer_in_the_constructor(kind):
+    """A subclass is one of them, square as well; sizes are the base layer's own."""
+    torch.manual_seed(0)
+    sub = type("Sub", (nn.Linear,), {})
+    for base in (sub(6, 6), nn.Linear(7, 9, bias=False)):
+        layer = kind(4, 5, rank=2, base_layer=base)
+        assert (layer.in_features, layer.out_features) == (base.in_features, base.out_features)
+        x = torch.randn(3, base.in_features)
+        torch.testing.assert_close(layer(x), base(x))
+    for wrong in (nn.Conv1d(4, 5, 1), nn.Embedding(4, 5)):
+        with pytest.raises(TypeError, match="base_layer: expected a torch.nn.Linear or GPT-2's Conv1D, got"):
+            kind(4, 5, rank=2, base_layer=wrong)
+        assert wrong.weight.requires_grad
+
+
+@kinds
+def test_a_parametrized_base_layer(kind):
+    """Its class is another then."""
+    layer = random_layer(kind, 6, 6)
+    x = torch.randn(3, 6)
+    before = layer(x)
+    nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", nn.Identity())
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_the_base_layers_is_not_set_here(name):
+    layer = random_layer()
+    for value in (nn.Parameter(torch.zeros(7)), torch.zeros(7), None):
+        with pytest.raises(AttributeError, match=rf"set base_layer\.{name}"):
+            setattr(layer, name, value)
 
 
 @kinds

@@ -12,6 +12,8 @@ from torch import nn
 
 from dora_kernels import DoRAConv1d, DoRAConv2d, DoRAConv3d
 
+pytestmark = pytest.mark.filterwarnings("ignore:groups")
+
 KINDS = {1: DoRAConv1d, 2: DoRAConv2d, 3: DoRAConv3d}
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
@@ -170,7 +172,8 @@ def test_merge_and_unmerge(magnitude_axis, eps, dtype):
 
 
 def test_groups_cannot_be_merged():
-    layer = random_layer(groups=2)
+    with pytest.warns(UserWarning, match="groups can be neither merged nor written into a file; extract and attach"):
+        layer = random_layer(groups=2)
     before = layer.base_layer.weight.clone()
     with pytest.raises(ValueError, match="the layer cannot be merged: its update reads all channels"):
         layer.merge()
@@ -197,9 +200,20 @@ def test_dropout_is_on_the_low_rank_branch(magnitude_axis):
     torch.testing.assert_close(layer.eval()(x), convolve(layer, x))
 
 
+def test_the_scaled_input_is_made_once():
+    """Without active dropout both branches read it."""
+    layer = random_layer(magnitude_axis="in", dropout=0.5).eval()
+    x, saved = input_of(layer), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert len({t.data_ptr() for t in saved if t.shape == x.shape}) == 2  # x itself, for g's gradient, and the scaled
+
+
+@axes
+@detachments
 @pytest.mark.parametrize("groups", [1, 2])
-def test_one_norm_for_many_calls(groups):
-    layer = random_layer(groups=groups).eval()
+def test_one_norm_for_many_calls(groups, magnitude_axis, detach_norm):
+    layer = random_layer(groups=groups, magnitude_axis=magnitude_axis, detach_norm=detach_norm).eval()
     with torch.no_grad():
         for _ in range(3):
             layer(input_of(layer))
@@ -240,3 +254,13 @@ def test_bad_bases_and_options(base, options, error, message):
     with pytest.raises(error, match=message):
         DoRAConv2d.from_base(base, rank=2, **options)
     assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_base_layer_in_the_constructor():
+    base = type("Sub", (nn.Conv2d,), {})(4, 6, 3, stride=2)
+    layer, x = DoRAConv2d(rank=2, base_layer=base), torch.randn(1, 4, 7, 7)
+    torch.testing.assert_close(layer(x), base(x))
+    with pytest.raises(TypeError, match="base_layer: expected a torch.nn.Conv2d, got ConvTranspose2d"):
+        DoRAConv2d(rank=2, base_layer=nn.ConvTranspose2d(4, 4, 3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stride' beside base_layer"):
+        DoRAConv2d(rank=2, base_layer=base, stride=1)

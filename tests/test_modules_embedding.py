@@ -10,7 +10,7 @@ from helpers import bf16, f32, f64
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_kernels import DoRAEmbedding
+from dora_kernels import DoRAEmbedding, UnsupportedError
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
@@ -216,4 +216,60 @@ def test_numbers_of_pefts_layer():
 def test_from_something_else(base, error, message):
     with pytest.raises(error, match=message):
         DoRAEmbedding.from_base(base, rank=2)
+    if not isinstance(base, nn.Embedding):
+        with pytest.raises(TypeError, match="base_layer: expected a torch.nn.Embedding, got Linear"):
+            DoRAEmbedding(rank=2, base_layer=base)
     assert all(p.requires_grad for p in base.parameters())
+
+
+def functional(layer, x, transform):
+    """The layer's loss or output as a function of A, under one of what takes plain operations alone."""
+    factor = layer.lora_embedding_A.detach()
+
+    def output(lora_A, x=x):
+        return torch.func.functional_call(layer, {"lora_embedding_A": lora_A}, (x,))
+
+    if transform == "grad":
+        return torch.func.grad(lambda a: output(a).square().sum())(factor)
+    if transform == "vmap":
+        return torch.func.vmap(lambda one: output(factor, one))(x)
+    if transform == "jvp":
+        return torch.func.jvp(output, (factor,), (torch.ones_like(factor),))[1]
+    if transform == "forward":
+        with torch.autograd.forward_ad.dual_level():
+            y = output(torch.autograd.forward_ad.make_dual(factor, torch.ones_like(factor)))
+            return torch.autograd.forward_ad.unpack_dual(y).tangent
+    return torch.jit.trace(layer, x)(x)
+
+
+@axes
+@detachments
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "forward", "trace"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_function_transforms(magnitude_axis, detach_norm, transform):
+    options = {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm}
+    x = torch.randint(0, 23, (4, 5))
+    got, wanted = (functional(random_layer(backend=one, **options), x, transform) for one in ("auto", "reference"))
+    torch.testing.assert_close(got, wanted)
+    if magnitude_axis == "out" and detach_norm:
+        with pytest.raises(UnsupportedError, match="backend='torch' does not support"):
+            functional(random_layer(backend="torch"), x, transform)
+
+
+@axes
+@detachments
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_second_derivatives(magnitude_axis, detach_norm, backend):
+    """A named backend never falls back on the reference; along "in" all are plain operations."""
+    layer = random_layer(magnitude_axis=magnitude_axis, detach_norm=detach_norm, backend=backend)
+    x = torch.tensor([1, 2, 2])
+    if backend == "torch" and magnitude_axis == "out":
+        with pytest.raises(UnsupportedError, match="backend='torch' has no second derivative.*create_graph=True"):
+            torch.autograd.grad(layer(x).pow(3).sum(), adapter(layer), create_graph=True)
+        return
+    results = []
+    for y in (layer(x), table(layer)[x]):
+        first = torch.autograd.grad(y.pow(3).sum(), adapter(layer), create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), adapter(layer))])
+    torch.testing.assert_close(*results)

@@ -137,6 +137,21 @@ FILES = {
         lambda f: configure(f, use_dora=False), CONFIG, "expected peft_type 'LORA' with use_dora, got 'LORA', False"
     ),
     "no scaling": (lambda f: configure(f, lora_alpha=None), CONFIG, "lora_alpha: expected a number, got None"),
+    "no rank patterns": (
+        lambda f: configure(f, rank_pattern=[1]), CONFIG, "rank_pattern: expected regular expressions and their values"
+    ),
+    "a bad rank pattern": (
+        lambda f: configure(f, rank_pattern={"(": 1}), CONFIG, "rank_pattern: expected regular expressions and their"
+    ),
+    "a word for a rank": (
+        lambda f: configure(f, r="x", rank_pattern={}), WEIGHTS, "conv.lora_A [3, 1, 3, 3] has not the rank x"
+    ),
+    "a number for targets": (lambda f: configure(f, target_modules=5), CONFIG, "target_modules, exclude_modules, lay"),
+    "bad targets": (lambda f: configure(f, target_modules="("), CONFIG, "target_modules, exclude_modules, layers"),
+    "bad exclusions": (lambda f: configure(f, exclude_modules="("), CONFIG, "exclude_modules, layers_to_transform or"),
+    "no replication": (
+        lambda f: configure(f, layer_replication="x"), CONFIG, "layer_replication: expected pairs of numbers, got 'x'"
+    ),
     "no configuration": (lambda f: (f / CONFIG).write_text("{"), CONFIG, "no adapter configuration"),
 }  # fmt: skip
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
-from helpers import bf16, f64
+from helpers import bf16, f32, f64
 from torch import nn
 
-from dora_kernels import DoRAConv2d, DoRAEmbedding, DoRALinear, LoRALinear, merge_dora
+from dora_kernels import DoRAConv2d, DoRAEmbedding, DoRALinear, LoRALinear, merge_dora, set_dora_strength
 from dora_kernels.rounding import stochastic
 
 LAYERS = {
@@ -91,6 +92,29 @@ def test_between_and_beyond(kind, strength):
     assert torch.equal(layer.base_layer.weight, original)
 
 
+@pytest.mark.parametrize("kind", ["linear", "linear-in", "lora"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtypes", [(bf16, f32), (f32, bf16), (f32, f64)], ids=str)
+def test_x_of_another_dtype(kind, autocast, dtypes):
+    """Whatever works at 1 works at every strength, and merged: in the same dtype, the compute dtype's roundings off."""
+    layer, _ = make(kind, dtypes[0])
+    x = torch.randn(5, 9).to(dtypes[1])
+    exact = copy.deepcopy(layer).to(f64)
+    with torch.autocast("cpu", bf16, enabled=autocast):
+        dtype = layer(x).dtype
+        for strength in (1.0, 0.5, 0.0):
+            layer.strength = exact.strength = strength
+            y = layer(x)
+            layer.merge()
+            merged = layer(x)
+            layer.unmerge()
+            wanted = exact(x.to(f64))
+            step = max(torch.finfo(one).eps for one in (dtype, dtypes[0]))
+            for one in (y, merged):
+                assert one.dtype == dtype
+                assert (one.to(f64) - wanted).norm() <= 4 * step * wanted.norm()
+
+
 def test_the_base_is_not_run_at_one(monkeypatch):
     layer, x = make("linear")
     monkeypatch.setattr(nn.Linear, "forward", lambda *_: pytest.fail("the base layer ran"))
@@ -109,7 +133,17 @@ def test_bad_values(value, error, message):
     layer, _ = make("linear")
     with pytest.raises(error, match=message):
         layer.strength = value
+    with pytest.raises(error, match=message):
+        set_dora_strength(layer, value)
     assert layer.strength == 1.0
+
+
+def test_any_real_number():
+    layer, _ = make("linear")
+    for value in (Fraction(1, 2), 0.5):
+        layer.strength = 1
+        set_dora_strength(layer, value)
+        assert layer.strength == 0.5 and type(layer.strength) is float
 
 
 @kinds

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dora_kernels import modules
-from dora_kernels.adapt import adapted_layers, check_layer, kind_of, places_of, put
+from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
+from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -26,7 +28,10 @@ def extract(model: nn.Module) -> Adapter:
     bases = bases_of(model)
     for name, layer in adapted.items():
         if layer.strength != 1.0:
-            raise ValueError(f"model: {name} has strength {layer.strength:g}, which no adapter holds; set it to 1")
+            raise ValueError(
+                f"model: {name} has strength {layer.strength:g}, which no adapter holds; set it to 1, and take "
+                f"with_strength(model, adapter, {layer.strength:g}) of the adapter then"
+            )
         a, b = (factor.detach().clone() for factor in layer.factors)
         dora = isinstance(layer, modules.DoRALayer)
         layers[name] = AdapterLayer(
@@ -54,29 +59,32 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
         The names of the layers.
 
     Raises:
-        TypeError: an argument of the wrong type, or a layer that `apply_dora` cannot adapt, or not without magnitude.
-        ValueError: the model has not one of the layers, or of another size, merged, or with hooks, or a value is not
-            finite. The model is unchanged.
+        TypeError: an argument of the wrong type, a layer that `apply_dora` cannot adapt, or plain LoRA of a convolution
+            or an embedding.
+        ValueError: the model has not one of the layers, or of another size, merged, with hooks, or on the meta device,
+            or a value is not finite, of the adapter or of a layer that is adapted for it. The model is unchanged.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     bases = bases_of(model)
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = resolve(layers, bases, _error, adapter.notes)
+        names = resolve(layers, bases, _error, adapter.notes, adapter.config.get(PREFIX, ""))
+        layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, _error)
+    check_plain(layers)
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
     try:
         for name, layer in layers.items():
-            present = model.get_submodule(name)
+            present = submodule(model, name)
             if other := next((other for other in places[present] if other in planned), None):
                 raise _error(f"{other} and {name} are one module of the model's")
             if not isinstance(present, modules.AdaptedLayer):
                 check_layer(model, present, name, layer.magnitude is not None)
+            check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
         for parameter, requires_grad in trained:  # a new layer freezes its base layer
@@ -88,6 +96,16 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
         else:
             put(model, places[present], prepared)
     return list(layers)
+
+
+def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
+    """TypeError for plain LoRA of what no layer of this package adapts without a magnitude."""
+    for name, layer in layers.items():
+        if layer.magnitude is None and layer.kind != "linear":
+            raise TypeError(
+                f"adapter: {name}: plain LoRA of a {layer.kind} cannot be attached: without magnitudes only "
+                "linear layers can; it can be converted to other formats"
+            )
 
 
 def _error(text: str) -> ValueError:
@@ -107,6 +125,7 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     if adapted and isinstance(present, modules.DoRALayer) == dora and present.rank == layer.rank:
         if not dora or (present.magnitude_axis, present.eps) == (layer.magnitude_axis, layer.eps):
             _check_values(name, tensors, present.factors[0].dtype)
+            _check_shapes(name, layer, present)
             return present
     dtype = original.weight.dtype if original.weight.dtype == torch.float64 else tensors[0].dtype
     for tensor in tensors:
@@ -117,12 +136,12 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
         options |= {"dropout": present.dropout.p, "backend": present.backend}
         if dora and isinstance(present, modules.DoRALayer):
             options["detach_norm"] = present.detach_norm
-    new = kind_of(original, dora).from_base(
-        original, rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype, **options
-    )
+    alpha = layer.scaling * layer.rank
+    new = adapted_layer(original, name, dora, rank=layer.rank, alpha=alpha, adapter_dtype=dtype, **options)
+    _check_shapes(name, layer, new)
     _copy(layer, new)
     if adapted:
-        new.strength = present.strength
+        new.strength, new._thawed = present.strength, present._thawed
         before = present.adapter_parameters()
         for key, parameter in new.adapter_parameters().items():
             parameter.requires_grad_(key not in before or before[key].requires_grad)
@@ -134,6 +153,13 @@ def _check_values(name: str, tensors: list[torch.Tensor], dtype: torch.dtype) ->
     for tensor in tensors:
         if not bool(tensor.to(dtype).isfinite().all()):
             raise _error(f"{name}: it has values that are not finite in {dtype}, the layer's")
+
+
+def _check_shapes(name: str, layer: AdapterLayer, target: Any) -> None:
+    """No factor may be broadcast: those of a convolution depend on its groups, too."""
+    for part, came, expected in zip("AB", (layer.lora_A, layer.lora_B), target.factors, strict=True):
+        if came.shape != expected.shape:
+            raise _error(f"{name}: lora_{part} {list(came.shape)}: expected {list(expected.shape)}")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.layers import AdapterLayer
 from dora_kernels.modules import AdaptedLayer
+from dora_kernels.targets import named_modules
 
 _CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
@@ -28,7 +29,14 @@ class Base:
     features: tuple[int, int]
     weight: Tensor
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's, empty otherwise."""
+        return tuple(self.weight.shape[2:])
+
     def fits(self, layer: AdapterLayer) -> bool:
+        if layer.kernel != self.kernel:
+            return False
         if self.kind is None:
             return layer.kind in ("linear", "embedding") and layer.features in (self.features, self.features[::-1])
         return layer.kind == self.kind and layer.features == self.features
@@ -65,9 +73,10 @@ def check_fit(
         if base is None:
             raise error(f"{name}: the model has no such layer")
         if not base.fits(layer):
+            here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(
-                f"{name} is of a {layer.kind} with {layer.features[0]} inputs and {layer.features[1]} outputs, the "
-                f"model's is a {base.kind or 'tensor'} with {base.features[0]} and {base.features[1]}"
+                f"{name} is of a {layer.kind} with {layer.features[0]} inputs and {layer.features[1]} outputs{here}, "
+                f"the model's is a {base.kind or 'tensor'} with {base.features[0]} and {base.features[1]}{there}"
             )
 
 
@@ -75,7 +84,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by name, an adapted layer's base layer under the layer's own name; a shared one under each of its."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if inside and name.startswith(inside):
             continue
         if isinstance(module, AdaptedLayer):

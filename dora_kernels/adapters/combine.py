@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from dora_kernels import combination
 from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
+from dora_kernels.targets import check_loaded
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def combine_adapters(
     """The weighted sum ``W + Σ w_i (merged_i - W)`` of what adapters do to a model's weights, as one adapter.
 
     Of DoRA adapters along one axis, and plain LoRA, the sum is a DoRA adapter again, of the sum of the ranks: exact, in
-    float32 (float64 for float64). An adapter without a layer leaves it as it is. The result has a scaling of 1.
+    float32 (float64 for float64). An adapter without a layer leaves it as it is. The result has a scaling of 1. Where
+    some layers are DoRA, those of plain LoRA alone get the magnitude at which they stay as they are: files hold one or
+    the other.
 
     Args:
         model: the base model, adapted or not; it is not changed. Its weights decide about the norms.
@@ -77,10 +81,10 @@ def combine_adapters(
 
     Raises:
         TypeError: an argument is of the wrong type, or a base weight no floating-point tensor (quantised).
-        ValueError: as many weights as adapters are not given, one is not finite, `rank` is below 1, the model has no
-            such layer or one of another shape, a convolution has groups, whose update is no product of two factors, or
-            a layer's adapters have magnitudes along both axes, whose sum no factor of rows or columns can express: it
-            is exact only as a dense weight.
+        ValueError: as many weights as adapters are not given, one of them, of the model's or of the adapters' values is
+            not finite, `rank` is below 1, the model has no such layer or one of another shape or on the meta device, a
+            convolution has groups, whose update is no product of two factors, or a layer's adapters have magnitudes
+            along both axes, whose sum no factor of rows or columns can express: it is exact only as a dense weight.
     """
     _check(model, adapters, weights, rank)
     bases = bases_of(model)
@@ -88,19 +92,24 @@ def combine_adapters(
     for weight, adapter in zip(weights, adapters, strict=True):
         for name, layer in _layers(adapter, bases).items():
             found.setdefault(name, []).append((float(weight), layer))
-    layers, report = {}, {}
+    axes = {each.magnitude_axis for parts in found.values() for _, each in parts if each.magnitude is not None}
+    common = min(axes, key=("out", "in").index, default=None)
+    layers, report, given = {}, {}, []
     for name, parts in found.items():
-        problem = _Problem(name, bases[name], [layer for _, layer in parts])
-        layers[name], report[name] = _combined(problem, parts, rank)
+        problem = _Problem(name, bases[name], [layer for _, layer in parts], common)
+        layers[name], report[name] = _combined(problem, parts, None if rank is None else int(rank))
+        if common is not None and not any(layer.magnitude is not None for _, layer in parts):
+            given.append(f"{name} is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)")
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
-    return Adapter(layers, "model", [f"combined: {of}; {result}"]), result
+    return Adapter(layers, "model", [f"combined: {of}; {result}", *given]), result
 
 
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
     """The adapter whose merged weight is ``W + strength * (merged - W)``: exact, of the same ranks.
 
-    0 is the base model, bit for bit, 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
+    0 is, merged, the base model bit for bit (unmerged, m over the norm is 1 up to rounding; a layer's own ``strength``
+    is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
 
     Raises:
         TypeError, ValueError: as `combine_adapters`.
@@ -109,7 +118,8 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     if strength == 1:
         return adapter
     config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
-    return Adapter(result.layers, adapter.format, [*adapter.notes, f"at a strength of {strength:g}"], config)
+    notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
+    return Adapter(result.layers, adapter.format, notes, config)
 
 
 def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
@@ -117,7 +127,8 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for adapter in adapters:
         if not isinstance(adapter, Adapter):
-            raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}")
+            hint = "; read_adapter(path) gives one" if isinstance(adapter, str | os.PathLike) else ""
+            raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}{hint}")
     if not adapters:
         raise ValueError("adapters: expected at least one, got none")
     if not any(adapter.layers for adapter in adapters):
@@ -129,9 +140,9 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
             raise TypeError(f"weights: expected numbers, got {type(weight).__name__}")
         if not math.isfinite(weight):
             raise ValueError(f"weights: expected finite numbers, got {weight}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, numbers.Integral)):
         raise TypeError(f"rank: expected an int or None, got {type(rank).__name__}")
-    if rank is not None and rank < 1:
+    if rank is not None and int(rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
 
 
@@ -143,7 +154,8 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 
     layers = adapter.layers
     if adapter.config.get(UNDERSCORED):
-        layers = resolve(layers, bases, error, [])
+        names = resolve(layers, bases, error, [], adapter.config.get(PREFIX, ""))
+        layers = {own: layers[name] for name, own in names.items()}
     check_fit(layers, bases, error)
     return layers
 
@@ -151,22 +163,28 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 class _Problem:
     """A layer's base weight as the linear problem, its axis, and how factors and magnitudes are laid out in it."""
 
-    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer]) -> None:
+    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None) -> None:
         weight = base.weight.detach()
         if not weight.is_floating_point():
             raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")
+        check_loaded(base, f"model: {name}")
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"model: {name}: its weight has values that are not finite")
         axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}
         if len(axes) > 1:
             raise ValueError(
                 f"adapters: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA adapter"
             )
         for layer in layers:
+            for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B), ("magnitude", layer.magnitude)):
+                if tensor is not None and not bool(tensor.isfinite().all()):
+                    raise ValueError(f"adapters: {name}: {part} has values that are not finite")
             if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
                 raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
-        self.kernel = tuple(weight.shape[2:])
+        self.kernel = base.kernel
         self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
-        self.plain = not axes
-        self.axis = axes.pop() if axes else "out"
+        self.plain = common is None
+        self.axis = axes.pop() if axes else common or "out"
         self.dtype = accumulation_dtype(weight, *(t for layer in layers for t in (layer.lora_A, layer.lora_B)))
         self.length = base.features[1 if self.axis == "out" else 0]
 

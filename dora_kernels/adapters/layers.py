@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,12 +43,17 @@ class AdapterLayer:
         return self.lora_A.shape[1], self.lora_B.shape[0]
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's, empty otherwise."""
+        return tuple(self.lora_A.shape[2:])
+
+    @property
     def grouped(self) -> bool:
         """Whether it is of a convolution with groups: B has a group's share of the rank."""
         return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
 
 
-@dataclass
+@dataclass(repr=False)
 class Adapter:
     """An adapter of a whole model, wherever it came from.
 
@@ -63,17 +69,31 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Short; the tensors are in `layers`."""
+        ranks = sorted({layer.rank for layer in self.layers.values()})
+        kinds = sorted({f"DoRA along {layer.magnitude_axis!r}" if layer.magnitude is not None else "plain LoRA"
+                        for layer in self.layers.values()})  # fmt: skip
+        text = f"{len(self.layers)} layers"
+        if ranks:
+            text += f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        return f"<Adapter of {', '.join([text, *kinds])}, format {self.format!r}>"
+
 
 def problem_of(layer: AdapterLayer) -> str | None:
-    """What is wrong with the shapes of a layer, None if nothing is."""
+    """What is wrong with a layer's shapes and numbers, None if nothing is; its tensors' values are not looked at."""
     a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
     dims = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}.get(layer.kind)
     if a.dim() != dims or not a.numel():
-        return f"lora_A {list(a.shape)} is none of a {layer.kind}"
+        return f"lora_A {list(a.shape)} does not fit a layer of kind {layer.kind!r}"
     grouped = b.dim() > 2 and a.shape[0] % max(1, *b.shape[1:2]) == 0
     if b.dim() != dims or not b.numel() or not (b.shape[1] == a.shape[0] or grouped) or set(b.shape[2:]) - {1}:
         return f"lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}"
     length = layer.features[layer.magnitude_axis == "out"]
     if m is not None and m.shape != (length,):
         return f"magnitude {list(m.shape)}: expected [{length}] for axis {layer.magnitude_axis!r}"
+    if not math.isfinite(layer.scaling):
+        return f"scaling {layer.scaling:g}: expected a finite number"
+    if not 0.0 <= layer.eps < math.inf:
+        return f"eps {layer.eps:g}: expected a finite number that is not negative"
     return None

@@ -14,9 +14,9 @@ from dora_kernels import files, validation
 from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
-from dora_kernels.adapters.layers import Adapter
+from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.underscores import UNDERSCORED, resolve, underscored
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix, prefix_of, resolve
 
 CONFIG = "adapter_config.json"
 
@@ -28,6 +28,7 @@ def load_adapter(
     format: str = "auto",
     magnitude_axis: str = "auto",
     scaling: float | None = None,
+    prefix: str | None = None,
 ) -> Adapter:
     """Read an adapter file of any format and, with a model, attach it.
 
@@ -35,7 +36,8 @@ def load_adapter(
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    adapter = read_adapter(path, model, format=format, magnitude_axis=magnitude_axis, scaling=scaling)
+    options: dict[str, Any] = {"format": format, "magnitude_axis": magnitude_axis, "scaling": scaling, "prefix": prefix}
+    adapter = read_adapter(path, model, **options)
     if model is not None:
         attach(model, adapter)
     return adapter
@@ -48,6 +50,7 @@ def read_adapter(
     format: str = "auto",
     magnitude_axis: str = "auto",
     scaling: float | None = None,
+    prefix: str | None = None,
 ) -> Adapter:
     """Read an adapter file of any format; docs/formats.md has them all.
 
@@ -60,6 +63,8 @@ def read_adapter(
         format: one of `FORMATS`, or "auto", which takes it from the keys.
         magnitude_axis: "out" or "in" insist; "auto" takes the format's, or decides as `Adapter.notes` says.
         scaling: instead of the one that the file or its configuration says.
+        prefix: of a LyCORIS or kohya file read only the layers whose names start with it: "lora_te1" the first text
+            encoder's, where a file has layers of several models that have the same names.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -75,6 +80,8 @@ def read_adapter(
     if scaling is not None:
         validation.check_scaling(scaling)
         scaling = float(scaling)
+    if prefix is not None:
+        prefix = check_prefix(prefix)
     bases = None if base is None else bases_of(base)
     weights, config_file = _find(place, format)
     config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
@@ -86,15 +93,34 @@ def read_adapter(
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
         reading.notes.append(f"scaling {scaling:g} as asked for")
-    if chosen in ("lycoris", "kohya"):
-        if bases is not None:
-            layers = resolve(layers, bases, reading.error, reading.notes)
-        elif underscored(layers):
-            config[UNDERSCORED] = True
-            reading.notes.append("names are the file's, with underscores: a model is needed for its own")
+    if FORMATS[chosen].underscored:
+        layers = _named(reading, layers, config, prefix or "")
+    elif prefix is not None:
+        raise ValueError(f"prefix: {weights} is of the format {chosen!r}, whose names have none")
     if bases is not None:
         check_fit(layers, bases, reading.error)
     return Adapter(reading.decide(layers), chosen, reading.notes, config)
+
+
+def _named(
+    reading: Reading, layers: dict[str, AdapterLayer], config: dict[str, Any], asked: str
+) -> dict[str, AdapterLayer]:
+    """The layers with the prefix that was asked for, under the model's names; `config` says what came of them."""
+    names = {name: name for name in layers if not asked or prefix_of(name, asked) == asked}
+    if not names:
+        there = ", ".join(sorted({prefix_of(name) or name for name in layers}))
+        raise reading.error(f"prefix={asked!r} was asked for, and no layer has it; there are {there}")
+    if len(names) < len(layers):
+        reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as asked for")
+    if reading.bases is not None:
+        names = resolve(names, reading.bases, reading.error, reading.notes, asked)
+    elif any(prefix_of(name, asked) and "." not in name for name in names):
+        config[UNDERSCORED] = True
+        reading.notes.append("names are the file's, with underscores: a model is needed for its own")
+    prefix, *others = {prefix_of(name, asked) for name in names}
+    if prefix and not others:
+        config[PREFIX] = prefix
+    return {own: layers[name] for name, own in names.items()}
 
 
 @dataclass(frozen=True)
@@ -140,21 +166,21 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     found = [place / name for name in dict.fromkeys(each.weights for each in known) if (place / name).is_file()]
     found = found or sorted(place.glob("*.safetensors"))
     if len(found) != 1:
-        pickles = sorted(file.name for file in place.iterdir() if file.suffix in files.PICKLES)
-        hint = f", only {pickles[0]}, a pickle, which is not read: save it as safetensors" if pickles else ""
         if found:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
-        raise FileNotFoundError(f"{place}: no safetensors file in it{hint}")
+        raise FileNotFoundError(f"{place}: no safetensors file in it{files.pickle_hint(place)}")
     config = place / CONFIG
     return found[0], config if config.is_file() else None
 
 
 def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], asked: str) -> str:
     found = detect(tensors, config)
-    if asked not in ("auto", found) and found is not None and {asked, found} != {"lycoris", "kohya"}:
+    if asked == "auto":
+        if found is None:
+            shown = ", ".join(list(tensors)[:3]) or "none"
+            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
+        return found
+    if found not in (None, asked) and {asked, found} != {"lycoris", "kohya"}:
         raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")
-    if asked == "auto" and found is None:
-        shown = ", ".join(list(tensors)[:3]) or "none"
-        raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
-    return found or "peft" if asked == "auto" else asked
+    return asked

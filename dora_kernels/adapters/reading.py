@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,10 +54,6 @@ class Reading:
             said = f"expected a number, got {value!r}" if self.config_file else "no such file"
             raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
         return float(value)
-
-    def scaled(self, read: float) -> float:
-        """The scaling of a layer: the caller's, or the one that was read."""
-        return read if self.scaling is None else self.scaling
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
         """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.
@@ -120,11 +115,9 @@ class Reading:
         return axis
 
     def check(self, label: str, layer: AdapterLayer) -> None:
-        """ValueError where a layer's tensors do not belong together."""
+        """ValueError where a layer's tensors do not belong together, or its scaling is out of range."""
         if problem := problem_of(layer):
             raise self.error(f"{label}: {problem}")
-        if not math.isfinite(layer.scaling):
-            raise self.error(f"{label}: scaling {layer.scaling} is not finite")
 
     def check_tensor(self, key: str) -> Tensor:
         files.check_tensor(self.file, key, self.tensors[key])

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from dora_kernels import files
 from dora_kernels.adapters.attaching import extract
+from dora_kernels.adapters.bases import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
+from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.layers import Adapter
 from dora_kernels.adapters.load import CONFIG
-from dora_kernels.adapters.underscores import UNDERSCORED
+from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix
 from dora_kernels.adapters.writing import Writing
 
 
 def save_adapter(
-    source: nn.Module | Adapter, path: str | os.PathLike[str], *, format: str = "peft", force: bool = False
+    source: nn.Module | Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "peft",
+    prefix: str | None = None,
+    force: bool = False,
 ) -> list[str]:
     """Write an adapter in a format of `FORMATS`; docs/formats.md says what each can hold.
 
@@ -29,6 +37,9 @@ def save_adapter(
         source: a model with adapted layers, or an `Adapter`.
         path: a folder; the formats without configuration (lycoris, kohya, qdora) take a ``.safetensors`` file, too.
         format: which.
+        prefix: of the names in a LyCORIS or kohya file, "lora_te1" for a first text encoder's. None: the one that the
+            adapter was read with, if it was of the same format, else "lycoris", or kohya's "lora_te" for modules in
+            ``text_model`` and "lora_unet" for others.
         force: overwrite files that are there.
 
     Returns:
@@ -37,7 +48,8 @@ def save_adapter(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: the format cannot express the adapter, a value is not finite, or the path is no name for it.
-        FileExistsError: a file is there, and not `force`.
+        FileExistsError: a file is there, and not `force`; or the folder holds another format's adapter, of which this
+            would exchange one half or be the second.
     """
     place = files.as_path(path)
     check_format(format)
@@ -46,8 +58,13 @@ def save_adapter(
     adapter = source if isinstance(source, Adapter) else extract(source)
     if not adapter.layers:
         raise ValueError("source: the adapter has no layers")
-    chosen, writing = FORMATS[format], Writing(format)
-    if adapter.config.get(UNDERSCORED) and format != adapter.format:
+    known = bases_of(source) if isinstance(source, nn.Module) else ()
+    chosen = FORMATS[format]
+    if prefix is not None and not chosen.underscored:
+        raise ValueError(f"prefix: the format {format!r} has none in its names")
+    own = adapter.config.get(PREFIX, "") if adapter.format == format else ""
+    writing = Writing(format, known, own if prefix is None else check_prefix(prefix))
+    if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
         name = next(iter(adapter.layers))
         raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")
     weights = place
@@ -57,6 +74,7 @@ def save_adapter(
         weights = place / chosen.weights
     elif chosen.configured:
         raise ValueError(f"{place}: the format {format!r} has a configuration beside the tensors; give a folder")
+    _check_place(weights, chosen)
     tensors, config = chosen.write(adapter, writing)
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -67,3 +85,17 @@ def save_adapter(
         if config is not None:
             files.save_json(written[1], config)
     return writing.notes
+
+
+def _check_place(weights: Path, chosen: Format) -> None:
+    """FileExistsError where the folder holds files that belong to another format's adapter and would stay."""
+    if weights.name not in {format.weights for format in FORMATS.values()}:
+        return
+    others = {format.weights for format in FORMATS.values()} - {weights.name}
+    others |= set() if chosen.configured else {CONFIG}
+    for name in sorted(others):
+        if weights.with_name(name).exists():
+            raise FileExistsError(
+                f"{weights.parent}: {name} in it belongs to an adapter of another format than {chosen.name!r}; give a "
+                "folder of its own, also with force=True"
+            )

@@ -11,18 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.adapters.layers import AdapterLayer, problem_of
+from dora_kernels.modules.conv import KEPT
 
 SMALL_EPS = 1e-6
 """An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
+
+LARGEST = 1e20
+"""Of a scaling in a file: a reader takes an alpha up to 1e30, and ranks, folding and rounding come between."""
 
 Layers = dict[str, AdapterLayer]
 
 
 @dataclass
 class Writing:
-    """What a format writes with: refusals that name the layer, and notes of what was folded."""
+    """What a format writes with: refusals that name the layer, and notes of what was folded.
+
+    Attributes:
+        known: the names of the model's layers, adapted or not, where a model is the source.
+        prefix: that the caller wants for the names, where a format has one; empty for the format's choice.
+    """
 
     format: str
+    known: Collection[str] = ()
+    prefix: str = ""
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, name: str, reason: str) -> ValueError:
@@ -47,14 +58,16 @@ class Writing:
         for name, layer in layers.items():
             if problem := problem_of(layer):
                 raise self.refuse(name, problem)
+            if abs(layer.scaling) > LARGEST:
+                raise self.refuse(name, f"scaling {layer.scaling:g}: expected a finite number up to {LARGEST:g}")
             if layer.kind not in axes:
                 raise self.refuse(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
             if layer.magnitude is not None and layer.magnitude_axis not in axes[layer.kind]:
                 has = " or ".join(map(repr, axes[layer.kind]))
-                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for a "
-                                        f"{layer.kind}, and no factors turn one into the other")  # fmt: skip
+                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for "
+                                        f"{layer.kind} layers, and no factors turn one into the other")  # fmt: skip
             if layer.grouped and not (grouped and layer.magnitude is None):
-                raise self.refuse(name, "a convolution with groups has another low-rank product or norm there")
+                raise self.refuse(name, f"a convolution with groups has another low-rank product or norm there; {KEPT}")
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         if without and len(without) < len(layers):
             raise self.refuse(without[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")

@@ -12,7 +12,12 @@ import triton.language as tl
 @triton.jit
 def draw(seed, index):
     """The word of 32 bits of each element: word ``index % 4`` of Philox 4x32-10, key seed, counter ``index // 4``."""
-    w0, w1, w2, w3 = tl.randint4x(seed, index >> 2)
+    counter = index >> 2
+    # In words of 32 bits: of a counter of 64 some versions of `tl.randint4x` make another generator's words of 64.
+    low, high = counter.to(tl.uint32), (counter.to(tl.int64) >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    tl.static_assert(w0.dtype == tl.uint32, "Philox 4x32 gives words of 32 bits")
     lane = index & 3
     return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ from dora_kernels.rounding import is_coarse, stochastic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+_OPTIONS = frozenset({
+    "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps",
+})  # fmt: skip
+"""Of the adapter, among the keyword arguments of a layer that takes its base layer's beside them."""
 
 
 class AdaptedLayer(nn.Module):
@@ -33,6 +41,8 @@ class AdaptedLayer(nn.Module):
         backend: as `dora_linear`.
     """
 
+    kind: ClassVar[Any]
+    """The class of the base layer."""
     base_layer: Any
     dropout: nn.Dropout
     rank: int
@@ -46,7 +56,7 @@ class AdaptedLayer(nn.Module):
 
     def _set_up(
         self,
-        base_layer: nn.Module,
+        base_layer: Any,
         *,
         rank: int,
         alpha: float | None = None,
@@ -56,7 +66,14 @@ class AdaptedLayer(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
-        _check_options(rank, alpha, dropout, backend)
+        validation.check_options(rank, alpha, dropout, backend, adapter_dtype)
+        rank = int(rank)
+        self._check_base(base_layer, rank)
+        weight: Any = base_layer.weight
+        if weight.dtype not in validation.DTYPES:
+            raise TypeError(f"base_layer: expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
+        if not weight.is_meta and not bool(weight.detach().isfinite().all()):
+            raise ValueError("base_layer: its weight has values that are not finite")
         divisor = math.sqrt(rank) if use_rslora else rank
         self.rank = rank
         self.alpha = float(divisor if alpha is None else alpha)
@@ -65,14 +82,35 @@ class AdaptedLayer(nn.Module):
         validation.check_scaling(self.scaling)
         self.backend = backend
         self._strength = 1.0
+        self._thawed = tuple(name for name, p in base_layer.named_parameters() if p.requires_grad)
         self.base_layer = base_layer.requires_grad_(False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(float(dropout))
         self._unmerged: Tensor | None = None
         self._register_state_dict_hook(_save_unmerged)
-        weight = self.base_layer.weight
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
         return {"device": weight.device, "dtype": adapter_dtype}
+
+    @classmethod
+    def _base_and_options(
+        cls, base_layer: nn.Module | None, base_args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The base layer, given or made, and those of `options` that are the adapter's; the others are its own."""
+        own = {name: options.pop(name) for name in _OPTIONS & options.keys()}
+        if base_layer is None:
+            base_layer = cls.kind(*base_args, **options)
+        elif options:
+            raise TypeError(f"{cls.__name__}: got an unexpected keyword argument {min(options)!r} beside base_layer")
+        return base_layer, own
+
+    def _check_base(self, base_layer: Any, rank: int) -> None:
+        """Before it is frozen."""
+        if not isinstance(base_layer, self.kind):
+            raise TypeError(f"base_layer: expected a torch.nn.{self.kind.__name__}, got {type(base_layer).__name__}")
+
+    def _start(self) -> None:
+        """Set the factors to their start, once they are there."""
+        self._reset_factors()
 
     @classmethod
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
@@ -82,9 +120,17 @@ class AdaptedLayer(nn.Module):
 
         Raises:
             TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
-            ValueError: an option out of range, or a base layer with settings that cannot be adapted.
+            ValueError: an option out of range, or a base layer with settings that cannot be adapted, or values that are
+                not finite.
         """
-        raise NotImplementedError
+        if type(base) is not cls.kind:
+            raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
+        return cls(base_layer=base, rank=rank, **options).train(base.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(f"{name}: it is the base layer's; set base_layer.{name}")
+        super().__setattr__(name, value)
 
     @property
     def weight(self) -> Tensor:
@@ -111,6 +157,11 @@ class AdaptedLayer(nn.Module):
         """The layer's output at strength 1."""
         raise NotImplementedError
 
+    def _base(self, x: Tensor) -> Tensor:
+        """What `_adapted` would be without the adapter, of every x that it takes: the base layer's output."""
+        y: Tensor = self.base_layer(x)
+        return y
+
     def _reset_factors(self) -> None:
         raise NotImplementedError
 
@@ -120,7 +171,17 @@ class AdaptedLayer(nn.Module):
 
     def _merge_refusal(self) -> str | None:
         """Why the base layer's weight cannot hold the adapter; None where it can."""
+        for name, parameter in self.adapter_parameters().items():
+            if parameter.is_meta:
+                return f"its {name} is on the meta device, without values"
+            if not bool(parameter.detach().isfinite().all()):
+                return f"its {name} has values that are not finite"
         return None
+
+    @property
+    def _confined(self) -> bool:
+        """Whether no plain layer and no file can hold the adapter."""
+        return False
 
     def _merge_arguments(self) -> dict[str, Any]:
         """What `merge_dora` is told beside the problem."""
@@ -152,10 +213,7 @@ class AdaptedLayer(nn.Module):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"strength: expected a number, got {type(value).__name__}")
-        if not math.isfinite(value):
-            raise ValueError(f"strength: expected a finite number, got {value}")
+        validation.check_strength(value)
         if self.merged:
             raise ValueError("strength: the layer is merged, with the strength it had; call unmerge() before")
         self._strength = float(value)
@@ -178,7 +236,8 @@ class AdaptedLayer(nn.Module):
             rounding, seed: as `merge_dora`.
 
         Raises:
-            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups).
+            ValueError: no weight of the base layer's can hold the adapter (a convolution with groups), or a value of
+                the adapter is not finite.
         """
         if self.merged:
             warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
@@ -199,6 +258,18 @@ class AdaptedLayer(nn.Module):
         self.base_layer.weight.copy_(self._unmerged)
         self._unmerged = None
 
+    @property
+    def _drops(self) -> bool:
+        """Whether dropout is active."""
+        return self.training and self.dropout.p > 0.0
+    def _release(self) -> nn.Module:
+        """The base layer as it is, merged or not, for good: what trained before it was adapted trains again."""
+        self._unmerged = None
+        base: nn.Module = self.base_layer
+        for name in self._thawed:
+            base.get_parameter(name).requires_grad_(True)
+        return base
+
     def _check_input(self, x: Tensor) -> None:
         """Before anything is computed; what the base layer checks itself needs no check here."""
 
@@ -210,10 +281,9 @@ class AdaptedLayer(nn.Module):
         """
         self._check_input(x)
         if self.merged or self._strength == 0.0:
-            y: Tensor = self.base_layer(x)
-            return y
+            return self._base(x)
         y = self._adapted(x)
-        return y if self._strength == 1.0 else torch.lerp(self.base_layer(x).to(y.dtype), y, self._strength)
+        return y if self._strength == 1.0 else torch.lerp(self._base(x).to(y.dtype), y, self._strength)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
@@ -254,13 +324,28 @@ class DoRALayer(AdaptedLayer):
     detach_norm: bool
     eps: float
 
-    def _set_up_magnitude(self, magnitude_axis: str, detach_norm: bool, eps: float, dtype: torch.dtype) -> None:
+    def _set_up(
+        self,
+        base_layer: nn.Module,
+        *,
+        magnitude_axis: str = "out",
+        detach_norm: bool = True,
+        eps: float = 0.0,
+        **options: Any,
+    ) -> dict[str, Any]:
+        validation.check_axis(magnitude_axis)
+        validation.check_eps(eps)
+        factory = super()._set_up(base_layer, **options)
         self.magnitude_axis = magnitude_axis
         self.detach_norm = bool(detach_norm)
         self.eps = float(eps)
         self._norm_cache = NormCache()
-        shape = self._magnitude_shape()
-        self.lora_magnitude_vector = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.base_layer.weight.device))
+        return factory
+
+    def _start(self) -> None:
+        super()._start()
+        dtype, device = self.factors[0].dtype, self.base_layer.weight.device
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(self._magnitude_shape(), dtype=dtype, device=device))
         self._reset_magnitude()
 
     state_names = (*AdaptedLayer.state_names, "lora_magnitude_vector")
@@ -304,10 +389,18 @@ class DoRALayer(AdaptedLayer):
         return f"{text}, eps={self.eps:g}" if self.eps else text
 
 
-def check_dora_options(magnitude_axis: Any, eps: Any) -> None:
-    """Before a base layer is frozen for them."""
-    validation.check_axis(magnitude_axis)
-    validation.check_eps(eps)
+def showing(*names: str) -> Callable[[type[T]], type[T]]:
+    """A class with properties that are its base layer's, for models that read them, as a convolution's stride."""
+
+    def shown(name: str) -> property:
+        return property(lambda layer: getattr(layer.base_layer, name), doc="The base layer's.")
+
+    def decorate(cls: type[T]) -> type[T]:
+        for name in names:
+            setattr(cls, name, shown(name))
+        return cls
+
+    return decorate
 
 
 def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -315,17 +408,3 @@ def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str,
     key = f"{prefix}base_layer.weight"
     if layer._unmerged is not None and key in state_dict:
         state_dict[key] = layer._unmerged
-
-
-def _check_options(rank: Any, alpha: Any, dropout: Any, backend: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
-        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    validation.check_backend(backend)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dora_kernels import convolution
 from dora_kernels.functional import dora_weight_norm, layer_divisor, layer_scale
-from dora_kernels.modules.base import DoRALayer, check_dora_options
+from dora_kernels.modules.base import DoRALayer, showing
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+KEPT = "extract and attach keep it, and safetensors.torch.save_file(dora_state_dict(model), ...)"
+CONFINED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT}"
 
 
+@showing("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 class _DoRAConv(DoRALayer):
     """``y = conv(x, g * V) + bias``, ``V = weight + scaling * lora_B @ lora_A``, ``g = magnitude / (||V|| + eps)``.
 
@@ -23,10 +25,11 @@ class _DoRAConv(DoRALayer):
     `rank`, lora_B one of kernel 1; their shapes are PEFT's, ``[rank, in_channels, *kernel]`` and
     ``[out_channels, rank / groups, 1, ...]``. (PEFT's A has no dilation, and pads with zeros whatever the mode.)
     The norm is the exact one of what the layer computes also with groups, where PEFT's is not; no grouped weight can
-    hold that, so a layer with groups cannot be merged. Dropout is applied to the low-rank branch only.
+    hold that, so a layer with groups can be neither merged nor written into a file, and warns so. Dropout is applied to
+    the low-rank branch only.
 
     Args:
-        *base_args, **base_options: of the `torch.nn` convolution.
+        *base_args, **options: of the `torch.nn` convolution, beside the following.
         rank: at least 1, and a multiple of the groups.
         alpha, dropout, use_rslora, backend, adapter_dtype: as `LoRALinear`.
         magnitude_axis: "out", a magnitude per output channel, the norm over input channels and kernel (PEFT), or "in",
@@ -38,49 +41,28 @@ class _DoRAConv(DoRALayer):
         TypeError, ValueError: an argument of the wrong type or out of range.
     """
 
-    kind: ClassVar[Any]
     lora_A: Any
     lora_B: Any
 
-    def __init__(
-        self,
-        *base_args: Any,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        magnitude_axis: str = "out",
-        detach_norm: bool = True,
-        eps: float = 0.0,
-        backend: str = "auto",
-        adapter_dtype: torch.dtype | None = None,
-        base_layer: nn.Module | None = None,
-        **base_options: Any,
-    ) -> None:
-        check_dora_options(magnitude_axis, eps)
+    def __init__(self, *base_args: Any, rank: int, base_layer: nn.Module | None = None, **options: Any) -> None:
         super().__init__()
-        base: Any = self.kind(*base_args, **base_options) if base_layer is None else base_layer
-        if isinstance(rank, int) and rank % base.groups:
-            raise ValueError(f"rank: expected a multiple of the {base.groups} groups, got {rank}")
-        factory = self._set_up(
-            base, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, backend=backend,
-            adapter_dtype=adapter_dtype,
-        )  # fmt: skip
+        base_layer, options = self._base_and_options(base_layer, base_args, options)
+        factory = self._set_up(base_layer, rank=rank, **options)
+        base = self.base_layer
         self.lora_A = nn.utils.skip_init(
-            self.kind, base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
+            self.kind, base.in_channels, self.rank, base.kernel_size, base.stride, base.padding, base.dilation,
             padding_mode=base.padding_mode, bias=False, **factory,
         )  # fmt: skip
         factory_b = {**factory, "groups": base.groups, "bias": False}
-        self.lora_B = nn.utils.skip_init(self.kind, rank, base.out_channels, 1, **factory_b)
-        self._reset_factors()
-        self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
+        self.lora_B = nn.utils.skip_init(self.kind, self.rank, base.out_channels, 1, **factory_b)
+        self._start()
+        if self._confined:
+            warnings.warn(f"groups: {CONFINED}", stacklevel=2)
 
-    @classmethod
-    def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
-        """Adapt an existing convolution, which becomes the base layer (shared, not copied) and is frozen."""
-        if type(base) is not cls.kind:
-            raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
-        return cls(base_layer=base, rank=rank, **options).train(base.training)
+    def _check_base(self, base_layer: Any, rank: int) -> None:
+        super()._check_base(base_layer, rank)
+        if rank % base_layer.groups:
+            raise ValueError(f"rank: expected a multiple of the {base_layer.groups} groups, got {rank}")
 
     def _reset_factors(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -151,20 +133,27 @@ class _DoRAConv(DoRALayer):
     def _adapted(self, x: Tensor) -> Tensor:
         """``[batch, in_channels, ...]`` (or without the batch) to ``[batch, out_channels, ...]``."""
         base, g = self.base_layer, self._scale()
-        dropped = self.dropout(x)
+        dropped = self.dropout(x) if self._drops else None
+        dtype, read = x.dtype, x if dropped is None else dropped
         if self.magnitude_axis == "in":
-            x, dropped = (x * g).to(x.dtype), (dropped * g).to(x.dtype)
-        result: Tensor = base(x)
-        low = self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype)))
+            x = x * g
+            read = x if dropped is None else dropped * g  # unrounded, unlike what the base layer reads
+        result: Tensor = base(x.to(dtype))
+        low = self.lora_B(self.lora_A(read.to(self.lora_A.weight.dtype)))
         if self.magnitude_axis == "in":
             return torch.add(result, low, alpha=self.scaling).to(result.dtype)
         bias = None if base.bias is None else self._per_channel(base.bias)
         return convolution.compose(result, low, g, bias, self.scaling).to(result.dtype)
 
+    @property
+    def _confined(self) -> bool:
+        groups: int = self.base_layer.groups
+        return groups > 1
+
     def _merge_refusal(self) -> str | None:
-        if self.base_layer.groups > 1:
-            return "its update reads all channels, and no weight of a convolution with groups can hold that"
-        return None
+        if self._confined:
+            return f"its update reads all channels, which no weight of a convolution with groups can hold; {KEPT}"
+        return super()._merge_refusal()
 
     def _merge_arguments(self) -> dict[str, Any]:
         """Along "in" a column of the problem has the scale of its channel, whatever its own norm."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.functional import layer_divisor, layer_scale, run_compose
-from dora_kernels.modules.base import DoRALayer, check_dora_options
+from dora_kernels.modules.base import DoRALayer, showing
 from dora_kernels.norm_cache import with_eps
 from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
+@showing("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 class DoRAEmbedding(DoRALayer):
     """``y = g * (E[x] + scaling * A[:, x].T @ B.T)``: the rows of an adapted table, as PEFT's DoRA on `nn.Embedding`.
 
@@ -28,7 +26,7 @@ class DoRAEmbedding(DoRALayer):
     the gradients are dense, also of a sparse embedding. `dropout` is not used, as in PEFT: indices cannot be dropped.
 
     Args:
-        *base_args, **base_options: of `nn.Embedding`.
+        *base_args, **options: of `nn.Embedding`, beside the following.
         rank, alpha, use_rslora, backend, adapter_dtype: as `LoRALinear`.
         magnitude_axis: "out", a magnitude per embedding dimension, the norm over the vocabulary (PEFT), or "in", one
             per row of the table (MLX).
@@ -42,42 +40,22 @@ class DoRAEmbedding(DoRALayer):
 
     state_names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
-    def __init__(
-        self,
-        *base_args: Any,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        magnitude_axis: str = "out",
-        detach_norm: bool = True,
-        eps: float = 0.0,
-        backend: str = "auto",
-        adapter_dtype: torch.dtype | None = None,
-        base_layer: nn.Embedding | None = None,
-        **base_options: Any,
-    ) -> None:
-        check_dora_options(magnitude_axis, eps)
-        super().__init__()
-        if base_layer is None:
-            base_layer = nn.Embedding(*base_args, **base_options)
-        if base_layer.max_norm is not None:
-            raise ValueError(f"max_norm: expected None, got {base_layer.max_norm}, which writes the table at each call")
-        factory = self._set_up(
-            base_layer, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, backend=backend,
-            adapter_dtype=adapter_dtype,
-        )  # fmt: skip
-        self.lora_embedding_A = nn.Parameter(torch.empty(rank, base_layer.num_embeddings, **factory))
-        self.lora_embedding_B = nn.Parameter(torch.empty(base_layer.embedding_dim, rank, **factory))
-        self._reset_factors()
-        self._set_up_magnitude(magnitude_axis, detach_norm, eps, factory["dtype"])
+    kind = nn.Embedding
 
-    @classmethod
-    def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
-        """Adapt an existing `nn.Embedding`, which becomes the base layer (shared, not copied) and is frozen."""
-        if type(base) is not nn.Embedding:
-            raise TypeError(f"base: expected a torch.nn.Embedding itself, got {type(base).__name__}")
-        return cls(base_layer=base, rank=rank, **options).train(base.training)
+    def __init__(self, *base_args: Any, rank: int, base_layer: nn.Module | None = None, **options: Any) -> None:
+        super().__init__()
+        base_layer, options = self._base_and_options(base_layer, base_args, options)
+        factory = self._set_up(base_layer, rank=rank, **options)
+        base = self.base_layer
+        self.lora_embedding_A = nn.Parameter(torch.empty(self.rank, base.num_embeddings, **factory))
+        self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, self.rank, **factory))
+        self._start()
+
+    def _check_base(self, base_layer: Any, rank: int) -> None:
+        super()._check_base(base_layer, rank)
+        limit = base_layer.max_norm
+        if limit is not None:
+            raise ValueError(f"max_norm: expected None, got {limit}, which writes the table at each call")
 
     def _reset_factors(self) -> None:
         nn.init.zeros_(self.lora_embedding_A)
@@ -121,9 +99,10 @@ class DoRAEmbedding(DoRALayer):
                 g = self._row_scale(x, total)
             return (g * total).to(result.dtype)
 
-    def _divisor(self, backend: str) -> Tensor:
+    def _divisor(self, _: str) -> Tensor:
+        """On the backend that the layer was asked for: a choice made for a call is no name to be held to."""
         divisor = layer_divisor(
-            *self._problem(), self.scaling, "out", True, backend, self._norm_cache, self.training
+            *self._problem(), self.scaling, "out", True, self.backend, self._norm_cache, self.training
         )
         return with_eps(divisor, self.eps) if self.eps else divisor
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dora_kernels import validation
 from dora_kernels.functional import layer_scale, run_layer
-from dora_kernels.modules.base import AdaptedLayer, DoRALayer, check_dora_options
+from dora_kernels.modules.base import AdaptedLayer, DoRALayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 def is_conv1d(module: Any) -> bool:
     """Whether it is GPT-2's layer, looked up by name: transformers need not be there."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return _is_conv1d_class(type(module))
+
+
+def _is_conv1d_class(cls: type) -> bool:
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 class LoRALinear(AdaptedLayer):
@@ -33,20 +37,22 @@ class LoRALinear(AdaptedLayer):
     code that multiplies by it, as `nn.TransformerEncoderLayer` in evaluation does, leaves out the adapter.
 
     Args:
-        in_features, out_features, bias: of the base layer.
+        in_features, out_features, bias: of the base layer; one that is given has its own.
         rank: at least 1.
         alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`.
             None: scaling 1.
         dropout: probability, on the input of the low-rank branch only, in training.
         backend: as `dora_linear`.
-        device, dtype: of the base layer.
-        base_layer: an existing layer to adapt, instead of a new one (`from_linear`).
+        device, dtype: of a new base layer.
+        base_layer: an existing `nn.Linear` or GPT-2's `Conv1D` to adapt, instead of a new one (`from_linear`). Of a
+            subclass the weight is adapted, and what its forward does beside is left out.
         adapter_dtype: of the adapter; None takes float32 under a 16-bit base layer, as PEFT does, else `dtype`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError, ValueError: an argument of the wrong type or out of range; a weight of `base_layer` not finite.
     """
 
+    kind = nn.Linear
     lora_A: Any
     lora_B: Any
 
@@ -66,9 +72,17 @@ class LoRALinear(AdaptedLayer):
         if base_layer is None:
             base_layer = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         factory = self._set_up(base_layer, rank=rank, **options)
-        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, rank, bias=False, **factory)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, out_features, bias=False, **factory)
-        self._reset_factors()
+        self._transposed = not isinstance(base_layer, nn.Linear)
+        out_features, in_features = self._weight().shape
+        self.lora_A = nn.utils.skip_init(nn.Linear, in_features, self.rank, bias=False, **factory)
+        self.lora_B = nn.utils.skip_init(nn.Linear, self.rank, out_features, bias=False, **factory)
+        self._start()
+
+    def _check_base(self, base_layer: Any, rank: int) -> None:
+        if isinstance(base_layer, nn.Linear) or any(map(_is_conv1d_class, type(base_layer).__mro__)):
+            return
+        kind = type(base_layer).__name__
+        raise TypeError(f"base_layer: expected a torch.nn.Linear or GPT-2's Conv1D, got {kind}")
 
     @classmethod
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
@@ -79,13 +93,13 @@ class LoRALinear(AdaptedLayer):
         """
         if type(base) is not nn.Linear and not is_conv1d(base):
             kind = type(base).__name__
-            raise TypeError(f"linear: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
-        weight: Any = base.weight
-        out_features, in_features = weight.shape if type(base) is nn.Linear else reversed(weight.shape)
-        layer = cls(in_features, out_features, base.bias is not None, rank=rank, base_layer=base, **options)
-        return layer.train(base.training)
+            raise TypeError(f"base: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
+        return cls(0, 0, rank=rank, base_layer=base, **options).train(base.training)  # which has its own sizes
 
-    from_linear = from_base
+    @classmethod
+    def from_linear(cls, linear: nn.Module, *, rank: int, **options: Any) -> Self:
+        """`from_base`."""
+        return cls.from_base(linear, rank=rank, **options)
 
     def _reset_factors(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -107,7 +121,7 @@ class LoRALinear(AdaptedLayer):
     def _weight(self) -> Tensor:
         """``[out_features, in_features]``: Conv1D stores it transposed."""
         weight: Tensor = self.base_layer.weight
-        return weight if type(self.base_layer) is nn.Linear else weight.t()
+        return weight.t() if self._transposed else weight
 
     def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._weight(), self.lora_A.weight, self.lora_B.weight
@@ -120,9 +134,16 @@ class LoRALinear(AdaptedLayer):
 
     def _adapted(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        if self.training and self.dropout.p > 0.0:
+        if self._drops:
             return self._sum(x, self.dropout(x))
         return run_layer(x, *self._problem(), None, self.base_layer.bias, self.scaling, "out", True, None, self.backend)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """In x's dtype, where the base layer takes its own alone."""
+        if x.dtype == self.base_layer.weight.dtype:
+            return super()._base(x)
+        bias = self.base_layer.bias
+        return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _sum(self, x: Tensor, dropped: Tensor, g: Tensor | None = None) -> Tensor:
         """``g * (W x + scaling * B A dropped) + bias``, in the base product's dtype: x's, or autocast's."""
@@ -151,26 +172,10 @@ class DoRALinear(DoRALayer, LoRALinear):
         eps: added to the norm.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int,
-        magnitude_axis: str = "out",
-        detach_norm: bool = True,
-        eps: float = 0.0,
-        **options: Any,
-    ) -> None:
-        check_dora_options(magnitude_axis, eps)
-        super().__init__(in_features, out_features, bias, rank=rank, **options)
-        self._set_up_magnitude(magnitude_axis, detach_norm, eps, self.lora_A.weight.dtype)
-
     def _adapted(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         problem = self._problem()
-        if not (self.training and self.dropout.p > 0.0):
+        if not self._drops:
             return run_layer(
                 x, *problem, self.lora_magnitude_vector, self.base_layer.bias, self.scaling, self.magnitude_axis,
                 self.detach_norm, None, self.backend, self._norm_cache, self.training, self.eps,
@@ -182,4 +187,4 @@ class DoRALinear(DoRALayer, LoRALinear):
         dropped = self.dropout(x)
         if self.magnitude_axis == "out":
             return self._sum(x, dropped, g)
-        return self._sum((x * g).to(x.dtype), (dropped * g).to(x.dtype))
+        return self._sum((x * g).to(x.dtype), dropped * g)

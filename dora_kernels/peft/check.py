@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from dora_kernels import files
+from dora_kernels.patterns import by_pattern
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
 
@@ -83,15 +84,16 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            pickled = name == _WEIGHTS and (folder / "adapter_model.bin").is_file()
-            hint = ", only adapter_model.bin, a pickle, which is not read: save it as safetensors" if pickled else ""
+            hint = files.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
-    file, config = folder / _WEIGHTS, _config(folder / _CONFIG)
+    file, config_file = folder / _WEIGHTS, folder / _CONFIG
+    config = _config(config_file)
     modules = _parts(file)
     for module, parts in modules.items():
-        _check_parts(file, module, parts, config)
+        rank = by_pattern(config.get("rank_pattern"), module, config.get("r"), f"{config_file}: rank_pattern")
+        _check_parts(file, module, parts, rank)
     if model is not None:
-        _check_layers(file, modules, model, config)
+        _check_layers(file, modules, model, config_file, config)
 
 
 def _config(file: Path) -> dict[str, Any]:
@@ -120,13 +122,11 @@ def _parts(file: Path) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
-def _check_parts(file: Path, module: str, parts: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _check_parts(file: Path, module: str, parts: dict[str, Tensor], rank: Any) -> None:
     missing = {"lora_A", "lora_B", "lora_magnitude_vector"} - parts.keys()
     if missing:
         raise ValueError(f"{file}: {module} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
-    patterns = config.get("rank_pattern") or {}
-    rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("r"))
     if a.dim() < 2 or a.shape[0] != rank:
         raise ValueError(f"{file}: {module}.lora_A {list(a.shape)} has not the rank {rank} that its configuration says")
     # A grouped convolution's B has a group's share of the rank.
@@ -138,15 +138,22 @@ def _check_parts(file: Path, module: str, parts: dict[str, Tensor], config: dict
 
 
 def _check_layers(
-    file: Path, modules: dict[str, dict[str, Tensor]], model: nn.Module, config: dict[str, Any]
+    file: Path, modules: dict[str, dict[str, Tensor]], model: nn.Module, config_file: Path, config: dict[str, Any]
 ) -> None:
+    def named(name: str) -> bool:
+        try:
+            return bool(check_target_module_exists(targets, name))
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            which = "target_modules, exclude_modules, layers_to_transform or layers_pattern"
+            raise ValueError(f"{config_file}: {which} cannot be used: {error}") from error
+
     layers = _layers(model)
     names = config.get("target_modules"), config.get("target_parameters")
     targets = SimpleNamespace(**{**config, "target_modules": names[0], "target_parameters": names[1]})
     known = names[0] is not None and names[0] != "all-linear"
-    replicated, found = config.get("layer_replication"), set()
+    replicated, found = _replicated(config_file, config.get("layer_replication")), set()
     for module, parts in modules.items():
-        if known and not check_target_module_exists(targets, module):
+        if known and not named(module):
             raise ValueError(f"{file}: {module}: its configuration's target_modules do not name it")
         name = module if module in layers else _before_replication(module, replicated)
         if name not in layers:
@@ -156,7 +163,7 @@ def _check_layers(
     others = [name for name, base in layers.items() if name not in found and _sizes(base) is not None]
     if known and not replicated:
         for name in others:
-            if check_target_module_exists(targets, name):
+            if named(name):
                 raise ValueError(f"{file}: has nothing for {name}, which its configuration's target_modules name")
 
 
@@ -175,9 +182,16 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _before_replication(module: str, layer_map: Any) -> str:
+def _replicated(file: Path, layer_map: Any) -> list[int]:
+    """The base model's layers by the numbers of those that ``layer_replication`` made from them."""
+    try:
+        return [index for start, end in layer_map or () for index in range(start, end)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: layer_replication: expected pairs of numbers, got {layer_map!r}") from error
+
+
+def _before_replication(module: str, indices: list[int]) -> str:
     """The name of the base model's layer that ``layer_replication`` made this one from."""
-    indices = [index for start, end in layer_map or () for index in range(start, end)]
     number = re.search(r"\.(\d+)\.", module)
     if number is None or int(number[1]) >= len(indices):
         return module

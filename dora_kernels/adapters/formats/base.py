@@ -21,7 +21,7 @@ class Format:
     """A format: how it is recognised, read and written.
 
     A class says what the keys are (`key`, whose group "module" is the layer's name), which part each is (`part`),
-    and how a layer is read from its parts (`layer`) and written (`tensors`, `configuration`).
+    and how a layer is read from its parts (`scaling`, `layer`) and written (`write`).
     """
 
     name: ClassVar[str]
@@ -29,6 +29,8 @@ class Format:
     """The file's name in a folder."""
     configured: ClassVar[bool] = True
     """Whether an ``adapter_config.json`` belongs to it."""
+    underscored: ClassVar[bool] = False
+    """Whether names have a prefix, and underscores for dots."""
     key: ClassVar[re.Pattern[str]]
     parts: ClassVar[dict[str, str]]
     """What the key's group "part" says, to the names of `Parts`."""
@@ -52,14 +54,19 @@ class Format:
                 tensor = reading.check_tensor(parts[part])
                 if not 2 <= tensor.dim() <= 5 or not tensor.numel():
                     raise reading.error(f"{parts[part]} {list(tensor.shape)} is no factor of a weight")
-            layers[module] = self.layer(reading, module, parts)
+            scaling = self.scaling(reading, module, parts) if reading.scaling is None else reading.scaling
+            layers[module] = self.layer(reading, module, parts, scaling)
             reading.check(module, layers[module])
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         if without and len(without) < len(layers):
             raise reading.error(f"{without[0]} has no {self._called('magnitude')}, which other layers have")
         return layers
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        """What the file or its configuration says."""
+        raise NotImplementedError
+
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         """One layer from its parts."""
         raise NotImplementedError
 
@@ -99,7 +106,12 @@ class Format:
         return next(called for called, name in self.parts.items() if name == part)
 
 
+_ADAPTING = re.compile(r".*(?:lora|dora|magnitude).*|alpha|reshape_weight|diff|diff_b|[wb]_norm")
+"""What keys of adapters are called inside a layer, in any format: none can be left out."""
+
+
 def _inside(key: str, modules: Collection[str]) -> bool:
-    """Whether `key` names something right inside one of `modules`, or inside an adapter's part of it."""
+    """Whether `key` names a part of an adapter inside one of `modules`."""
     names = key.removeprefix("base_model.model.").split(".")
-    return any(".".join(names[:i]) in modules and "lora" in ".".join(names[i:]) for i in range(1, len(names)))
+    halves = ((".".join(names[:i]), ".".join(names[i:])) for i in range(1, len(names)))
+    return any(module in modules and _ADAPTING.fullmatch(part) for module, part in halves)

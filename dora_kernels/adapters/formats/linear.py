@@ -25,9 +25,8 @@ class LinearFormat(Format):
     magnitude_shape: ClassVar[tuple[int, ...]] = (-1,)
     plain: ClassVar[bool] = False
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
-        scaling = self.scaling(reading, module, a)
         magnitude, axis = None, "out"
         if "magnitude" in parts:
             key = parts["magnitude"]
@@ -36,10 +35,9 @@ class LinearFormat(Format):
             raise reading.error(f"{module} has no {self._called('magnitude')}, only {', '.join(parts.values())}")
         return AdapterLayer("linear", a, b, magnitude, scaling, axis)
 
-    def scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         """``lora_alpha / r``, of the configuration; r must be the factors'."""
-        if reading.scaling is not None:
-            return reading.scaling
+        lora_A = reading.tensors[parts["lora_A"]]
         rank = reading.number(reading.config, "r")
         if rank != lora_A.shape[0]:
             raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")

@@ -9,11 +9,14 @@ input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...
 Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(torch.float32).eps`` to the norm in training.
 ComfyUI (comfy/weight_adapter/base.py, 0.3) takes the norm of W alone for files per output: not what was trained.
 A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
+ComfyUI also reads PEFT's keys of the factors, ``<name>.lora_A.weight`` and ``.lora_B.weight``, with ``.alpha`` and
+``.dora_scale`` beside them, and gives them the same meaning; here, too, unless a configuration of PEFT's is there.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -28,7 +31,7 @@ from dora_kernels.adapters.writing import Writing
 
 _EPS = torch.finfo(torch.float32).eps
 
-_OTHERS = re.compile(r".+\.(?:hada_|lokr_|oft_|boft_|glora|a1\.|a2\.|b1\.|b2\.|w_norm|b_norm|diff|diff_b|on_input).*")
+_OTHERS = re.compile(r".+\.(?:(?:hada|lokr|b?oft)_\w+|[ab][12]\.weight|[wb]_norm|diff|diff_b|on_input)")
 """LyCORIS's other algorithms, none of which is a product of two factors."""
 
 
@@ -36,10 +39,13 @@ class Lycoris(Format):
     name = "lycoris"
     weights = "adapter_model.safetensors"
     configured = False
-    key = re.compile(r"(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha|dora_scale)")
+    underscored = True
+    key = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale)")
     parts: ClassVar = {
         "lora_down.weight": "lora_A",
         "lora_up.weight": "lora_B",
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
         "dora_scale": "magnitude",
         "lora_mid.weight": "mid",
         "alpha": "alpha",
@@ -47,6 +53,9 @@ class Lycoris(Format):
 
     def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
         own = [key for key in keys if ".lora_down." in key or ".lora_up." in key]
+        if "peft_type" not in config:
+            own += [key for key in keys if key.endswith((".alpha", ".dora_scale"))
+                    and f"{key.rpartition('.')[0]}.lora_A.weight" in keys]  # fmt: skip
         kohya = any(prefix_of(key).startswith("lora_") for key in own)
         return bool(own) and kohya == (self.name == "kohya")
 
@@ -56,7 +65,7 @@ class Lycoris(Format):
                 raise reading.error(f"{key} is of an algorithm of LyCORIS that is no product of two factors")
         return super().read(reading)
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         if "mid" in parts:
             a = self._without_core(reading, parts, a)
@@ -67,7 +76,7 @@ class Lycoris(Format):
             scale = reading.check_tensor(key)
             magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))
         eps = 0.0 if magnitude is None else _EPS
-        return AdapterLayer(kind, a, b, magnitude, self._scaling(reading, parts, a), axis, eps)
+        return AdapterLayer(kind, a, b, magnitude, scaling, axis, eps)
 
     @staticmethod
     def _axis(scale: Tensor, features: tuple[int, int]) -> str | None:
@@ -87,10 +96,7 @@ class Lycoris(Format):
         dtype = torch.promote_types(a.dtype, torch.float32)
         return torch.einsum("ij...,jk->ik...", mid.to(dtype), a.flatten(1).to(dtype))
 
-    @staticmethod
-    def _scaling(reading: Reading, parts: Parts, a: Tensor) -> float:
-        if reading.scaling is not None:
-            return reading.scaling
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         if "alpha" not in parts:
             reading.notes.append(f"{parts['lora_A']} has no alpha: scaling 1")
             return 1.0
@@ -100,7 +106,7 @@ class Lycoris(Format):
         if not 0.0 < abs(alpha) <= 1e30:  # LyCORIS reads 0 as "no scaling", others as no adapter
             said = f"{alpha:g}" if tensor.numel() == 1 else f"a tensor {list(tensor.shape)}"
             raise reading.error(f"{key}: expected a number that is not 0, got {said}")
-        return alpha / a.shape[0]
+        return alpha / reading.tensors[parts["lora_A"]].shape[0]
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if not adapter.config.get(UNDERSCORED):
@@ -112,7 +118,8 @@ class Lycoris(Format):
             alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
             if not alpha or alpha.isinf():
                 raise writing.refuse(name, f"scaling {layer.scaling:g} is an alpha of {float(alpha):g} there")
-            key = name if adapter.config.get(UNDERSCORED) else f"{self.prefix(name)}_{name.replace('.', '_')}"
+            prefix = writing.prefix or self.prefix(name)
+            key = name if adapter.config.get(UNDERSCORED) else f"{prefix}_{name.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"] = layer.lora_A
             tensors[f"{key}.lora_up.weight"] = layer.lora_B
             tensors[f"{key}.alpha"] = alpha
@@ -126,11 +133,12 @@ class Lycoris(Format):
         return "lycoris"
 
     def _check_names(self, adapter: Adapter, writing: Writing) -> None:
-        """Two names that underscores make one cannot be written."""
-        seen: dict[str, str] = {}
+        """A name that underscores make the same as another of the adapter's or the model's cannot be written."""
+        names: dict[str, set[str]] = defaultdict(set)
+        for name in (*adapter.layers, *writing.known):
+            names[name.replace(".", "_")].add(name)
         for name in adapter.layers:
-            other = seen.setdefault(name.replace(".", "_"), name)
-            if other != name:
+            for other in sorted(names[name.replace(".", "_")] - {name}):
                 raise writing.refuse(name, f"with underscores for dots it has the same name as {other}")
 
 

@@ -42,11 +42,11 @@ class Mlx(Format):
             raise reading.error(f"it has {has}, and {reading.config_file} says fine_tune_type={said!r}")
         return layers
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        return reading.number(reading.config, "lora_parameters", "scale")
+
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
-        scaling = reading.scaling
-        if scaling is None:
-            scaling = reading.number(reading.config, "lora_parameters", "scale")
         a, b = a.transpose(0, 1), b.transpose(0, 1)
         kind, axis, magnitude = self._kind(reading, module, parts, (a.shape[1], b.shape[0])), "out", None
         if "magnitude" in parts:

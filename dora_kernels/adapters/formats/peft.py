@@ -23,11 +23,33 @@ from dora_kernels.adapters.formats.names import targets, whole
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.writing import Layers, Writing
+from dora_kernels.patterns import by_pattern
 
 _PREFIX = "base_model.model."
 
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts of lora_A and lora_B that take them off the base weight: the file is of another weight than the model's."""
+
+
+_REFUSED = (
+    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""Fields with which the layers are others than ``W + scaling * B @ A``, or adapters of something else than layers."""
+
+_KNOWN = {
+    # read
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    # which layers: the file's keys say
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "trainable_token_indices", "bias", "ensure_weight_tying",
+    # how they were trained, or made at first
+    "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
+    "qalora_group_size", "inference_mode", "task_type", "megatron_config", "megatron_core", "fan_in_fan_out",
+    # of whom
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+}  # fmt: skip
+"""Fields of `LoraConfig` (0.21) that leave the function of what is in the file as it is."""
 
 
 class Peft(Format):
@@ -50,9 +72,12 @@ class Peft(Format):
         where = reading.config_file
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"{where}: peft_type: expected 'LORA', got {config['peft_type']!r}")
-        for name, harmless in (("lora_bias", False), ("layer_replication", None), ("target_parameters", None)):
-            if config.get(name, harmless) not in (harmless, None, [], ()):
+        for name in _REFUSED:
+            if config.get(name):
                 raise ValueError(f"{where}: {name}={config[name]!r} is not supported")
+        for name in sorted(config.keys() - _KNOWN):
+            if config[name]:
+                reading.notes.append(f"{name}={config[name]!r} of the configuration is not known: read without it")
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise ValueError(
@@ -70,7 +95,7 @@ class Peft(Format):
             reading.notes.append("DoRA, for there are magnitudes; no configuration says use_dora")
         return layers
 
-    def layer(self, reading: Reading, module: str, parts: Parts) -> AdapterLayer:
+    def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
@@ -80,30 +105,22 @@ class Peft(Format):
         if "magnitude" in parts:
             key = parts["magnitude"]
             magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
-        layer = AdapterLayer(kind, a, b, magnitude, self._scaling(reading, module, a), axis)
+        layer = AdapterLayer(kind, a, b, magnitude, scaling, axis)
         if layer.grouped and magnitude is not None:
             raise reading.error(f"{module}: PEFT takes another norm of a convolution with groups than the weight's")
         return layer
 
-    def _scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
-        if reading.scaling is not None:
-            return reading.scaling
-        config = reading.config
-        rank = reading.number({"r": self._by_pattern(reading, "rank_pattern", module, config.get("r"))}, "r")
-        alpha = self._by_pattern(reading, "alpha_pattern", module, config.get("lora_alpha"))
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        config, lora_A = reading.config, reading.tensors[parts["lora_A"]]
+        rank, alpha = (
+            by_pattern(config.get(name), module, config.get(default), f"{reading.config_file}: {name}")
+            for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        rank = reading.number({"r": rank}, "r")
         if rank != lora_A.shape[0] or rank < 1:
             raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
         divisor = math.sqrt(rank) if config.get("use_rslora") else rank
         return reading.number({"lora_alpha": alpha}, "lora_alpha") / divisor
-
-    @staticmethod
-    def _by_pattern(reading: Reading, name: str, module: str, default: Any) -> Any:
-        """The value for a module: that of the first pattern that matches the end of its name, as PEFT does."""
-        patterns = reading.config.get(name) or {}
-        try:
-            return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-        except (AttributeError, re.error) as error:
-            raise ValueError(f"{reading.config_file}: {name}: expected regular expressions: {error}") from error
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d"), ("out",))

@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
-from torch import Tensor
-
+from dora_kernels.adapters.formats.base import Parts
 from dora_kernels.adapters.formats.linear import LinearFormat
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.reading import Reading
@@ -31,8 +30,8 @@ class QDoRA(LinearFormat):
     }
     called: ClassVar = {part: name for name, part in parts.items()}
 
-    def scaling(self, reading: Reading, module: str, lora_A: Tensor) -> float:
-        return reading.scaled(1.0)
+    def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        return 1.0
 
     def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:
         layers = writing.with_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=False))

@@ -1,0 +1,312 @@
+"""Which layers of a model are adapted: its modules by name, whatever wraps it, what patterns name, what is refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from dora_kernels import validation
+from dora_kernels.modules import (
+    AdaptedLayer,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAConv3d,
+    DoRAEmbedding,
+    DoRALinear,
+    LoRALinear,
+)
+from dora_kernels.modules.conv import CONFINED
+from dora_kernels.modules.linear import is_conv1d
+
+_KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
+    nn.Linear: DoRALinear,
+    nn.Embedding: DoRAEmbedding,
+    nn.Conv1d: DoRAConv1d,
+    nn.Conv2d: DoRAConv2d,
+    nn.Conv3d: DoRAConv3d,
+}
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The module inside what `torch.compile`, `DataParallel` and `DistributedDataParallel` make of it.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile's; its class is not imported for this
+            model = model._modules["_orig_mod"]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its names, without wrappers (`unwrapped`) and their parts of the names."""
+    model = unwrapped(model)
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name of `named_modules`."""
+    module = unwrapped(model)
+    for part in name.split(".") if name else ():
+        module = unwrapped(module._modules[part])
+    return module
+
+
+def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module's names."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in named_modules(model):
+        places.setdefault(module, []).append(name)
+    return places
+
+
+def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    """Put a module under names, in the place of what is there and of what wraps it."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(submodule(model, parent), child, module)
+
+
+def chosen(
+    model: nn.Module,
+    places: dict[nn.Module, list[str]],
+    target_modules: str | Iterable[str],
+    exclude_modules: str | Iterable[str] | None,
+    use_dora: bool,
+) -> tuple[dict[nn.Module, str], list[str]]:
+    """The layers that the patterns name, with their names, of several the first that is named; and what to warn of.
+
+    Raises:
+        TypeError, ValueError: as `dora_kernels.apply_dora` of the patterns, and of layers that are named.
+    """
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    targets = [] if everything else _pattern(target_modules, "target_modules")
+    excluded = [] if exclude_modules is None else _pattern(exclude_modules, "exclude_modules")
+    skipped = _no_linear_layers(model, places) if everything else set()
+    found, dropped = {}, 0
+    for module, names in places.items():
+        if module in skipped:
+            continue
+        named = [name for name in names if name and (_is_linear(module) if everything else _matches(targets, name))]
+        kept = [name for name in named if not _matches(excluded, name)]
+        if kept:
+            found[module] = kept[0]
+        dropped += bool(named and not kept)
+    if not found:
+        raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora)
+    left_out: dict[str, list[str]] = {}
+    for module, name in list(found.items()):
+        _check_bare(model, module, name)
+        problem = _problem(model, module, name, use_dora)
+        if problem is None:
+            check_loaded(module, name)
+        elif everything:
+            del found[module]
+            left_out.setdefault(str(problem), []).append(name)
+        else:
+            raise type(problem)(f"{name}: {problem}; leave it out with exclude_modules=[{name!r}]")
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in left_out.items())
+    if not found:
+        raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
+    known = [name for names in places.values() for name in names if name]
+    missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
+    return found, [f"all-linear leaves out {reasons}"] * bool(left_out) + missed
+
+
+def _nothing(
+    model: nn.Module, places: dict[nn.Module, list[str]], target_modules: Any, excluded: Any, use_dora: bool
+) -> ValueError:
+    """Why no layer is named."""
+    if type(model) in _KINDS or is_conv1d(model):
+        kind = kind_of(model, use_dora)
+        make = "from_linear" if issubclass(kind, LoRALinear) else "from_base"
+        return ValueError(f"model: it is a layer itself, which nothing holds; take {kind.__name__}.{make}(model, ...)")
+    if excluded is not None:
+        return ValueError(f"exclude_modules: {excluded!r} leaves out all that target_modules={target_modules!r} names")
+    some = ", ".join(name for names in places.values() for name in names[:1] if name and len(name) < 60)[:300]
+    return ValueError(f"target_modules: {target_modules!r} names no layer of the model; it has {some}")
+
+
+def _compiled(expression: str, argument: str, around: str = "{}") -> re.Pattern[str]:
+    try:
+        re.compile(expression)
+        return re.compile(around.format(expression))
+    except re.error as error:
+        raise ValueError(f"{argument}: {expression!r} is no regular expression: {error}") from error
+
+
+def _pattern(value: Any, argument: str) -> re.Pattern[str] | list[str]:
+    if isinstance(value, str):
+        return _compiled(value, argument)
+    try:
+        names = list(value)
+    except TypeError:
+        names = [None]
+    if not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{argument}: expected a regular expression or names, got {value!r}")
+    return names
+
+
+def _matches(pattern: re.Pattern[str] | list[str], name: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in pattern)
+
+
+def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument: str) -> list[str]:
+    """A sentence where some of a pattern is the name of nothing."""
+    if isinstance(pattern, re.Pattern):
+        missed = [] if any(map(pattern.fullmatch, names)) else [pattern.pattern]
+    else:
+        parts = [name.split(".") for name in names]
+        ends = {".".join(part[i:]) for part in parts for i in range(len(part))}
+        missed = [one for one in pattern if one not in ends]
+    return [f"{argument}: the model has no {', '.join(map(repr, missed))}"] if missed else []
+
+
+class ByName:
+    """Values for some layers, `rank_pattern` or `alpha_pattern`: the first whose key matches the end of a name counts.
+
+    Raises:
+        TypeError: `values` is no mapping with strings as keys.
+        ValueError: a key is no regular expression.
+    """
+
+    def __init__(self, values: Any, argument: str) -> None:
+        values = {} if values is None else values
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise TypeError(f"{argument}: expected a mapping of regular expressions to values, got {values!r}")
+        self._argument = argument
+        self._values = [(_compiled(key, argument, r"(.*\.)?({})$"), key, value) for key, value in values.items()]
+
+    def get(self, name: str, default: Any) -> Any:
+        return next((value for pattern, _, value in self._values if pattern.match(name)), default)
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """A sentence where a key matches none of the adapted layers."""
+        missed = [repr(key) for pattern, key, _ in self._values if not any(map(pattern.match, names))]
+        return [f"{self._argument}: no adapted layer is {', '.join(missed)}"] if missed else []
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Also what is none of torch's, as quantised layers: it is left out with its reason, not in silence."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    alike = all(isinstance(size, int) for size in sizes) and not module._modules
+    return isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module) or alike
+
+
+def _no_linear_layers(model: nn.Module, places: dict[nn.Module, list[str]]) -> set[nn.Module]:
+    """What "all-linear" leaves out."""
+    skipped = {
+        child
+        for module in places
+        if isinstance(module, nn.MultiheadAttention | AdaptedLayer)
+        for child in module.modules()
+        if child is not module
+    }
+    output = getattr(model, "get_output_embeddings", None)
+    head = output() if callable(output) else None
+    return skipped if head is None else {*skipped, unwrapped(head)}
+
+
+def kind_of(module: nn.Module, use_dora: bool) -> type[AdaptedLayer]:
+    kind = DoRALinear if is_conv1d(module) else _KINDS[type(module)]
+    return LoRALinear if kind is DoRALinear and not use_dora else kind
+
+
+def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) -> AdaptedLayer:
+    """A module's adapted layer (`from_base`), with its name in what is refused and without warnings of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(f"groups: {CONFINED}"))
+        try:
+            return kind_of(module, use_dora).from_base(module, **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+
+def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:
+    """Whether the layer may be replaced, and has values that an adapter can start from."""
+    _check_bare(model, module, name)
+    problem = _problem(model, module, name, use_dora)
+    if problem is not None:
+        raise type(problem)(f"{name}: {problem}")
+    check_loaded(module, name)
+
+
+def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+    """From the nearest on."""
+    return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
+
+
+def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Whether the layer has no adapter yet."""
+    around = [module, *_parents(model, name)]
+    if any(isinstance(one, AdaptedLayer) for one in around):
+        raise ValueError(f"{name}: the layer is adapted already")
+    if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
+        raise ValueError(f"{name}: the layer is adapted already, by PEFT; dora_kernels.patch_peft is for its adapters")
+
+
+def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> Exception | None:
+    """Why a layer without adapter cannot have one, without its name."""
+    parent, kind = _parents(model, name)[0], f"{type(module).__module__}.{type(module).__name__}"
+    held = parent._modules[name.rpartition(".")[2]]
+    if held is not module:
+        return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before")
+    if nn.utils.parametrize.is_parametrized(module):
+        return ValueError("the layer is parametrized; remove the parametrization before")
+    weight = module._parameters.get("weight")
+    if type(weight).__name__ == "DTensor":
+        return TypeError("the layer is sharded; adapt the model before")
+    if _is_quantised(module, weight):
+        of = "" if weight is None else f", weight {type(weight).__name__}"
+        return TypeError(f"the layer is quantised ({kind}{of}); PEFT adapts it, and dora_kernels.patch_peft runs that")
+    if type(module) not in _KINDS and not is_conv1d(module):
+        return TypeError(f"expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}")
+    if not use_dora and kind_of(module, use_dora) is not LoRALinear:
+        return TypeError(f"use_dora=False is for linear layers, got {kind}")
+    if weight is None:
+        makers = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values()) or "something else"
+        return ValueError(
+            f"the weight is no parameter but made anew in each forward, by {makers} (nn.utils.weight_norm, "
+            "spectral_norm, prune); remove that before"
+        )
+    if weight.dtype not in validation.DTYPES:
+        return TypeError(f"expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
+    if _hooked(module):
+        return ValueError("the layer has hooks or a replaced forward, which would not run any more")
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return TypeError("nn.TransformerEncoderLayer reads the weight itself in evaluation")
+    return None
+
+
+def _is_quantised(module: nn.Module, weight: nn.Parameter | None) -> bool:
+    """By its library, or a tensor of a class of its own as weight."""
+    if any(cls.__module__.partition(".")[0] in ("bitsandbytes", "hqq") for cls in type(module).__mro__):
+        return True
+    return weight is not None and type(weight) is not nn.Parameter and not nn.parameter.is_lazy(weight)
+
+
+def _hooked(module: nn.Module) -> bool:
+    own = vars(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in own or any(own[one] for one in hooks)
+
+
+def check_loaded(layer: Any, name: str) -> None:
+    """Whether the weight of a base layer has values that an adapter can start from."""
+    if layer.weight.is_meta:
+        raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights before")

@@ -1,0 +1,138 @@
+"""Which layers `apply_dora` takes: what "all-linear" leaves out and says, names that match nothing, hopeless calls."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from dora_kernels import DoRALinear, adapted_layers, apply_dora, attach, extract, load_adapter, save_adapter
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class Packed(nn.Module):
+    """A linear layer to the eye alone, as some quantised layers."""
+
+    in_features = out_features = 8
+
+
+def net(**layers):
+    return nn.ModuleDict({"first": nn.Linear(8, 8), **layers})
+
+
+def warned(call):
+    """What is said, from the caller's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(one.filename == __file__ and one.category is UserWarning for one in caught)
+    return [str(one.message) for one in caught]
+
+
+def test_all_linear_leaves_out_what_it_cannot_adapt():
+    class Weight(nn.Parameter):
+        pass
+
+    foreign = nn.Linear(8, 8)
+    foreign.weight = Weight(torch.ones(8, 8))
+    integers = nn.Linear(8, 8)
+    integers.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    model = net(encoder=nn.TransformerEncoderLayer(8, 2, 8), own=MyLinear(8, 8), other=MyLinear(8, 8),
+                packed=Packed(), lazy=nn.LazyLinear(8),
+                integers=integers, foreign=foreign, hooked=hooked, attention=nn.MultiheadAttention(8, 2))  # fmt: skip
+    (text,) = warned(lambda: apply_dora(model, rank=2))
+    assert list(adapted_layers(model)) == ["first"]
+    for part in (
+        "all-linear leaves out encoder.linear1, encoder.linear2: nn.TransformerEncoderLayer reads the weight itself",
+        "; own, other: expected a plain nn.Linear, ",
+        "; packed: expected a plain nn.Linear, ",
+        "; lazy: expected a plain nn.Linear, ",
+        "; integers: expected float32, bfloat16, float16 or float64 as weight, got torch.int8",
+        "; foreign: the layer is quantised (torch.nn.modules.linear.Linear, weight Weight); PEFT adapts it, and "
+        "dora_kernels.patch_peft runs that",
+        "; hooked: the layer has hooks or a replaced forward",
+    ):
+        assert part in text
+    assert "out_proj" not in text
+    named = ["encoder.linear1", "own", "other", "packed", "integers", "foreign", "hooked", "lazy"]
+    for name in named:
+        with pytest.raises((TypeError, ValueError), match=rf"{name}: .*; leave it out with exclude_modules=\['{name}"):
+            apply_dora(model, [name])
+    assert not warned(lambda: apply_dora(net(own=MyLinear(8, 8)), exclude_modules=["own"]))
+
+
+def test_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = net(four=bnb.nn.Linear4bit(8, 8), eight=bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False))
+    (text,) = warned(lambda: apply_dora(model, rank=2))
+    assert list(adapted_layers(model)) == ["first"]
+    for name in ("four", "eight"):
+        assert re.search(rf"{name}: the layer is quantised \(bitsandbytes.*; PEFT adapts it, .*patch_peft", text)
+
+
+def test_nothing_that_can_be_adapted():
+    model = nn.Sequential(MyLinear(8, 8))
+    with pytest.raises(ValueError, match="'all-linear' finds no layer that can be adapted: 0: expected a plain nn"):
+        apply_dora(model)
+    for layer, make in ((nn.Linear(2, 2), "DoRALinear.from_linear"), (nn.Embedding(2, 2), "DoRAEmbedding.from_base")):
+        with pytest.raises(ValueError, match=rf"model: it is a layer itself, which nothing holds; take {make}\(model"):
+            apply_dora(layer)
+        assert layer.weight.requires_grad
+
+
+def test_an_adapter_for_a_layer_that_cannot_have_one(tmp_path):
+    """No word of `apply_dora`'s arguments."""
+    model = net()
+    apply_dora(model, rank=2)
+    other = nn.ModuleDict({"first": MyLinear(8, 8)})
+    calls = [lambda: attach(other, extract(model))]
+    if pytest.importorskip("safetensors"):
+        save_adapter(model, tmp_path)
+        calls.append(lambda: load_adapter(tmp_path, other))
+    for call in calls:
+        with pytest.raises(TypeError, match=r"first: expected a plain nn.Linear, .*MyLinear$"):
+            call()
+
+
+def test_names_that_match_nothing():
+    model = net(second=nn.Linear(8, 8), block=nn.Sequential(nn.Linear(8, 8)))
+    said = warned(lambda: apply_dora(
+        model, ["first", "lock.0", "block.0", "third", "irst"], exclude_modules=["second", "fourth"],
+        rank_pattern={"first": 2, "second": 3, r"block\.\d": 4}, alpha_pattern={"nope": 1.0},
+    ))  # fmt: skip
+    assert said == [
+        "target_modules: the model has no 'lock.0', 'third', 'irst'",
+        "exclude_modules: the model has no 'fourth'",
+        "rank_pattern: no adapted layer is 'second'",
+        "alpha_pattern: no adapted layer is 'nope'",
+    ]
+    assert {name: layer.rank for name, layer in adapted_layers(model).items()} == {"first": 2, "block.0": 4}
+    said = warned(lambda: apply_dora(model, ["second"], exclude_modules="x.*"))
+    assert said == ["exclude_modules: the model has no 'x.*'"]
+
+
+def test_warnings_as_errors_leave_the_model_alone():
+    model = net(own=MyLinear(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="all-linear leaves out own"):
+            apply_dora(model)
+    assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_base_layers_of_other_dtypes(dtype):
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=f"base_layer: expected float32, .* as weight, got {dtype}"):
+        DoRALinear.from_linear(layer, rank=2)
+    with pytest.raises(TypeError, match="adapter_dtype: expected a floating-point .* or None, got torch.int8"):
+        DoRALinear(4, 4, rank=2, adapter_dtype=torch.int8)
