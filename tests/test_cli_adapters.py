@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ import rich.console
 from adapter_models import Model, adapted64, adapter_for, assert_same_function, norm64
 from safetensors.torch import load_file, save_file
 
+from dora_kernels import cli
 from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
 
 NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down"]
@@ -169,6 +172,85 @@ def test_inspect_prints_long_names_whole(call, tmp_path, monkeypatch, terminal):
         return
     folded = row[0] + "".join(line.strip() for line in lines[start + 2 : lines.index("", start)])
     assert folded == name and max(map(len, lines[start:])) <= 100
+
+
+def single(place, **tensors):
+    """An adapter of one layer ``q`` with 8 inputs and 6 outputs."""
+    place.mkdir()
+    torch.manual_seed(0)
+    parts = {"lora_A.weight": torch.randn(2, 8), "lora_B.weight": torch.randn(6, 2),
+             "lora_magnitude_vector": torch.ones(6), **tensors}  # fmt: skip
+    save_file({f"base_model.model.q.{part}": tensor for part, tensor in parts.items()},
+              place / "adapter_model.safetensors")  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": True}
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("tensors", "norm_b", "largest"),
+    [
+        ({"lora_B.weight": torch.full((6, 2), 1e25).bfloat16()}, float(torch.tensor(1e25).bfloat16()) * 12**0.5, 1.0),
+        ({"lora_B.weight": torch.full((6, 2), 1e300, dtype=torch.float64)}, 1e300 * 12**0.5, 1.0),
+        ({"lora_B.weight": torch.full((6, 2), 1.7e308, dtype=torch.float64)}, None, 1.0),
+        ({"lora_magnitude_vector": torch.tensor([3e38, -3e38, 0, 1, 2, 3])}, 0, 3e38),
+        ({"lora_magnitude_vector": torch.tensor([1.7e308, -1.7e308, 0, 1, 2, 3], dtype=torch.float64)}, 0, 1.7e308),
+        ({"lora_magnitude_vector": torch.zeros(6)}, 0, 0.0),
+    ],
+    ids=["bf16", "squares", "sums", "float32", "float64", "zeros"],
+)  # fmt: skip
+def test_inspect_of_huge_values(call, tmp_path, tensors, norm_b, largest):
+    """Whatever is finite is shown; what exceeds float64 is null in JSON."""
+    place = single(tmp_path / "in", **tensors)
+    status, stdout, stderr = call("inspect", place, "--json")
+    assert (status, stderr) == (0, "")
+    found = json.loads(stdout)
+    layer, histogram = found["layers"]["q"], found["magnitudes"]
+    assert layer["norm_B"] == (norm_b if norm_b is None else pytest.approx(norm_b or layer["norm_B"], rel=1e-6))
+    assert layer["magnitude"]["max"] == pytest.approx(largest, rel=1e-6)
+    assert sum(histogram["counts"]) == 6 and histogram["edges"][-1] == pytest.approx(largest, rel=1e-6)
+    status, stdout, stderr = call("inspect", place)
+    assert (status, stderr) == (0, "") and ("not finite" in stdout) == (norm_b is None)
+
+
+def test_inspect_of_scales_that_are_not_finite(call, tmp_path):
+    """Suspicious, and null."""
+    (tmp_path / "base").mkdir()
+    weight, magnitude = torch.randn(6, 8, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    weight[0] *= 1e-150
+    magnitude[0] = 1e300
+    save_file({"q.weight": weight}, tmp_path / "base" / "model.safetensors")
+    place = single(tmp_path / "in", **{"lora_B.weight": torch.zeros(6, 2), "lora_magnitude_vector": magnitude})
+    status, stdout, stderr = call("inspect", place, "--base", tmp_path / "base", "--json")
+    assert (status, stderr) == (0, "")
+    found = json.loads(stdout)
+    assert found["layers"]["q"]["g"]["max"] is None and sum(found["g"]["counts"]) == 5
+    assert any("magnitudes are not within" in text for text in found["suspicious"])
+
+
+def test_an_ascii_output(tmp_path, monkeypatch):
+    place = single(tmp_path / "n\xe4h")
+    with (tmp_path / "stdout").open("w", encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["inspect", str(place)]) == 0
+    written = (tmp_path / "stdout").read_text()
+    assert "n\\xe4h: peft" in written and "####" in written
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_takes_nothing(tmp_path, monkeypatch, capsys, options, buffered):
+    """A full device and a closed pipe: a line, and no traceback, also when Python ends."""
+    place = single(tmp_path / "in")
+    reading, writing = os.pipe()
+    os.close(reading)
+    for target, reason in ((os.open("/dev/full", os.O_WRONLY), "No space left on device"), (writing, "Broken pipe")):
+        opened = open(target, "wb", -1 if buffered else 0)  # noqa: SIM115
+        with io.TextIOWrapper(opened, write_through=not buffered) as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert cli.main(["inspect", str(place), *options]) == 2
+        assert capsys.readouterr().err == f"error: standard output: {reason}\n"
 
 
 PREFIX = f"base_model.model.{NAMES[1]}."

@@ -2,6 +2,9 @@
 
 # Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -22,8 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = (error.name or "typer and rich").partition(".")[0]
         print(f"dora-kernels: the command line needs {missing}: pip install 'dora-kernels[cli]'", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, where it is ASCII
     try:
-        return int(build_app()(args=arguments, standalone_mode=False, prog_name="dora-kernels") or 0)
+        status = int(build_app()(args=arguments, standalone_mode=False, prog_name="dora-kernels") or 0)
+        sys.stdout.flush()
+        return status
+    except (OSError, SystemExit) as error:  # a full device, a closed pipe; of that rich and click only exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it fails again when Python ends
+        reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.EPIPE)
+        print(f"error: standard output: {reason}", file=sys.stderr)
+        return 2
     except Exception as error:
         # Usage errors come from click, or from the copy of it that newer releases of typer carry.
         if type(error).__name__ == "Abort":

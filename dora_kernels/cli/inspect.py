@@ -63,7 +63,7 @@ def inspect(path: str | Path, base: str | Path = "", **options: Any) -> dict[str
         with progress() as advance:
             for name, scale in scales(checkpoint, adapter, keys):
                 if scale is not None:
-                    g[name] = scale.float()
+                    g[name] = scale.double()
                 advance(name, len(adapter.layers))
     else:
         adapter = read_adapter(path, **options)
@@ -76,7 +76,7 @@ def inspect(path: str | Path, base: str | Path = "", **options: Any) -> dict[str
         "format": adapter.format,
         "notes": adapter.notes,
         "layers": layers,
-        "magnitudes": _histogram([each.magnitude.float() for each in adapter.layers.values()
+        "magnitudes": _histogram([each.magnitude for each in adapter.layers.values()
                                   if each.magnitude is not None]),
         "g": _histogram(list(g.values())),
         "suspicious": suspicious,
@@ -91,11 +91,11 @@ def _layer(layer: AdapterLayer, g: Tensor | None) -> dict[str, Any]:
         "scaling": layer.scaling,
         "axis": layer.magnitude_axis if layer.magnitude is not None else None,
         "dtypes": _dtypes(layer),
-        "norm_A": float(layer.lora_A.float().norm()),
-        "norm_B": float(layer.lora_B.float().norm()),
+        "norm_A": _norm(layer.lora_A),
+        "norm_B": _norm(layer.lora_B),
     }
     if layer.magnitude is not None:
-        found["magnitude"] = _spread(layer.magnitude.float())
+        found["magnitude"] = _spread(layer.magnitude)
     if g is not None:
         found["g"] = _spread(g)
     return found
@@ -116,7 +116,7 @@ def _suspicious(layer: AdapterLayer, g: Tensor | None) -> list[str]:
         zero, negative = int((layer.magnitude == 0).sum()), int((layer.magnitude < 0).sum())
         found += [f"{count} of {layer.magnitude.numel()} magnitudes are {what}"
                   for count, what in ((zero, "zero"), (negative, "negative")) if count]  # fmt: skip
-    far = 0 if g is None else int(((g.abs() < _FAR[0]) | (g.abs() > _FAR[1])).sum())
+    far = 0 if g is None else int((~((g.abs() >= _FAR[0]) & (g.abs() <= _FAR[1]))).sum())  # NaN is far, too
     if far:
         found.append(f"{far} magnitudes are not within {_FAR[0]:g} to {_FAR[1]:g} times the adapted weight's norm")
     if len(_dtypes(layer)) > 1:
@@ -136,17 +136,33 @@ def _of_all(adapter: Adapter) -> list[str]:
     return found
 
 
-def _spread(values: Tensor) -> dict[str, float]:
-    return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}
+def _norm(values: Tensor) -> float | None:
+    """The norm in float64, of values that it holds but not their squares; None beyond float64."""
+    largest = values.double().abs().max()
+    return _finite(largest * (values.double() / largest).norm()) if largest > 0 else 0.0
+
+
+def _spread(values: Tensor) -> dict[str, float | None]:
+    values = values.double()
+    return {"min": _finite(values.min()), "median": _finite(values.median()), "max": _finite(values.max())}
+
+
+def _finite(value: Tensor) -> float | None:
+    """None for what JSON has not."""
+    return float(value) if bool(value.isfinite()) else None
 
 
 def _histogram(values: list[Tensor]) -> dict[str, Any] | None:
-    if not values:
+    """Of the finite values, counted as shares of the largest, whose range float64 holds whatever it is."""
+    every = torch.cat([part.double().flatten().cpu() for part in values]) if values else torch.zeros(0)
+    every = every[every.isfinite()]
+    if not len(every):
         return None
-    every = torch.cat([part.flatten().cpu() for part in values])
+    largest = float(every.abs().max()) or 1.0
+    every = every / largest
     low, high = float(every.min()), float(every.max())
     counts = torch.histc(every, _BINS, low, high) if high > low else torch.tensor([float(len(every))])
-    edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
+    edges = largest * torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
     return {"edges": edges.tolist(), "counts": [int(count) for count in counts]}
 
 
@@ -163,19 +179,23 @@ def _print(found: dict[str, Any], output: "Console") -> None:
         table.add_column(heading, no_wrap=True)
     for name, layer in found["layers"].items():
         cells = [layer["kind"], str(layer["rank"]), f"{layer['scaling']:g}", layer["axis"] or "none"]
-        cells += [f"{layer['norm_A']:.3g}", f"{layer['norm_B']:.3g}", _three(layer.get("magnitude"))]
+        cells += [_short(layer["norm_A"]), _short(layer["norm_B"]), _three(layer.get("magnitude"))]
         table.add_row(name, *cells, *((_three(layer.get("g")),) if compared else ()))
     output.print(table, soft_wrap=True)
     for title, histogram in (("magnitudes", found["magnitudes"]), ("g = magnitude / norm", found["g"])):
         if histogram is not None:
             output.print(f"\n{title}:")
-            most = max(histogram["counts"])
+            most, block = max(histogram["counts"]), "█" if output.encoding.startswith("utf") else "#"
             for count, low, high in zip(histogram["counts"], histogram["edges"], histogram["edges"][1:]):
-                bar = "█" * max(1 if count else 0, round(_BAR * count / most))
+                bar = block * max(1 if count else 0, round(_BAR * count / most))
                 output.print(f"{low:>10.4g} to {high:<10.4g} {count:>8} {bar}".rstrip())
     for text in found["suspicious"]:
         output.print(f"suspicious: {text}", soft_wrap=True)
 
 
-def _three(spread: Mapping[str, float] | None) -> str:
-    return "none" if spread is None else f"{spread['min']:.3g} / {spread['median']:.3g} / {spread['max']:.3g}"
+def _three(spread: Mapping[str, float | None] | None) -> str:
+    return "none" if spread is None else " / ".join(_short(spread[name]) for name in ("min", "median", "max"))
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
