@@ -161,7 +161,12 @@ def _gradients(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, divisor: Tensor, settings: tuple[float, str, str, bool]
+        ctx: Any,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        divisor: Tensor,
+        settings: tuple[float, str, str, bool],
     ) -> Tensor:
         ctx.settings = settings
         ctx.save_for_backward(weight, lora_A, lora_B, divisor)

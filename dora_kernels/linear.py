@@ -83,6 +83,8 @@ def low_rank_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
 
     As in PEFT's layer, which casts x to it. Under autocast, as there, all products are in the compute dtype.
     """
+    if factor.dtype == x.dtype:
+        return x.dtype
     wider = torch.finfo(factor.dtype).bits > torch.finfo(x.dtype).bits
     return factor.dtype if wider and not autocast_enabled(x.device) else x.dtype
 
