@@ -352,7 +352,7 @@ def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     names = model.named_modules(remove_duplicate=False)
     inside = tuple(f"{name}." for name, module in names if isinstance(module, AdaptedLayer))
     pairs = [(name, layer.base_layer.weight) for name, layer in layers.items()]
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if not f"{name}.".startswith(inside):
             pairs += [(f"{name}.{key}", p) for key, p in module.named_parameters(recurse=False)]
     owners: dict[Any, list[str]] = {}
