@@ -11,9 +11,8 @@ from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
 from dora_kernels.linear import low_rank_dtype
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
-from dora_kernels.reference import accumulation_dtype, autocast_enabled
+from dora_kernels.reference import accumulation_dtype, autocast_enabled, cast
 from dora_kernels.rounding import is_coarse, stochastic
-from dora_kernels.torch_backend import cast
 
 
 def dora_linear(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import torch_backend
-from dora_kernels.reference import accumulation_dtype, autocast_enabled
-from dora_kernels.torch_backend import cast, mm_accumulate, mm_mixed, mm_wide, quotient, scaled_rows
+from dora_kernels.reference import accumulation_dtype, autocast_enabled, cast
+from dora_kernels.torch_backend import mm_accumulate, mm_mixed, mm_wide, quotient, scaled_rows
 
 
 class Needs(NamedTuple):
