@@ -1,6 +1,6 @@
 """DoRA (weight-decomposed low-rank adaptation) at the price of LoRA. See README.md."""
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from dora_kernels.adapt import (
@@ -89,6 +89,9 @@ _LAZY = {
     ),
     "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
 }
+
+if importlib.util.find_spec("peft") is None:  # for `from dora_kernels import *`
+    __all__ = [name for name in __all__ if name not in _LAZY["peft"]]
 
 
 def __dir__() -> list[str]:

@@ -220,9 +220,10 @@ def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     """Whether nothing but its layer holds a weight that is to be written."""
     inside = tuple(f"{name}." for name, module in named_modules(model) if isinstance(module, AdaptedLayer))
     pairs = [(name, layer.base_layer.weight) for name, layer in layers.items()]
-    for module, (name, *_) in places_of(model).items():
-        if not f"{name}.".startswith(inside):
-            pairs += [(f"{name}.{key}", p) for key, p in module.named_parameters(recurse=False)]
+    for module, names in places_of(model).items():  # a base layer may be held outside as well
+        outside = next((name for name in names if not f"{name}.".startswith(inside)), None)
+        if outside is not None:
+            pairs += [(f"{outside}.{key}", p) for key, p in module.named_parameters(recurse=False)]
     owners: dict[Any, list[str]] = {}
     for name, parameter in pairs:
         owners.setdefault(parameter.data_ptr() or parameter, []).append(name)

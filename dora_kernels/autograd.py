@@ -20,8 +20,8 @@ from torch import Tensor
 from dora_kernels import linear, ops, reference
 from dora_kernels.backends import UnsupportedError, warn_once
 from dora_kernels.linear import ComposeNeeds, Needs
-from dora_kernels.reference import no_autocast
-from dora_kernels.torch_backend import cast, quotient
+from dora_kernels.reference import cast, no_autocast
+from dora_kernels.torch_backend import quotient
 
 
 class _DoRALinear(torch.autograd.Function):

@@ -11,9 +11,8 @@ from dora_kernels import autograd, ops, reference, validation
 from dora_kernels.backends import resolve
 from dora_kernels.linear import low_rank_dtype
 from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
-from dora_kernels.reference import accumulation_dtype, autocast_enabled
+from dora_kernels.reference import accumulation_dtype, autocast_enabled, cast
 from dora_kernels.rounding import is_coarse, stochastic
-from dora_kernels.torch_backend import cast
 
 
 def dora_linear(
@@ -104,7 +103,7 @@ def run_layer(
         else:
             divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
         if eps:
-            divisor = with_eps(cast(divisor, accumulation_dtype(x)), eps)
+            divisor = _plus_eps(cast(divisor, accumulation_dtype(x)), eps, cache)
     return autograd.apply(
         cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
         scaling, magnitude_axis, detach_norm, chosen, backend != "auto", eps,
@@ -149,10 +148,11 @@ def layer_scale(
     norm: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_divisor`."""
-    divisor = layer_divisor(
-        weight, lora_A, lora_B, scaling, magnitude_axis, detach_norm, backend, cache, training, norm
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        cache.unheard = True  # autograd runs the backward here and will not say when
+    return magnitude / layer_divisor(
+        weight, lora_A, lora_B, scaling, magnitude_axis, detach_norm, backend, cache, training, norm, eps
     )
-    return magnitude / (with_eps(divisor, eps) if eps else divisor)
 
 
 def layer_divisor(
@@ -166,8 +166,9 @@ def layer_divisor(
     cache: NormCache | None,
     training: bool,
     norm: Callable[[], Tensor] | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
-    """The `safe_divisor` of a layer's norm, differentiable unless `detach_norm`.
+    """The `safe_divisor` of a layer's norm, or the norm plus eps, differentiable unless `detach_norm`.
 
     `norm` computes it where it is not the norm of a matrix ``W + s B A`` (`NormCache.divisor`), differentiably.
     """
@@ -175,18 +176,24 @@ def layer_divisor(
     compiling = torch.compiler.is_compiling()
     if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
         dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        return safe_divisor(dense.detach() if detach_norm else dense)
-    if norm is not None and not detach_norm and torch.is_grad_enabled():
-        return safe_divisor(norm())
-    if compiling or cache is None or chosen == "reference":
-        divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
+        divisor = safe_divisor(dense.detach() if detach_norm else dense)
+    elif norm is not None and not detach_norm and torch.is_grad_enabled():
+        divisor = safe_divisor(norm())
     else:
-        if torch.is_grad_enabled():
-            cache.unheard = True  # autograd runs the backward here and will not say when
-        divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
-    if detach_norm:
-        return divisor
-    return autograd.norm(weight, lora_A, lora_B, divisor, scaling, magnitude_axis, chosen, backend != "auto")
+        if compiling or cache is None or chosen == "reference":
+            divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
+        else:
+            divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
+        if not detach_norm:
+            divisor = autograd.norm(
+                weight, lora_A, lora_B, divisor, scaling, magnitude_axis, chosen, backend != "auto"
+            )
+    return _plus_eps(divisor, eps, cache) if eps else divisor
+
+
+def _plus_eps(divisor: Tensor, eps: float, cache: NormCache | None) -> Tensor:
+    """`with_eps`, kept where `divisor` is."""
+    return with_eps(divisor, eps) if cache is None or torch.compiler.is_compiling() else cache.with_eps(divisor, eps)
 
 
 def dora_weight_norm(
@@ -253,6 +260,7 @@ def merge_dora(
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
     validation.check_eps(eps)
     validation.check_rounding(rounding, seed)
+    eps = float(eps)
     drawn = seed if rounding == "stochastic" and is_coarse(weight.dtype) else None
     chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
     with torch.no_grad():

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import torch_backend
-from dora_kernels.reference import accumulation_dtype, autocast_enabled
-from dora_kernels.torch_backend import cast, mm_accumulate, mm_mixed, mm_wide, quotient, scaled_rows
+from dora_kernels.reference import accumulation_dtype, autocast_enabled, cast
+from dora_kernels.torch_backend import mm_accumulate, mm_mixed, mm_wide, quotient, scaled_rows
 
 
 class Needs(NamedTuple):
@@ -83,6 +83,8 @@ def low_rank_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
 
     As in PEFT's layer, which casts x to it. Under autocast, as there, all products are in the compute dtype.
     """
+    if factor.dtype == x.dtype:
+        return x.dtype
     wider = torch.finfo(factor.dtype).bits > torch.finfo(x.dtype).bits
     return factor.dtype if wider and not autocast_enabled(x.device) else x.dtype
 

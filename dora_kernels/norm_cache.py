@@ -148,7 +148,7 @@ def safe_divisor(norm: Tensor) -> Tensor:
 
 def with_eps(divisor: Tensor, eps: float) -> Tensor:
     """``norm + eps`` from the norm's `safe_divisor`; finite where the norm is 0."""
-    return torch.where(torch.isinf(divisor), eps, divisor + eps)
+    return torch.nan_to_num(divisor, nan=torch.nan, posinf=0.0) + eps
 
 
 class NormEntry:
@@ -158,9 +158,11 @@ class NormEntry:
     reference.
     """
 
-    __slots__ = ("backwards", "content", "divisor", "key", "steps", "tensors")
+    __slots__ = ("backwards", "content", "divisor", "key", "steps", "sum", "tensors")
 
     divisor: Tensor
+    sum: tuple[float, Tensor] | None
+    """eps and the divisor with it added."""
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], key: tuple[Any, ...]) -> None:
         self.tensors = tuple(_owner(t) for t in tensors)
@@ -168,6 +170,7 @@ class NormEntry:
         self.steps = _steps
         self.backwards = linear.backwards
         self.content: tuple[Sample, Record, Record] | None = None
+        self.sum = None
 
     def is_of(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         w, a, b = self.tensors
@@ -277,6 +280,17 @@ class NormCache:
             entry.divisor = compute_divisor(*tensors, scaling, magnitude_axis, backend, square, norm)
         self._entries = {**self._entries, device: entry}
         return entry.divisor
+
+    def with_eps(self, divisor: Tensor, eps: float) -> Tensor:
+        """`with_eps` of what `divisor` has just returned, kept as long as that is."""
+        entry = self._entries.get(divisor.device)
+        if entry is None or entry.divisor is not divisor:  # the device's own may be written again
+            return with_eps(divisor, eps)
+        kept = entry.sum
+        if kept is None or kept[0] != eps:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = entry.sum = eps, with_eps(divisor, eps)
+        return kept[1]
 
     def _row_square(
         self,

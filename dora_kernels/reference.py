@@ -22,6 +22,11 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes a microsecond to do nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 

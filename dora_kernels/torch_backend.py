@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.reference import accumulation_dtype, full_precision, magnitude_scale
+from dora_kernels.normalization import affine, normalizes, sums_over_tokens
+from dora_kernels.reference import accumulation_dtype, cast, full_precision, magnitude_scale
 from dora_kernels.rounding import stochastic
 
 _GRAM_FEATURES = 1024
@@ -33,11 +34,6 @@ _FACTORED_FEATURES = 64
 # Elements of one block: 4 MB in float32. Blocks of half and a quarter of it took the direct norm of 576x576 to
 # 4096x4096 weights, ranks 16 to 384, on two cores up to 1.2 times as long.
 BLOCK_ELEMENTS = 1 << 20
-
-# 16-bit activations up to this size meet float32 in one operation, which makes float32 copies of all that it reads and
-# writes: 8x2048 elements times g 8 us on two cores, 14 us as a normalization; 512x2048 elements 2137 us and 104 us.
-_MIXED_ELEMENTS = 1 << 16
-
 
 class _Kept(threading.local):
     """A thread's block of float32 on the CPU.
@@ -222,7 +218,7 @@ def compose(
     total = base.addmm_(h, cast(lora_B, base.dtype).t(), alpha=scaling)
     if g is None:
         return total if bias is None else total.add_(bias)
-    return _affine(total, g, bias, None if keep else base)
+    return affine(total, g, bias, None if keep else base)
 
 
 def keeps_sum(base: Tensor, h: Tensor, lora_B: Tensor) -> bool:
@@ -283,9 +279,9 @@ def scale_reduce(
     dot = total = None
     for part, partner, target in _blocks(_block_rows(*grad.shape), grad, other, scaled):
         products = sums = None
-        if _normalizes(grad):
+        if normalizes(grad):
             if partner is not None or want_sum:
-                products, sums = _normalization_sums(part, partner, want_sum)
+                products, sums = sums_over_tokens(part, partner, want_sum)
         else:
             wide = cast(part, dtype)
             if partner is not None:
@@ -295,51 +291,8 @@ def scale_reduce(
                 sums = wide.sum(0)
         dot, total = _added(dot, products), _added(total, sums)
         if target is not None:
-            _affine(part, g, None, target)
+            affine(part, g, None, target)
     return scaled, dot, total
-
-
-def _normalizes(x: Tensor) -> bool:
-    """Whether x is scaled and summed as an evaluated batch normalization of mean 0 and variance 1.
-
-    On the CPU it is PyTorch's one pass over 16-bit elements that takes float32 factors and keeps float32 sums: 512x2048
-    elements scaled in 0.10 ms on two cores, in float32 blocks 0.16; scaled and reduced 0.28 and 0.53. Of float32
-    elements it is the slower way.
-    """
-    return x.dtype != accumulation_dtype(x) and x.device.type == "cpu" and x.numel() > 0
-
-
-def _affine(x: Tensor, g: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """``g * x + bias`` in x's dtype, rounded once; into `out`, which may be x.
-
-    Where g is infinite, a large 16-bit x gives NaN and a small one infinity.
-    """
-    if _normalizes(x) and x.numel() > _MIXED_ELEMENTS:
-        out = torch.empty_like(x) if out is None else out
-        mean, variance, unused = _standard(x)
-        bias = None if bias is None else cast(bias, torch.float32)
-        torch.native_batch_norm(x, g, bias, mean, variance, False, 0.0, 0.0, out=(out, unused, unused))
-        return out
-    y = torch.mul(x, g, out=out) if bias is None else torch.addcmul(bias, x, g, out=out)
-    return cast(y, x.dtype)
-
-
-def _normalization_sums(grad: Tensor, other: Tensor | None, want_sum: bool) -> tuple[Tensor | None, Tensor | None]:
-    """``(Σ_t grad * other, Σ_t grad)``: what a normalization's weight and bias have for gradients."""
-    mean, variance, unused = _standard(grad)
-    wanted = [False, other is not None, want_sum]
-    grad = grad.contiguous()  # the sums over another layout are 16-bit ones
-    other_or_grad = grad if other is None else other.contiguous()
-    _, products, sums = torch.ops.aten.native_batch_norm_backward.default(
-        grad, other_or_grad, None, mean, variance, unused, unused, False, 0.0, wanted
-    )
-    return products if other is not None else None, sums if want_sum else None
-
-
-def _standard(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean 0 and variance 1 of every feature, and an empty tensor for what only training normalizations have."""
-    mean = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
-    return mean, torch.ones_like(mean), mean[:0]
 
 
 def quotient(magnitude: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
@@ -351,11 +304,6 @@ def quotient(magnitude: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return part if total is None or part is None else total.add_(part)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes a microsecond to do nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -187,6 +187,18 @@ def test_merging_refuses_tied_weights(targets, other):
     torch.testing.assert_close(merge_all(model)(X), before[3])
 
 
+@pytest.mark.parametrize("first", ["adapted", "held"])
+def test_merging_refuses_a_base_layer_that_is_held_elsewhere(first):
+    """Whichever comes first in the model."""
+    base = nn.Linear(4, 4)
+    modules = {"adapted": DoRALinear.from_linear(base, rank=2), "held": base}
+    model = nn.ModuleDict({name: modules[name] for name in (first, *(modules.keys() - {first}))})
+    before = base.weight.clone()
+    with pytest.raises(ValueError, match=r"adapted: its weight is shared with held\.weight"):
+        merge_all(model)
+    assert torch.equal(base.weight, before) and not model["adapted"].merged
+
+
 @pytest.mark.parametrize("dtype", [f32, bf16])
 def test_merge_all(dtype):
     model = Net().to(dtype)

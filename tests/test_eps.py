@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from fractions import Fraction
+
 import pytest
 import torch
 from helpers import NAMES, bf16, check, f32, f64, leaves_of, make_problem, oracle, ours, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_kernels import DoRALinear, dora_linear, functional, merge_dora
+from dora_kernels import DoRAConv2d, DoRAEmbedding, DoRALinear, dora_linear, functional, merge_dora, norm_cache
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
@@ -127,6 +131,58 @@ def test_nothing_happens_without_eps(monkeypatch):
     assert same_bits(ours(problem.replace(eps=0.0), "torch"), before)
 
 
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def operations(layer, x):
+    """Of a call with a kept norm."""
+    layer(x)
+    with Operations() as seen:
+        layer(x)
+    return seen.names
+
+
+LAYERS = {
+    "linear": (lambda **o: DoRALinear(21, 17, rank=3, **o), lambda: torch.randn(5, 21)),
+    "embedding": (lambda **o: DoRAEmbedding(21, 17, rank=3, **o), lambda: torch.randint(0, 21, (5,))),
+    "conv": (lambda **o: DoRAConv2d(4, 6, 3, rank=3, **o), lambda: torch.randn(2, 4, 5, 5)),
+    "groups": (lambda **o: DoRAConv2d(4, 6, 3, rank=2, groups=2, **o), lambda: torch.randn(2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
+def test_no_operation_more_while_the_norm_is_kept(kind, grad):
+    """The sum is kept beside it, and is never another eps's or an older norm's."""
+    make, draw = LAYERS[kind]
+    x, layer = draw(), make(eps=EPS)
+    with torch.no_grad():
+        for factor in layer.factors:
+            factor.normal_()
+    with torch.set_grad_enabled(grad):
+        assert operations(layer, x) == operations(make(), x)
+    for change in (lambda: layer.factors[1].data.add_(0.5), lambda: setattr(layer, "eps", 0.7)):
+        before = layer(x)
+        change()
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        assert not torch.allclose(y, before)
+        torch.testing.assert_close(y, copy.deepcopy(layer)(x))
+
+
+def test_with_eps_of_what_a_norm_can_be():
+    norm = torch.tensor([0.0, 1.5, torch.nan, 3e38], requires_grad=True)
+    total = norm_cache.with_eps(norm_cache.safe_divisor(norm), EPS)
+    torch.testing.assert_close(total, norm + EPS, equal_nan=True)
+
+
 @axes
 @detachments
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
@@ -170,6 +226,12 @@ def test_merge(lane, magnitude_axis, backend):
     )  # fmt: skip
     # Norms to 1e-6 (`norm_bound`), twice, and a few roundings of float32.
     torch.testing.assert_close(merged.to(f64), adapted * g.unsqueeze(dim), rtol=3e-6, atol=3e-6)
+
+
+def test_any_real_number():
+    problem = make_problem((2,), 4, 4, 2)
+    tensors = problem.weight, problem.lora_A, problem.lora_B, problem.magnitude
+    assert torch.equal(merge_dora(*tensors, eps=Fraction(1, 4)), merge_dora(*tensors, eps=0.25))
 
 
 def test_compiled_in_one_graph(monkeypatch):

@@ -124,11 +124,21 @@ def test_dir():
     assert {"__version__", "__all__", "__doc__"} <= set(names)
 
 
+def test_a_star_without_what_is_optional():
+    """It names what can be imported: the patch only where PEFT is."""
+    out, _ = run(BLOCKED + """
+from dora_kernels import *
+print(DoRALinear.__name__, load_adapter.__name__, "patch_peft" in globals())
+""")
+    assert out == "DoRALinear load_adapter False\n"
+
+
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
     ["reference", "rounding", "kernels", "content", "files", "patterns"],
-    ["torch_backend", "backends", "convolution"],
+    ["normalization", "backends", "convolution"],
+    ["torch_backend"],
     ["linear", "validation", "combination"],
     ["ops"],
     ["autograd", "norm_cache"],

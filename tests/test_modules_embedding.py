@@ -10,7 +10,7 @@ from helpers import bf16, f32, f64
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_kernels import DoRAEmbedding, UnsupportedError
+from dora_kernels import DoRAEmbedding, UnsupportedError, linear
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
@@ -167,6 +167,13 @@ def test_one_norm_for_many_calls():
     with torch.no_grad():
         layer.lora_embedding_A.mul_(2.0)
     torch.testing.assert_close(layer(torch.tensor([3])), table(layer)[[3]])
+
+
+def test_a_backward_that_is_reported():
+    """By default the backward says that it ran, so that a norm may be kept until then."""
+    layer, before = random_layer(), linear.backwards
+    layer(torch.tensor([1, 2])).sum().backward()
+    assert linear.backwards == before + 1 and not layer._norm_cache.unheard
 
 
 @pytest.mark.parametrize("style", ["file", "model"])

@@ -120,8 +120,9 @@ def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
 def merge_config(rank: int, products: int, stochastic: bool) -> NormConfig:
     # A rank of 128 held spills in the second sweep on sm_100.
     config = norm_config(rank, products, held=64)
-    # The random words beside the pieces of a product spill on sm_120 with 64 columns where loads are not aligned.
-    return config._replace(BLOCK_K=32) if stochastic and products > 1 else config
+    # The random words spill with 64 columns or more: beside the pieces of a product on sm_120 where loads are not
+    # aligned, beside one product on sm_100.
+    return config._replace(BLOCK_K=32) if stochastic else config
 
 
 def factored_config() -> FactoredConfig:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dora_kernels.functional import layer_divisor, layer_scale, run_compose
 from dora_kernels.modules.base import DoRALayer, showing
-from dora_kernels.norm_cache import with_eps
 from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
 
 
@@ -101,10 +100,9 @@ class DoRAEmbedding(DoRALayer):
 
     def _divisor(self, _: str) -> Tensor:
         """On the backend that the layer was asked for: a choice made for a call is no name to be held to."""
-        divisor = layer_divisor(
-            *self._problem(), self.scaling, "out", True, self.backend, self._norm_cache, self.training
+        return layer_divisor(
+            *self._problem(), self.scaling, "out", True, self.backend, self._norm_cache, self.training, eps=self.eps
         )
-        return with_eps(divisor, self.eps) if self.eps else divisor
 
     def _row_scale(self, x: Tensor, total: Tensor) -> Tensor:
         """Along "in" the norms that are needed are those of the rows at hand."""
