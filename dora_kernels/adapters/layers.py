@@ -53,7 +53,7 @@ class AdapterLayer:
         return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
 
 
-@dataclass(repr=False)
+@dataclass
 class Adapter:
     """An adapter of a whole model, wherever it came from.
 
