@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
 from adapter_models import EPS32, Model, adapted64, adapter_for, assert_same_function, linear_problem
 from torch import nn
 
-from dora_kernels import DoRALinear, LoRALinear, apply_dora, attach, extract, load_adapter, read_adapter, save_adapter
+from dora_kernels import (
+    DoRALinear,
+    LoRALinear,
+    apply_dora,
+    attach,
+    extract,
+    load_adapter,
+    read_adapter,
+    remove_dora,
+    save_adapter,
+)
 from dora_kernels.adapters import Adapter, combine_adapters
 
 pytest.importorskip("safetensors")
@@ -117,6 +128,26 @@ def test_a_layer_adapted_anew_keeps_its_options():
     trains = {name: parameter.requires_grad for name, parameter in layer.adapter_parameters().items()}
     assert trains == {"lora_A.weight": False, "lora_B.weight": True, "lora_magnitude_vector": True}
     assert not any(module.training for module in layer.modules())
+
+
+def test_what_an_earlier_adapter_leaves_is_said(tmp_path):
+    first, second, model = (nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)) for _ in range(3))
+    apply_dora(first, rank=2)
+    apply_dora(second, ["1"], rank=2)
+    save_adapter(first, tmp_path / "first")
+    save_adapter(second, tmp_path / "second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not load_adapter(tmp_path / "first", model).notes
+    with pytest.warns(UserWarning, match="second: 0, 2 stay adapted as before, .* remove_dora"):
+        adapter = load_adapter(tmp_path / "second", model)
+    assert len(adapter.notes) == 1 and adapter.notes[0].startswith("0, 2 stay adapted as before")
+    remove_dora(model)
+    apply_dora(model, ["1"], rank=2)
+    model[1].strength = 0.5
+    assert load_adapter(tmp_path / "second", model).notes == [
+        "1 keep a strength that is not 1; set_dora_strength(model, 1) ends it"
+    ]
 
 
 def test_dtypes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels import files, validation
+from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
@@ -33,14 +35,27 @@ def load_adapter(
     """Read an adapter file of any format and, with a model, attach it.
 
     The arguments are `read_adapter`'s and `attach`'s, whose errors it raises; the model is unchanged by any of them.
+    Layers that were adapted before and are not in the file stay adapted, which is warned of; `remove_dora` before takes
+    them off. Layers keep their strength, which a note names where it is not 1.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     options: dict[str, Any] = {"format": format, "magnitude_axis": magnitude_axis, "scaling": scaling, "prefix": prefix}
     adapter = read_adapter(path, model, **options)
     if model is not None:
-        attach(model, adapter)
+        attached = set(attach(model, adapter))
+        layers = adapted_layers(model)
+        if others := [name for name in layers if name not in attached]:
+            text = f"{_some(others)} stay adapted as before, as the file has nothing for them; remove_dora(model) before"
+            adapter.notes.append(f"{text} takes them off")
+            warnings.warn(f"{path}: {text} takes them off", stacklevel=2)
+        if weakened := [name for name, layer in layers.items() if layer.strength != 1.0]:
+            adapter.notes.append(f"{_some(weakened)} keep a strength that is not 1; set_dora_strength(model, 1) ends it")
     return adapter
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_adapter(
