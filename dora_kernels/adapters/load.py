@@ -46,11 +46,11 @@ def load_adapter(
         attached = set(attach(model, adapter))
         layers = adapted_layers(model)
         if others := [name for name in layers if name not in attached]:
-            text = f"{_some(others)} stay adapted as before, as the file has nothing for them; remove_dora(model) before"
-            adapter.notes.append(f"{text} takes them off")
-            warnings.warn(f"{path}: {text} takes them off", stacklevel=2)
+            text = f"{_some(others)} stay adapted as before: the file has nothing for them; remove_dora(model) undoes it"
+            adapter.notes.append(text)
+            warnings.warn(f"{path}: {text}", stacklevel=2)
         if weakened := [name for name, layer in layers.items() if layer.strength != 1.0]:
-            adapter.notes.append(f"{_some(weakened)} keep a strength that is not 1; set_dora_strength(model, 1) ends it")
+            adapter.notes.append(f"{_some(weakened)} keep a strength other than 1; set_dora_strength sets it")
     return adapter
 
 
