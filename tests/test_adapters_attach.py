@@ -139,7 +139,7 @@ def test_what_an_earlier_adapter_leaves_is_said(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not load_adapter(tmp_path / "first", model).notes
-    with pytest.warns(UserWarning, match="second: 0, 2 stay adapted as before, .* remove_dora"):
+    with pytest.warns(UserWarning, match="second: 0, 2 stay adapted as before: .* remove_dora"):
         adapter = load_adapter(tmp_path / "second", model)
     assert len(adapter.notes) == 1 and adapter.notes[0].startswith("0, 2 stay adapted as before")
     remove_dora(model)

@@ -46,7 +46,7 @@ def load_adapter(
         attached = set(attach(model, adapter))
         layers = adapted_layers(model)
         if others := [name for name in layers if name not in attached]:
-            text = f"{_some(others)} stay adapted as before: the file has nothing for them; remove_dora(model) undoes it"
+            text = f"{_some(others)} stay adapted as before: the file has nothing for them; remove_dora(model) ends it"
             adapter.notes.append(text)
             warnings.warn(f"{path}: {text}", stacklevel=2)
         if weakened := [name for name, layer in layers.items() if layer.strength != 1.0]:
