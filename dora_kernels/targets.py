@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from dora_kernels.modules import (
 )
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.patterns import compiled
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,
@@ -140,17 +141,9 @@ def _nothing(
     return ValueError(f"target_modules: {target_modules!r} names no layer of the model; it has {some}")
 
 
-def _compiled(expression: str, argument: str, around: str = "{}") -> re.Pattern[str]:
-    try:
-        re.compile(expression)
-        return re.compile(around.format(expression))
-    except re.error as error:
-        raise ValueError(f"{argument}: {expression!r} is no regular expression: {error}") from error
-
-
 def _pattern(value: Any, argument: str) -> re.Pattern[str] | list[str]:
     if isinstance(value, str):
-        return _compiled(value, argument)
+        return compiled(value, argument)
     try:
         names = list(value)
     except TypeError:
@@ -175,30 +168,6 @@ def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument:
         ends = {".".join(part[i:]) for part in parts for i in range(len(part))}
         missed = [one for one in pattern if one not in ends]
     return [f"{argument}: the model has no {', '.join(map(repr, missed))}"] if missed else []
-
-
-class ByName:
-    """Values for some layers, `rank_pattern` or `alpha_pattern`: the first whose key matches the end of a name counts.
-
-    Raises:
-        TypeError: `values` is no mapping with strings as keys.
-        ValueError: a key is no regular expression.
-    """
-
-    def __init__(self, values: Any, argument: str) -> None:
-        values = {} if values is None else values
-        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-            raise TypeError(f"{argument}: expected a mapping of regular expressions to values, got {values!r}")
-        self._argument = argument
-        self._values = [(_compiled(key, argument, r"(.*\.)?({})$"), key, value) for key, value in values.items()]
-
-    def get(self, name: str, default: Any) -> Any:
-        return next((value for pattern, _, value in self._values if pattern.match(name)), default)
-
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """A sentence where a key matches none of the adapted layers."""
-        missed = [repr(key) for pattern, key, _ in self._values if not any(map(pattern.match, names))]
-        return [f"{self._argument}: no adapted layer is {', '.join(missed)}"] if missed else []
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -138,10 +138,10 @@ FILES = {
     ),
     "no scaling": (lambda f: configure(f, lora_alpha=None), CONFIG, "lora_alpha: expected a number, got None"),
     "no rank patterns": (
-        lambda f: configure(f, rank_pattern=[1]), CONFIG, "rank_pattern: expected regular expressions and their values"
+        lambda f: configure(f, rank_pattern=[1]), CONFIG, "rank_pattern: expected a mapping of regular expressions to"
     ),
     "a bad rank pattern": (
-        lambda f: configure(f, rank_pattern={"(": 1}), CONFIG, "rank_pattern: expected regular expressions and their"
+        lambda f: configure(f, rank_pattern={"(": 1}), CONFIG, "rank_pattern: '(' is no regular expression: missing )"
     ),
     "a word for a rank": (
         lambda f: configure(f, r="x", rank_pattern={}), WEIGHTS, "conv.lora_A [3, 1, 3, 3] has not the rank x"

@@ -11,7 +11,7 @@ from torch import nn
 from dora_kernels import modules
 from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, problem_of
+from dora_kernels.adapters.layers import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 
@@ -103,7 +103,7 @@ def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
     for name, layer in layers.items():
         if layer.magnitude is None and layer.kind != "linear":
             raise TypeError(
-                f"adapter: {name}: plain LoRA of a {layer.kind} cannot be attached: without magnitudes only "
+                f"adapter: {name}: plain LoRA of {article(layer.kind)} cannot be attached: without magnitudes only "
                 "linear layers can; it can be converted to other formats"
             )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.layers import AdapterLayer
+from dora_kernels.adapters.layers import AdapterLayer, article
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.targets import named_modules
 
@@ -75,8 +75,9 @@ def check_fit(
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(
-                f"{name} is of a {layer.kind} with {layer.features[0]} inputs and {layer.features[1]} outputs{here}, "
-                f"the model's is a {base.kind or 'tensor'} with {base.features[0]} and {base.features[1]}{there}"
+                f"{name} is of {article(layer.kind)} with {layer.features[0]} inputs and {layer.features[1]} outputs"
+                f"{here}, the model's is {article(base.kind or 'tensor')} with {base.features[0]} and "
+                f"{base.features[1]}{there}"
             )
 
 

@@ -80,12 +80,17 @@ class Adapter:
         return f"<Adapter of {', '.join([text, *kinds])}, format {self.format!r}>"
 
 
+def article(kind: str) -> str:
+    """A kind with its article."""
+    return f"an {kind}" if kind == "embedding" else f"a {kind}"
+
+
 def problem_of(layer: AdapterLayer) -> str | None:
     """What is wrong with a layer's shapes and numbers, None if nothing is; its tensors' values are not looked at."""
     a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
     dims = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}.get(layer.kind)
     if a.dim() != dims or not a.numel():
-        return f"lora_A {list(a.shape)} does not fit a layer of kind {layer.kind!r}"
+        return f"lora_A {list(a.shape)} is none of {article(layer.kind)}"
     grouped = b.dim() > 2 and a.shape[0] % max(1, *b.shape[1:2]) == 0
     if b.dim() != dims or not b.numel() or not (b.shape[1] == a.shape[0] or grouped) or set(b.shape[2:]) - {1}:
         return f"lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}"

@@ -262,6 +262,7 @@ class AdaptedLayer(nn.Module):
     def _drops(self) -> bool:
         """Whether dropout is active."""
         return self.training and self.dropout.p > 0.0
+
     def _release(self) -> nn.Module:
         """The base layer as it is, merged or not, for good: what trained before it was adapted trains again."""
         self._unmerged = None
