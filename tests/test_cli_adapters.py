@@ -153,6 +153,16 @@ def test_inspect_prints_tables_and_histograms(call, tmp_path, base):
     assert status == 0 and "magnitudes:" not in stdout and "none" in stdout
 
 
+def test_inspect_counts_layers(call, tmp_path):
+    """Layer 2 stands before layer 10."""
+    layer = adapter_for(Model(), NAMES[:1], rank=3).layers[NAMES[0]]
+    saved(tmp_path / "a", Adapter({f"blocks.{index}.q": layer for index in (10, 2, 1)}))
+    _, stdout, _ = call("inspect", tmp_path / "a")
+    assert [line.split()[0] for line in stdout.splitlines() if line.startswith("blocks")] == [
+        "blocks.1.q", "blocks.2.q", "blocks.10.q",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_inspect_prints_long_names_whole(call, tmp_path, monkeypatch, terminal):
     """In a line of any length where nobody watches, folded on a terminal."""

@@ -177,7 +177,7 @@ def _print(found: dict[str, Any], output: "Console") -> None:
     table.add_column("layer", overflow="fold", min_width=12)
     for heading in ("kind", "rank", "scaling", "axis", "|A|", "|B|", "magnitude", *(("g",) if compared else ())):
         table.add_column(heading, no_wrap=True)
-    for name, layer in found["layers"].items():
+    for name, layer in sorted(found["layers"].items(), key=lambda item: _in_order(item[0])):
         cells = [layer["kind"], str(layer["rank"]), f"{layer['scaling']:g}", layer["axis"] or "none"]
         cells += [_short(layer["norm_A"]), _short(layer["norm_B"]), _three(layer.get("magnitude"))]
         table.add_row(name, *cells, *((_three(layer.get("g")),) if compared else ()))
@@ -199,3 +199,8 @@ def _three(spread: Mapping[str, float | None] | None) -> str:
 
 def _short(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
