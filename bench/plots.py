@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from bench.providers import ACCUMULATED, LABELS
-from bench.record import Record, machine_of
+from bench.record import Record, commit_of, disturbed, machine_of
 
 COLORS = {
     "frozen": "#000000", "peft_lora": "#7f7f7f", "peft_dora": "#b0413e", "peft_dora_compiled": "#e08a86",
@@ -238,9 +238,11 @@ def draw(record: Record, names: Iterable[str] | None = None) -> dict[str, Figure
 
 
 def merged(records: Sequence[Record]) -> Record:
-    """The first record with the rows and curves of all."""
+    """The first record with the rows and curves of all, and where each was measured."""
     first = records[0]
-    return {**first, **{key: [row for one in records for row in one[key]] for key in ("rows", "curves")}}
+    origins = "\n".join(dict.fromkeys(map(_origin, records)))
+    together = {key: [row for one in records for row in one[key]] for key in ("rows", "curves")}
+    return {**first, "origins": origins, **together}
 
 
 def save(figure: Figure, target: Any, suffix: str) -> None:
@@ -283,11 +285,14 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 def _titled(figure: Figure, record: Record, words: str) -> Figure:
-    hardware, versions = record["hardware"], record["versions"]
-    peft = f", peft {versions['peft']}" if "peft" in versions else ""
-    figure.suptitle(
-        f"{words}\n{machine_of(hardware)}, torch {versions['torch']}{peft}, "
-        f"{record['commit'][:7]}, {record['date']}",
-        fontsize=9,
-    )
+    figure.suptitle(f"{words}\n{record.get('origins') or _origin(record)}", fontsize=9)
     return figure
+
+
+def _origin(record: Record) -> str:
+    """Machine, versions, commit, date, and whether others used the machine too."""
+    versions = record["versions"]
+    peft = f", peft {versions['peft']}" if "peft" in versions else ""
+    busy = ", on a busy machine" if disturbed(record) else ""
+    where = f"{machine_of(record['hardware'])}, torch {versions['torch']}{peft}"
+    return f"{where}, {commit_of(record)}, {record['date']}{busy}"

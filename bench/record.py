@@ -128,14 +128,15 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def machine_of(hardware: dict[str, Any]) -> str:
     """The machine of a record, in a few words."""
     capability = f" ({hardware['capability']})" if "capability" in hardware else ""
-    return f"{hardware['device']}{capability}, {hardware['threads']} threads"
+    plural = "" if hardware["threads"] == 1 else "s"
+    return f"{hardware['device']}{capability}, {hardware['threads']} thread{plural}"
 
 
 def disturbed(record: Record) -> str | None:
     """A sentence where other processes have a share in the times; None where they, or there, are none."""
     hardware = record["hardware"]
     others = hardware.get("others") or 0.0
-    if others <= BUSY or not record["rows"]:
+    if others <= BUSY or not any(row["us"] for row in record["rows"]):
         return None
     cores = f"{others:g} of {hardware['cores']} cores"
     return f"other processes kept {cores} busy meanwhile: these times are not to be trusted"

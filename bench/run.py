@@ -73,13 +73,16 @@ class Run:
         with self.progress:
             self.progress.update(self._bar, total=len(stages))
             suite = None
-            while stages:  # a stage that is done lets go of its tensors
-                name, work = stages.popleft()
-                if suite != (suite := name.partition(":")[0]):
-                    self.shared.clear()
-                self.stage(name, work)
-                self.progress.advance(self._bar)
-        if not any(self.record[name] for name in ("rows", "curves", "failures", "missing")):
+            try:
+                while stages:  # a stage that is done lets go of its tensors
+                    name, work = stages.popleft()
+                    if suite != (suite := name.partition(":")[0]):
+                        self.shared.clear()
+                    self.stage(name, work)
+                    self.progress.advance(self._bar)
+            except KeyboardInterrupt:
+                self.fail(name, f"interrupted, {len(stages)} stages before the end")
+        if not any(self.record[name] for name in ("rows", "curves", "failures")):
             asked = f"{', '.join(self.given.providers or LABELS)} in {', '.join(self.given.suites)}"
             self.fail("run", f"nothing was measured: none of {asked}")
         if self.given.out:

@@ -276,7 +276,8 @@ def table(sheet: Sheet) -> Table:
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for index, name in enumerate(sheet.head):
-        found.add_column(name, justify="right" if index else "left", no_wrap=True)
+        # where a terminal is narrow the first column takes more lines, and no figure is cut off
+        found.add_column(name, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
     for kind, cells in sheet.rows:
         found.add_row(*cells, style={"ours": "bold", "wrong": "red"}.get(kind))
     return found

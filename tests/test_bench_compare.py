@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import compare
 from bench.__main__ import main
@@ -160,3 +161,12 @@ def test_a_revision_beside_itself(capsys):
     said = capsys.readouterr().out
     assert status == 0 and "no regression beyond noise" in said
     assert "host: 16x16, rank 2, 1 token, fp32: inference" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is missing without a GPU is there")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")
+def test_nothing_that_could_be_compared(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "HEAD", "--suite", "host", "--providers", "ours-triton", "--rounds", "8", "--device", "cpu"])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and said[-1].endswith("HEAD: none of ours_triton could be measured in both")

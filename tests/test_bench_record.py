@@ -125,6 +125,16 @@ def test_pictures(tmp_path, capsys):
     assert all((tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text() for name in names)
 
 
+def test_pictures_of_several_records_name_them_all():
+    first, second = full(), full()
+    second["hardware"] = {**second["hardware"], "device": "another CPU", "others": 1.5}
+    second["commit"], second["date"] = "f" * 16, "2026-02-03"
+    titles = {figure.get_suptitle() for figure in plots.draw(plots.merged([first, second])).values()}
+    assert all("a CPU" in title and "0123456, 2026-01-02" in title for title in titles)
+    assert all("another CPU" in title and "fffffff, 2026-02-03, on a busy machine" in title for title in titles)
+    assert all("another" not in figure.get_suptitle() for figure in plots.draw(plots.merged([first, first])).values())
+
+
 def test_series_keep_all_else_equal():
     rows = [row(tokens=t, rank=r, us=t + 1000 * r) for r, t in [(4, 32), (4, 64), (4, 128), (8, 32)]]
     assert plots._series(rows, "tokens") == (

@@ -244,7 +244,24 @@ def test_the_model_suite_is_missing_without_weights(monkeypatch):
     monkeypatch.setattr(model, "builtin_gguf", absent)
     run = Run(options("model", folder=__import__("pathlib").Path("/nonexistent")))
     run.all()
-    assert run.record["missing"] == {"model": "no weights"} and not run.record["failures"]
+    (failure,) = run.record["failures"]
+    assert run.record["missing"] == {"model": "no weights"} and "nothing was measured" in failure["message"]
+
+
+def test_an_interrupted_run_says_so(monkeypatch, tmp_path):
+    """What has been measured is kept, and what is missing is no success."""
+    run = Run(options("norm", "decode", providers=["ours", "peft_dora"], out=tmp_path / "a.json"))
+
+    def interrupted(case, **_):
+        raise KeyboardInterrupt
+
+    measure = {"norm": run.measure, "decode": interrupted}
+    monkeypatch.setattr(run, "measure", lambda case, **more: measure[case.suite](case, **more))
+    run.all()
+    kept = record.read(tmp_path / "a.json")
+    assert {row["suite"] for row in kept["rows"]} == {"norm"}
+    (failure,) = kept["failures"]
+    assert failure["stage"].startswith("decode") and "interrupted, 0 stages before the end" in failure["message"]
 
 
 def test_a_stage_after_the_limit_is_skipped_by_name():

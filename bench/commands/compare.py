@@ -82,6 +82,10 @@ def _compare(folder: Path, given: argparse.Namespace, commit: str, options: dict
 
     with compare.Worker(folder, options, old=True) as old, compare.Worker(REPOSITORY, options) as new, progress:
         found = compare.compare(old, new, given.rounds, advance)
+    if not found.changes and not found.faults:
+        for note in found.notes:
+            print(f"note: {note}")
+        raise RuntimeError(f"none of {', '.join(options['providers'])} could be measured in both")
     cells = []
     for change in found.changes:
         low, high = change.interval
