@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer, attach, read_adapter
+from dora_kernels.adapters.bases import CONVOLUTIONS
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.underscores import prefix_of
 from dora_kernels.modules import AdaptedLayer, DoRALayer
@@ -248,7 +249,7 @@ def _module(layer: AdapterLayer, weight: Tensor) -> nn.Module:
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     else:
         inputs, outputs = layer.features
-        convolution: Any = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[layer.kind]
+        convolution: Any = CONVOLUTIONS[layer.kind]
         module = convolution(inputs, outputs, tuple(weight.shape[2:]), bias=False, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module

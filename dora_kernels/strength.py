@@ -30,10 +30,8 @@ def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = N
         ValueError: `strength` is not finite, there is no such layer, `adapter` is no DoRA adapter of a patched layer,
             or a layer is merged. No strength has changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    validation.check_strength(strength)
     own = adapted_layers(model)
+    validation.check_strength(strength)
     patched = _patched(model)
     if not own and not patched:
         raise ValueError("model: no patched DoRA layers; call dora_kernels.patch_peft(model) first, or apply_dora")

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.layers import AdapterLayer, article
 from dora_kernels.modules import AdaptedLayer
+from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.targets import named_modules
 
-_CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
+CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+"""Their classes, by `AdapterLayer.kind`."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,13 @@ def _base(module: nn.Module) -> Base | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    if type(module).__name__ == "Conv1D" and weight.dim() == 2:  # transformers', of GPT-2: stored transposed
+    if is_conv1d(module):  # stored transposed
         return Base("linear", (weight.shape[0], weight.shape[1]), weight.transpose(0, 1))
     if isinstance(module, nn.Linear):
         return Base("linear", (module.in_features, module.out_features), weight)
     if isinstance(module, nn.Embedding):
         return Base("embedding", (module.num_embeddings, module.embedding_dim), weight)
-    for convolution, kind in _CONVOLUTIONS.items():
+    for kind, convolution in CONVOLUTIONS.items():
         if isinstance(module, convolution):
             return Base(kind, (module.in_channels, module.out_channels), weight)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,12 @@ class Adapter:
 def article(kind: str) -> str:
     """A kind with its article."""
     return f"an {kind}" if kind == "embedding" else f"a {kind}"
+
+
+def some(names: Iterable[str], shown: int = 1) -> str:
+    """The first names and how many more there are."""
+    first, others = (listed := list(names))[:shown], listed[shown:]
+    return ", ".join(first) + (f" and {len(others)} more" if others else "")
 
 
 def problem_of(layer: AdapterLayer) -> str | None:

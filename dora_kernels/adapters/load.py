@@ -16,7 +16,7 @@ from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix, prefix_of, resolve
 
@@ -46,16 +46,13 @@ def load_adapter(
         attached = set(attach(model, adapter))
         layers = adapted_layers(model)
         if others := [name for name in layers if name not in attached]:
-            text = f"{_some(others)} stay adapted as before: the file has nothing for them; remove_dora(model) ends it"
+            names = some(others, 3)
+            text = f"{names} stay adapted as before: the file has nothing for them; remove_dora(model) ends it"
             adapter.notes.append(text)
             warnings.warn(f"{path}: {text}", stacklevel=2)
         if weakened := [name for name, layer in layers.items() if layer.strength != 1.0]:
-            adapter.notes.append(f"{_some(weakened)} keep a strength other than 1; set_dora_strength sets it")
+            adapter.notes.append(f"{some(weakened, 3)} keep a strength other than 1; set_dora_strength sets it")
     return adapter
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_adapter(

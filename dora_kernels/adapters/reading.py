@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_kernels import files
 from dora_kernels.adapters.bases import Base, axis_by_norms
-from dora_kernels.adapters.layers import AdapterLayer, problem_of
+from dora_kernels.adapters.layers import AdapterLayer, problem_of, some
 
 UNDECIDED = "undecided"
 
@@ -85,7 +85,7 @@ class Reading:
         known = {layer.magnitude_axis for name, layer in layers.items() if name not in undecided and _decides(layer)}
         if len(known) == 1:
             axis = known.pop()
-            self.notes.append(f"magnitude_axis of {_some(undecided)}: {axis!r}, as of the layers that are not square")
+            self.notes.append(f"magnitude_axis of {some(undecided)}: {axis!r}, as of the layers that are not square")
         else:
             axis = self._by_norms(undecided)
         return {name: replace(layer, magnitude_axis=axis) if name in undecided else layer
@@ -103,13 +103,13 @@ class Reading:
             reason = ("no model was given to compare its norms" if not self.bases else
                       "the model's weights say both" if axes else "the model's weights do not tell")  # fmt: skip
             raise self.error(
-                f"the magnitude of {_some(undecided)} fits inputs and outputs, which are as many, and {reason}: "
+                f"the magnitude of {some(undecided)} fits inputs and outputs, which are as many, and {reason}: "
                 "pass magnitude_axis='out' or 'in'"
             )
         axis = axes.pop()
         own, other = (sum(each[i] for each in found) / len(found) for i in (0, 1))
         self.notes.append(
-            f"magnitude_axis of {_some(undecided)}: {axis!r}, for the magnitude is {own:.1%} from that norm of the "
+            f"magnitude_axis of {some(undecided)}: {axis!r}, for the magnitude is {own:.1%} from that norm of the "
             f"adapted weight and {other:.1%} from the other"
         )
         return axis
@@ -126,9 +126,3 @@ class Reading:
 
 def _decides(layer: AdapterLayer) -> bool:
     return layer.magnitude is not None and layer.features[0] != layer.features[1]
-
-
-def _some(layers: Mapping[str, Any]) -> str:
-    """The first layer's name and how many more there are."""
-    first, *others = layers
-    return f"{first} and {len(others)} more" if others else first

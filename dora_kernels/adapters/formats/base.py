@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.writing import Writing
 
@@ -97,8 +97,7 @@ class Format:
             if _inside(key, groups):
                 raise reading.error(f"{key} belongs to an adapted layer and is no part that {self.name!r} knows")
         if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            reading.notes.append(f"{others[0]}{more}: no adapter, left out")
+            reading.notes.append(f"{some(others)}: no adapter, left out")
         return groups
 
     def _called(self, part: str) -> str:
