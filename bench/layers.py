@@ -29,7 +29,7 @@ from bench.problem import (
     plain,
 )  # fmt: skip
 from bench.providers import ACCUMULATED, Checked, Missing, Subject, Work, library
-from dora_kernels.backends import triton_problem
+from dora_kernels.engine.dispatch import triton_problem
 
 PROVIDERS = (
     "frozen", "peft_lora", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris", "dense",

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.providers import ROW
-from dora_kernels import reference
+from dora_kernels.core import reference
 
 ALLOWED = 4.0
 ALLOWED_ROW = 16.0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import validation
+from dora_kernels.core import validation
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.patterns import ByName

@@ -16,8 +16,8 @@ from dora_kernels.adapters import Adapter, AdapterLayer, attach, read_adapter
 from dora_kernels.adapters.bases import CONVOLUTIONS
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.underscores import prefix_of
+from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.modules import AdaptedLayer, DoRALayer
-from dora_kernels.reference import magnitude_scale
 
 _SINGLE, _INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 

@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import reference
-from dora_kernels.backends import BACKENDS, first_line, triton_problem
+from dora_kernels.core import reference
+from dora_kernels.core.validation import AXES, BACKENDS
+from dora_kernels.engine.dispatch import first_line, triton_problem
 from dora_kernels.functional import dora_linear, dora_weight_norm
-from dora_kernels.validation import AXES
 
 # (x and the base layer, the adapter); "mixed" is what PEFT makes of a bfloat16 model by default.
 DTYPES = {

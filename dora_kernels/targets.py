@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_kernels import validation
+from dora_kernels.core import validation
 from dora_kernels.modules import (
     AdaptedLayer,
     DoRAConv1d,

@@ -17,7 +17,7 @@ from bench.providers import Subject
 from bench.run import Options, Run
 from bench.suites import fidelity
 from bench.timing import Candidate
-from dora_kernels import reference
+from dora_kernels.core import reference
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)

@@ -8,7 +8,7 @@ from helpers import NAMES, bf16, check, f32, gradients, leaves_of, make_problem,
 from torch.library import opcheck
 
 from dora_kernels import DoRAConv2d, DoRAEmbedding, dora_linear, dora_weight_norm, linear, ops
-from dora_kernels.norm_cache import safe_divisor
+from dora_kernels.engine.norm_cache import safe_divisor
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])

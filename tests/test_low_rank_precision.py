@@ -36,7 +36,7 @@ from torch import nn
 import dora_kernels
 from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, linear, reference, torch_backend
 from dora_kernels.functional import run_compose
-from dora_kernels.norm_cache import compute_divisor
+from dora_kernels.engine.norm_cache import compute_divisor
 
 LUCK = 1.25
 SUMS = 4 * torch.finfo(f32).eps

@@ -9,7 +9,7 @@ import torch
 from helpers import FACTORED, bf16, f32, norm_lane
 
 from dora_kernels import dora_weight_norm, linear, merge_dora, reference
-from dora_kernels.content import sample
+from dora_kernels.engine.fingerprints import sample
 
 APART = 1 << 30
 N, K, RANK, TOKENS = 3, 20, 3, 3

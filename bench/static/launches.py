@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.static.recording import NAMES, Launch, Made, Operation, Operations, described, instead
-from dora_kernels.content import sample
+from dora_kernels.engine.fingerprints import sample
 
 LARGEST_RANK = 1024
 # Powers of two and their successors: what the configurations distinguish, they distinguish there.

@@ -20,7 +20,7 @@ from bench.static.account import on_a_gpu
 from bench.static.launches import DTYPES
 from bench.static.recording import NAMES, Launch, Made, Operation, Operations, described, instead
 from bench.static.traffic import FORMULAS
-from dora_kernels.content import sample
+from dora_kernels.engine.fingerprints import sample
 
 M, N, K, R = 96, 320, 256, 8
 SIZES = {"[M, N]": M * N, "[M, K]": M * K, "[N, K]": N * K}

@@ -20,7 +20,7 @@ from bench.problem import ALLOWED, FLOOR, LayerShape, OfShape, error, make_probl
 from bench.providers import Missing, Subject, Work
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear
-from dora_kernels.backends import resolve, triton_problem
+from dora_kernels.engine.dispatch import resolve, triton_problem
 
 if TYPE_CHECKING:
     from bench.run import Run

@@ -20,7 +20,7 @@ import dora_kernels
 from bench.layers import make_layer
 from bench.problem import LayerShape, OfShape, Problem, errors, limits, make_problem, oracle, plain
 from bench.providers import ROW, Subject, library
-from dora_kernels import reference
+from dora_kernels.core import reference
 
 if TYPE_CHECKING:
     from bench.run import Run

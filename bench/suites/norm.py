@@ -21,8 +21,8 @@ from bench.problem import DTYPES, error
 from bench.providers import Missing, Subject, library
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear, reference, torch_backend
-from dora_kernels.backends import resolve, triton_problem
-from dora_kernels.content import sample
+from dora_kernels.engine.dispatch import resolve, triton_problem
+from dora_kernels.engine.fingerprints import sample
 
 if TYPE_CHECKING:
     from bench.run import Run

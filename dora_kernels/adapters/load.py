@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files, validation
+from dora_kernels import files
 from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
@@ -19,6 +19,7 @@ from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix, prefix_of, resolve
+from dora_kernels.core import validation
 
 CONFIG = "adapter_config.json"
 

@@ -11,8 +11,8 @@ import torch
 
 import dora_kernels
 from dora_kernels import parity
-from dora_kernels.backends import BACKENDS
 from dora_kernels.cli.output import console, progress
+from dora_kernels.core.validation import BACKENDS
 from dora_kernels.parity import Case, Cell, OptionError, Settings
 
 if TYPE_CHECKING:

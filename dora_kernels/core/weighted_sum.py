@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dora_kernels.reference import full_precision, no_autocast
+from dora_kernels.core.precision import full_precision, no_autocast
 
 # Of a row of the sum; eight roundings, and so as much as its other terms lose by themselves.
 _LEAST = 8.0

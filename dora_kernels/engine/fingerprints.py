@@ -38,32 +38,25 @@ def _sample_layout(elements: int, width: int) -> tuple[tuple[int], tuple[int]]:
 
 
 class Sample:
-    """A copy of W's `sample`."""
+    """What a weight's `sample` held: a view of the elements, and a copy of them."""
 
-    __slots__ = ("_kept", "_layout")
+    __slots__ = ("kept", "view")
 
     def __init__(self, weight: Tensor) -> None:
-        elements = sample(weight)
-        # To find it anew takes 15 of a token's 400 us where the layer's products have emptied the caches.
-        self._layout = elements.size(), elements.stride()
-        self._kept = elements.detach().clone()
+        self.view = sample(weight.detach())
+        self.kept = self.view.clone()
 
     def is_held_by(self, weight: Tensor) -> bool:
-        """Whether a tensor of the same shape and strides holds the same there."""
-        return torch.equal(weight.as_strided(*self._layout, weight.storage_offset()), self._kept)
+        """True if a tensor of the same shape and strides holds the same there."""
+        view = self.view
+        if weight.data_ptr() != view.data_ptr():
+            view = weight.as_strided(view.size(), view.stride(), weight.storage_offset())
+        return torch.equal(view, self.kept)
 
 
-def _memcmp() -> Any:
-    """The C library's, which reads two tensors several times as fast as `torch.equal` where they are large."""
-    try:
-        function = ctypes.CDLL(None).memcmp
-    except (AttributeError, OSError, TypeError):  # Windows names its C library
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    return function
-
-
-_MEMCMP = _memcmp()
+def _memory(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, as they are whenever this is read. It does not keep them alive."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 # Larger tensors are compared by sums, half the reading: lora_A and lora_B at rank 384 (2048x2048, float32, two cores,
@@ -77,28 +70,34 @@ class Record:
     """What a tensor held: a copy, or of a large one the sum of each line of 64-bit words.
 
     A sum does not see words that change places within their line, 256 bytes, nor an even number of flips of their
-    highest bits.
+    highest bits. A copy on the CPU is bytes, which the C library compares with memory several times as fast as
+    `torch.equal` compares large tensors.
     """
 
-    __slots__ = ("_address", "_kept", "_kept_nbytes", "_summed")
+    __slots__ = ("_kept", "_tensor", "kept_bytes", "memory")
 
     def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor = tensor.detach()
         words = _words(tensor)
-        self._summed = words is not None
-        self._kept = tensor.detach().clone() if words is None else words.sum(1)
-        self._kept_nbytes = self._kept.nbytes
-        readable = _MEMCMP is not None and tensor.device.type == "cpu" and self._kept.is_contiguous()
-        self._address = self._kept.data_ptr() if readable else 0
+        self.memory = self.kept_bytes = None
+        self._kept: Any = None
+        if words is not None:
+            self._kept = words.sum(1)
+        elif tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr():
+            self.memory = _memory(tensor)
+            self.kept_bytes = bytearray(self.memory)
+        else:
+            self._kept = tensor.clone()
 
     def is_held_by(self, tensor: Tensor) -> bool:
-        """Whether a tensor of the same dtype holds the same."""
-        if self._summed:
+        """True if a tensor of the same dtype and shape holds the same."""
+        if self.kept_bytes is not None:
+            if tensor.data_ptr() == self._tensor.data_ptr() and tensor.is_contiguous():
+                return self.kept_bytes == self.memory
+            return tensor.is_contiguous() and self.kept_bytes == _memory(tensor)
+        if self._kept.dtype == torch.int64 and tensor.dtype != torch.int64:
             words = _words(tensor)
-            if words is None:
-                return False
-            tensor = words.sum(1)
-        if self._address and tensor.nbytes == self._kept_nbytes and tensor.is_contiguous():
-            return not _MEMCMP(tensor.data_ptr(), self._address, self._kept_nbytes)
+            return words is not None and torch.equal(words.sum(1), self._kept)
         return torch.equal(tensor, self._kept)
 
 
@@ -110,6 +109,29 @@ def _words(tensor: Tensor) -> Tensor | None:
     if tensor.storage_offset() * tensor.element_size() % 8:
         return None
     return tensor.detach().view(-1).view(torch.int64).view(-1, _WORDS)
+
+
+class Held:
+    """What W (a sample), A and B held."""
+
+    __slots__ = ("_bytes", "_factors", "_kept", "_view")
+
+    def __init__(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+        of_weight = Sample(weight)
+        self._view, self._kept = of_weight.view, of_weight.kept
+        self._factors = of_a, of_b = Record(lora_A), Record(lora_B)
+        whole = of_a.kept_bytes is not None and of_b.kept_bytes is not None
+        self._bytes = (of_a.kept_bytes, of_a.memory, of_b.kept_bytes, of_b.memory) if whole else None
+
+    def is_held_by(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+        """True if these tensors, at their old addresses and strides, and W, as far as its sample tells, hold the same."""
+        if self._bytes is not None:
+            of_a, a, of_b, b = self._bytes
+            if of_a != a or of_b != b:
+                return False
+        elif not (self._factors[0].is_held_by(lora_A) and self._factors[1].is_held_by(lora_B)):
+            return False
+        return torch.equal(self._view, self._kept)
 
 
 def digest(tensor: Tensor) -> Tensor:

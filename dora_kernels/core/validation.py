@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.backends import BACKENDS
+from dora_kernels.core.problem import Weights
 
+BACKENDS = ("auto", "torch", "triton")
 AXES = ("out", "in")
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -18,18 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_layer(
-    x: Any,
-    weight: Any,
-    lora_A: Any,
-    lora_B: Any,
-    magnitude: Any,
-    bias: Any,
-    scaling: Any,
-    magnitude_axis: Any,
-    weight_norm: Any,
-    backend: Any,
+    x: Any, weights: Weights, scaling: Any, magnitude_axis: Any, weight_norm: Any, backend: Any
 ) -> None:
     """The arguments of `dora_linear`."""
+    weight, lora_A, lora_B, magnitude, bias = weights
     check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     check_features(x, weight.shape[1])
     check_magnitude(magnitude, weight, magnitude_axis, "magnitude")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dora_kernels.reference import accumulation_dtype
+from dora_kernels.core.precision import accumulation_dtype
 
 
 def rows(weight: Tensor, channels_last: bool) -> Tensor:
