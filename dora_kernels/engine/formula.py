@@ -20,14 +20,16 @@ from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype
 from dora_kernels.core.problem import Form, Weights
 
 
-def linear(x: Tensor, weights: Weights, g: Tensor | None, form: Form, unmoved: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weights: Weights, g: Tensor | None, scaling: float, magnitude_axis: str = "out", unmoved: bool = False
+) -> Tensor:
     """The layer on ``x [..., K]``, already in the compute dtype: ``[..., N]`` in x's dtype.
 
     `g` is the magnitude over the norm, None for plain LoRA. `unmoved`: B is known to be 0. Then the bias is added by
     the base product itself, as the base layer does, so that g = 1 gives the base layer's output to the bit.
     """
     weight, lora_A, lora_B, _, bias = weights
-    dtype, scaling = x.dtype, form.scaling
+    dtype = x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
     low_dtype = dtype
@@ -36,7 +38,7 @@ def linear(x: Tensor, weights: Weights, g: Tensor | None, form: Form, unmoved: b
         lora_A, lora_B = cast(lora_A, low_dtype), cast(lora_B, low_dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     read = rows if low_dtype == dtype else rows.to(low_dtype)
-    if g is not None and form.magnitude_axis == "in":
+    if g is not None and magnitude_axis == "in":
         read = scaled(read, g)
         rows, g = read if low_dtype == dtype else scaled(rows, g), None
     h = F.linear(read, lora_A)
@@ -46,7 +48,7 @@ def linear(x: Tensor, weights: Weights, g: Tensor | None, form: Form, unmoved: b
             y = torch.addmm(y, h, lora_B.t(), alpha=scaling)
         else:
             y = y + F.linear(h * scaling, lora_B)
-        if g is not None:
+        if g is not None and bias is not None:
             y = torch.addcmul(y, y - bias, g - 1.0)
     else:
         if low_dtype != dtype:
