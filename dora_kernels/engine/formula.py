@@ -45,7 +45,7 @@ def linear(
     if g is None or (unmoved and bias is not None):
         y = F.linear(rows, weight, None if bias is None else cast(bias, dtype))
         if low_dtype == dtype:
-            y = torch.addmm(y, h, lora_B.t(), alpha=scaling)
+            y = _addmm(y, h, lora_B, scaling)
         else:
             y = y + F.linear(h * scaling, lora_B)
         if g is not None and bias is not None:
@@ -54,13 +54,23 @@ def linear(
         if low_dtype != dtype:
             z = F.linear(rows, weight) + F.linear(h * scaling, lora_B)
         elif dtype == g.dtype:
-            z = torch.addmm(F.linear(rows, weight), h, lora_B.t(), alpha=scaling)
+            z = _addmm(F.linear(rows, weight), h, lora_B, scaling)
         else:  # in 16 bits the base product is added inside its own float32 sum, so that z is rounded once
-            z = torch.addmm(F.linear(h * scaling, lora_B), rows, weight.t())
+            z = _addmm(F.linear(h * scaling, lora_B), rows, weight)
         y = scaled(z, g, bias)
     if y.dtype != dtype:
         y = y.to(dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _addmm(product: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """``product + alpha * left @ right.T``, in place of the product, which no backward reads.
+
+    A copy would cost 2 % of a layer's training (SmolLM2's shapes, 128 and 256 tokens, two cores).
+    """
+    if type(product) is Tensor and torch._C._functorch.peek_interpreter_stack() is None:
+        return product.addmm_(left, right.t(), alpha=alpha)
+    return torch.addmm(product, left, right.t(), alpha=alpha)
 
 
 def scaled(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
