@@ -47,7 +47,8 @@ def apply_dora(
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
             "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``), the
             projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
-            as quantised layers, of which a warning gives names and reasons.
+            as quantised layers and those whose weights the modules around them read (Mamba's ``out_proj``), of which
+            a warning gives names and reasons.
         rank, alpha, dropout, use_rslora, magnitude_axis, detach_norm, eps, backend, adapter_dtype: as `DoRALinear`.
         rank_pattern, alpha_pattern: other values for some layers, as PEFT's: keys are regular expressions that match
             the end of a name, from a dot on; the first that does counts.
@@ -60,8 +61,8 @@ def apply_dora(
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
-            `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); or an argument
-            of the wrong type.
+            `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); a module around
+            it reads its weight itself (`weight_readers`); or an argument of the wrong type.
         ValueError: nothing is named; a layer is adapted already, parametrized, or has hooks, which would no longer
             run, or its weight is on the meta device or not finite; an argument out of range. The model is as it was
             then.

@@ -22,6 +22,7 @@ from dora_kernels.modules import (
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.patterns import compiled
+from dora_kernels.weight_readers import WeightReaders
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,
@@ -97,6 +98,7 @@ def chosen(
     targets = [] if everything else _pattern(target_modules, "target_modules")
     excluded = [] if exclude_modules is None else _pattern(exclude_modules, "exclude_modules")
     skipped = _no_linear_layers(model, places) if everything else set()
+    readers = WeightReaders()
     found, dropped = {}, 0
     for module, names in places.items():
         if module in skipped:
@@ -111,7 +113,7 @@ def chosen(
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
         _check_bare(model, module, name)
-        problem = _problem(model, module, name, use_dora)
+        problem = _problem(model, module, name, use_dora, readers)
         if problem is None:
             check_loaded(module, name)
         elif everything:
@@ -206,10 +208,10 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
             raise type(error)(f"{name}: {error}") from error
 
 
-def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:
+def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:
     """Whether the layer may be replaced, and has values that an adapter can start from."""
     _check_bare(model, module, name)
-    problem = _problem(model, module, name, use_dora)
+    problem = _problem(model, module, name, use_dora, readers)
     if problem is not None:
         raise type(problem)(f"{name}: {problem}")
     check_loaded(module, name)
@@ -229,9 +231,12 @@ def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
         raise ValueError(f"{name}: the layer is adapted already, by PEFT; dora_kernels.patch_peft is for its adapters")
 
 
-def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> Exception | None:
+def _problem(
+    model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders
+) -> Exception | None:
     """Why a layer without adapter cannot have one, without its name."""
-    parent, kind = _parents(model, name)[0], f"{type(module).__module__}.{type(module).__name__}"
+    parents = _parents(model, name)
+    parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
     if held is not module:
         return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before")
@@ -257,8 +262,8 @@ def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> 
         return TypeError(f"expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
     if _hooked(module):
         return ValueError("the layer has hooks or a replaced forward, which would not run any more")
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return TypeError("nn.TransformerEncoderLayer reads the weight itself in evaluation")
+    if (reader := readers.of(parents, name)) is not None:
+        return TypeError(f"{type(reader).__name__} reads the weight itself in some of its kernels, where no adapter would run")
     return None
 
 

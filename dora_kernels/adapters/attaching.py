@@ -14,6 +14,7 @@ from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
 from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
+from dora_kernels.weight_readers import WeightReaders
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -77,13 +78,14 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
+    readers = WeightReaders()
     try:
         for name, layer in layers.items():
             present = submodule(model, name)
             if other := next((other for other in places[present] if other in planned), None):
                 raise _error(f"{other} and {name} are one module of the model's")
             if not isinstance(present, modules.AdaptedLayer):
-                check_layer(model, present, name, layer.magnitude is not None)
+                check_layer(model, present, name, layer.magnitude is not None, readers)
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
