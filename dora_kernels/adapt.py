@@ -15,6 +15,7 @@ from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.patterns import ByName
 from dora_kernels.rounding import seed_for
+from dora_kernels.saving import unwatch_saving, watch_saving
 from dora_kernels.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 
 
@@ -40,7 +41,8 @@ def apply_dora(
 
     The layers become base layers, shared and frozen; nothing else is frozen (`mark_only_dora_trainable`). A layer that
     the model holds under several names is adapted once, for all of them. Layers that share a weight each get an adapter
-    of their own.
+    of their own. ``save_pretrained`` of a model of transformers or diffusers warns as long as it is adapted, for
+    ``from_pretrained`` cannot read what it writes: `save_adapter` saves the adapter, `merge_all` makes a plain model.
 
     Args:
         model: changed in place; of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
@@ -94,6 +96,7 @@ def apply_dora(
         raise
     for module, layer in layers.items():
         put(model, places[module], layer)
+        watch_saving(model, places[module])
     return list(found.values())
 
 
@@ -120,6 +123,7 @@ def remove_dora(model: nn.Module) -> nn.Module:
         if layer.merged:
             layer.unmerge()
         put(model, places[layer], layer._release())
+    unwatch_saving(model)
     return model
 
 
@@ -149,6 +153,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
         if not layer.merged:
             layer.merge(rounding, seed_for(seed, name))
         put(model, places[layer], layer._release())
+    unwatch_saving(model)
     return model
 
 

@@ -263,7 +263,8 @@ def _problem(
     if _hooked(module):
         return ValueError("the layer has hooks or a replaced forward, which would not run any more")
     if (reader := readers.of(parents, name)) is not None:
-        return TypeError(f"{type(reader).__name__} reads the weight itself in some of its kernels, where no adapter would run")
+        kernels = f"{type(reader).__name__} reads the weight itself in some of its kernels"
+        return TypeError(f"{kernels}, where no adapter would run")
     return None
 
 

@@ -90,8 +90,8 @@ def _tree(function: types.FunctionType) -> ast.AST | None:
 def _found(node: ast.AST, module: nn.Module) -> Iterator[tuple[list[str], str]]:
     """Chains of attributes that are read, without their first name, and that name."""
     if isinstance(node, ast.If) and (known := _decided(node.test, module)) is not None:
-        for part in node.body if known else node.orelse:
-            yield from _found(part, module)
+        for statement in node.body if known else node.orelse:
+            yield from _found(statement, module)
         return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
         return

@@ -13,6 +13,7 @@ from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
+from dora_kernels.saving import watch_saving
 from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.weight_readers import WeightReaders
 
@@ -97,6 +98,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
             _copy(layers[name], prepared)
         else:
             put(model, places[present], prepared)
+            watch_saving(model, places[present])
     return list(layers)
 
 
