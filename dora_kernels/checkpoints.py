@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer, attach, read_adapter
 from dora_kernels.adapters.bases import CONVOLUTIONS
+from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.load import Contents, contents
-from dora_kernels.adapters.underscores import prefix_of
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 from dora_kernels.reference import magnitude_scale
 

@@ -14,8 +14,10 @@ import torch
 
 from dora_kernels import apply_dora, attach, extract, load_adapter, merge_all, remove_dora, save_adapter
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
+
+import transformers
 from cli_models import llama
 
 IDS = torch.arange(6)[None]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_kernels import combination
 from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
+from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.reference import accumulation_dtype, magnitude_scale
 from dora_kernels.targets import check_loaded
@@ -117,7 +117,7 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     result, _ = combine_adapters(model, [adapter], [strength])
     if strength == 1:
         return adapter
-    config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
+    config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
     notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
     return Adapter(result.layers, adapter.format, notes, config)
 
@@ -152,10 +152,7 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
     def error(text: str) -> ValueError:
         return ValueError(f"adapters: {text}")
 
-    layers = adapter.layers
-    if adapter.config.get(UNDERSCORED):
-        names = resolve(layers, bases, error, [], adapter.config.get(PREFIX, ""))
-        layers = {own: layers[name] for name, own in names.items()}
+    layers = own_layers(adapter, bases, error, [])
     check_fit(layers, bases, error)
     return layers
 
