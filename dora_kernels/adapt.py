@@ -50,7 +50,7 @@ def apply_dora(
             "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``), the
             projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
             as quantised layers and those whose weights the modules around them read (Mamba's ``out_proj``), of which
-            a warning gives names and reasons.
+            a warning gives names and reasons, and of parameters that are many matrices in one (experts).
         rank, alpha, dropout, use_rslora, magnitude_axis, detach_norm, eps, backend, adapter_dtype: as `DoRALinear`.
         rank_pattern, alpha_pattern: other values for some layers, as PEFT's: keys are regular expressions that match
             the end of a name, from a dot on; the first that does counts.

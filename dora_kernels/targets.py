@@ -126,7 +126,24 @@ def chosen(
         raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
     known = [name for names in places.values() for name in names if name]
     missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
-    return found, [f"all-linear leaves out {reasons}"] * bool(left_out) + missed
+    stacks = _stacks(model) if everything else []
+    left = [f"all-linear leaves out {reasons}"] * bool(left_out)
+    if stacks:
+        more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
+        what = "parameters of three dimensions, as experts in one tensor, are no layers' weights"
+        left.append(f"all-linear leaves out {', '.join(stacks[:3])}{more}: {what}")
+    return found, left + missed
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Parameters that are several matrices, as many linear layers in one, with their shapes; not of torch's layers."""
+    return [
+        f"{name}.{key} {list(parameter.shape)}" if name else f"{key} {list(parameter.shape)}"
+        for name, module in named_modules(model)
+        if not type(module).__module__.startswith("torch.") and not isinstance(module, AdaptedLayer)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
+    ]
 
 
 def _nothing(

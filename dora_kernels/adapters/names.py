@@ -19,7 +19,7 @@ PREFIX = "prefix"
 """The entry of `Adapter.config` that says which prefix the file's names have, if it is one for all."""
 
 # A name that is longer, or of a model with more layers, gets no proposal.
-_LONGEST, _MOST = 300, 2000
+_LONGEST, _MOST = 200, 500
 
 
 def check_prefix(prefix: object) -> str:
@@ -79,7 +79,8 @@ def resolve(
     hits = {prefix_of(name, asked) for name in found}
     for prefix, others in missing.items():
         if prefix in hits or not hits or not is_component(prefix):
-            raise error(f"{others[0]}: the model has no such layer{proposal(others[0], known)}")
+            rest = others[0][len(prefix) + 1 :] if prefix else others[0]
+            raise error(f"{others[0]}: the model has no such layer{proposal(rest, known)}")
         notes.append(f"{len(others)} layers with the prefix {prefix} are of another model and left out")
     return found
 
@@ -107,9 +108,9 @@ def proposal(name: str, known: Collection[str]) -> str:
         short, long = sorted((flat, own.replace(".", "_")), key=len)
         if long.endswith(f"_{short}") and short.count("_") > 1:
             more = long[: -len(short)]
-            whose = "the model's names have" if len(own) > len(flat) else "the adapter's names have"
-            dotted = own[: len(more)] if len(own) > len(flat) else name[: len(more)]
-            return f"; it has {own}: {whose} {dotted!r} before the other's"
+            with_it, without = ("model", "adapter") if len(own) > len(flat) else ("adapter", "model")
+            start = (own if with_it == "model" else name)[: len(more)]
+            return f"; it has {own}: the {with_it}'s names start with {start!r}, the {without}'s do not"
     last = name.rpartition(".")[2]
     alike = [own for own in known if own.rpartition(".")[2] == last or flat.endswith(own.rpartition(".")[2])]
     alike = [own for own in alike or known if len(own) <= _LONGEST][:_MOST]
