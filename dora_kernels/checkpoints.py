@@ -16,7 +16,7 @@ from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_a
 from dora_kernels.adapters.bases import CONVOLUTIONS
 from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.load import Contents, contents
-from dora_kernels.adapters.names import check_prefix, readings
+from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 from dora_kernels.reference import magnitude_scale
 
@@ -25,22 +25,6 @@ _FILES, _INDEX, CONFIG = ("model", "diffusion_pytorch_model"), ".index.json", "c
 
 # What a model's name of a layer may have before the name in its file, or the file before the model's.
 _PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.", "text_model.")
-
-# Vision-language models, whose files keep names of before transformers 4.52 (conversion_mapping.py): what becomes what.
-_TOWERS = "vision_tower|multi_modal_projector|image_newline"
-_RENAMED = (
-    # LLaVA and its kin
-    ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
-     (r"vision_tower\.vision_model\.", "model.vision_tower."), (rf"({_TOWERS})\b", r"model.\1")),
-    ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
-     (rf"({_TOWERS})\b", r"model.\1")),
-    # Qwen2-VL and its kin
-    ((r"model\.(?!language_model\.|visual\.)", "model.language_model."), (r"visual\.", "model.visual.")),
-    # the reverse, for adapters of before
-    ((r"model\.language_model\.", "language_model.model."), (r"lm_head\.", "language_model.lm_head."),
-     (rf"model\.({_TOWERS})\b", r"\1")),
-    ((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
-)  # fmt: skip
 
 # What output layers are called, what embeddings are called, and models without output layer.
 _OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
@@ -180,20 +164,11 @@ def _renamings() -> Iterator[Callable[[str], str]]:
     for prefix in _PREFIXES:
         yield prefix.__add__
         yield functools.partial(_without, prefix)
-    for rules in _RENAMED:
-        yield functools.partial(_changed, rules)
+    yield from RENAMINGS
 
 
 def _without(prefix: str, key: str) -> str:
     return key.removeprefix(prefix)
-
-
-def _changed(rules: tuple[tuple[str, str], ...], key: str) -> str:
-    """By the first of the rules that fits its start."""
-    for pattern, new in rules:
-        if match := re.match(pattern, key):
-            return match.expand(new) + key[match.end() :]
-    return key
 
 
 def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:

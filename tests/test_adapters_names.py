@@ -57,8 +57,44 @@ def test_the_nearest_name(tmp_path, start, name, said):
 
 def test_names_with_underscores(tmp_path):
     save_adapter(adapter(Q), tmp_path / "file.safetensors", format="kohya")
-    with pytest.raises(ValueError, match="q_proj: the model has no such layer; it has model.layers.1.*start with 'model.'"):
+    with pytest.raises(ValueError, match="q_proj: the model has no such layer; it has model.lay.*start with 'model.'"):
         read_adapter(tmp_path / "file.safetensors", model("model"))
+
+
+TOWER = "model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "file, own",
+    [
+        ("text_model.encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.q_proj"),
+        ("encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj"),
+        ("language_model.model.layers.0.self_attn.q_proj", TOWER),
+        ("model.layers.0.self_attn.q_proj", TOWER),
+        (TOWER, "language_model.model.layers.0.self_attn.q_proj"),
+        (TOWER, "model.layers.0.self_attn.q_proj"),
+        ("visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"),
+    ],
+)
+def test_names_of_another_release_of_transformers(tmp_path, file, own):
+    """In PEFT's files, too, as long as all fit in one way."""
+
+    def built(name):
+        layer: nn.Module = nn.Linear(6, 6)
+        for part in reversed(name.split(".")):
+            layer = nn.ModuleDict({part: layer})
+        return layer
+
+    save_adapter(adapter(file), tmp_path)
+    read = load_adapter(tmp_path, built(own))
+    assert list(read.layers) == [own]
+    assert read.notes == [f"{file} and its like are {own} and its like, as this model has them"]
+    assert attach(built(own), read_adapter(tmp_path)) == [own]
+    both = adapter(file)
+    both.layers["other"] = both.layers[file]
+    save_adapter(both, tmp_path, force=True)
+    with pytest.raises(ValueError, match="the model has no such layer"):
+        read_adapter(tmp_path, built(own))
 
 
 def test_bounded_work(monkeypatch):

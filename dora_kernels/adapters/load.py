@@ -18,7 +18,7 @@ from dora_kernels.adapters.bases import bases_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
-from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve
+from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
 from dora_kernels.adapters.reading import Reading
 
 CONFIG = "adapter_config.json"
@@ -114,6 +114,11 @@ def read_adapter(
         layers = _named(reading, layers, config, prefix or "")
     elif prefix is not None:
         raise ValueError(f"prefix: {weights} is of the format {chosen!r}, whose names have none")
+    elif bases is not None and (other := next((name for name in layers if name not in bases), None)) is not None:
+        names = respelled(layers, bases)
+        if names[other] != other:
+            reading.notes.append(f"{other} and its like are {names[other]} and its like, as this model has them")
+        layers = {names[name]: layer for name, layer in layers.items()}
     if several:
         config[COMPONENTS] = True
     if bases is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 
@@ -18,8 +20,36 @@ COMPONENTS = "components"
 PREFIX = "prefix"
 """The entry of `Adapter.config` that says which prefix the file's names have, if it is one for all."""
 
+# Vision-language models, whose files keep names of before transformers 4.52 (conversion_mapping.py): what becomes what.
+_TOWERS = "vision_tower|multi_modal_projector|image_newline"
+_RENAMED = (
+    # LLaVA and its kin
+    ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
+     (r"vision_tower\.vision_model\.", "model.vision_tower."), (rf"({_TOWERS})\b", r"model.\1")),
+    ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
+     (rf"({_TOWERS})\b", r"model.\1")),
+    # Qwen2-VL and its kin
+    ((r"model\.(?!language_model\.|visual\.)", "model.language_model."), (r"visual\.", "model.visual.")),
+    # the reverse, for adapters of before
+    ((r"model\.language_model\.", "language_model.model."), (r"lm_head\.", "language_model.lm_head."),
+     (rf"model\.({_TOWERS})\b", r"\1")),
+    ((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
+)  # fmt: skip
+
 # A name that is longer, or of a model with more layers, gets no proposal.
 _LONGEST, _MOST = 200, 500
+
+
+def _changed(rules: tuple[tuple[str, str], ...], key: str) -> str:
+    """By the first of the rules that fits its start."""
+    for pattern, new in rules:
+        if match := re.match(pattern, key):
+            return match.expand(new) + key[match.end() :]
+    return key
+
+
+RENAMINGS: tuple[Callable[[str], str], ...] = tuple(functools.partial(_changed, rules) for rules in _RENAMED)
+"""Of keys of a model's tensors, from one release of transformers to another."""
 
 
 def check_prefix(prefix: object) -> str:
@@ -85,6 +115,23 @@ def resolve(
     return found
 
 
+def respelled(names: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """The names of one way to spell them, in which the model has them all; as they are where there is none."""
+    for way in (_with_text_model, _without_text_model, *RENAMINGS):
+        found = {name: way(f"{name}.weight").removesuffix(".weight") for name in names}
+        if len(set(found.values())) == len(found) and all(own in known for own in found.values()):
+            return found
+    return {name: name for name in names}
+
+
+def _with_text_model(key: str) -> str:
+    return f"text_model.{key}"
+
+
+def _without_text_model(key: str) -> str:
+    return key.removeprefix("text_model.")
+
+
 def own_layers(
     adapter: Adapter, known: Collection[str], error: Callable[[str], ValueError], notes: list[str]
 ) -> dict[str, AdapterLayer]:
@@ -93,9 +140,12 @@ def own_layers(
     Raises:
         ValueError: as `resolve`.
     """
-    if not (adapter.config.get(UNDERSCORED) or adapter.config.get(COMPONENTS)):
+    if adapter.config.get(UNDERSCORED) or adapter.config.get(COMPONENTS):
+        names = resolve(adapter.layers, known, error, notes, adapter.config.get(PREFIX, ""))
+    elif all(name in known for name in adapter.layers):
         return adapter.layers
-    names = resolve(adapter.layers, known, error, notes, adapter.config.get(PREFIX, ""))
+    else:
+        names = respelled(adapter.layers, known)
     return {own: adapter.layers[name] for name, own in names.items()}
 
 
