@@ -94,6 +94,27 @@ def test_joined_from_adapters(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_dora_of_one_and_lora_of_another(tmp_path, format):
+    """Each model is DoRA throughout, or plain LoRA: other mixtures are refused, this is kept as it is."""
+    models, file = {"unet": unet(), "text_encoder": clip()}, tmp_path / "file.safetensors"
+    adapters = {"unet": trained(models["unet"], ["to_q"]), "text_encoder": trained(models["text_encoder"], ["q_proj"],
+                                                                                   use_dora=False)}  # fmt: skip
+    save_adapter(models, file, format=format)
+    wanted = Adapter({f"{component}.{name}": layer for component, adapter in adapters.items()
+                      for name, layer in adapter.layers.items()})  # fmt: skip
+    fresh = {"unet": unet(), "text_encoder": clip()}
+    load_adapter(file, fresh)
+    assert_same_function(modules_of({"unet": unet(), "text_encoder": clip()}), extract(fresh), wanted, 8 * EPS32)
+    save_adapter(read_adapter(file), tmp_path / "again.safetensors", format=format)
+    assert load_file(tmp_path / "again.safetensors").keys() == load_file(file).keys()
+    tensors = load_file(file)
+    magnitude = next(key for key in tensors if key.endswith(("dora_scale", "lora_magnitude_vector")))
+    save_file({key: tensor for key, tensor in tensors.items() if key != magnitude}, file)
+    with pytest.raises(ValueError, match="has no dora_scale, which other layers have"):
+        read_adapter(file)
+
+
 @pytest.mark.parametrize("prefix", ["lora_te", "lora_te1"])
 def test_a_real_text_encoders_file(tmp_path, prefix):
     """With text_model in its names, for models with and without, and written so for both."""

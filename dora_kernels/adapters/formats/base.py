@@ -59,10 +59,15 @@ class Format:
             scaling = self.scaling(reading, module, parts) if reading.scaling is None else reading.scaling
             layers[module] = self.layer(reading, module, parts, scaling)
             reading.check(module, layers[module])
-        without = [name for name, layer in layers.items() if layer.magnitude is None]
-        if without and len(without) < len(layers):
-            raise reading.error(f"{without[0]} has no {self._called('magnitude')}, which other layers have")
+        dora = {self.model_of(name) for name, layer in layers.items() if layer.magnitude is not None}
+        for name, layer in layers.items():
+            if layer.magnitude is None and self.model_of(name) in dora:
+                raise reading.error(f"{name} has no {self._called('magnitude')}, which other layers have")
         return layers
+
+    def model_of(self, name: str) -> str:
+        """Which model of a pipeline a layer is of: DoRA throughout, or plain LoRA."""
+        return ""
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         """What the file or its configuration says."""

@@ -30,7 +30,7 @@ from dora_kernels.adapters.components import (
     prefix_of,
 )
 from dora_kernels.adapters.formats.base import Parts
-from dora_kernels.adapters.formats.lycoris import Lycoris
+from dora_kernels.adapters.formats.lycoris import Lycoris, model_in
 from dora_kernels.adapters.formats.peft import check_configuration, configured_scaling
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.names import COMPONENTS
@@ -76,7 +76,7 @@ class Diffusers(Lycoris):
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), ("out",))
-        layers = writing.with_eps(writing.fitting(adapter.layers, axes, grouped=True))
+        layers = writing.with_eps(writing.fitting(adapter.layers, axes, grouped=True, model_of=model_in(adapter)))
         layers, _ = writing.one_scaling(layers, 1.0)
         names = self.names(adapter, writing)
         tensors: dict[str, Tensor] = {}

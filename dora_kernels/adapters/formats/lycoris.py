@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -90,6 +90,9 @@ class Lycoris(Format):
         if without:
             reading.notes.append(f"{some(without)} has no alpha: scaling 1")
         return layers
+
+    def model_of(self, name: str) -> str:
+        return prefix_of(name)
 
     def split(self, key: str) -> tuple[str, str] | None:
         found = self.key.fullmatch(key)
@@ -161,7 +164,7 @@ class Lycoris(Format):
         if not adapter.config.get(UNDERSCORED):
             self._check_names(adapter, writing)
         axes = dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), ("out", "in"))
-        layers = writing.with_eps(writing.fitting(adapter.layers, axes), _EPS)
+        layers = writing.with_eps(writing.fitting(adapter.layers, axes, model_of=model_in(adapter)), _EPS)
         keys = dict.fromkeys(layers, "") if adapter.config.get(UNDERSCORED) else self.names(adapter, writing)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
@@ -213,6 +216,13 @@ class Kohya(Lycoris):
                       for name in adapter.layers}  # fmt: skip
         return {name: f"{prefix}_{in_files(rest) if is_text_encoder(prefix) else rest}".replace(".", "_")
                 for name, (prefix, rest) in parted.items()}  # fmt: skip
+
+
+def model_in(adapter: Adapter) -> Callable[[str], str]:
+    """Which of a pipeline's models a layer of an adapter is of."""
+    if adapter.config.get(COMPONENTS):
+        return lambda name: name.partition(".")[0]
+    return prefix_of if adapter.config.get(UNDERSCORED) else lambda name: ""
 
 
 _OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
