@@ -137,7 +137,7 @@ print(DoRALinear.__name__, load_adapter.__name__, "patch_peft" in globals())
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
     ["reference", "rounding", "kernels", "content", "files", "patterns"],
-    ["normalization", "backends", "convolution"],
+    ["normalization", "backends", "convolution", "testing"],
     ["torch_backend"],
     ["linear", "validation", "combination"],
     ["ops"],

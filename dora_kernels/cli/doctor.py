@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 import dora_kernels
-from dora_kernels import norm_cache, parity
+from dora_kernels import norm_cache
 from dora_kernels.backends import first_line, resolve, triton_problem
+from dora_kernels.cli import parity
 from dora_kernels.cli.output import console
-from dora_kernels.parity import Case
+from dora_kernels.cli.parity import Case
 
 if TYPE_CHECKING:
     import typer
