@@ -7,8 +7,7 @@ its layer's expression for the same result from the same inputs.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problem import ALLOWED, FLOOR, LayerShape, OfShape, error, make_problem
+from bench.problem import LayerShape, ShapeCase, make_problem
 from bench.providers import Missing, Subject, Work
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear
 from dora_kernels.backends import resolve, triton_problem
+from dora_kernels.testing import error, errors, limits
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -29,20 +29,18 @@ FEW_TOKENS = 64
 """Up to here nobody keeps the base product: that is inference."""
 
 
-def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(run: Run, suite: str) -> Iterator[KernelCase]:
     """The three kernels at every combination of dtypes, hidden size, tokens and rank."""
-    given, cuda = run.given, run.device.type == "cuda"
-    hidden, tokens = given.hidden or ([4096] if cuda else [2048]), given.tokens or ([1, 256, 8192] if cuda else [256])
-    for dtypes, size, count, rank in itertools.product(given.dtypes, hidden, tokens, given.ranks or [16]):
-        shape = LayerShape(size, rank, count, dtypes, run.device)
-        first = rank == (given.ranks or [16])[0] and shape.base == shape.adapters
-        for make in (Compose, Product, *([ScaleReduce] if first else [])):
-            case = make(shape)
-            yield f"compose: {case.label}", lambda case=case: run.measure(case)
+    cuda, ranks = run.device.type == "cuda", run.given.ranks or [16]
+    for shape in run.shapes([4096] if cuda else [2048], [1, 256, 8192] if cuda else [256], ranks):
+        yield Compose(shape)
+        yield Product(shape)
+        if shape.rank == ranks[0] and shape.base == shape.adapters:
+            yield ScaleReduce(shape)
 
 
 @dataclass
-class KernelCase(OfShape):
+class KernelCase(ShapeCase):
     """A kernel at a shape."""
 
     shape: LayerShape
@@ -79,10 +77,10 @@ class KernelCase(OfShape):
             raise Missing(reason)
         return linear.primitives(name)
 
-    def made_subject(self, provider: str, calls: list[Work], errors: dict[str, float], limits: Any) -> Subject:
+    def made_subject(self, provider: str, calls: list[Work], found: dict[str, float], allowed: Any) -> Subject:
         """Of the calls on every copy."""
         name, in_place = self.kernel, self.kernel == "compose" and provider.startswith("ours")
-        return Subject(provider, {name: calls}, errors, limits, {name: self.least}, frozenset({name}), in_place)
+        return Subject(provider, {name: calls}, found, allowed, {name: self.least}, frozenset({name}), in_place)
 
 
 def _peft_expression(base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -117,7 +115,7 @@ class Compose(KernelCase):
         base, h, b, g, bias, scaling = self.inputs[0]
         wanted = g.double() * (base.double() + scaling * h.double() @ b.double().t()) + bias.double()
         plain = (g * (base + scaling * F.linear(h, b.to(h.dtype)))).to(base.dtype) + bias
-        limits = {"y": max(FLOOR, ALLOWED * error(plain, wanted))}
+        allowed = limits({"y": plain}, {"y": wanted})
         calls: list[Work]
         if provider.startswith("peft"):
             function = torch.compile(_peft_expression) if provider.endswith("compiled") else _peft_expression
@@ -127,21 +125,14 @@ class Compose(KernelCase):
         else:
             backend = self.backend(provider)
             calls = [functools.partial(backend.compose, *i, True) for i in self.inputs]
-            # What is kept, in the place of `base`: for the backward's dm.
-            started = base.clone()
-            y = backend.compose(started, *self.inputs[0][1:], True)
-            kept = base.double() + (scaling * h.double() @ b.double().t() if backend.keeps_sum(base, h, b) else 0.0)
-            off = {"y": error(y, wanted), "kept": error(started, kept)}
-            return self.made_subject(provider, calls, off, {**limits, "kept": limits["y"]})
-        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, limits)
+        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, allowed)
 
 
 class Product(KernelCase):
-    """The base product and compose: the vendor's BLAS and our kernel, and the two in one launch (`bench.fused`)."""
+    """The base product and compose: the vendor's BLAS and our kernel."""
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape, kernel="product and compose")
-        self.providers = (*KernelCase.providers, "ours_fused")
 
     @property
     def least(self) -> tuple[int, int]:
@@ -164,23 +155,10 @@ class Product(KernelCase):
         wanted = g.double() * (x.double() @ weight.double().t() + scaling * h.double() @ b.double().t())
         wanted += bias.double()
         plain = (g * (F.linear(x, weight) + scaling * F.linear(h, b.to(h.dtype)))).to(x.dtype) + bias
-        limits = {"y": max(FLOOR, ALLOWED * error(plain, wanted))}
-        calls: list[Work]
-        if provider == "ours_fused":
-            if (reason := triton_problem(self.shape.device)) or self.shape.base == torch.float32:
-                raise Missing(reason or "the kernel is for 16-bit layers")
-            from bench.fused import fused
-
-            calls = [lambda i=i: fused(*i, keep)[0] for i in self.inputs]
-            if keep:
-                product = x.double() @ weight.double().t()
-                limits["kept"] = max(FLOOR, ALLOWED * error(F.linear(x, weight), product))
-                off = {"y": error(calls[0](), wanted), "kept": error(fused(*self.inputs[0], keep)[1], product)}
-                return self.made_subject(provider, calls, off, limits)
-        else:
-            compose = self.backend(provider).compose
-            calls = [lambda i=i: compose(F.linear(*i[:2]), *i[2:], keep) for i in self.inputs]
-        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, limits)
+        allowed = limits({"y": plain}, {"y": wanted})
+        compose = self.backend(provider).compose
+        calls: list[Work] = [lambda i=i: compose(F.linear(*i[:2]), *i[2:], keep) for i in self.inputs]
+        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, allowed)
 
 
 class ScaleReduce(KernelCase):
@@ -190,14 +168,14 @@ class ScaleReduce(KernelCase):
         super().__init__(replace(shape, rank=1), kernel="scale_reduce")
 
     @property
-    def label(self) -> str:
+    def label(self) -> str:  # type: ignore[override]
         """For people; the rank does not matter."""
-        return self.shape.label.replace("rank 1, ", "")
+        return super().label.replace("rank 1, ", "")
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
         """What every row states."""
-        return {**self.shape.facts, "rank": None}
+        return {**super().facts, "rank": None}
 
     @property
     def least(self) -> tuple[int, int]:
@@ -214,10 +192,10 @@ class ScaleReduce(KernelCase):
         """The provider's kernel."""
         grad, other, g = self.inputs[0]
         names = "scaled", "sum of products", "sum"
-        wanted = [grad.double() * g.double(), (grad.double() * other.double()).sum(0), grad.double().sum(0)]
-        plain = [(grad * g).to(grad.dtype), (grad.float() * other.float()).sum(0), grad.float().sum(0)]
-        limits = {name: max(FLOOR, ALLOWED * error(one, exact)) for name, one, exact in zip(names, plain, wanted)}
+        wide = grad.double(), other.double()
+        wanted = dict(zip(names, (wide[0] * g.double(), (wide[0] * wide[1]).sum(0), wide[0].sum(0))))
+        plain = (grad * g).to(grad.dtype), (grad.float() * other.float()).sum(0), grad.float().sum(0)
         scale_reduce = self.backend(provider).scale_reduce
         calls: list[Work] = [functools.partial(scale_reduce, *i, True, True) for i in self.inputs]
-        errors = {name: error(one, exact) for name, one, exact in zip(names, calls[0](), wanted)}
-        return self.made_subject(provider, calls, errors, limits)
+        found = errors(dict(zip(names, calls[0]())), wanted)
+        return self.made_subject(provider, calls, found, limits(dict(zip(names, plain)), wanted))

@@ -7,9 +7,8 @@ error. The aim is that ours is at most PEFT's in every cell; one that is more th
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import dora_kernels
-from bench.layers import make_layer
-from bench.problem import LayerShape, OfShape, Problem, errors, limits, make_problem, oracle, plain
-from bench.providers import ROW, Subject, library
-from dora_kernels import reference
+from bench.layers import NEEDS, make_layer
+from bench.problem import LayerShape, ShapeCase, make_problem
+from bench.providers import Subject, library
+from dora_kernels.testing import ROW, Problem, eager, errors, limits, oracle, solve, weight_norm
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -43,24 +42,18 @@ CONDITIONS = {
 }
 
 
-def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every condition, dtype and rank."""
-    given = run.given
-    sizes = list(itertools.product(given.hidden or [HIDDEN], given.tokens or [TOKENS]))
-    for dtypes, rank, (hidden, tokens) in itertools.product(given.dtypes, given.ranks or RANKS, sizes):
+def cases(run: Run, suite: str) -> Iterator[FidelityCase]:
+    """Every condition, dtype and rank, and layers that nobody has trained."""
+    for shape in run.shapes([HIDDEN], [TOKENS], RANKS):
         for condition in CONDITIONS:
-            shape = LayerShape(hidden, rank, tokens, dtypes, run.device)
-            case = FidelityCase(shape, condition)
-            yield f"fidelity: {case.label}", lambda case=case: run.measure(case, timed=False)
-    for dtypes, (hidden, tokens) in itertools.product(given.dtypes, sizes):
-        shape = LayerShape(hidden, 16, tokens, dtypes, run.device)
+            yield FidelityCase(shape, condition)
+    for shape in dict.fromkeys(replace(shape, rank=16) for shape in run.shapes([HIDDEN], [TOKENS], RANKS)):
         if shape.adapters == torch.float32:
-            case = FreshCase(shape)
-            yield f"fidelity: {case.label}", lambda case=case: run.measure(case, timed=False)
+            yield FreshCase(shape)
 
 
 @dataclass
-class FidelityCase(OfShape):
+class FidelityCase(ShapeCase):
     """One cell of the table."""
 
     shape: LayerShape
@@ -68,15 +61,17 @@ class FidelityCase(OfShape):
     suite: str = "fidelity"
     providers: Sequence[str] = PROVIDERS
 
-    @property
-    def label(self) -> str:
-        """For people."""
-        return f"{self.condition}, {self.shape.label}"
+    timed = False
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def label(self) -> str:  # type: ignore[override]
+        """For people."""
+        return f"{self.condition}, {super().label}"
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
         """What every row states."""
-        return {**self.shape.facts, "condition": self.condition}
+        return {**super().facts, "condition": self.condition}
 
     def subject(self, provider: str) -> Subject:
         """The provider's layer: PEFT's error is the limit of the others."""
@@ -95,12 +90,12 @@ class FidelityCase(OfShape):
 
     @functools.cached_property
     def _wanted(self) -> dict[str, Tensor]:
-        return oracle(self._problem, "dora")
+        return oracle(self._problem, NEEDS["dora"])
 
     @functools.cached_property
     def _plain(self) -> dict[str, float]:
         """What plain PyTorch operations allow."""
-        return limits(plain(self._problem, "dora"), self._wanted)
+        return limits(solve(eager, self._problem, NEEDS["dora"]), self._wanted)
 
     @functools.cached_property
     def _stock(self) -> dict[str, float]:
@@ -154,7 +149,7 @@ def make(shape: LayerShape, condition: str) -> Problem:
     p = make_problem(shape, 0)
 
     def moved(low: float, high: float, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        norm = reference.weight_norm(weight, a, b, p.scaling, "out").double()
+        norm = weight_norm(weight, a, b, p.scaling, "out").double()
         exponent = torch.rand(norm.shape, generator=generator, device=shape.device, dtype=torch.float64)
         return (norm * low * (high / low) ** exponent).to(shape.adapters)
 
@@ -171,4 +166,4 @@ def make(shape: LayerShape, condition: str) -> Problem:
     size = {"large bias": 1e3, "huge weights": 1e3}.get(condition)
     if size:
         bias = (size * torch.randn(shape.hidden, generator=generator, device=shape.device)).to(shape.base)
-    return replace(p, weight=weight, lora_A=a, lora_B=b, magnitude=moved(*span, weight, a, b), bias=bias)
+    return p.replace(weight=weight, lora_A=a, lora_B=b, magnitude=moved(*span, weight, a, b), bias=bias)

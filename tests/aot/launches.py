@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.static.recording import NAMES, Launch, Made, Operation, Operations, described, instead
+from aot.recording import NAMES, Launch, Made, Operation, Operations, described, instead
 from dora_kernels.content import sample
 
 LARGEST_RANK = 1024

@@ -24,8 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-from bench.static import PRIMITIVES
-from bench.static.resources import TARGETS, Compiled, problems
+from aot import PRIMITIVES
+from aot.resources import TARGETS, Compiled, problems
 
 SUMMARY = "bytes, FLOPs, registers, shared memory and matrix instructions of the kernels, without a GPU"
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error(f"{needed} is not installed")
     # Read when triton is imported, which happens below: an interpreted kernel has nothing to compile.
     os.environ.pop("TRITON_INTERPRET", None)
-    from bench.static import account, compiler, layers
+    from aot import account, compiler, layers
 
     primitives = given.kernel or PRIMITIVES
     rows = [] if given.layers else account.rows(primitives)
