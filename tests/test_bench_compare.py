@@ -11,8 +11,7 @@ import torch
 
 from bench import compare
 from bench.__main__ import main
-from bench.commands import compare as command
-from bench.compare import Change, Comparison, Worker, regressions, trimmed
+from bench.compare import Change, Comparison, Worker, trimmed
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -46,7 +45,7 @@ def test_verdicts():
     assert change([1.0] * 15, (1 << 20, 2 << 20)).verdict == "more memory"
     assert change([1.0] * 15, (100, 200)).verdict == "", "a few bytes"
     slow, fast = change([2.0] * 15), change([0.5] * 15)
-    assert regressions([slow, fast]) == [slow]
+    assert Comparison([slow, fast]).regressions == [slow]
 
 
 def test_a_pair_is_compared_with_its_neighbour():
@@ -141,11 +140,12 @@ def test_bad_input(capsys, arguments, message):
 
 
 def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
-    def extract(commit, folder):
+    def extract(revision, folder):
         (folder / "dora_kernels").mkdir()
         (folder / "dora_kernels" / "__init__.py").write_text("raise ImportError('too old')")
+        return "0" * 40
 
-    monkeypatch.setattr(command, "_extract", extract)
+    monkeypatch.setattr(compare, "extract", extract)
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "HEAD", "--device", "cpu"])
     said = capsys.readouterr().err

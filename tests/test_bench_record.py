@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import html, machine, plots, record, show
+from bench import html, machine, plots, record, report, show
 from bench.__main__ import main
-from bench.commands import report
 from bench.providers import LABELS
 
 

@@ -1,4 +1,4 @@
-"""The demo from beginning to end: three models trained in turns, two wrong ones, and the checks that tell them apart."""
+"""The demo: three models trained in turns, two wrong ones, and the checks that tell them apart."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Demo:
         plots.write({self.out / "demo.png": picture(self.results)})
         self._report()
         record.replace(self.out / "report.txt", self.screen.export_text())
-        self._say(f"\n{self.results['seconds']:.0f} s in all; results.json, demo.png, report.txt and adapter: {self.out}")
+        self._say(f"{self.results['seconds']:.0f} s in all; results.json, demo.png, report.txt, adapter: {self.out}")
         return 1 if self.results["failures"] else 0
 
     def _load(self, text: tuple[str, str]) -> None:

@@ -20,11 +20,12 @@ from bench.providers import Missing, Subject, Work
 from bench.timing import cache_bytes, copies_beyond
 from dora_kernels import linear
 from dora_kernels.backends import resolve, triton_problem
-from dora_kernels.testing import error, errors, limits
+from dora_kernels.testing import errors, limits
 
 if TYPE_CHECKING:
     from bench.run import Run
 
+Tensors = dict[str, Tensor]
 FEW_TOKENS = 64
 """Up to here nobody keeps the base product: that is inference."""
 
@@ -77,10 +78,15 @@ class KernelCase(ShapeCase):
             raise Missing(reason)
         return linear.primitives(name)
 
-    def made_subject(self, provider: str, calls: list[Work], found: dict[str, float], allowed: Any) -> Subject:
-        """Of the calls on every copy."""
+    def made_subject(
+        self, provider: str, calls: list[Work], results: Tensors, plain: Tensors, wanted: Tensors
+    ) -> Subject:
+        """Of the calls on every copy, and of the first one's results, by plain operations, and in float64."""
         name, in_place = self.kernel, self.kernel == "compose" and provider.startswith("ours")
-        return Subject(provider, {name: calls}, found, allowed, {name: self.least}, frozenset({name}), in_place)
+        return Subject(
+            provider, {name: calls}, errors(results, wanted), limits(plain, wanted), {name: self.least},
+            frozenset({name}), in_place,
+        )  # fmt: skip
 
 
 def _peft_expression(base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -115,7 +121,6 @@ class Compose(KernelCase):
         base, h, b, g, bias, scaling = self.inputs[0]
         wanted = g.double() * (base.double() + scaling * h.double() @ b.double().t()) + bias.double()
         plain = (g * (base + scaling * F.linear(h, b.to(h.dtype)))).to(base.dtype) + bias
-        allowed = limits({"y": plain}, {"y": wanted})
         calls: list[Work]
         if provider.startswith("peft"):
             function = torch.compile(_peft_expression) if provider.endswith("compiled") else _peft_expression
@@ -125,7 +130,7 @@ class Compose(KernelCase):
         else:
             backend = self.backend(provider)
             calls = [functools.partial(backend.compose, *i, True) for i in self.inputs]
-        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, allowed)
+        return self.made_subject(provider, calls, {"y": calls[0]()}, {"y": plain}, {"y": wanted})
 
 
 class Product(KernelCase):
@@ -155,10 +160,9 @@ class Product(KernelCase):
         wanted = g.double() * (x.double() @ weight.double().t() + scaling * h.double() @ b.double().t())
         wanted += bias.double()
         plain = (g * (F.linear(x, weight) + scaling * F.linear(h, b.to(h.dtype)))).to(x.dtype) + bias
-        allowed = limits({"y": plain}, {"y": wanted})
         compose = self.backend(provider).compose
         calls: list[Work] = [lambda i=i: compose(F.linear(*i[:2]), *i[2:], keep) for i in self.inputs]
-        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, allowed)
+        return self.made_subject(provider, calls, {"y": calls[0]()}, {"y": plain}, {"y": wanted})
 
 
 class ScaleReduce(KernelCase):
@@ -197,5 +201,4 @@ class ScaleReduce(KernelCase):
         plain = (grad * g).to(grad.dtype), (grad.float() * other.float()).sum(0), grad.float().sum(0)
         scale_reduce = self.backend(provider).scale_reduce
         calls: list[Work] = [functools.partial(scale_reduce, *i, True, True) for i in self.inputs]
-        found = errors(dict(zip(names, calls[0]())), wanted)
-        return self.made_subject(provider, calls, found, limits(dict(zip(names, plain)), wanted))
+        return self.made_subject(provider, calls, dict(zip(names, calls[0]())), dict(zip(names, plain)), wanted)

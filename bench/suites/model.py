@@ -208,7 +208,7 @@ class BlockCase(ModelCase):
         )  # fmt: skip
         with torch.device(self.run.device):
             base = LlamaForCausalLM(config).to(base_dtype)
-            model = adapt(base, self.rank, dora=provider != "peft_lora", autocast_adapter_dtype=False)
+            model = adapt(base, self.rank, dora=provider != "peft_lora")
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapter_dtype)
