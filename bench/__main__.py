@@ -386,9 +386,8 @@ def _new_files(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Pa
             continue
         if path.suffix != suffix:
             parser.error(f"{option} {path}: expected a name that ends in {suffix}")
-        for one in (path, path.with_suffix(".csv")) if suffix == ".json" else (path,):
-            if one.exists():
-                parser.error(f"{option} {one}: there is such a file; earlier results are never overwritten")
+        if path.exists():
+            parser.error(f"{option} {path}: there is such a file; earlier results are never overwritten")
         if not path.parent.is_dir():
             parser.error(f"{option} {path}: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):

@@ -298,15 +298,15 @@ def _range(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} – {form.format(max(values))})"
 
 
-def table(sheet: Sheet) -> Table:
-    """A sheet for the terminal."""
+def table(sheet: Sheet, wrap: bool = False) -> Table:
+    """A sheet for the terminal; `wrap`: figures may take several lines."""
     found = Table(
         title=f"[bold]{escape(sheet.title)}[/bold]", caption=sheet.note, title_justify="left", caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for index, name in enumerate(sheet.head):
         # where a terminal is narrow the first column takes more lines, and no figure is cut off
-        found.add_column(name, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+        found.add_column(name, justify="right" if index else "left", no_wrap=index > 0 and not wrap, overflow="fold")
     for kind, cells in sheet.rows:
-        found.add_row(*cells, style={"ours": "bold", "wrong": "red"}.get(kind))
+        found.add_row(*(cell.replace("**", "") for cell in cells), style={"ours": "bold", "wrong": "red"}.get(kind))
     return found

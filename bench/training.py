@@ -154,22 +154,6 @@ def patch_all(model: Any) -> None:
         raise RuntimeError(f"patch_peft skipped {handle.skipped}")
 
 
-@torch.no_grad()
-def largest_rescale(model: Any, adapter: str = "default") -> float | None:
-    """Largest |m / ||W + s·B·A|| - 1| of all layers, None for plain LoRA."""
-    largest = None
-    for layer in model.modules():
-        magnitudes = getattr(layer, "lora_magnitude_vector", None)
-        if not magnitudes or adapter not in magnitudes:
-            continue
-        direction = layer.get_base_layer().weight.double() + layer.get_delta_weight(adapter).double()
-        norm = direction.norm(dim=0 if getattr(layer, "fan_in_fan_out", False) else 1)
-        rescale = (magnitudes[adapter].weight.double() / norm - 1).abs()
-        moved = rescale[norm > 0].max().item()  # a zero row has no direction to rescale
-        largest = moved if largest is None else max(largest, moved)
-    return largest
-
-
 # Steps.
 
 

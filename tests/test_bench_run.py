@@ -250,9 +250,7 @@ def test_ours_is_as_near_as_peft_in_every_condition():
     run.all()
     assert not run.record["failures"]
     conditions = {row["condition"] for row in run.record["rows"]}
-    assert conditions == {*fidelity.CONDITIONS, "fresh"}
-    fresh = {(row["provider"], row["dtypes"]): row["errors"]["g"] for row in run.record["rows"] if "g" in row["errors"]}
-    assert fresh["ours", "bf16+fp32"] < fidelity.FRESH_LIMIT < 1e-4 < fresh["peft_dora", "bf16+fp32"]
+    assert conditions == set(fidelity.CONDITIONS)
 
 
 def test_least_bytes_and_flops():
@@ -384,7 +382,7 @@ def test_no_command(capsys):
 
 
 def test_earlier_results_are_never_overwritten(capsys, tmp_path):
-    for name, words in {"a.json": "--out a.json", "a.html": "--html a.html", "b.csv": "--out b.json"}.items():
+    for name, words in {"a.json": "--out a.json", "a.html": "--html a.html"}.items():
         option, given = words.split()
         path = tmp_path / name
         path.write_text("earlier")

@@ -53,6 +53,7 @@ def _prepare_environment(offline: bool) -> None:
     """Set what torch and the Hugging Face libraries read when they are imported."""
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(min(2, os.cpu_count() or 1))
     machine.wait_passively()
+    machine.quiet_libraries()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"

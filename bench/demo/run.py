@@ -65,7 +65,6 @@ class Demo:
     def run(self) -> int:
         """Everything; 0 if the patched model has stock's numbers and the controls have not."""
         started = time.perf_counter()
-        machine.quiet_libraries()
         text = training.read_text(self.data)
         self.out.mkdir(parents=True, exist_ok=True)
         self.screen = Console(record=True)
@@ -117,7 +116,6 @@ class Demo:
                 kind: {
                     "step_seconds": {}, "step_ratio": {}, "losses": {}, "token_seconds": None, "token_ratio": None,
                     "peak_bytes": None, "loss_difference": None, "held_out_before": None, "held_out_after": None,
-                    "largest_rescale": None,
                 }
                 for kind in (*MAIN, *CONTROLS)
             },
@@ -137,8 +135,6 @@ class Demo:
             if length == self.lengths[0]:
                 self._train({kind: self._control(kind) for kind in CONTROLS}, length, LEAST_STEPS, SECONDS["controls"])
         self._held_out(runs, "after")
-        for kind, one in runs.items():
-            variants[kind]["largest_rescale"] = training.largest_rescale(one.model)
         self._tokens(runs)
         with self._phase("Save; load and merge in stock PEFT"):
             self._save_and_check(runs["patched"].model)
@@ -255,7 +251,7 @@ class Demo:
     def _report(self) -> None:
         """The table, the aims, the sample and what went wrong."""
         results, variants = self.results, self.results["variants"]
-        self.screen.print(show.table(show.demo(results)))
+        self.screen.print(show.table(show.demo(results), wrap=True))
         settings, hardware, versions = results["settings"], results["hardware"], results["versions"]
         self._say(
             f"{settings['model']}, rank {self.rank}, float32, learning rate {self.lr:g}, {settings['data']}; "
@@ -268,9 +264,7 @@ class Demo:
             self._say(f"{name}: {value:.2f} of LoRA's (aim: {limit:.2f}): {'met' if value <= limit else 'missed'}")
         for kind in MAIN:
             variant = variants[kind]
-            before, after = variant["held_out_before"], variant["held_out_after"]
-            moved = "" if kind == "lora" else f"; magnitudes moved by up to {variant['largest_rescale']:.2%}"
-            self._say(f"{kind}: held-out loss {before:.4f}, then {after:.4f}{moved}")
+            self._say(f"{kind}: held-out loss {variant['held_out_before']:.4f}, then {variant['held_out_after']:.4f}")
         for name, off in results["saved"].items():
             self._say(f"saved adapter in stock PEFT, {name.replace('_', ' ')}: logits differ by {off:.1e}")
         self._say(f"sample: {results['sample'].strip()}")

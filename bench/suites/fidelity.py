@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import dora_kernels
 from bench.layers import NEEDS, make_layer
 from bench.problem import LayerShape, ShapeCase, make_problem
-from bench.providers import Subject, library
+from bench.providers import Subject
 from dora_kernels.testing import ROW, Problem, eager, errors, limits, oracle, solve, weight_norm
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ PROVIDERS = ("peft_dora", "ours", "ours_triton", "ours_torch")
 NOISE = 1.1
 """In float32 ours and PEFT's differ in the order of sums alone. The rms error of the 768 elements of dm scatters by
 1 / sqrt(2·768), the quotient of two by 3.7 %; this is not quite three times that."""
-FRESH_LIMIT = 2.0**-22
-"""Two roundings to float32: the norm's, and the quotient's."""
 CONDITIONS = {
     "g near 1": "m within a thousandth of the norm, B small: the start of a training",
     "trained": "s·B·A as large as W, m moved by a quarter",
@@ -43,13 +40,10 @@ CONDITIONS = {
 
 
 def cases(run: Run, suite: str) -> Iterator[FidelityCase]:
-    """Every condition, dtype and rank, and layers that nobody has trained."""
+    """Every condition, dtype and rank."""
     for shape in run.shapes([HIDDEN], [TOKENS], RANKS):
         for condition in CONDITIONS:
             yield FidelityCase(shape, condition)
-    for shape in dict.fromkeys(replace(shape, rank=16) for shape in run.shapes([HIDDEN], [TOKENS], RANKS)):
-        if shape.adapters == torch.float32:
-            yield FreshCase(shape)
 
 
 @dataclass
@@ -100,47 +94,6 @@ class FidelityCase(ShapeCase):
     @functools.cached_property
     def _stock(self) -> dict[str, float]:
         return errors(make_layer("peft_dora", self._problem, self.shape).results(), self._wanted)
-
-
-@dataclass
-class FreshCase(FidelityCase):
-    """A layer that nobody has trained: its g should be 1."""
-
-    condition: str = "fresh"
-    providers: Sequence[str] = ("peft_dora", "ours", "ours_torch")
-
-    def subject(self, provider: str) -> Subject:
-        """max |g - 1| of a new layer: its magnitude over the norm that its own code divides by, and over float64's."""
-        with library():
-            from peft import LoraConfig, get_peft_model
-        weight = self._problem.weight
-        model: Any = nn.Module()
-        model.linear = nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
-        model.linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        if provider == "ours_torch":
-            layer = dora_kernels.DoRALinear.from_linear(
-                model.linear, rank=self.shape.rank, backend="torch", adapter_dtype=self.shape.adapters
-            )
-            magnitude = layer.magnitude
-        else:
-            config = LoraConfig(r=self.shape.rank, target_modules=["linear"], use_dora=True)
-            peft_model = get_peft_model(model, config)
-            if provider == "ours":
-                dora_kernels.patch_peft(peft_model, exact_init=True)
-            magnitude = peft_model.base_model.model.linear.lora_magnitude_vector["default"].weight
-        a, b = (torch.zeros_like(t) for t in (self._problem.lora_A, self._problem.lora_B))
-        if provider == "peft_dora":
-            dora = peft_model.base_model.model.linear.lora_magnitude_vector["default"]
-            own = dora.get_weight_norm(weight.to(a.dtype), b @ a, 1.0)
-        else:
-            own = dora_kernels.dora_weight_norm(weight, a, b, backend="torch" if provider == "ours_torch" else "auto")
-        exact = torch.linalg.vector_norm(weight.double(), dim=1)
-        off = {
-            name: float((magnitude.detach().double() / norm.double() - 1).abs().max())
-            for name, norm in (("g", own), ("m", exact))
-        }
-        allowed = {} if provider == "peft_dora" else dict.fromkeys(off, FRESH_LIMIT)
-        return Subject(provider, {"results": []}, off, allowed)
 
 
 def make(shape: LayerShape, condition: str) -> Problem:

@@ -127,7 +127,6 @@ def _finetune(run: Run, rank: int, seed: int) -> None:
             "losses": [significant(loss, DIGITS) for loss in one.losses],
             "held_out_before": significant(before[name][0], DIGITS), "held_out": significant(loss, DIGITS),
             "accuracy_before": significant(before[name][1]), "accuracy": significant(right),
-            "largest_rescale": training.largest_rescale(one.model),
         })  # fmt: skip
 
 
