@@ -120,8 +120,6 @@ def compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """
     from bench import compare, show
 
-    if given.rounds < LEAST_ROUNDS:
-        parser.error(f"--rounds {given.rounds}: expected at least {LEAST_ROUNDS}; fewer pairs cannot show a change")
     chosen = _chosen(given, parser)
     chosen["providers"] = given.providers or ["ours", "ours_triton", "ours_torch"]
     with tempfile.TemporaryDirectory() as folder:
@@ -232,12 +230,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--block", type=_block, metavar="HxIxAxK",
         help="of the suite block: hidden and intermediate size, attention heads, key and value heads",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_count, default=200, metavar="N", help="of finetune and classify (200)")
+    parser.add_argument("--steps", type=_at_least(1), default=200, metavar="N", help="of finetune and classify (200)")
     parser.add_argument(
-        "--seeds", action=Several, nargs="+", type=_numbers(0), default=(0, 1, 2), metavar="N",
-        help="of the same (0 1 2)",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=_count, default=21, metavar="N", help="of a comparison, at most (21)")
+        "--seeds", nargs="+", type=_at_least(0), default=(0, 1, 2), metavar="N", help="of the same (0 1 2)"
+    )
+    parser.add_argument("--rounds", type=_at_least(1), default=21, metavar="N", help="of a comparison, at most (21)")
     parser.add_argument(
         "--limit-s", type=_seconds, metavar="S", help="no stage begins after this (300; the long suites: 7200)"
     )
@@ -249,8 +246,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("revision", metavar="REF", help="a commit, branch or tag")
     _add_shapes(parser, COMPARED, ("norm", "layer", "decode", "host"))
     parser.add_argument(
-        "--rounds", type=_count, default=15, metavar="N", help=f"pairs of samples (15; {LEAST_ROUNDS} at least)"
-    )
+        "--rounds", type=_at_least(LEAST_ROUNDS), default=15, metavar="N",
+        help=f"pairs of samples (15; {LEAST_ROUNDS} at least: fewer cannot show a change)",
+    )  # fmt: skip
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
@@ -275,64 +273,30 @@ COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int]]] = {
 
 def _add_shapes(parser: argparse.ArgumentParser, suites: Sequence[str], default: Sequence[str]) -> None:
     """What is measured, where, and whose."""
-    several: dict[str, Any] = {"action": Several, "nargs": "+", "metavar": "N", "type": _numbers(1)}
-    named: dict[str, Any] = {"action": Several, "nargs": "+", "metavar": "NAME"}
+    several: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": _at_least(1)}
+    named: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     described = "\n".join(f"  {name:9} {SUITES[name]}" for name in suites)
     parser.epilog = f"suites ({', '.join(default)} where none is named):\n{described}"
-    parser.add_argument("--suite", **named, type=_names(suites, "suite"), default=default, help="see below")
+    parser.add_argument("--suite", **named, choices=suites, default=default, help="see below")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", **named, type=_names(DTYPES, "dtype"),
+        "--dtype", **named, choices=DTYPES,
         help="fp32, bf16, fp16; bf16+fp32: float32 adapters on a bfloat16 layer, PEFT's default, under autocast; "
         "bf16/fp32: the same without autocast",
     )  # fmt: skip
     parser.add_argument("--hidden", **several, help="in_features and out_features")
     parser.add_argument("--rank", **several)
     parser.add_argument("--tokens", **several)
-    parser.add_argument("--providers", **named, type=_names(LABELS, "provider"), help=", ".join(LABELS))
+    parser.add_argument("--providers", **named, choices=list(LABELS), help=", ".join(LABELS))
 
 
-class Several(argparse.Action):
-    """Values after one option or several, with spaces or commas between them."""
-
-    def __call__(self, parser: Any, given: Any, values: Any, option: str | None = None) -> None:
-        """Add them, each once."""
-        kept = list(getattr(given, self.dest)) if getattr(given, f"_{self.dest}_given", False) else []
-        setattr(given, f"_{self.dest}_given", True)
-        setattr(given, self.dest, list(dict.fromkeys([*kept, *(value for part in values for value in part)])))
-
-
-def _names(allowed: Any, what: str) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        found = [name for name in text.replace("-", "_").split(",") if name]
-        if not found:
-            raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
-        for name in found:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"there is no {what} {name!r}, only {', '.join(allowed)}")
-        return found
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
 
     return parse
-
-
-def _numbers(least: int) -> Callable[[str], list[int]]:
-    def parse(text: str) -> list[int]:
-        try:
-            found = [int(part) for part in text.split(",") if part]
-        except ValueError:
-            found = []
-        if not found or min(found) < least:
-            raise argparse.ArgumentTypeError(f"expected whole numbers of at least {least}, got {text!r}")
-        return found
-
-    return parse
-
-
-def _count(text: str) -> int:
-    found = _numbers(1)(text)
-    if len(found) != 1:
-        raise argparse.ArgumentTypeError(f"expected one whole number, got {text!r}")
-    return found[0]
 
 
 def _seconds(text: str) -> float:

@@ -124,9 +124,9 @@ BAD = {
     "revision": (["no-such-revision"], "there is no revision 'no-such-revision'"),
     "option": (["--help-me"], "the following arguments are required: REF"),
     "an option for a revision": (["--", "--all"], "there is no revision '--all'"),
-    "suite": (["HEAD", "--suite", "model"], "there is no suite 'model'"),
-    "provider": (["HEAD", "--providers", "nobody"], "there is no provider 'nobody'"),
-    "rounds": (["HEAD", "--rounds", "7"], "--rounds 7: expected at least 8"),
+    "suite": (["HEAD", "--suite", "model"], "--suite: invalid choice: 'model'"),
+    "provider": (["HEAD", "--providers", "nobody"], "--providers: invalid choice: 'nobody'"),
+    "rounds": (["HEAD", "--rounds", "7"], "--rounds: expected a whole number of at least 8, got '7'"),
     "device": (["HEAD", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
 }
 
@@ -155,7 +155,7 @@ def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")
 def test_a_revision_beside_itself(capsys):
     status = main([
-        "compare", "HEAD", "--suite", "host", "--hidden", "16", "--rank", "2", "--providers", "ours-torch",
+        "compare", "HEAD", "--suite", "host", "--hidden", "16", "--rank", "2", "--providers", "ours_torch",
         "--rounds", "8", "--device", "cpu",
     ])  # fmt: skip
     said = capsys.readouterr().out
@@ -168,6 +168,6 @@ def test_a_revision_beside_itself(capsys):
 def test_nothing_that_could_be_compared(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        main(["compare", "HEAD", "--suite", "host", "--providers", "ours-triton", "--rounds", "8", "--device", "cpu"])
+        main(["compare", "HEAD", "--suite", "host", "--providers", "ours_triton", "--rounds", "8", "--device", "cpu"])
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and said[-1].endswith("HEAD: none of ours_triton could be measured in both")

@@ -340,18 +340,18 @@ def test_the_compiled_providers_take_part_in_the_layer_suites():
 
 
 BAD = {
-    "suite": (["--suite", "kernels"], "there is no suite 'kernels', only norm, "),
-    "provider": (["--providers", "ours,nobody"], "there is no provider 'nobody'"),
-    "dtype": (["--dtype", "int8"], "there is no dtype 'int8'"),
+    "suite": (["--suite", "kernels"], "--suite: invalid choice: 'kernels'"),
+    "provider": (["--providers", "ours", "nobody"], "--providers: invalid choice: 'nobody'"),
+    "dtype": (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     "device": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
-    "rank": (["--rank", "0"], "expected whole numbers of at least 1, got '0'"),
-    "tokens": (["--tokens", "many"], "expected whole numbers of at least 1, got 'many'"),
+    "rank": (["--rank", "0"], "expected a whole number of at least 1, got '0'"),
+    "tokens": (["--tokens", "many"], "expected a whole number of at least 1, got 'many'"),
     "limit": (["--limit-s", "nan"], "expected a positive number, got 'nan'"),
     "block": (["--block", "4x4"], "expected four sizes"),
     "out": (["--out", "results.txt"], "expected a name that ends in .json"),
     "folder": (["--out", "nowhere/a.json"], "there is no folder nowhere"),
     "html": (["--html", "a.htm"], "expected a name that ends in .html"),
-    "no name": (["--suite", ","], "expected a name, got ','"),
+    "seeds": (["--seeds", "-1"], "expected a whole number of at least 0, got '-1'"),
     "heads": (["--block", "100x200x3x2"], "expected an even width for each head"),
     "option": (["--fast"], "unrecognized arguments: --fast"),
 }
@@ -394,7 +394,7 @@ def test_earlier_results_are_never_overwritten(capsys, tmp_path):
 
 def test_a_run_from_the_command_line(capsys, tmp_path):
     out, page = tmp_path / "a.json", tmp_path / "a.html"
-    words = "run --suite decode norm --hidden 32 --tokens 2 --rank 2,4 --providers peft-lora,ours peft_dora --rounds 3"
+    words = "run --suite decode norm --hidden 32 --tokens 2 --rank 2 4 --providers peft_lora ours peft_dora --rounds 3"
     assert main([*words.split(), "--device", "cpu", "--out", str(out), "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "decode: inference, 32x32, rank 4, 2 tokens, fp32" in said and str(out) in said and "nothing failed" in said
