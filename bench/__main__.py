@@ -207,18 +207,8 @@ def static(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     Exit status 1 if a launch does not compile, does not fit, spills on a CUDA target, or lacks matrix instructions.
     """
-    status: int = _account().run(given, parser)
+    status: int = machine.from_tests("aot.command").run(given, parser)
     return status
-
-
-def _account() -> Any:
-    """The account is the tests' machinery, in tests/aot: this command prints what they hold the kernels to."""
-    tests = str(machine.REPOSITORY / "tests")
-    if tests not in sys.path:
-        sys.path.insert(0, tests)
-    from aot import command
-
-    return command
 
 
 # The options.
@@ -262,7 +252,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_static(parser: argparse.ArgumentParser) -> None:
-    _account().add_arguments(parser)
+    machine.from_tests("aot.command").add_arguments(parser)
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int]]] = {
