@@ -136,8 +136,8 @@ print(DoRALinear.__name__, load_adapter.__name__, "patch_peft" in globals())
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["reference", "rounding", "kernels", "content", "files", "patterns", "weight_readers"],
-    ["normalization", "backends", "convolution"],
+    ["reference", "rounding", "kernels", "content", "files", "patterns"],
+    ["normalization", "backends", "convolution", "testing"],
     ["torch_backend"],
     ["linear", "validation", "combination"],
     ["ops"],
@@ -146,16 +146,13 @@ LAYERS = [
     ["modules/base"],
     ["modules/linear", "modules/embedding", "modules/conv", "peft/state", "peft/dequantize", "peft/on_demand"],
     ["targets"],
-    ["saving"],
     ["adapt", "peft/layer"],
     ["peft/linear", "peft/embedding", "peft/conv", "peft/exact_init", "peft/combine", "peft/config"],
     ["peft/quantized", "peft/check"],
     ["peft/refused"],
     ["peft/kinds"],
     ["peft/patch"],
-    ["adapters/layers", "adapters/ldm"],
-    ["adapters/components"],
-    ["adapters/names"],
+    ["adapters/layers", "adapters/underscores"],
     ["adapters/bases"],
     ["adapters/reading", "adapters/writing", "adapters/combine"],
     ["adapters/formats", "adapters/attaching"],

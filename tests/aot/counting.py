@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bench.static.launches import Call, Recorded
-from bench.static.recording import Launch, Made
-from bench.static.traffic import Traffic
+from aot.launches import Call, Recorded
+from aot.recording import Launch, Made
+from aot.traffic import Traffic
 
 
 @dataclass

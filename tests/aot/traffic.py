@@ -3,7 +3,7 @@
 Bytes are those of the elements that a program asks for: lanes that a mask leaves out move nothing, and what several
 programs ask for counts several times, though the L2 cache serves all but the first. FLOPs are those of the tile
 products, two for each multiplication and addition, of whole tiles as the matrix units execute them and for each of the
-products that a float32 product is made of (`dora_kernels.kernels.dot`). `bench.static.counting` counts the same in the
+products that a float32 product is made of (`dora_kernels.kernels.dot`). `aot.counting` counts the same in the
 interpreter, and tests/test_static.py holds the two equal.
 
 What depends on the numbers is taken as it nearly always is: no row is computed again because digits were lost.
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from bench.static.launches import Call, Recorded
-from bench.static.recording import Launch, size
+from aot.launches import Call, Recorded
+from aot.recording import Launch, size
 
 LARGE = {
     "weight_norm": ("w",),

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bench.static.resources import TARGETS, Compiled, Target
+from aot.resources import TARGETS, Compiled, Target
 
 # Whole mnemonics: `HFMA2.MMA` is ordinary arithmetic.
 _MATRIX = re.compile(r"(?<![\w.])(HMMA|HGMMA|UTCHMMA|v_mfma|v_wmma)(?=[._\s])")

@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.static import launches
-from bench.static.launches import DTYPES, Call
-from bench.static.recording import Launch
-from bench.static.traffic import LARGE, Traffic, issued, least
+from aot import launches
+from aot.launches import DTYPES, Call
+from aot.recording import Launch
+from aot.traffic import LARGE, Traffic, issued, least
 
 _WEIGHTS = (((4096, 4096), 16), ((4096, 4096), 64), ((4096, 4096), 384), ((8192, 8192), 384), ((8192, 28672), 384))
 _TOKENS = (8192, 1)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.static.recording import NAMES, Launch, Made, Operation, Operations, described, instead
+from aot.recording import NAMES, Launch, Made, Operation, Operations, described, instead
+from dora_kernels import testing
 from dora_kernels.engine.fingerprints import sample
 
 LARGEST_RANK = 1024
@@ -29,8 +30,8 @@ _SIZE = 4096
 _SEED = 1 << 40
 """Of 64 bits."""
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-# Base layer and adapter.
-DTYPES = ((_BF16, _BF16), (_FP16, _FP16), (_BF16, _FP32), (_FP16, _FP32), (_FP32, _FP32))
+DTYPES = tuple(testing.DTYPES.values())
+"""Of the base layer and the adapter."""
 
 
 @dataclass(frozen=True)

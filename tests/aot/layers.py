@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.static.account import on_a_gpu
-from bench.static.launches import DTYPES
-from bench.static.recording import NAMES, Launch, Made, Operation, Operations, described, instead
-from bench.static.traffic import FORMULAS
+from aot.account import on_a_gpu
+from aot.launches import DTYPES
+from aot.recording import NAMES, Launch, Made, Operation, Operations, described, instead
+from aot.traffic import FORMULAS
 from dora_kernels.engine.fingerprints import sample
 
 M, N, K, R = 96, 320, 256, 8

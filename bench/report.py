@@ -1,22 +1,13 @@
-"""Render the tables and figures of README.md and docs/benchmarks.md from the newest records in bench/results.
-
-    python -m bench report              rewrite what has changed
-    python -m bench report --check      change nothing; exit status 1 if a document is out of date
-
-What stands between `<!-- NAME: rendered ... -->` and `<!-- NAME: end -->` is rendered, with the machine, the versions,
-the commit and the date of the record it comes from. A record that cannot be read leaves every document as it is.
-"""
+"""The tables and figures of README.md and docs/benchmarks.md, from the newest records in bench/results."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import record, show
-from bench.commands import plot
 from bench.machine import REPOSITORY
 from bench.providers import LABELS
 from bench.record import Record, commit_of, disturbed, machine_of
@@ -32,53 +23,6 @@ DRAWN = {
     "classify": ("classify", "Accuracy by rank"),
 }
 """Of each figure, the kind of record that it is drawn from and the table that it stands below, and what it shows."""
-DEMO = {
-    "stock": "PEFT DoRA",
-    "patched": "**PEFT DoRA + `patch_peft`**",
-    "lora": "PEFT LoRA",
-    "frozen": "control: magnitude frozen",
-    "stale": "control: norm never refreshed",
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m bench report`."""
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
-
-
-def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Rewrite the documents and draw the figures, or say whether a document would change."""
-    drawn: dict[Path, Any] = {}
-    try:
-        texts = documents()
-        if not given.check:
-            from bench import plots
-
-            for kind in dict.fromkeys(kind for kind, _ in DRAWN.values()):
-                names = [name for name, (source, _) in DRAWN.items() if source == kind]
-                for machine, found in newest(kind).items():
-                    for name, figure in plots.draw(plots.merged(found), names).items():
-                        drawn[FIGURES / f"{name}-{machine}.svg"] = figure
-    except ModuleNotFoundError as error:
-        parser.error(f"{error.name} is not installed: pip install 'dora-kernels[bench]'")
-    except (record.RecordError, OSError) as error:
-        parser.error(str(error))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        parser.error(f"a record in {RESULTS} or a document's markers: {type(error).__name__}: {error}")
-    stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
-    if given.check:
-        for path in stale:
-            print(f"{path.relative_to(REPOSITORY)} is out of date: python -m bench report")
-        return 1 if stale else 0
-    FIGURES.mkdir(exist_ok=True)
-    for path in plot.write(drawn):
-        print(path.relative_to(REPOSITORY))
-    for path in stale:
-        record.replace(path, texts[path])
-        print(path.relative_to(REPOSITORY))
-    return 0
-
-
 def newest(kind: str) -> dict[str, list[Record]]:
     """The records of a kind from its newest day, by machine: a name is the date, the kind, more words, the machine."""
     found: dict[str, list[Path]] = {}
@@ -108,23 +52,35 @@ def documents() -> dict[Path, str]:
     return texts
 
 
+def figures() -> dict[Path, Any]:
+    """Every figure drawn anew, by its path."""
+    from bench import plots
+
+    drawn: dict[Path, Any] = {}
+    for kind in dict.fromkeys(kind for kind, _ in DRAWN.values()):
+        names = [name for name, (source, _) in DRAWN.items() if source == kind]
+        for machine, found in newest(kind).items():
+            for name, figure in plots.draw(plots.merged(found), names).items():
+                drawn[FIGURES / f"{name}-{machine}.svg"] = figure
+    return drawn
+
+
+def write(texts: dict[Path, str], drawn: dict[Path, Any]) -> list[Path]:
+    """Documents and figures; what was written."""
+    from bench import plots
+
+    FIGURES.mkdir(exist_ok=True)
+    written = plots.write(drawn)
+    for path, text in texts.items():
+        record.replace(path, text)
+    return [*written, *texts]
+
+
 def demo_table(results: Sequence[Record]) -> str:
     """The demo's three runs and two controls."""
     result = results[0]
-    variants = result["variants"]
-    lengths = list(variants["lora"]["step_seconds"])
-    head = ["", *(f"step, {length} tokens" for length in lengths), "generated token", "peak memory"]
-    rows = []
-    for kind, label in DEMO.items():
-        variant = variants[kind]
-        cells = [label]
-        for length in lengths:
-            seconds = variant["step_seconds"].get(length)
-            cells.append("" if seconds is None else _timed(seconds, variant["step_ratio"][length]))
-        token, peak = variant["token_seconds"], variant["peak_bytes"]
-        cells.append("" if token is None else _timed(token, variant["token_ratio"]))
-        cells.append("" if peak is None else f"{peak / 2**20:.0f} MiB")
-        rows.append([*cells, _same(variant["loss_difference"])])
+    sheet = show.demo(result)
+    table = _markdown(sheet.head, _bold(sheet), "l" + "r" * (len(sheet.head) - 2) + "l")
     hardware, versions, settings = result["hardware"], result["versions"], result["settings"]
     place = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     note = (
@@ -132,7 +88,7 @@ def demo_table(results: Sequence[Record]) -> str:
         f"{versions['torch']}, peft {versions['peft']}; commit {commit_of(result)}, {result['date']}; ratios are "
         "medians over steps run in turn, in one process."
     )
-    return _markdown([*head, "same losses as PEFT DoRA"], rows, "l" + "r" * (len(head) - 1) + "l") + "\n\n" + note
+    return f"{table}\n\n{note}"
 
 
 def norm_table(results: Sequence[Record]) -> str:
@@ -291,9 +247,12 @@ def _sheets(sheets: Sequence[show.Sheet]) -> str:
     return "\n\n".join(_sheet(sheet) for sheet in sheets)
 
 
+def _bold(sheet: show.Sheet) -> list[list[str]]:
+    return [[f"**{cells[0]}**" if kind == "ours" else cells[0], *cells[1:]] for kind, cells in sheet.rows]
+
+
 def _sheet(sheet: show.Sheet) -> str:
-    rows = [[f"**{cells[0]}**" if kind == "ours" else cells[0], *cells[1:]] for kind, cells in sheet.rows]
-    table = _markdown(sheet.head, rows, "l" + "r" * (len(sheet.head) - 1))
+    table = _markdown(sheet.head, _bold(sheet), "l" + "r" * (len(sheet.head) - 1))
     note = f"\n\n{sheet.note[0].upper()}{sheet.note[1:]}." if sheet.note else ""
     return f"{sheet.title[0].upper()}{sheet.title[1:]}\n\n{table}{note}"
 
@@ -301,16 +260,6 @@ def _sheet(sheet: show.Sheet) -> str:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
     rule = ["---" if side == "l" else "---:" for side in align]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
-
-
-def _timed(seconds: float, ratio: float) -> str:
-    return f"{seconds * 1e3:.0f} ms ({ratio:.2f}× LoRA)"
-
-
-def _same(difference: float | None) -> str:
-    if difference is None:
-        return ""
-    return f"yes, within {difference:.1e}" if difference <= 1e-5 else f"**no**, off by {difference:.1e}"
 
 
 def _small(value: float) -> str:

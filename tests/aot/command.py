@@ -1,17 +1,4 @@
-"""What the kernels move, multiply and ask of every target, without a GPU.
-
-    python -m bench static                                      all three tables
-    python -m bench static --layers                             whole layers alone
-    python -m bench static --no-compile --all                   the traffic alone, by operand
-    python -m bench static --kernel compose --target sm_90 --all    one row per launch
-    python -m bench static --target sm_90 --json                records, for programs
-
-Bytes are those of the elements that the programs ask for, of which the L2 cache serves a part; "large" are W and what
-has the size of the activations. The least is every input and every result once, and two FLOPs for each element of the
-low-rank product and rank; issued FLOPs count whole tiles and every product that a float32 product is made of.
-
-Exit status 1 if a launch does not compile, does not fit, spills on a CUDA target, or lacks matrix instructions.
-"""
+"""`python -m bench static`, whose help says what it prints: the account of the kernels as tables or records."""
 
 from __future__ import annotations
 
@@ -24,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from bench.static import PRIMITIVES
-from bench.static.resources import TARGETS, Compiled, problems
+from aot import PRIMITIVES
+from aot.resources import TARGETS, Compiled, problems
 
-SUMMARY = "bytes, FLOPs, registers, shared memory and matrix instructions of the kernels, without a GPU"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -50,7 +36,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error(f"{needed} is not installed")
     # Read when triton is imported, which happens below: an interpreted kernel has nothing to compile.
     os.environ.pop("TRITON_INTERPRET", None)
-    from bench.static import account, compiler, layers
+    from aot import account, compiler, layers
 
     primitives = given.kernel or PRIMITIVES
     rows = [] if given.layers else account.rows(primitives)

@@ -7,10 +7,10 @@ import multiprocessing
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
-from bench.static.launches import shipped
-from bench.static.machine_code import read
-from bench.static.recording import Launch, kernels
-from bench.static.resources import TARGETS, Compiled
+from aot.launches import shipped
+from aot.machine_code import read
+from aot.recording import Launch, kernels
+from aot.resources import TARGETS, Compiled
 
 _CHUNK = 16  # launches that one worker compiles before it disassembles them together
 
