@@ -85,7 +85,7 @@ def _forced(name: str, lane: Lane, *constants: str) -> Any:
 
 
 # The other form of the norm, which the CPU takes for large weights only, and the kernels at high ranks.
-_LARGE = ("torch_backend._FACTORED_ELEMENTS", "torch_backend._FACTORED_FEATURES")
+_LARGE = ("engine.blocked._FACTORED_ELEMENTS", "engine.blocked._FACTORED_FEATURES")
 FACTORED = [
     _forced("torch-factored", Lane("torch", "cpu"), *_LARGE),
     _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK"),
