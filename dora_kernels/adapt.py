@@ -51,11 +51,21 @@ def apply_dora(
             projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
             as quantised layers and those whose weights the modules around them read (Mamba's ``out_proj``), of which
             a warning gives names and reasons, and of parameters that are many matrices in one (experts).
-        rank, alpha, dropout, use_rslora, magnitude_axis, detach_norm, eps, backend, adapter_dtype: as `DoRALinear`.
-        rank_pattern, alpha_pattern: other values for some layers, as PEFT's: keys are regular expressions that match
-            the end of a name, from a dot on; the first that does counts.
+        rank: of the factors, at least 1.
+        alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`. None:
+            scaling 1.
+        rank_pattern: other ranks for some layers, as PEFT's: keys are regular expressions that match the end of a name,
+            from a dot on; the first that matches counts.
+        alpha_pattern: other values of alpha for some layers, by the same keys.
         exclude_modules: as `target_modules`, of layers to leave out.
+        dropout: probability, on the input of the low-rank branch only, in training.
+        use_rslora: divide alpha by the root of the rank instead of the rank.
         use_dora: False puts plain LoRA on linear layers (`LoRALinear`).
+        magnitude_axis: "out", a magnitude per output feature, or "in", per input feature.
+        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        eps: added to the norm.
+        backend: as `dora_linear`.
+        adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
 
     Returns:
         The names of the adapted layers, in the model's order. A warning says which of the patterns match nothing, and
@@ -101,9 +111,16 @@ def apply_dora(
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers of `model` by name; one that has several names by its first.
+    """The adapted layers of `model` by name.
 
-    Names are those of the model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    Args:
+        model: of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
+
+    Returns:
+        The layers in the model's order; one that has several names by its first.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     places = places_of(model)
     return {names[0]: module for module, names in places.items() if isinstance(module, AdaptedLayer)}
@@ -113,6 +130,12 @@ def remove_dora(model: nn.Module) -> nn.Module:
     """Put the base layers back, unmerged, under every name, and forget the adapters.
 
     What trained of them before they were adapted trains again; the rest stays as `mark_only_dora_trainable` left it.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        `model`.
 
     Raises:
         ValueError: `model` has no adapted layers, or is one itself.
@@ -134,12 +157,18 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     is as `remove_dora` says.
 
     Args:
-        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
+        model: changed in place.
+        rounding: "nearest" or "stochastic", as in `merge_dora`.
+        seed: of stochastic rounding, in ``[0, 2**63)``; each layer draws by its own name (`rounding.seed_for`).
+
+    Returns:
+        `model`.
 
     Raises:
-        TypeError, ValueError: as `merge_dora`.
-        ValueError: `model` has no adapted layers, or is one itself; an adapter cannot be merged; or a layer's weight is
-            another layer's as well (tied embeddings), which merging would change. The model is as it was then.
+        TypeError: `seed` is no int.
+        ValueError: `rounding` or `seed` does not fit; `model` has no adapted layers, or is one itself; an adapter
+            cannot be merged; or a layer's weight is another layer's as well (tied embeddings), which merging would
+            change. The model is as it was then.
     """
     validation.check_rounding(rounding, seed)
     layers = _layers(model)
@@ -160,6 +189,9 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
 def mark_only_dora_trainable(model: nn.Module) -> None:
     """Freeze every parameter of `model` but those of its adapters, which train.
 
+    Args:
+        model: changed in place.
+
     Raises:
         ValueError: `model` has no adapted layers.
     """
@@ -172,12 +204,14 @@ def mark_only_dora_trainable(model: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSummary:
-    """How many of a model's parameters train. ``str()`` gives a line as PEFT's ``print_trainable_parameters``."""
+    """How many of a model's parameters train. ``str()`` gives the line of PEFT's ``print_trainable_parameters``."""
 
     trainable: int
+    """The number of parameters that train."""
     total: int
+    """The number of all parameters."""
     layers: dict[str, int]
-    """Of each adapted layer, those that train."""
+    """The number of parameters that train in each adapted layer, by the layer's name."""
 
     @property
     def share(self) -> float:
@@ -192,7 +226,14 @@ class TrainableSummary:
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Counts of parameters; one that the model holds several times counts once."""
+    """Count a model's parameters, and those that train.
+
+    Args:
+        model: with or without adapted layers. A parameter that it holds several times counts once.
+
+    Returns:
+        The counts; ``print`` shows them in one line.
+    """
     per_layer = {name: _trainable(layer) for name, layer in adapted_layers(model).items()}
     return TrainableSummary(_trainable(model), sum(p.numel() for p in model.parameters()), per_layer)
 
@@ -200,8 +241,14 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
 def dora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors alone, ``<layer>.lora_A.weight`` and so on, as `AdaptedLayer.state_names` has them.
 
-    ``model.load_state_dict(..., strict=False)`` takes them; of a wrapped model (`adapted_layers`) it is the inner one's
-    (``compiled._orig_mod``, ``ddp.module``). They are the parameters' own, detached and not copied.
+    ``model.load_state_dict(..., strict=False)`` takes them; for a wrapped model call the inner one's
+    (``compiled._orig_mod``, ``ddp.module``).
+
+    Args:
+        model: of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
+
+    Returns:
+        The parameters by name, detached and not copied.
     """
     return {
         f"{name}.{key}" if name else key: parameter.detach()

@@ -112,8 +112,17 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     0 is, merged, the base model bit for bit (unmerged, m over the norm is 1 up to rounding; a layer's own ``strength``
     is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
 
+    Args:
+        model: the base model, adapted or not; it is not changed.
+        adapter: the adapter at strength 1; it is not changed.
+        strength: any finite number.
+
+    Returns:
+        A new adapter; at strength 1 `adapter` itself.
+
     Raises:
-        TypeError, ValueError: as `combine_adapters`.
+        TypeError: as `combine_adapters`.
+        ValueError: as `combine_adapters`.
     """
     result, _ = combine_adapters(model, [adapter], [strength])
     if strength == 1:

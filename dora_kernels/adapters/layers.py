@@ -18,8 +18,10 @@ class AdapterLayer:
 
     Attributes:
         kind: "linear", "embedding", "conv1d", "conv2d" or "conv3d".
-        lora_A, lora_B: as PEFT stores them. Linear ``[r, in]``, ``[out, r]``; convolution ``[r, in, *kernel]``,
-            ``[out, r / groups, 1, ...]``; embedding ``[r, num_embeddings]``, ``[embedding_dim, r]``.
+        lora_A: as PEFT stores it. Linear ``[r, in]``; convolution ``[r, in, *kernel]``; embedding
+            ``[r, num_embeddings]``.
+        lora_B: as PEFT stores it. Linear ``[out, r]``; convolution ``[out, r / groups, 1, ...]``; embedding
+            ``[embedding_dim, r]``.
         magnitude: ``[out]`` or ``[in]`` by the axis, always one-dimensional; None for plain LoRA.
         scaling: what the low-rank product is multiplied by.
         magnitude_axis: "out" or "in"; of an embedding "out" is the embedding dimension and "in" the vocabulary.
@@ -36,6 +38,7 @@ class AdapterLayer:
 
     @property
     def rank(self) -> int:
+        """Of the factors."""
         return self.lora_A.shape[0]
 
     @property

@@ -36,10 +36,25 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter file of any format and, with a model, attach it.
 
-    ``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}`` attaches the adapters of both in one file.
-    The arguments are `read_adapter`'s and `attach`'s, whose errors it raises; the model is unchanged by any of them.
     Layers that were adapted before and are not in the file stay adapted, which is warned of; `remove_dora` before takes
     them off. Layers keep their strength, which a note names where it is not 1.
+
+    Args:
+        path: the safetensors file, or the folder that holds it.
+        model: the model to attach the adapter to, or several of a pipeline's models by its names for them
+            (``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}``). None only reads the file.
+        format: as `read_adapter`.
+        magnitude_axis: as `read_adapter`.
+        scaling: as `read_adapter`.
+        prefix: as `read_adapter`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TypeError: as `read_adapter` and `attach`. The model is unchanged by any of these errors.
+        FileNotFoundError: as `read_adapter`.
+        ValueError: as `read_adapter` and `attach`.
     """
     if model is not None:
         joined(model)
@@ -81,6 +96,9 @@ def read_adapter(
         scaling: instead of the one that the file or its configuration says.
         prefix: of a LyCORIS, kohya or diffusers file read only the layers whose names start with it: "lora_te1" or
             "text_encoder" the first text encoder's, where a file has layers of several models with the same names.
+
+    Returns:
+        The adapter. `Adapter.notes` says what was decided about it.
 
     Raises:
         TypeError: an argument of the wrong type.

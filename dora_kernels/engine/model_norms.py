@@ -44,7 +44,10 @@ def caches(module: nn.Module) -> Iterator[NormCache]:
 
 
 def invalidate(module: nn.Module) -> None:
-    """Forget every kept norm in `module` and its children: for whoever writes weights in a way nothing can see.
+    """Forget every kept norm in `module` and its children, after a write to a weight that nothing can see.
+
+    Args:
+        module: a model, or a layer itself.
 
     Raises:
         TypeError: `module` is no `torch.nn.Module`.
@@ -102,6 +105,9 @@ def frozen_norms(module: nn.Module) -> FrozenNorms:
 
     Args:
         module: a model, or a layer itself.
+
+    Returns:
+        The handle, a context manager that releases the norms at its end.
 
     Raises:
         TypeError: `module` is no `torch.nn.Module`.

@@ -38,8 +38,11 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         base_layer: the layer that is adapted, frozen.
-        rank, alpha, use_rslora, scaling: the low-rank product is scaled by ``alpha / rank`` or ``alpha / sqrt(rank)``.
-        dropout: on the input of the low-rank branch.
+        rank: of the factors.
+        alpha: what the scaling is made from.
+        use_rslora: True if alpha is divided by the root of the rank.
+        scaling: factor of the low-rank product, ``alpha / rank`` or ``alpha / sqrt(rank)``.
+        dropout: the dropout module on the input of the low-rank branch.
         backend: as `dora_linear`.
     """
 
@@ -239,9 +242,11 @@ class AdaptedLayer(nn.Module):
         """Write the adapted weight into the base layer, keeping the original on the CPU for `unmerge`.
 
         Args:
-            rounding, seed: as `merge_dora`.
+            rounding: "nearest" or "stochastic", as in `merge_dora`.
+            seed: of stochastic rounding, in ``[0, 2**63)``.
 
         Raises:
+            TypeError: `seed` is no int.
             ValueError: no weight of the base layer's can hold the adapter (a convolution with groups), or a value of
                 the adapter is not finite.
         """
@@ -281,7 +286,13 @@ class AdaptedLayer(nn.Module):
         """Before anything is computed; what the base layer checks itself needs no check here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the base layer's.
+        """The base layer's forward with the adapter.
+
+        Args:
+            x: as the base layer takes it.
+
+        Returns:
+            As the base layer returns it.
 
         Raises:
             TypeError, ValueError: x is nothing that the base layer takes.

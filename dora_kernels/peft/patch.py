@@ -207,7 +207,18 @@ def patch_peft_globally(
 
     While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
 
-    Args, Raises: as `patch_peft`.
+    Args:
+        dropout: as `patch_peft`.
+        exact_init: as `patch_peft`.
+        keep_unmerged: as `patch_peft`.
+        grouped_norm: as `patch_peft`.
+
+    Returns:
+        A `PatchHandle` of all models made while it is on.
+
+    Raises:
+        TypeError: `exact_init` or `keep_unmerged` is no bool.
+        ValueError: `dropout` or `grouped_norm` is no such choice.
     """
     options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
     _warn_of_version()
