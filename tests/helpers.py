@@ -5,7 +5,7 @@
 * that of `eager`: the same layer in plain PyTorch operations, in the same dtypes, differentiated by autograd;
 * the change of the oracle's answer when every input moves by a random relative amount of up to one eps of the compute
   dtype: the inputs' own rounding (half an eps) and as much again for the intermediate results, which are rounded
-  too. The worst of four tries. This is what rounding does to the problem whatever the algorithm; it counts where
+  too. The worst of eight tries. This is what rounding does to the problem whatever the algorithm; it counts where
   `eager` is exact by luck, as a result of a single number may be;
 * for the full gradient, which is the detached one less a part of it, the same change of the detached one: where
   little is left of the difference, the errors are those of what was subtracted;
@@ -29,7 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import dora_linear, reference
+from dora_kernels import dora_linear, dora_weight_norm
+from dora_kernels.core import reference
+from dora_kernels.core.precision import compute_dtype
+from dora_kernels.core.scale import safe_divisor
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -86,7 +89,7 @@ def _forced(name: str, lane: Lane, *constants: str) -> Any:
 
 
 # The other form of the norm, which the CPU takes for large weights only, and the kernels at high ranks.
-_LARGE = ("torch_backend._FACTORED_ELEMENTS", "torch_backend._FACTORED_FEATURES")
+_LARGE = ("engine.blocked._FACTORED_ELEMENTS", "engine.blocked._FACTORED_FEATURES")
 FACTORED = [
     _forced("torch-factored", Lane("torch", "cpu"), *_LARGE),
     _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK"),
@@ -216,8 +219,34 @@ def ours(problem: Problem, backend: str, needs: Iterable[str] = NAMES, **extra: 
     return solve(dora_linear, problem, needs, backend=backend, **extra)
 
 
+def reference_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    magnitude_axis: str = "out",
+    detach_norm: bool = True,
+    weight_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """`dora_linear` by the dense oracle, with V formed whole."""
+    return reference.dora_linear(
+        x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm,
+        compute_dtype(x), eps,
+    )  # fmt: skip
+
+
+def divisor_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str = "auto") -> Tensor:
+    """What a magnitude along "out" is divided by."""
+    return safe_divisor(dora_weight_norm(weight, lora_A, lora_B, scaling=scaling, backend=backend))
+
+
 def oracle(problem: Problem, needs: Iterable[str] = NAMES, **extra: Any) -> dict[str, Any]:
-    return solve(dora_linear, problem.map(lambda t: t.to(f64)), needs, backend="reference", **extra)
+    return solve(reference_linear, problem.map(lambda t: t.to(f64)), needs, **extra)
 
 
 def saved_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
@@ -305,10 +334,10 @@ def budgets(problem: Problem, needs: Iterable[str] = NAMES, dtype: torch.dtype |
     def worst(tries: list[dict[str, Tensor]], wanted: dict[str, Tensor]) -> dict[str, float]:
         return {n: max(distance(one[n].to(plain[n].dtype), wanted[n]) for one in tries) for n in wanted}
 
-    allowed = [worst([plain], wanted), worst([oracle(problem.map(moved), needs) for _ in range(4)], wanted)]
+    allowed = [worst([plain], wanted), worst([oracle(problem.map(moved), needs) for _ in range(8)], wanted)]
     if not problem.detach_norm:
         detached = problem.replace(detach_norm=True)
-        tries = [oracle(detached.map(moved), needs) for _ in range(4)]
+        tries = [oracle(detached.map(moved), needs) for _ in range(8)]
         allowed.append(worst(tries, oracle(detached, needs)))
     if problem.magnitude is not None and problem.weight.dtype in (bf16, f16):
         norm, bound = true_norm(problem), norm_bound(problem.weight, problem.lora_A, problem.lora_B)
