@@ -334,7 +334,7 @@ def compute_norm(
 def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[Any, ...]:
     return (
         weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
-        weight.shape, weight.stride(), lora_A.stride(), lora_B.stride(), form,
+        weight.shape, lora_A.shape, weight.stride(), lora_A.stride(), lora_B.stride(), form,
         _stream(weight.device) if weight.is_cuda else 0,
     )  # fmt: skip
 
