@@ -62,6 +62,14 @@ def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True)
         raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from error
 
 
+def read_header(file: Path) -> dict[str, str]:
+    """What a safetensors file that `read_tensors` reads says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata() or {})
+
+
 def _check_installed() -> None:
     try:
         import safetensors  # noqa: F401

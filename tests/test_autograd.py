@@ -17,7 +17,6 @@ from helpers import (
     gradients,
     leaves_of,
     make_problem,
-    oracle,
     ours,
     reference_linear,
     same_bits,

@@ -7,8 +7,8 @@ import torch
 from helpers import NAMES, bf16, check, f32, gradients, leaves_of, make_problem, ours
 from torch.library import opcheck
 
-from dora_kernels import DoRAConv2d, DoRAEmbedding, dora_linear, dora_weight_norm, linear, ops
-from dora_kernels.engine.norm_cache import safe_divisor
+from dora_kernels import DoRAConv2d, DoRAEmbedding, dora_linear
+from dora_kernels.engine import ops
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
@@ -136,67 +136,9 @@ def test_eager_and_compiled_do_not_mix_up_their_graphs(lane):
 # torch.library.opcheck: schema, fake tensors, autograd registration and tracing of every registered op.
 
 
-SUBSETS = [
-    linear.Needs(True, True, True, True, True, True),
-    linear.Needs(True, False, True, True, True, False),
-    linear.Needs(False, False, True, True, False, False),
-    linear.Needs(True, False, False, False, False, False),
-]
-
-
 @axes
 @pytest.mark.parametrize("dtypes", [(f32, f32, f32), (bf16, bf16, f32)], ids=["f32", "bf16"])
 def test_opcheck_weight_norm(lane, dtypes, magnitude_axis):
     p = make_problem((1,), 20, 18, 3, dtypes, device=lane.device)
     opcheck(ops.weight_norm_op, (p.weight, p.lora_A, p.lora_B, 0.5, magnitude_axis, lane.backend))
     opcheck(ops.weight_norm_op, (p.weight.t(), p.lora_B.t(), p.lora_A.t(), 0.5, magnitude_axis, lane.backend))
-
-
-def g_and_divisor(p, backend):
-    if p.magnitude is None:
-        return None, None
-    norm = dora_weight_norm(
-        p.weight, p.lora_A, p.lora_B, scaling=p.scaling, magnitude_axis=p.magnitude_axis, backend=backend
-    )
-    return p.magnitude / norm, safe_divisor(norm)
-
-
-@axes
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("magnitude", [True, False], ids=["dora", "lora"])
-@pytest.mark.parametrize("dtypes", [(f32, f32, f32), (bf16, bf16, f32)], ids=["f32", "bf16"])
-def test_opcheck_linear_forward(lane, dtypes, magnitude_axis, bias, magnitude):
-    p = make_problem(
-        (5,), 20, 18, 3, dtypes, magnitude_axis=magnitude_axis, bias=bias, magnitude=magnitude, device=lane.device
-    )
-    g, _ = g_and_divisor(p, lane.backend)
-    for keep_base in {False, linear.keeps_base(magnitude_axis, True, magnitude, SUBSETS[0])}:
-        args = (p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, p.scaling, magnitude_axis, keep_base, lane.backend)
-        opcheck(ops.linear_forward_op, args)
-        if dtypes[0] != dtypes[2]:
-            opcheck(ops.linear_forward_op, (*args, None, dtypes[2]))
-
-
-@pytest.mark.parametrize("needs", SUBSETS, ids=["all", "adapter", "factors", "input"])
-@pytest.mark.parametrize(
-    ("magnitude", "magnitude_axis", "detach_norm"),
-    [(True, "out", True), (True, "out", False), (True, "in", True), (True, "in", False), (False, "out", True)],
-    ids=["out-detached", "out-full", "in-detached", "in-full", "lora"],
-)
-def test_opcheck_linear_backward(lane, needs, magnitude, magnitude_axis, detach_norm):
-    if lane.interpreted and needs != SUBSETS[0]:
-        pytest.skip("once is enough in the slow interpreter")
-    needs = needs._replace(magnitude=needs.magnitude and magnitude)
-    for dtypes in [(f32, f32, f32), (bf16, bf16, f32)]:
-        p = make_problem(
-            (5,), 20, 18, 3, dtypes,
-            magnitude_axis=magnitude_axis, detach_norm=detach_norm, magnitude=magnitude, device=lane.device,
-        )  # fmt: skip
-        g, divisor = g_and_divisor(p, lane.backend)
-        keep_base = linear.keeps_base(magnitude_axis, detach_norm, magnitude, needs)
-        common = p.scaling, magnitude_axis
-        _, h, base = linear.forward(
-            p.x, p.weight, p.lora_A, p.lora_B, g, p.bias, *common, keep_base, lane.backend, None, dtypes[2]
-        )
-        inputs = p.dy, p.x, p.weight, p.lora_A, p.lora_B, g, divisor, h, base
-        opcheck(ops.linear_backward_op, (*inputs, *common, detach_norm, list(needs), lane.backend))

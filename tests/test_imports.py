@@ -139,7 +139,7 @@ LAYERS = [
     ["core/precision", "core/problem", "rounding", "kernels", "engine/fingerprints", "files", "patterns"],
     ["core/scale", "core/products", "core/validation", "core/convolution", "core/weighted_sum"],
     ["core/reference"],
-    ["engine/formula", "engine/writes", "engine/blocked"],
+    ["engine/formula", "engine/writes", "engine/blocked", "testing"],
     ["engine/dispatch"],
     ["engine/fused", "engine/ops"],
     ["engine/autograd", "engine/norm_cache"],

@@ -35,8 +35,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dora_kernels
-from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear
-from dora_kernels.core import products, reference
+from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, testing
+from dora_kernels.core import products
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import dispatch
 from dora_kernels.engine.layer import run_compose
@@ -101,8 +101,8 @@ def run(module, parameters, problem):
 
 def peft_operations(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, **_):
     """What PEFT's layer does, for both axes: x cast to the adapter's dtype, the base product in its own."""
-    norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-    g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
+    norm = testing.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+    g = testing.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
     wide = x.to(lora_A.dtype)
     if magnitude_axis == "in":
         wide = wide * g

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
+from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.scale import magnitude_scale
@@ -118,7 +118,7 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     result, _ = combine_adapters(model, [adapter], [strength])
     if strength == 1:
         return adapter
-    config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
+    config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
     notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
     return Adapter(result.layers, adapter.format, notes, config)
 
@@ -153,10 +153,7 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
     def error(text: str) -> ValueError:
         return ValueError(f"adapters: {text}")
 
-    layers = adapter.layers
-    if adapter.config.get(UNDERSCORED):
-        names = resolve(layers, bases, error, [], adapter.config.get(PREFIX, ""))
-        layers = {own: layers[name] for name, own in names.items()}
+    layers = own_layers(adapter, bases, error, [])
     check_fit(layers, bases, error)
     return layers
 

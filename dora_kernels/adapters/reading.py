@@ -26,6 +26,7 @@ class Reading:
         bases: the base model's layers, None where no model was given.
         magnitude_axis, scaling: what the caller insists on: "auto" and None are nothing.
         notes: what was decided and why.
+        header: what the safetensors file says of itself.
     """
 
     file: Path
@@ -36,6 +37,7 @@ class Reading:
     magnitude_axis: str = "auto"
     scaling: float | None = None
     notes: list[str] = field(default_factory=list)
+    header: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")

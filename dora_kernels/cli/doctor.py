@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 import dora_kernels
-from dora_kernels import parity
+from dora_kernels.cli import parity
 from dora_kernels.cli.output import console
+from dora_kernels.cli.parity import Case
 from dora_kernels.engine import norm_cache
 from dora_kernels.engine.dispatch import first_line, norm_backend, triton_problem
-from dora_kernels.parity import Case
 
 if TYPE_CHECKING:
     import typer

@@ -115,7 +115,7 @@ def _differentiable(
                 norm = formula.weight_norm(weights, form)
                 used = divisor + (norm - norm.detach())
             g = quotient(weights.magnitude, used, x)  # type: ignore[arg-type]
-        return formula.linear(x, weights, g, form)
+        return formula.linear(x, weights, g, form.scaling, form.magnitude_axis)
 
     return _gradients([x, *weights], needed, layer, dy)
 

@@ -81,11 +81,11 @@ def _gram(a: Tensor) -> Tensor:
 
 
 def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """A block of ``W + s B A`` at a time, along the rows of W as it lies in memory, at most half of it."""
+    """``W + s B A`` formed a block at a time, along the rows of W as it lies in memory."""
     along_rows = row_major(weight)
     rows, left, right = (weight, b, a) if along_rows else (weight.t(), a.t(), b.t())
     length, width = rows.shape
-    step = block_rows((length + 1) // 2, width)
+    step = block_rows(length, width)
     buffer = scratch(step, width, a.dtype, weight.device)
     norms = []
     for start in range(0, length, step):
@@ -93,6 +93,8 @@ def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         block = buffer[: min(step, length - start)].copy_(rows[part])
         block.addmm_(left[part], right, alpha=scaling)
         norms.append(torch.linalg.vector_norm(block, dim=1 if along_rows else 0))
+    if len(norms) == 1:
+        return norms[0]
     return torch.cat(norms) if along_rows else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 

@@ -124,7 +124,7 @@ class Held:
         self._bytes = (of_a.kept_bytes, of_a.memory, of_b.kept_bytes, of_b.memory) if whole else None
 
     def is_held_by(self, lora_A: Tensor, lora_B: Tensor) -> bool:
-        """True if these tensors, at their old addresses and strides, and W, as far as its sample tells, hold the same."""
+        """True if these tensors, at their old addresses and strides, and W's sample hold the same."""
         if self._bytes is not None:
             of_a, a, of_b, b = self._bytes
             if of_a != a or of_b != b:

@@ -52,7 +52,7 @@ def run_layer(
             g = cast(g, accumulation_dtype(x))
         if cache is not None:
             cache.unheard = True  # autograd runs the backward and will not say when
-    return formula.linear(x, weights, g, form, norm.unmoved)
+    return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.unmoved)
 
 
 is_compiling = torch.compiler.is_compiling
@@ -105,9 +105,8 @@ def layer_norm(
         return Norm(safe_divisor(dense.detach() if form.detach_norm else dense, form.eps))
     chosen = norm_backend(backend, weights.weight)
     if compiling and cache is not None and compute is None:
-        tensors = [t.detach() for t in weights[:3]]
-        scaling, axis, _, eps = form
-        norm = Norm(kept_divisor(cache.slot, *tensors, scaling, axis, eps, training, chosen))
+        tensors = [t.detach() for t in weights[:4]]
+        norm = Norm(kept_divisor(cache.slot, *tensors, form.scaling, training))
     elif compiling or cache is None:
         norm = compute_norm(weights, form, chosen, compute=compute)
     else:

@@ -81,9 +81,15 @@ class Norm:
 
 
 class NormCache:
-    """The kept norm of one layer and adapter, at most one per device. Copied and pickled empty."""
+    """The kept norm of one layer and adapter, at most one per device. Copied and pickled empty.
 
-    def __init__(self) -> None:
+    Args:
+        form: what is fixed of it; the scaling is given at each call.
+        backend: as `dora_linear`.
+    """
+
+    def __init__(self, form: Form = Form(), backend: str = "auto") -> None:  # noqa: B008 (immutable)
+        self.form, self._backend = form, backend
         self._norms: dict[torch.device, Norm] = {}
         self._last: Norm | None = None
         self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None
@@ -99,20 +105,21 @@ class NormCache:
         self.reused = 0
         self.asked = 0
         """Calls in which the device decides; only it knows which way."""
-        self.slot = torch.zeros(1, device="cpu")
-        """By whose address a compiled graph finds this cache (`kept_divisor`)."""
-        _by_slot[self.slot.data_ptr()] = self
+        self.slot = torch.empty(0)
+        """By whose address a compiled graph finds this cache. It holds eps, and has two dimensions along "in"."""
+        self.move(torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        return type(self)()
+        return type(self)(self.form, self._backend)
 
-    def __reduce__(self) -> tuple[Callable[[], NormCache], tuple[()]]:
-        return type(self), ()
+    def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
+        return type(self), (self.form, self._backend)
 
     def move(self, device: torch.device) -> None:
         """Keep `slot` where the layer is: a CUDA graph takes no input from the CPU."""
-        if self.slot.device != device and device.type != "meta":
-            self.slot = torch.zeros(1, device=device)
+        if (self.slot.device != device or not self.slot.numel()) and device.type != "meta":
+            eps = torch.tensor([self.form.eps], dtype=torch.float64, device=device)
+            self.slot = eps if self.form.magnitude_axis == "out" else eps.view(1, 1)
             _by_slot[self.slot.data_ptr()] = self
 
     def invalidate(self) -> None:
@@ -276,39 +283,43 @@ class NormCache:
 _by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("dora_kernels::kept_divisor", mutates_args=())
-def kept_divisor(
-    slot: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    magnitude_axis: str,
-    eps: float,
-    training: bool,
-    backend: str,
+def _kept_divisor(
+    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
 ) -> Tensor:
     """`NormCache.norm` of the cache with that slot, for compiled graphs."""
-    weights, form = Weights(weight, lora_A, lora_B), Form(scaling, magnitude_axis, True, eps)
-    cache = _by_slot.get(slot.data_ptr())
-    norm = compute_norm(weights, form, backend) if cache is None else cache.norm(weights, form, training, backend)
+    weights, cache = Weights(weight, lora_A, lora_B, magnitude), _by_slot.get(slot.data_ptr())
+    if cache is None:  # a graph that was saved, and loaded by another process
+        form = Form(scaling, _axis(slot), True, float(slot.view(())))
+        return compute_norm(weights, form, dispatch.norm_backend("auto", weight)).divisor
+    form = cache.form
+    if form.scaling != scaling:
+        form = cache.form = form._replace(scaling=scaling)
+    norm = cache.known(weights, form, training)
+    if norm is None:
+        norm = cache.norm(weights, form, training, dispatch.norm_backend(cache._backend, weight))
     return norm.divisor.clone()  # the graph may reuse its memory
 
 
-@kept_divisor.register_fake
-def _(
-    slot: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    magnitude_axis: str,
-    eps: float,
-    training: bool,
-    backend: str,
+def _divisor_like(
+    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
 ) -> Tensor:
-    length = weight.shape[0 if magnitude_axis == "out" else 1]
+    length = weight.shape[0 if _axis(slot) == "out" else 1]
     return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+
+
+def _axis(slot: Tensor) -> str:
+    return "out" if slot.dim() == 1 else "in"
+
+
+# Not `custom_op`, whose checks at each call cost a small layer more than its arithmetic.
+_library = torch.library.Library("dora_kernels", "FRAGMENT")
+_library.define(
+    "kept_divisor(Tensor slot, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling,"
+    " bool training) -> Tensor"
+)
+_library.impl("kept_divisor", _kept_divisor, "CompositeExplicitAutograd")
+torch.library.register_fake("dora_kernels::kept_divisor", _divisor_like, lib=_library)
+kept_divisor = torch.ops.dora_kernels.kept_divisor.default
 
 
 def compute_norm(

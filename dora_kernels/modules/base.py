@@ -346,7 +346,7 @@ class DoRALayer(AdaptedLayer):
         self.magnitude_axis = magnitude_axis
         self.detach_norm = bool(detach_norm)
         self.eps = float(eps)
-        self._norm_cache = NormCache()
+        self._norm_cache = NormCache(self._form._replace(detach_norm=True), self.backend)
         return factory
 
     def _start(self) -> None:
@@ -364,6 +364,12 @@ class DoRALayer(AdaptedLayer):
     @property
     def _form(self) -> Form:
         return Form(self.scaling, self.magnitude_axis, self.detach_norm, self.eps)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's, for `to` and the like; the norm cache's slot goes along."""
+        result = super()._apply(*args, **kwargs)
+        self._norm_cache.move(self.base_layer.weight.device)
+        return result
 
     def kept_norms(self) -> Iterator[KeptNorm]:
         """What `frozen_norms` may freeze."""

@@ -277,6 +277,14 @@ class DoraLayer:
             state.strengths.pop(adapter_name, None)
             state.exact_norms.discard(adapter_name)
 
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's, for `to` and the like; the slots of the norm caches go along."""
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        for name, cache in (switch(self) or {}).items():
+            if name in self.lora_magnitude_vector:
+                cache.move(self.lora_magnitude_vector[name].weight.device)
+        return result
+
     def kept_norms(self: Any) -> Iterator[KeptNorm]:
         """What `frozen_norms` may freeze: the norms of the active adapters, where they can be read."""
         if switch(self) is None or self.merged_adapters or self.disable_adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,11 @@ from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine import formula
 from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.layer import run_compose, run_layer
+from dora_kernels.engine.norm_cache import kept_divisor
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.state import (
     SWITCH,
-    AdapterCache,
     active_dropout,
     hooked,
     interpolated,
@@ -177,24 +177,18 @@ class DoraLinear(DoraLayer, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
             if torch.compiler.is_compiling():
-                call, usual = _traced(self, x), False
+                y = _traced(self, x)
+                if y is not None:
+                    return y
             else:
-                call, usual = ready(self, x)
-            if usual:
-                g, unmoved = call.scale(self.training)
-                return formula.linear(x, call.weights, g, call.form, unmoved)
-            if call is not None:
-                return run_layer(x, call.weights, call.form, call.cache, self.training)
+                plan, usual = ready(self, x)
+                if usual:
+                    g, unmoved = plan.scale(self.training)
+                    return formula.linear(x, plan.weights, g, plan.scaling, unmoved=unmoved)
+                if plan is not None:
+                    return run_layer(x, plan.weights, plan.form, plan.cache, self.training)
         # Not super(): a wrapper may call this after the layer's class has been restored.
         return lora.Linear.forward(self, x, *args, **kwargs)
-
-
-class Call(NamedTuple):
-    """What calls a patched layer as one function."""
-
-    weights: Weights
-    form: Form
-    cache: AdapterCache
 
 
 def _single_function(layer: Any) -> tuple[str, Weights] | None:
@@ -224,15 +218,51 @@ def _takes(x: Tensor, weight: Tensor, in_features: int) -> bool:
     return x.dtype == weight.dtype
 
 
-def _traced(layer: Any, x: Tensor) -> Call | None:
-    """`ready` while torch.compile traces, which guards everything that is looked at here."""
-    found = _single_function(layer) if switch(layer) is not None else None
-    if found is None or not _takes(x, found[1].weight, layer.in_features):
+def _traced(layer: Any, x: Tensor) -> Tensor | None:
+    """The layer while torch.compile traces; None where PEFT's forward has to call the modules.
+
+    What is looked at here the compiler guards, and asks again at each call: no more than has to be, and inline, since
+    each function, global and tuple is another guard. Of hooks it takes no notice, as is its default.
+    """
+    state, name = layer.__dict__.get(SWITCH), layer._active_adapter
+    if type(name) is list and len(name) == 1:
+        name = name[0]
+    if state is None or type(name) is not str or layer._disable_adapters or layer.merged_adapters or state.strengths:
         return None
-    name, weights = found
+    cache, scaling = state.get(name), layer.scaling.get(name)
+    if cache is None or type(scaling) is not float:
+        return None
+    children = layer._modules
+    base, lora_A, lora_B = children["base_layer"], children["lora_A"]._modules[name], children["lora_B"]._modules[name]
+    magnitude = children["lora_magnitude_vector"]._modules[name]
+    if not (type(lora_A) is type(lora_B) is nn.Linear and type(magnitude) is DoraMagnitude):
+        return None
     if layer.training and active_dropout(layer, name):
         return None
-    return Call(weights, Form(layer.scaling[name]), norm_cache(layer, name))
+    weight, a, b, m = base._parameters.get("weight"), lora_A.weight, lora_B.weight, magnitude.weight
+    if type(base) is not nn.Linear:
+        if not is_conv1d(base):
+            return None
+        weight = weight.t()
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, dtype):
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    if x.dtype != dtype:
+        return None
+    if cache.frozen is not None:
+        norm, g = cache.frozen
+        if torch.is_grad_enabled():
+            g = m / norm.divisor
+    else:
+        g = m / kept_divisor(
+                cache.slot, weight.detach(), a.detach(), b.detach(), m.detach(), scaling, layer.training
+            )
+    if g.dtype != torch.float64:
+        g = g.to(torch.float32)
+    return formula.linear(x, (weight, a, b, m, base.bias), g, scaling)  # type: ignore[arg-type]
 
 
 class Plan:

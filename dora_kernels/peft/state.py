@@ -25,8 +25,8 @@ _PLAIN = (nn.Parameter, Tensor)
 class AdapterCache(NormCache):
     """A layer's kept norm for one adapter, and what was checked of its modules and tensors last."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
         """Of a base layer that shows its weight through its forward alone."""
