@@ -7,7 +7,7 @@ import torch
 from helpers import NAMES, bf16, check, f32, gradients, leaves_of, make_problem, ours
 from torch.library import opcheck
 
-from dora_kernels import DoRAConv2d, DoRAEmbedding, dora_linear
+from dora_kernels import DoRAConv2d, DoRAEmbedding, dora_linear, dora_weight_norm
 from dora_kernels.engine import ops
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
