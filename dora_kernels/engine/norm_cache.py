@@ -225,9 +225,7 @@ class NormCache:
         for_backward = training or torch.is_grad_enabled()
         writes.watch_optimizers()
         with torch.inference_mode(False), torch.no_grad():
-            owned = training and writes.owned(weight, lora_A, lora_B)
-            provable = owned or (owned is None and (known is None or known.backwards == writes.backwards))
-            if not provable and answers:
+            if answers and not self._provable(known, weights, training):
                 self.asked += 1
                 if not training:  # whose writes no proof for training speaks of
                     self._norms = {one: kept for one, kept in self._norms.items() if one != device}
@@ -246,6 +244,11 @@ class NormCache:
         self._norms = {**self._norms, device: norm}
         self._last = norm
         return norm
+
+    def _provable(self, known: Norm | None, weights: Weights, training: bool) -> bool:
+        """True if a norm computed now can be proven fresh by the next call."""
+        owned = training and writes.owned(*weights[:3])
+        return bool(owned) or (owned is None and (known is None or known.backwards == writes.backwards))
 
     def _may_be_unmoved(self, device: torch.device) -> bool:
         """True if it is to be looked whether B is 0: on a GPU, where the host would wait, until it was seen to move."""
@@ -369,7 +372,8 @@ def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[An
 def _is_zero(lora_B: Tensor) -> bool:
     if lora_B.is_meta or lora_B.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
-    return not (bool(lora_B[:1].any()) or bool(lora_B.any()))
+    first = lora_B[:1, :1]  # of a trained B, mostly all that has to be looked at
+    return not (bool(first.any()) or bool(lora_B.any()))
 
 
 def _snapped(norm: Tensor, magnitude: Tensor) -> Tensor:
