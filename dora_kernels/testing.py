@@ -337,7 +337,7 @@ def budgets(
     dtype: torch.dtype | None = None,
     *,
     baseline: dict[str, Tensor] | None = None,
-    tries: int = 4,
+    tries: int = 8,
     seed: int = 1,
 ) -> dict[str, float]:
     """The distance from the oracle allowed to "y" and each gradient; see the module's docstring.

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dora_kernels import patch_peft, torch_backend
+from dora_kernels import patch_peft
+from dora_kernels.engine import blocked
 from dora_kernels.engine.norm_cache import set_norm_reuse
 
 pytestmark = pytest.mark.skipif(
@@ -123,7 +124,7 @@ def in_group(rank, worker, folder, options):
     try:
         with pytest.MonkeyPatch.context() as patch:
             for of in ("ELEMENTS", "FEATURES"):  # as with large weights, whose |W|² is kept too
-                patch.setattr(torch_backend, f"_FACTORED_{of}", 0)
+                patch.setattr(blocked, f"_FACTORED_{of}", 0)
             torch.save(worker(rank, **options), folder / f"{rank}.pt")
     finally:
         distributed.destroy_process_group()

@@ -322,6 +322,7 @@ class Plan:
             and of_base.get("bias") is self.bias
             and of_a.get("weight") is a
             and of_b.get("weight") is b
+            and of_b.get("bias") is None
             and of_m.get("weight") is m
             and own["lora_variant"].get(self.adapter) is self.variant
             and own["scaling"].get(self.adapter) is self.scaling
