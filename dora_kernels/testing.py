@@ -1,6 +1,6 @@
 """Problems, a float64 oracle and error budgets, to test a DoRA layer or kernel against.
 
-The tests of this package, ``dora-kernels parity`` and the benchmarks use this module, and so can a kernel of your own::
+The tests of this package, ``dora-kernels parity`` and the benchmarks use this module, and so can a kernel of your own:
 
     from dora_kernels import testing
 
