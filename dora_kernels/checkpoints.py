@@ -109,7 +109,7 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
         TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; or the layer's weight is
             tied to the embedding.
     """
-    found = contents(path, options.get("format", "auto"))
+    found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
     keys = _keys(checkpoint, found)
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files, validation
+from dora_kernels import files, pairs, validation
 from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.attaching import attach
 from dora_kernels.adapters.bases import bases_of, check_fit
@@ -81,9 +81,10 @@ def read_adapter(
     Raises:
         TypeError: an argument of the wrong type.
         FileNotFoundError: there is no such file, or no safetensors in the folder.
-        ValueError: the file is truncated, oversized, of another format, or a pickle; a tensor is missing, there twice,
-            of the wrong size or not finite; names or axis are ambiguous; or `base` has not its layers. The message
-            names the file and the key.
+        OSError: it cannot be read.
+        ValueError: the file is truncated, oversized, of another format, or a pickle; its configuration is of another
+            save; a tensor is missing, there twice, of the wrong size or not finite; names or axis are ambiguous; or
+            `base` has not its layers. The message names the file and the key.
     """
     place = files.as_path(path)
     check_format(format, "auto")
@@ -96,8 +97,7 @@ def read_adapter(
         prefix = check_prefix(prefix)
     bases = None if base is None else bases_of(base)
     weights, config_file = _find(place, format)
-    config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
-    tensors = files.read_tensors(weights)
+    tensors, config = pairs.read(weights, config_file, scaled=scaling is not None)
     chosen = _format(weights, tensors, config, format)
     if not FORMATS[chosen].configured:
         config, config_file = {}, None
@@ -151,16 +151,15 @@ class Contents:
     others: list[str]
 
 
-def contents(path: str | os.PathLike[str], format: str = "auto") -> Contents:
-    """The keys of the file that `read_adapter` reads, without its values.
+def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = False) -> Contents:
+    """The keys of the file that `read_adapter` reads, without its values; `scaled` says that it is with a scaling.
 
     Raises:
         TypeError, FileNotFoundError, ValueError: as `read_adapter`, where no value is needed for it.
     """
     check_format(format, "auto")
     file, config_file = _find(files.as_path(path), format)
-    config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
-    tensors = files.read_tensors(file)
+    tensors, config = pairs.read(file, config_file, scaled=scaled)
     chosen = _format(file, tensors, config, format)
     matches = {key: FORMATS[chosen].key.fullmatch(key) for key in tensors}
     layers = dict.fromkeys(match["module"] for match in matches.values() if match)

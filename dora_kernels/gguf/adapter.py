@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, AdapterLayer, extract
 from dora_kernels.adapters.layers import problem_of
-from dora_kernels.files import as_path, check_tensor, replacing
+from dora_kernels.files import as_path, check_tensor
 from dora_kernels.functional import merge_dora
 from dora_kernels.gguf.layout import Layout
+from dora_kernels.replacing import replacing
 
 # Values of this package's own, one a layer, in the order of the first.
 MODULES = "adapter.dora.modules"

@@ -14,10 +14,11 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from dora_kernels import files
+from dora_kernels import files, pairs
 from dora_kernels.patterns import by_pattern
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
+from dora_kernels.shown import shown
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -87,8 +88,9 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
             hint = files.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config_file = folder / _WEIGHTS, folder / _CONFIG
-    config = _config(config_file)
-    modules = _parts(file)
+    tensors, config = pairs.read(file, config_file, wanted=_KEY.match)
+    _check_config(config_file, config)
+    modules = _parts(file, tensors)
     for module, parts in modules.items():
         rank = by_pattern(config.get("rank_pattern"), module, config.get("r"), f"{config_file}: rank_pattern")
         _check_parts(file, module, parts, rank)
@@ -96,9 +98,8 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         _check_layers(file, modules, model, config_file, config)
 
 
-def _config(file: Path) -> dict[str, Any]:
-    """The adapter's configuration."""
-    config = files.read_json(file, "adapter configuration")
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """ValueError where the configuration is not a DoRA adapter's."""
     try:
         peft_type, use_dora, alpha = config["peft_type"], config["use_dora"], config["lora_alpha"]
     except KeyError as error:
@@ -106,14 +107,13 @@ def _config(file: Path) -> dict[str, Any]:
     if peft_type != "LORA" or not use_dora:
         raise ValueError(f"{file}: expected peft_type 'LORA' with use_dora, got {peft_type!r}, {use_dora!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"{file}: lora_alpha: expected a number, got {alpha!r}")
-    return config
+        raise ValueError(f"{file}: lora_alpha: expected a number, got {shown(alpha)}")
 
 
-def _parts(file: Path) -> dict[str, dict[str, Tensor]]:
+def _parts(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The adapter's tensors by module."""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in files.read_tensors(file, wanted=_KEY.match).items():
+    for key, tensor in tensors.items():
         files.check_tensor(file, key, tensor)
         found: Any = _KEY.match(key)
         modules[found["module"].removeprefix("base_model.model.")][found["part"].replace("embedding_", "")] = tensor
