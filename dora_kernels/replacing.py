@@ -225,7 +225,7 @@ def _alone(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise
+                    raise TimeoutError(f"{folder}: another process has locked it for {_SECONDS:g} s") from None
                 time.sleep(0.005)
             except OSError:  # a file system without locks
                 break

@@ -185,7 +185,8 @@ def test_files_of_others_and_what_does_not_matter(tmp_path):
     save_adapter(adapter, tmp_path)
     weights, file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "base_model_name_or_path": "x", "task_type": "y", "r": float(config["r"])}))
+    other = {"base_model_name_or_path": "x", "task_type": "CAUSAL_LM", "r": float(config["r"])}
+    file.write_text(json.dumps({**config, **other}))
     assert_same_function(Model(), read_adapter(tmp_path), adapter)
     peft = pytest.importorskip("peft")
     peft.PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
@@ -216,6 +217,25 @@ for _ in range(60):
     assert found == {1.0, 2.0}
     assert content(tmp_path).keys() == {"adapter_model.safetensors", "adapter_config.json"}
     read_adapter(tmp_path)
+
+
+@posix
+def test_another_writer_waits(tmp_path, monkeypatch):
+    """Between one's two files no other's take their places, and nobody is waited for without end."""
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    real, tried = replacing.exchange, []
+
+    def exchange(one, other):
+        if not tried:
+            tried.append(other)
+            with pytest.raises(TimeoutError, match="another process has locked it for 0 s"):
+                save_adapter(adapter_for(Model(), NAMES, seed=3, rank=5), tmp_path, force=True)
+        real(one, other)
+
+    monkeypatch.setattr(replacing, "exchange", exchange)
+    monkeypatch.setattr(replacing, "_SECONDS", 0.0)
+    save_adapter(adapter_for(Model(), NAMES, seed=2, rank=6), tmp_path, force=True)
+    assert tried and {layer.rank for layer in read_adapter(tmp_path).layers.values()} == {6}
 
 
 # what the system says
