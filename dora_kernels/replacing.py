@@ -29,7 +29,7 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
     of any new file.
 
     Raises:
-        FileExistsError: one of the files exists, and not `force`.
+        FileExistsError: one of the files exists, and not `force`; or is no regular file.
         OSError: one cannot be written; it names the file.
     """
 
@@ -39,6 +39,8 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
                 raise FileExistsError(f"{file}: exists already; force=True overwrites it")
             if file.is_dir():
                 raise IsADirectoryError(f"{file}: is a folder, expected a file's name")
+            if file.exists() and not file.is_file():
+                raise FileExistsError(f"{file}: is a device or the like, which is not replaced")
 
     check()
     places: dict[Path, Path] = {}

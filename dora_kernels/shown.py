@@ -8,12 +8,16 @@ LONGEST = 1000
 """Characters that a name in a file may have: no module's is nearly as long."""
 
 
-def shown(value: Any, longest: int = 200) -> str:
-    """A text, or the repr of anything else, with escapes for what is not printable, cut to about `longest`."""
-    text = value if isinstance(value, str) else repr(value)
+def shown(text: str, longest: int = 200) -> str:
+    """A text with escapes for what is not printable, cut to about `longest`."""
     if len(text) > longest:
         text = f"{text[: longest - 20]} ... {text[-20:]} ({len(text)} characters)"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def quoted(value: Any) -> str:
+    """The repr of what a file says, `shown`."""
+    return shown(repr(value))
 
 
 def name_problem(name: str) -> str | None:

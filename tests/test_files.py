@@ -320,6 +320,15 @@ def test_a_link_is_replaced(tmp_path):
     assert broken.is_symlink()
 
 
+@posix
+def test_a_device_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="pipe.safetensors: is a device or the like, which is not replaced"):
+        save_adapter(adapter_for(Model(), NAMES), pipe, format="lycoris", force=True)
+    assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_unreadable_file_is_not_called_truncated(tmp_path, monkeypatch):
     save_adapter(adapter_for(Model(), NAMES), tmp_path)
     file, real = tmp_path / "adapter_model.safetensors", os.open

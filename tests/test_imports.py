@@ -136,7 +136,7 @@ print(DoRALinear.__name__, load_adapter.__name__, "patch_peft" in globals())
 # Which way imports point. A module may import only from layers above its own line; kernels from nothing but
 # themselves. What is not listed stands at the end: public surfaces and integrations.
 LAYERS = [
-    ["shown", "replacing"],
+    ["shown", "replacing", "expressions"],
     ["reference", "rounding", "kernels", "content", "files", "patterns"],
     ["pairs"],
     ["normalization", "backends", "convolution"],

@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_kernels import files
 from dora_kernels.adapters.bases import Base, axis_by_norms
 from dora_kernels.adapters.layers import AdapterLayer, problem_of, some
+from dora_kernels.patterns import ByName, by_pattern
 
 UNDECIDED = "undecided"
 
@@ -36,6 +37,7 @@ class Reading:
     magnitude_axis: str = "auto"
     scaling: float | None = None
     notes: list[str] = field(default_factory=list)
+    _patterns: dict[str, ByName] = field(default_factory=dict)
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")
@@ -54,6 +56,12 @@ class Reading:
             said = f"expected a number, got {value!r}" if self.config_file else "no such file"
             raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
         return float(value)
+
+    def by_pattern(self, name: str, module: str, default: Any) -> Any:
+        """The value of a module in the configuration's patterns of that name; ValueError for what are none."""
+        if name not in self._patterns:
+            self._patterns[name] = by_pattern(self.config.get(name), f"{self.config_file}: {name}")
+        return self._patterns[name].get(module, default)
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
         """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.

@@ -23,7 +23,6 @@ from dora_kernels.adapters.formats.names import targets, whole
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.writing import Layers, Writing
-from dora_kernels.patterns import by_pattern
 
 _PREFIX = "base_model.model."
 
@@ -113,7 +112,7 @@ class Peft(Format):
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         config, lora_A = reading.config, reading.tensors[parts["lora_A"]]
         rank, alpha = (
-            by_pattern(config.get(name), module, config.get(default), f"{reading.config_file}: {name}")
+            reading.by_pattern(name, module, config.get(default))
             for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
         rank = reading.number({"r": rank}, "r")
