@@ -18,6 +18,7 @@ from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.underscores import prefix_of
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 from dora_kernels.reference import magnitude_scale
+from dora_kernels.shown import name_problem, quoted
 
 _SINGLE, _INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
@@ -73,8 +74,10 @@ class Checkpoint(Mapping[str, Tensor]):
             raise ValueError(f"{index}: no weight_map")
         shards: dict[str, list[str]] = {}
         for key, file in places.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{index}: {key}: expected the name of a file beside it, got {file!r}")
+            if problem := name_problem(key):
+                raise ValueError(f"{index}: {problem}")
+            if not isinstance(file, str) or Path(file).name != file or name_problem(file):
+                raise ValueError(f"{index}: {key}: expected the name of a file beside it, got {quoted(file)}")
             shards.setdefault(file, []).append(key)
         for file, keys in shards.items():
             missing = set(keys) - files.read_tensors(self.folder / file).keys()

@@ -20,6 +20,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# torch computes with no more.
+_MOST_DIMENSIONS = 64
+
 # Levels of a JSON file: configurations have about ten, and what walks through them may be recursive.
 _DEEPEST = 100
 
@@ -89,8 +92,8 @@ def read_all(
             reason = shown(str(error).partition("\n")[0])
             raise ValueError(f"{file}: truncated, or no safetensors file: {reason}") from error
     for key, tensor in tensors.items():
-        if math.prod(max(1, size) for size in tensor.shape) >= 1 << 62:
-            raise ValueError(f"{file}: {key} {list(tensor.shape)}: no tensor has such a shape")
+        if tensor.dim() > _MOST_DIMENSIONS or math.prod(max(1, size) for size in tensor.shape) >= 1 << 62:
+            raise ValueError(f"{file}: {key} {shown(str(list(tensor.shape)))}: no tensor has such a shape")
     return tensors, metadata
 
 

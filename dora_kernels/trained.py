@@ -17,6 +17,7 @@ from dora_kernels import files
 from dora_kernels.adapters import Adapter
 from dora_kernels.adapters.load import Contents
 from dora_kernels.checkpoints import Checkpoint, is_embedding, tied
+from dora_kernels.shown import quoted
 
 _ROWS = ".trainable_tokens_delta"
 
@@ -113,7 +114,8 @@ def _add_rows(
         said = next((each for name, each in said.items() if f".{module}".endswith(f".{name}")), None)
     stored = checkpoint[key]
     if not isinstance(said, list) or not all(type(index) is int and 0 <= index < len(stored) for index in said):
-        raise ValueError(f"trainable_token_indices: expected rows of {key}, which has {len(stored)}, got {said!r}")
+        wanted = f"expected rows of {key}, which has {len(stored)}"
+        raise ValueError(f"trainable_token_indices: {wanted}, got {quoted(said)}")
     if module in adapter.layers:
         raise ValueError("the embedding is adapted as well")
     _check_size(stored[: len(said)], rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -190,3 +191,33 @@ def test_a_shard_that_is_a_link(call, places, tmp_path):
     status, stdout, _ = call("merge", base, source, tmp_path / "new")
     assert status == 0 and snapshot(tmp_path / "new") == snapshot(out)
     assert f"model.safetensors: copied from {tmp_path / 'elsewhere.safetensors'}, where it is a link to" in stdout
+
+
+# what is printed
+
+
+def test_nothing_that_a_terminal_obeys(call, tmp_path):
+    """Names of folders and files, and what configurations say, are printed without control characters, and cut."""
+    folder = tmp_path / "\x1b[31mred\n\x07"
+    adapter_file(tmp_path, llama())[0].rename(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "\x1b[2J": 1_000_000 * "\x1b[2J"}))
+    for command in (["inspect", folder], ["convert", folder, tmp_path / "\x1b[32mgreen", "--to", "peft"]):
+        status, stdout, stderr = call(*command)
+        assert (status, stderr) == (0, "") and "red" in stdout and len(stdout) < 10_000
+        assert all(line.isprintable() for line in stdout.splitlines())
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "\x1b[31m.bin").write_bytes(b"")
+    for source in (folder, tmp_path / "empty", tmp_path / "\x1b[31mnowhere"):
+        status, stdout, stderr = call("inspect", source)
+        assert (status, stdout, stderr.count("\n")) == (2, "", 1) and stderr.rstrip("\n").isprintable()
+
+
+def test_notes_without_end(call, tmp_path, monkeypatch):
+    """A file may have any number of what is worth a note."""
+    source, _ = adapter_file(tmp_path, llama())
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**config, **{f"new_{i}": 1 for i in range(5000)}}))
+    status, stdout, _ = call("inspect", source)
+    assert status == 0 and stdout.count("note: ") == 201 and "note: and 4800 more\n" in stdout

@@ -19,6 +19,7 @@ from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix, prefix_of, resolve
+from dora_kernels.shown import shown
 
 CONFIG = "adapter_config.json"
 
@@ -120,7 +121,7 @@ def _named(
     """The layers with the prefix that was asked for, under the model's names; `config` says what came of them."""
     names = {name: name for name in layers if not asked or prefix_of(name, asked) == asked}
     if not names:
-        there = ", ".join(sorted({prefix_of(name) or name for name in layers}))
+        there = shown(", ".join(sorted({prefix_of(name) or name for name in layers})), 1000)
         raise reading.error(f"prefix={asked!r} was asked for, and no layer has it; there are {there}")
     if len(names) < len(layers):
         reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as asked for")
@@ -178,7 +179,7 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     found = found or sorted(place.glob("*.safetensors"))
     if len(found) != 1:
         if found:
-            names = ", ".join(file.name for file in found)
+            names = shown(", ".join(file.name for file in found), 1000)
             raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
         raise FileNotFoundError(f"{place}: no safetensors file in it{files.pickle_hint(place)}")
     config = place / CONFIG
@@ -189,8 +190,8 @@ def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], a
     found = detect(tensors, config)
     if asked == "auto":
         if found is None:
-            shown = ", ".join(list(tensors)[:3]) or "none"
-            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
+            keys = ", ".join(list(tensors)[:3]) or "none"
+            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {keys}")
         return found
     if found not in (None, asked) and {asked, found} != {"lycoris", "kohya"}:
         raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")

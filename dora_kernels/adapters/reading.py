@@ -13,6 +13,7 @@ from dora_kernels import files
 from dora_kernels.adapters.bases import Base, axis_by_norms
 from dora_kernels.adapters.layers import AdapterLayer, problem_of, some
 from dora_kernels.patterns import ByName, by_pattern
+from dora_kernels.shown import quoted
 
 UNDECIDED = "undecided"
 
@@ -53,7 +54,7 @@ class Reading:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
             where = self.file.with_name("adapter_config.json") if self.config_file is None else self.config_file
-            said = f"expected a number, got {value!r}" if self.config_file else "no such file"
+            said = f"expected a number, got {quoted(value)}" if self.config_file else "no such file"
             raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
         return float(value)
 

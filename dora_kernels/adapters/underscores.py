@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
+from dora_kernels.shown import shown
+
 UNDERSCORED = "underscored"
 """The entry of `Adapter.config` that says that names are still those of the file."""
 
@@ -62,7 +64,7 @@ def resolve(
             missing[prefix].append(name)
             continue
         if len(meant) > 1:
-            raise error(f"{name} may be any of {', '.join(sorted(meant))}")
+            raise error(f"{name} may be any of {shown(', '.join(sorted(meant)), 1000)}")
         own = meant.pop()
         if own in came:
             raise error(f"{came[own]} and {name} are both {own}; read it with prefix= to take one model's")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
 from dora_kernels.checkpoints import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
-from dora_kernels.cli.output import console, errors, progress
+from dora_kernels.cli.output import console, errors, progress, say, say_each
 
 if TYPE_CHECKING:
     import typer
@@ -46,7 +46,6 @@ def add(app: "typer.Typer") -> None:
             folded = save_adapter(adapter, target, format=to, force=force)
             advance(f"{target} is written", 2)
         output = console()
-        output.print(f"{source}: {adapter.format}, {len(adapter.layers)} layers", soft_wrap=True)
-        for note in (*adapter.notes, *folded):
-            output.print(f"note: {note}", soft_wrap=True)
-        output.print(f"{target}: {to}", soft_wrap=True)
+        say(output, f"{source}: {adapter.format}, {len(adapter.layers)} layers")
+        say_each(output, "note", [*adapter.notes, *folded])
+        say(output, f"{target}: {to}")

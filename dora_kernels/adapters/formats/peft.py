@@ -23,6 +23,7 @@ from dora_kernels.adapters.formats.names import targets, whole
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.reading import Reading
 from dora_kernels.adapters.writing import Layers, Writing
+from dora_kernels.shown import quoted, shown
 
 _PREFIX = "base_model.model."
 
@@ -70,17 +71,18 @@ class Peft(Format):
         config = reading.config
         where = reading.config_file
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"{where}: peft_type: expected 'LORA', got {config['peft_type']!r}")
+            raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
         for name in _REFUSED:
             if config.get(name):
-                raise ValueError(f"{where}: {name}={config[name]!r} is not supported")
+                raise ValueError(f"{where}: {name}={quoted(config[name])} is not supported")
         for name in sorted(config.keys() - _KNOWN):
             if config[name]:
-                reading.notes.append(f"{name}={config[name]!r} of the configuration is not known: read without it")
+                said = f"{shown(name)}={quoted(config[name])}"
+                reading.notes.append(f"{said} of the configuration is not known: read without it")
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise ValueError(
-                f"{where}: init_lora_weights={start!r} changes the base weights; save the adapter with PEFT's "
+                f"{where}: init_lora_weights={quoted(start)} changes the base weights; save the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion, which makes it one of the original weights"
             )
         layers = super().read(reading)
@@ -90,7 +92,7 @@ class Peft(Format):
             raise reading.error(f"{plain} has no lora_magnitude_vector, and {where} says use_dora")
         if not use_dora and plain is None and layers:
             if use_dora is not None:
-                raise reading.error(f"it has magnitudes, and {where} says use_dora={use_dora!r}")
+                raise reading.error(f"it has magnitudes, and {where} says use_dora={quoted(use_dora)}")
             reading.notes.append("DoRA, for there are magnitudes; no configuration says use_dora")
         return layers
 
