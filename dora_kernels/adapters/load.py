@@ -96,6 +96,8 @@ def read_adapter(
         scaling = float(scaling)
     if prefix is not None:
         prefix = check_prefix(prefix)
+    if not (base is None or isinstance(base, nn.Module) or _is_state_dict(base)):
+        raise TypeError(f"base: expected a torch.nn.Module or its state dict, got {type(base).__name__}")
     bases = None if base is None else bases_of(base)
     weights, config_file = _find(place, format)
     tensors, config = pairs.read(weights, config_file, scaled=scaling is not None)
@@ -113,6 +115,13 @@ def read_adapter(
     if bases is not None:
         check_fit(layers, bases, reading.error)
     return Adapter(reading.decide(layers), chosen, reading.notes, config)
+
+
+def _is_state_dict(base: Any) -> bool:
+    """True if `base` maps names to tensors; what else a module keeps in one may be there, too."""
+    if not isinstance(base, Mapping) or not all(isinstance(key, str) for key in base):
+        return False
+    return all(isinstance(value, Tensor) for key, value in base.items() if key.endswith(".weight"))
 
 
 def _named(

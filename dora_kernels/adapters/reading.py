@@ -11,11 +11,9 @@ from torch import Tensor
 
 from dora_kernels import files
 from dora_kernels.adapters.bases import Base, axis_by_norms
-from dora_kernels.adapters.layers import AdapterLayer, problem_of, some
+from dora_kernels.adapters.layers import UNDECIDED, AdapterLayer, problem_of, some
 from dora_kernels.patterns import ByName, by_pattern
 from dora_kernels.shown import quoted
-
-UNDECIDED = "undecided"
 
 
 @dataclass
