@@ -124,7 +124,7 @@ def exchange(one: Path, other: Path) -> None:
     spare = _beside(other)
     try:
         if not other.is_dir():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, NotImplementedError):
                 os.link(other, spare, follow_symlinks=False)  # so that there is always a file
         if not os.path.lexists(spare):
             os.replace(other, spare)
@@ -212,13 +212,14 @@ def _rename(error: OSError, places: dict[Path, Path]) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other writers of this package out of a folder, where the system has locks."""
+    """Keep other writers of this package out of a folder, where the system has locks and the folder can be read."""
     try:
         import fcntl
-    except ImportError:
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
         until = time.monotonic() + _SECONDS
         while True:

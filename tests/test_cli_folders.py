@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ pytest.importorskip("transformers")
 
 from cli_models import adapter_file, llama, snapshot
 
+import dora_kernels
 from dora_kernels import replacing
 from dora_kernels.checkpoints import Checkpoint
 from dora_kernels.merging import merge_checkpoint
@@ -125,6 +128,27 @@ def test_a_link_to_a_folder_is_replaced(places, tmp_path):
     merge_checkpoint(Checkpoint(base), source, link, force=True, strength=0.5)
     assert not link.is_symlink() and snapshot(out) == before != snapshot(link)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX's limits")
+@pytest.mark.parametrize("limit", [500, 5000, 20_000])
+def test_a_full_disk(places, tmp_path, limit):
+    """In what is copied and in what is merged: one line that names a file of OUT, which is as it was."""
+    base, source, out = places
+    (base / "a.txt").write_bytes(bytes(2000))
+    before = snapshot(tmp_path)
+    done = subprocess.run([sys.executable, "-c", f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(dora_kernels.__file__).parent.parent)!r})
+from dora_kernels.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main(["merge", *sys.argv[1:], "--force"]))
+""", base, source, out], capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("error: [Errno 27] File too large: ") and done.stderr.count("\n") == 1
+    assert f"{out}/" in done.stderr and ".tmp" not in done.stderr
+    assert snapshot(tmp_path) == before
 
 
 # what is copied

@@ -45,7 +45,7 @@ names = {NAMES!r}
 def run(code, *arguments):
     """A script in a process of its own."""
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(params=["at once", "by renaming", "without links"])
