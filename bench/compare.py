@@ -13,13 +13,15 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.machine import REPOSITORY
+from bench.machine import REPOSITORY, git
 
+PACKAGE = "dora_kernels"
 CONFIDENCE = 0.99
 MARGIN = 1.05
 """Two processes with the same code differ by up to 1.04 on two cores, by where their memory lies."""
@@ -128,12 +130,93 @@ class Comparison:
     faults: list[str] = field(default_factory=list)
     """What the working tree gets wrong, or has no more."""
 
+    @property
+    def regressions(self) -> list[Change]:
+        """Changes for the worse."""
+        return [change for change in self.changes if change.verdict in ("slower", "more memory")]
+
+
+def extract(revision: str, folder: Path) -> str:
+    """Write the package as it was in a revision into a folder; the commit.
+
+    Raises:
+        ValueError: there is no git, no such revision, or no package in it.
+    """
+    try:
+        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    except FileNotFoundError:
+        raise ValueError("git is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError("git gave no answer") from None
+    except subprocess.CalledProcessError:
+        raise ValueError(f"there is no revision {revision!r} in {REPOSITORY}") from None
+    archive = folder / "package.tar"
+    try:
+        git("archive", f"--output={archive}", commit, PACKAGE)
+    except subprocess.CalledProcessError:
+        raise ValueError(f"revision {revision!r} has no {PACKAGE}") from None
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    archive.unlink()
+    return commit
+
+
+def compare_packages(folder: Path, options: dict[str, Any], rounds: int) -> Comparison:
+    """The package in a folder beside the working tree's.
+
+    Raises:
+        RuntimeError: nothing could be measured in both.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    progress = Progress(console=Console(stderr=True), transient=True, auto_refresh=False)
+    bar = progress.add_task("the old revision and the working tree", total=None)
+
+    def advance(done: int, cases: int) -> None:
+        progress.update(bar, completed=done, total=cases)
+        progress.refresh()
+
+    with Worker(folder, options, old=True) as old, Worker(REPOSITORY, options) as new, progress:
+        found = compare(old, new, rounds, advance)
+    if not found.changes and not found.faults:
+        notes = "".join(f"; {note}" for note in found.notes)
+        raise RuntimeError(f"none of {', '.join(options['providers'])} could be measured in both{notes}")
+    return found
+
+
+def show(found: Comparison, before: str, screen: Any) -> None:
+    """A table of the changes, what could not be compared, and the regressions."""
+    from bench import show
+
+    cells = []
+    for change in found.changes:
+        low, high = change.interval
+        kind = {"faster": "ours", "": ""}.get(change.verdict, "wrong")
+        cells.append((kind, [
+            f"{change.case}: {change.part}", show.LABELS[change.provider].removeprefix("ours").strip(":, "),
+            f"{change.ratio:.2f} ({low:.2f} – {high:.2f})", change.verdict or show.EMPTY,
+        ]))  # fmt: skip
+    title = f"the working tree over {before}: time, median of pairs (99 % interval)"
+    screen.print(show.table(show.Sheet(title, ["case", "ours", "ratio", ""], cells)))
+    lines = [f"note: {note}" for note in found.notes] + [f"REGRESSION {fault}" for fault in found.faults]
+    for change in found.regressions:
+        peaks = " -> ".join(show.quantity(peak, "B") for peak in change.peaks)
+        lines.append(
+            f"REGRESSION {change.case}: {change.part}, {show.LABELS[change.provider]}: {change.verdict}, "
+            f"{change.ratio:.2f} times the time, peak {peaks}"
+        )
+    if not found.regressions and not found.faults:
+        lines.append("no regression beyond noise")
+    for line in lines:
+        screen.print(line, markup=False)
+
 
 def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int], None]) -> Comparison:
     """Measure every case in both, and say after each how many are done, of how many."""
     found = Comparison()
     for index, label in enumerate(new.cases):
-        before, after = (_asked(worker, found, label, prepare=index) for worker in (old, new))
+        before, after = (_asked(worker, found, label, do="prepare", index=index) for worker in (old, new))
         if before is None or after is None:
             continue
         found.notes += [f"{label}: before: {reason}" for reason in before["failures"]]
@@ -150,11 +233,11 @@ def compare(old: Worker, new: Worker, rounds: int, advance: Callable[[int, int],
             for turn in range(rounds):
                 pair = [(old, change.before), (new, change.after)]
                 for worker, samples in pair if turn % 2 else reversed(pair):
-                    samples.append(_asked(worker, found, label, sample=list(key), passes=passes))
+                    samples.append(_asked(worker, found, label, do="sample", key=list(key), passes=passes))
             if None not in change.before + change.after:
                 found.changes.append(change)
         for worker, words, name in ((old, found.notes, "before"), (new, found.faults, "now")):
-            words += [f"{label}: {name}: {reason}" for reason in _asked(worker, found, label, finish=True) or ()]
+            words += [f"{label}: {name}: {reason}" for reason in _asked(worker, found, label, do="finish") or ()]
         advance(index + 1, len(new.cases))
     return found
 
@@ -168,8 +251,3 @@ def _asked(worker: Worker, found: Comparison, label: str, **question: Any) -> An
         if (line := f"{label}: {error}") not in words:
             words.append(line)
         return None
-
-
-def regressions(changes: Sequence[Change]) -> list[Change]:
-    """Those that are worse now."""
-    return [change for change in changes if change.verdict in ("slower", "more memory")]

@@ -3,7 +3,7 @@
 #
 #   bash bench/gpu.sh OUTDIR [options of `python -m bench run`]
 #
-# Writes tests.log and, of each of three runs, NAME.json, NAME.csv, NAME.txt and NAME.log to OUTDIR, where no earlier
+# Writes tests.log and, of each of three runs, NAME.json, NAME.txt and NAME.log to OUTDIR, where no earlier
 # results may be, in under nine minutes, and ends with the tables: run (everybody, rank 16), ranks (PEFT and ours, ranks
 # 64 and 384), fidelity.
 # Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.

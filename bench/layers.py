@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dora_kernels
-from bench import timing
-from bench.problem import (
-    NAMES,
-    LayerShape,
-    OfShape,
-    Problem,
-    error,
-    errors,
-    limits,
-    long_step,
-    make_problem,
-    oracle,
-    plain,
-)  # fmt: skip
-from bench.providers import ACCUMULATED, Checked, Missing, Subject, Work, library
-from dora_kernels.backends import triton_problem
+from bench.problem import LayerShape, long_step
+from bench.providers import ACCUMULATED, Missing, library
+from dora_kernels.engine.dispatch import triton_problem
+from dora_kernels.testing import Problem
 
 PROVIDERS = (
-    "frozen", "peft_lora", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris", "dense",
-    "ours", "ours_compiled", "ours_triton", "ours_torch", "ours_reference",
+    "frozen", "peft_lora", "peft_lora_compiled", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris", "dense",
+    "ours", "ours_compiled", "ours_triton", "ours_torch",
 )  # fmt: skip
-IN_EVALUATION = (*PROVIDERS[:3], "peft_dora_cached", *PROVIDERS[3:])
-"""Those with PEFT's cache of B·A and the norm, which it has in evaluation alone."""
-KINDS = {"frozen": "frozen", "peft_lora": "lora", "lycoris": "dora_attached", "dense": "dora_attached"}
+IN_EVALUATION = (*PROVIDERS[:4], "peft_dora_cached", *PROVIDERS[4:9], "ours_frozen", *PROVIDERS[9:])
+"""Those with what is kept in evaluation alone: PEFT's cache of B·A and the norm, and our frozen norms."""
+NEEDS = {
+    "frozen": ("x",),
+    "lora": ("x", "lora_A", "lora_B"),
+    "dora": ("x", "lora_A", "lora_B", "magnitude"),
+    "dora_attached": ("x", "lora_A", "lora_B", "magnitude"),
+}
+"""Kinds of layers, and whose gradients each has. "dora_attached" differentiates the norm too."""
+KINDS = {
+    "frozen": "frozen", "peft_lora": "lora", "peft_lora_compiled": "lora", "lycoris": "dora_attached",
+    "dense": "dora_attached",
+}  # fmt: skip
 """What a provider computes, where it is not DoRA with the norm detached: LyCORIS and the usual tutorial train it."""
 
 
@@ -48,9 +46,10 @@ class Layer:
     kind: str
     forward: Callable[[Tensor], Tensor]
     leaves: list[Tensor]
-    """x and the trainable parameters, in the order of `NAMES[kind]`."""
+    """x and the trainable parameters, in the order of `NEEDS[kind]`."""
     dy: Tensor
     module: nn.Module
+    trains: bool = True
     optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self) -> None:
@@ -94,15 +93,15 @@ class Layer:
     def results(self) -> dict[str, Tensor]:
         """The output and the gradients by name."""
         y = self.run_forward()
-        return {"y": y.detach(), **dict(zip(NAMES[self.kind], torch.autograd.grad(y, self.leaves, self.dy)))}
+        return {"y": y.detach(), **dict(zip(NEEDS[self.kind], torch.autograd.grad(y, self.leaves, self.dy)))}
 
     def moved(self, problem: Problem) -> Problem:
         """The problem with the adapter as one more step, a long one, leaves it."""
         if self.optimizer is not None:
             with long_step(self.optimizer):
                 self.run_step()
-        names = NAMES[self.kind][1:]
-        return replace(problem, **{
+        names = NEEDS[self.kind][1:]
+        return problem.replace(**{
             name: leaf.detach().clone().view_as(getattr(problem, name)) for name, leaf in zip(names, self.leaves[1:])
         })  # fmt: skip
 
@@ -111,7 +110,7 @@ def make_layer(provider: str, problem: Problem, shape: LayerShape) -> Layer:
     """A provider's layer on these tensors; raises Missing, or what the library it needs has to say."""
     x = problem.x.detach().requires_grad_()
     kind = KINDS.get(provider, "dora")
-    module, parameters = _MAKERS[provider](problem, shape)
+    module, parameters = _MAKERS[provider.removesuffix("_compiled")](problem, shape)
     forward: Callable[[Tensor], Tensor] = module
     if provider.endswith("_compiled"):
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than go on uncompiled
@@ -132,7 +131,7 @@ def make_layer(provider: str, problem: Problem, shape: LayerShape) -> Layer:
             with torch.autocast(shape.device.type, shape.base):
                 return called(x)
 
-    return Layer(kind, forward, [x, *parameters], problem.dy, module)
+    return Layer(kind, forward, [x, *parameters], problem.dy, module, trains=provider != "ours_frozen")
 
 
 Made = tuple[nn.Module, list[Tensor]]
@@ -262,21 +261,33 @@ def _fill(parameters: Sequence[Tensor], problem: Problem, shape: LayerShape) -> 
             parameter.copy_(value.view_as(parameter)).requires_grad_()
 
 
+def _frozen_norms(problem: Problem, shape: LayerShape) -> Made:
+    """A patched layer whose norms stay as they are: it has no parameters to train."""
+    frozen_norms: Any = getattr(dora_kernels, "frozen_norms", None)
+    if frozen_norms is None:
+        raise Missing("dora_kernels has no frozen_norms yet")
+    layer, _ = _peft(problem, shape, patch=True)
+    layer.eval()
+    context: Any = frozen_norms(layer)
+    context.__enter__()
+    layer.frozen = context  # until the layer goes
+    return layer, []
+
+
 _MAKERS: dict[str, Callable[[Problem, LayerShape], Made]] = {
     "frozen": _frozen,
     "peft_lora": functools.partial(_peft, dora=False),
     "peft_dora": _peft,
     "peft_dora_cached": _peft,
-    "peft_dora_compiled": _peft,
     "torchtune": _torchtune,
     "lycoris": _lycoris,
     "dense": _dense,
     "ours": functools.partial(_peft, patch=True),
-    "ours_compiled": functools.partial(_peft, patch=True),
+    "ours_frozen": _frozen_norms,
     "ours_triton": functools.partial(_module, backend="triton"),
     "ours_torch": functools.partial(_module, backend="torch"),
-    "ours_reference": functools.partial(_module, backend="reference"),
 }
+"""A provider's layer; "_compiled" after the name compiles it."""
 
 PARTS: dict[str, tuple[Callable[[Layer], Any], int, bool]] = {
     "forward": (Layer.run_forward, 1, False),
@@ -287,91 +298,3 @@ PARTS: dict[str, tuple[Callable[[Layer], Any], int, bool]] = {
     "inference in a graph": (Layer.run_inference, 1, False),
 }
 """What is timed of a layer: the call, its micro-batches, and whether it has a backward."""
-
-
-Judged = tuple[dict[str, Tensor], dict[str, float]]
-"""The oracle's results, and the errors that are allowed."""
-
-
-def judged(problem: Problem, kind: str) -> Judged:
-    """Of a kind of layer."""
-    wanted = oracle(problem, kind)
-    return wanted, limits(plain(problem, kind), wanted)
-
-
-@dataclass
-class LayerCase(OfShape):
-    """A comparison of layers."""
-
-    suite: str
-    shape: LayerShape
-    parts: Sequence[str]
-    providers: Sequence[str] = PROVIDERS
-    most_copies: int = 12
-    _judged: dict[str, Judged] = field(default_factory=dict, init=False)
-
-    @functools.cached_property
-    def problems(self) -> list[Problem]:
-        """Copies that exceed the cache, if `most_copies` can."""
-        first = make_problem(self.shape, 0)
-        count = timing.copies_beyond(timing.cache_bytes(self.shape.device), first.nbytes, most=self.most_copies)
-        return [first, *(make_problem(self.shape, seed) for seed in range(1, count))]
-
-    def subject(self, provider: str) -> Subject:
-        """The provider's layer on every copy, checked on the first."""
-        layers = [make_layer(provider, problem, self.shape) for problem in self.problems]
-        first, kind = layers[0], layers[0].kind
-        if kind not in self._judged:
-            self._judged[kind] = judged(self.problems[0], kind)
-        names = [name for name in self.parts if name != "inference in a graph" or self.shape.device.type == "cuda"]
-        parts: dict[str, list[Work]] = {
-            name: [functools.partial(PARTS[name][0], layer) for layer in layers] for name in names
-        }
-        least = {name: self._least(name, kind) for name in names}
-        return Subject(
-            provider, parts, *self._check(first, self._judged[kind]), least, frozenset({"inference in a graph"}),
-            again=lambda: self._check(first, judged(first.moved(self.problems[0]), kind)),
-        )  # fmt: skip
-
-    def _check(self, layer: Layer, judge: Judged) -> Checked:
-        """The errors of what is timed, and those allowed."""
-        wanted, allowed = judge
-        found = errors(layer.results(), wanted)
-        if "inference" in self.parts:
-            found["inference"] = error(layer.run_inference(), wanted["y"])
-            allowed = {**allowed, "inference": allowed["y"]}
-        return found, allowed
-
-    def _least(self, part: str, kind: str) -> tuple[int, int]:
-        shape = self.shape
-        return least_of(
-            (shape.tokens, shape.hidden, shape.hidden, shape.rank), shape.widths, kind, *PARTS[part][1:], "step" in part
-        )
-
-
-def least_of(
-    sizes: tuple[int, int, int, int], widths: tuple[int, int], kind: str, micro_batches: int, backward: bool, step: bool
-) -> tuple[int, int]:
-    """The fewest bytes and FLOPs: every operand read or written once in each pass, every product done once.
-
-    Sizes are tokens, out_features, in_features and rank, widths the bytes of an element of the layer and of the
-    adapter. An optimizer step reads and writes each trained parameter, its gradient and two moments, and refreshes
-    the norm.
-    """
-    m, n, k, r = sizes
-    wide, narrow = widths
-    dora, adapted = kind.startswith("dora"), kind != "frozen"
-    factors = r * (n + k) + (n if dora else 0) if adapted else 0
-    low = 2 * m * r * (n + k) if adapted else 0
-    size, flops = wide * (m * k + n * k + m * n) + narrow * factors, 2 * m * n * k + low
-    if backward:
-        # dY, W and dX; x for dA, and the base product for dm.
-        kept = (m * k if adapted else 0) + (m * n if dora else 0)
-        size += wide * (m * n + n * k + m * k + kept) + narrow * 2 * factors
-        flops += 2 * m * n * k + 2 * low
-    size, flops = micro_batches * size, micro_batches * flops
-    if step and adapted:
-        size += narrow * 7 * factors
-        if dora:
-            size, flops = size + wide * n * k, flops + 2 * n * k * r
-    return size, flops

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from importlib import metadata
@@ -17,6 +19,14 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _VERSIONED = ("torch", "triton", "peft", "transformers", "torchtune", "lycoris-lora", "numpy")
+
+
+def from_tests(name: str) -> Any:
+    """A module of tests/: what the tests compute and a command here only prints."""
+    tests = str(REPOSITORY / "tests")
+    if tests not in sys.path:
+        sys.path.insert(0, tests)
+    return importlib.import_module(name)
 
 
 def wait_passively() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,9 +21,10 @@ from bench.providers import ACCUMULATED, LABELS
 from bench.record import Record, commit_of, disturbed, machine_of
 
 COLORS = {
-    "frozen": "#000000", "peft_lora": "#7f7f7f", "peft_dora": "#b0413e", "peft_dora_compiled": "#e08a86",
-    "peft_dora_cached": "#d9b3b1",
+    "frozen": "#000000", "peft_lora": "#7f7f7f", "peft_lora_compiled": "#bfbfbf", "peft_dora": "#b0413e",
+    "peft_dora_compiled": "#e08a86", "peft_dora_cached": "#d9b3b1",
     "torchtune": "#d98c21", "lycoris": "#6b4c9a", "dense": "#8c6d46", "ours": "#1f5fa8", "ours_compiled": "#7fb2e5",
+    "ours_frozen": "#0f3057",
     "ours_triton": "#0b7a75", "ours_torch": "#3f9e4d", "ours_reference": "#a8c686", "ours_direct": "#3f9e4d",
     "ours_factored": "#0b7a75", "ours_unchanged": "#a8c686", "ours_fused": "#e36bae",
 }  # fmt: skip
@@ -249,6 +252,21 @@ def save(figure: Figure, target: Any, suffix: str) -> None:
     """Into a file or a buffer, the same bytes each time, and close it."""
     figure.savefig(target, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
     pyplot.close(figure)
+
+
+def write(figures: dict[Path, Figure]) -> list[Path]:
+    """Figures by their path; none is there before all are drawn."""
+    paths: dict[Path, Path] = {}
+    try:
+        for path, figure in figures.items():
+            paths[path] = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+            save(figure, paths[path], path.suffix.removeprefix("."))
+        for path, temporary in paths.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in paths.values():
+            temporary.unlink(missing_ok=True)
+    return list(paths)
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

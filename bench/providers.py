@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 LABELS = {
     "frozen": "frozen layer",
     "peft_lora": "PEFT LoRA",
+    "peft_lora_compiled": "PEFT LoRA, compiled",
     "peft_dora": "PEFT DoRA",
     "peft_dora_cached": "PEFT DoRA, cached",
     "peft_dora_compiled": "PEFT DoRA, compiled",
@@ -21,20 +22,20 @@ LABELS = {
     "lycoris": "LyCORIS DoRA",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
+    "ours_frozen": "ours, frozen norms",
     "ours_compiled": "ours, compiled",
     "ours_triton": "ours, triton",
     "ours_torch": "ours, torch",
-    "ours_reference": "ours, reference",
+    "ours_reference": "ours, reference",  # in earlier records
     "ours_direct": "ours, direct form",
     "ours_factored": "ours, factored form",
-    "ours_unchanged": "ours, unchanged",
-    "ours_fused": "ours, one kernel",
+    "ours_unchanged": "ours, unchanged",  # in earlier records
+    "ours_fused": "ours, one kernel",  # in earlier records
 }
 REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen")
 """Those that every row has its ratio to, where they take part."""
-
-ROW = ", worst row"
-"""What follows the name of a result where the error is that of its worst row, not of all of it."""
+DTYPES = ("fp32", "bf16", "fp16", "bf16+fp32", "bf16/fp32")
+"""Names in `dora_kernels.testing.DTYPES`; float32 adapters run under autocast after a "+", without it after a "/"."""
 ACCUMULATED = 4
 """Micro-batches of the longer optimizer step."""
 
@@ -44,7 +45,7 @@ Checked = tuple[dict[str, float], dict[str, float]]
 
 
 class Missing(Exception):
-    """A provider that cannot be had here, and why, in one line."""
+    """What cannot be had here, a provider, a model or a text, and why, in one line."""
 
 
 @contextlib.contextmanager
@@ -71,27 +72,30 @@ class Subject:
     in_graph: frozenset[str] = frozenset()
     """Parts that are replayed from a CUDA graph, so that no time of the host counts."""
     in_place: bool = False
-    """Whether calls change their inputs, so that the next one has another result."""
+    """True if calls change their inputs, so that the next one has another result."""
     again: Callable[[], Checked] | None = None
     """Checks what the timed calls have left: a norm that an optimizer's step has made stale, for one."""
 
 
-class Case(Protocol):
+class Case:
     """One comparison: a shape, a rank, a number of tokens, dtypes."""
 
-    @property
-    def suite(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def dtypes(self) -> str: ...
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What every row of the case states: shape, rank, tokens, dtypes."""
+    suite: str
+    dtypes: str
+    label: str
+    """For people."""
+    facts: dict[str, Any]
+    """What every row of the case states: shape, rank, tokens, dtypes."""
+    providers: Sequence[str]
+    """Those that the suite offers, in the order of its tables."""
+    timed = True
+    """False where only errors and memory are of interest."""
+    share = 0.05
+    """Of the run's time, which the timing of a part may take."""
 
-    @property
-    def providers(self) -> Sequence[str]:
-        """Those that the suite offers, in the order of its tables."""
+    def prepare(self) -> None:
+        """Get what all subjects need; raises Missing where the case cannot be had."""
 
     def subject(self, provider: str) -> Subject:
         """A provider's work; raises Missing, or what the library has to say."""
+        raise NotImplementedError

@@ -5,8 +5,6 @@ bench/results/README.md describes what it holds.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -86,14 +84,12 @@ def read(path: Path) -> Record:
 
 
 def write(record: Record, path: Path) -> None:
-    """The record so far, a row a line, and beside it a CSV file of the same figures."""
+    """The record so far, a row a line."""
     parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key not in TABLES]
     for key in TABLES:
         lines = ",\n".join(f"  {json.dumps(value)}" for value in record[key])
         parts.append(f" {json.dumps(key)}: [\n{lines}\n ]" if lines else f" {json.dumps(key)}: []")
     replace(path, "{\n" + ",\n".join(parts) + "\n}\n")
-    if record["rows"]:
-        replace(path.with_suffix(".csv"), _csv(record["rows"]))
 
 
 def replace(path: Path, text: str) -> None:
@@ -104,25 +100,6 @@ def replace(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    """One line for each row; dictionaries are spread over columns."""
-    flat = []
-    for row in rows:
-        line: dict[str, Any] = {}
-        for key, value in row.items():
-            if isinstance(value, dict):
-                line.update({f"{key}.{name}": figure for name, figure in value.items()})
-            else:
-                line[key] = value
-        flat.append(line)
-    columns = dict.fromkeys((*_LABELS, *(name for line in flat for name in line)))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
 
 
 def machine_of(hardware: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import math
 import sys
 import time
@@ -18,10 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import machine, record, suites, timing
-from bench.problem import DTYPES, beyond
+from bench.problem import LayerShape, dtypes_of
 from bench.providers import LABELS, REFERENCES, Case, Missing, Subject, library
 from bench.record import rounded, significant
 from bench.timing import Candidate
+from dora_kernels.testing import beyond
 
 _TRACE_LINES = 12
 
@@ -96,8 +99,24 @@ class Run:
                     suite = suites.load(name)
             except Missing as reason:
                 self.miss(name, str(reason))
+                continue
+            if hasattr(suite, "stages"):
+                yield from suite.stages(self, name)
             else:
-                yield from suite.stages(self)
+                for case in suite.cases(self, name):
+                    yield f"{name}: {case.label}", functools.partial(self.measure, case)
+
+    def cases(self) -> list[Case]:
+        """All comparisons of all suites, for those who measure them in another way."""
+        return [case for name in self.given.suites for case in suites.load(name).cases(self, name)]
+
+    def shapes(self, hidden: Sequence[int], tokens: Sequence[int], ranks: Sequence[int]) -> Iterator[LayerShape]:
+        """Every combination of dtypes, hidden size, tokens and rank, with these where the options name none."""
+        given = self.given
+        for dtypes, size, count, rank in itertools.product(
+            given.dtypes, given.hidden or hidden, given.tokens or tokens, given.ranks or ranks
+        ):
+            yield LayerShape(size, rank, count, dtypes, self.device)
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
         """Run one stage, or say why not, and write the record."""
@@ -149,7 +168,7 @@ class Run:
 
         size = 2**31 if cuda else max(2**26, 4 * timing.cache_bytes(self.device))
         keep("copy_bytes_per_s", timing.copy_bandwidth(self.device, size, rounds))
-        for dtype in dict.fromkeys((torch.float32, *(DTYPES[name][0] for name in self.given.dtypes))):
+        for dtype in dict.fromkeys((torch.float32, *(dtypes_of(name)[0] for name in self.given.dtypes))):
             name = f"flop_per_s.{str(dtype).removeprefix('torch.')}"
             # Without instructions for it a 16-bit product takes seconds, and is no ceiling.
             if found.get(name, math.inf) > 0.1 * found.get("flop_per_s.float32", 0.0):
@@ -163,7 +182,7 @@ class Run:
         """
         found = self.record["ceilings"]
         for row in self.record["rows"]:
-            names = ("float32", str(DTYPES[row["dtypes"]][0]).removeprefix("torch."))
+            names = ("float32", str(dtypes_of(row["dtypes"])[0]).removeprefix("torch."))
             rates = [found[f"flop_per_s.{name}"] for name in names if f"flop_per_s.{name}" in found]
             if row["us"] and row["bytes"] is not None and rates and "copy_bytes_per_s" in found:
                 floor = max(row["bytes"] / found["copy_bytes_per_s"], row["flops"] / max(rates))
@@ -192,20 +211,21 @@ class Run:
             found.append(subject)
         return found
 
-    def measure(self, case: Case, *, timed: bool = True, share: float = 0.05) -> None:
+    def measure(self, case: Case) -> None:
         """Check and time the providers of a case side by side, and add a row for each and each part; then check again.
 
-        A part may take this share of the run's time; three rounds are made in any case.
+        A part may take the case's share of the run's time; three rounds are made in any case.
         """
-        if timed:
+        case.prepare()
+        if case.timed:
             self.ceilings(rounds=3)
         subjects, first = self.subjects(case), len(self.record["rows"])
         for part in dict.fromkeys(part for subject in subjects for part in subject.parts):
             candidates = self._candidates(case, part, subjects)
-            if timed:
+            if case.timed:
                 timing.interleave(
                     list(candidates.values()), self.device, rounds=self.given.rounds,
-                    sample_seconds=self.given.sample_ms / 1e3, limit_seconds=self.given.limit_s * share,
+                    sample_seconds=self.given.sample_ms / 1e3, limit_seconds=self.given.limit_s * case.share,
                 )  # fmt: skip
             else:
                 for candidate in candidates.values():  # what only the first call of all holds is not its peak

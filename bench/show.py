@@ -13,11 +13,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.providers import LABELS, ROW
+from bench.providers import LABELS
 from bench.record import Record, commit_of, disturbed, machine_of
+from dora_kernels.testing import ROW
 
 WIDTH = 80  # where there is no terminal to ask
 EMPTY = "–"
+DEMO = {
+    "stock": "PEFT DoRA",
+    "patched": "PEFT DoRA + `patch_peft`",
+    "lora": "PEFT LoRA",
+    "frozen": "control: magnitude frozen",
+    "stale": "control: norm never refreshed",
+}
+"""What `make demo` trains; the last two are wrong on purpose."""
+DEMO_LIMIT = 1e-5
+"""Of the difference of losses that are the same."""
 Row = dict[str, Any]
 
 
@@ -200,6 +211,24 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
 
 
+def demo(result: Record) -> Sheet:
+    """The variants and controls of `make demo`: times, and those of LoRA's; memory; whether the losses are stock's."""
+    variants = result["variants"]
+    lengths = list(variants["lora"]["step_seconds"])
+    head = ["", *(f"step, {length} tokens" for length in lengths), "generated token", "peak memory"]
+    rows = []
+    for kind, label in DEMO.items():
+        variant = variants[kind]
+        pairs = [(variant["step_seconds"].get(length), variant["step_ratio"].get(length)) for length in lengths]
+        pairs.append((variant["token_seconds"], variant["token_ratio"]))
+        cells = ["" if seconds is None else f"{seconds * 1e3:.0f} ms ({ratio:.2f}× LoRA)" for seconds, ratio in pairs]
+        peak, off = variant["peak_bytes"], variant["loss_difference"]
+        cells.append("" if peak is None else f"{peak / 2**20:.0f} MiB")
+        same = "" if off is None else f"yes, within {off:.1e}" if off <= DEMO_LIMIT else f"**no**, off by {off:.1e}"
+        rows.append(("ours" if kind == "patched" else "", [label, *cells, same]))
+    return Sheet("Fine-tuned side by side, in turns", [*head, "same losses as PEFT DoRA"], rows)
+
+
 def is_wrong(row: Row) -> bool:
     """Whether an error exceeds its limit, or is not a number."""
     errors, limits = row["errors"], row["limits"]
@@ -269,15 +298,15 @@ def _range(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} – {form.format(max(values))})"
 
 
-def table(sheet: Sheet) -> Table:
-    """A sheet for the terminal."""
+def table(sheet: Sheet, wrap: bool = False) -> Table:
+    """A sheet for the terminal; `wrap`: figures may take several lines."""
     found = Table(
         title=f"[bold]{escape(sheet.title)}[/bold]", caption=sheet.note, title_justify="left", caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for index, name in enumerate(sheet.head):
         # where a terminal is narrow the first column takes more lines, and no figure is cut off
-        found.add_column(name, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+        found.add_column(name, justify="right" if index else "left", no_wrap=index > 0 and not wrap, overflow="fold")
     for kind, cells in sheet.rows:
-        found.add_row(*cells, style={"ours": "bold", "wrong": "red"}.get(kind))
+        found.add_row(*(cell.replace("**", "") for cell in cells), style={"ours": "bold", "wrong": "red"}.get(kind))
     return found

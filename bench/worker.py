@@ -21,21 +21,17 @@ SAMPLE_SECONDS = 0.02
 class Worker:
     """The cases of some suites, and the work of the one that is prepared."""
 
-    def __init__(self, package: str, suites: list[str], **options: Any) -> None:
+    def __init__(self, package: str, **options: Any) -> None:
         import dora_kernels
 
         found = Path(str(dora_kernels.__file__)).resolve().parents[1]
         if found != Path(package).resolve():
             raise RuntimeError(f"dora_kernels comes from {found}, not from {package}")
-        from bench import suites as all_suites
         from bench.run import Options, Run
 
-        self.cases: list[Any] = []
-        self.run = Run(Options(suites=suites, **options))
-        self.run.measure = lambda case, **_: self.cases.append(case)  # type: ignore[method-assign]
-        for name in suites:
-            for _, work in all_suites.load(name).stages(self.run):
-                work()
+        self.run = Run(Options(**options))
+        self.cases: list[Any] = self.run.cases()
+        self.labels = [f"{case.suite}: {case.label}" for case in self.cases]
         self.works: dict[tuple[str, str], Any] = {}
         self.subjects: list[Any] = []
 
@@ -54,7 +50,6 @@ class Worker:
         answers = []
         for subject in self.subjects:
             for part, calls in subject.parts.items():
-                key = part, subject.provider
                 candidate = timing.Candidate(subject.provider, calls)
                 try:
                     timing.run_passes(candidate, 1)
@@ -62,16 +57,16 @@ class Worker:
                 except Exception as error:
                     self.run.fail(case.label, f"{subject.provider}: {part}: {type(error).__name__}: {error}")
                     continue
-                self.works[key] = candidate
+                self.works[part, subject.provider] = candidate
                 answers.append({
-                    "key": list(key), "passes": max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))),
-                    "peak": timing.peak_bytes(self.run.device, calls[0]),
+                    "key": [part, subject.provider], "peak": timing.peak_bytes(self.run.device, calls[0]),
+                    "passes": max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))),
                 })  # fmt: skip
         return {"works": answers, "failures": self._failures()}
 
     def finish(self) -> list[str]:
         """What the prepared case's calls have left wrong."""
-        from bench.problem import beyond
+        from dora_kernels.testing import beyond
 
         self.run.record["failures"].clear()
         for subject in self.subjects:
@@ -100,18 +95,12 @@ def main() -> int:
     worker: Worker | None = None
     for line in sys.stdin:
         question = json.loads(line)
-        result: Any
         try:
             if worker is None:
                 worker = Worker(**question)
-                result = [f"{case.suite}: {case.label}" for case in worker.cases]
-            elif "prepare" in question:
-                result = worker.prepare(question["prepare"])
-            elif "finish" in question:
-                result = worker.finish()
+                answer: dict[str, Any] = {"result": worker.labels}
             else:
-                result = worker.sample(question["sample"], question["passes"])
-            answer = {"result": result}
+                answer = {"result": getattr(worker, question.pop("do"))(**question)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -13,7 +13,9 @@ from dora_kernels.adapt import (
     remove_dora,
     trainable_summary,
 )
-from dora_kernels.backends import UnsupportedError
+from dora_kernels.engine.dispatch import UnsupportedError
+from dora_kernels.engine.model_norms import FrozenNorms, frozen_norms, invalidate
+from dora_kernels.engine.norm_cache import set_norm_reuse
 from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
 from dora_kernels.modules import (
     AdaptedLayer,
@@ -24,7 +26,6 @@ from dora_kernels.modules import (
     DoRALinear,
     LoRALinear,
 )
-from dora_kernels.norm_cache import invalidate, set_norm_reuse
 from dora_kernels.strength import set_dora_strength
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "DoRAConv3d",
     "DoRAEmbedding",
     "DoRALinear",
+    "FrozenNorms",
     "LoRALinear",
     "PatchHandle",
     "TrainableSummary",
@@ -65,6 +67,7 @@ __all__ = [
     "dora_state_dict",
     "dora_weight_norm",
     "extract",
+    "frozen_norms",
     "invalidate",
     "load_adapter",
     "mark_only_dora_trainable",

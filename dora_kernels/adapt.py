@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import validation
+from dora_kernels.core import validation
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.patterns import ByName
 from dora_kernels.rounding import seed_for
+from dora_kernels.saving import unwatch_saving, watch_saving
 from dora_kernels.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 
 
@@ -40,14 +41,16 @@ def apply_dora(
 
     The layers become base layers, shared and frozen; nothing else is frozen (`mark_only_dora_trainable`). A layer that
     the model holds under several names is adapted once, for all of them. Layers that share a weight each get an adapter
-    of their own.
+    of their own. ``save_pretrained`` of a model of transformers or diffusers warns as long as it is adapted, for
+    ``from_pretrained`` cannot read what it writes: `save_adapter` saves the adapter, `merge_all` makes a plain model.
 
     Args:
         model: changed in place; of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
             "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``), the
             projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
-            as quantised layers, of which a warning gives names and reasons.
+            as quantised layers and those whose weights the modules around them read (Mamba's ``out_proj``), of which
+            a warning gives names and reasons, and of parameters that are many matrices in one (experts).
         rank, alpha, dropout, use_rslora, magnitude_axis, detach_norm, eps, backend, adapter_dtype: as `DoRALinear`.
         rank_pattern, alpha_pattern: other values for some layers, as PEFT's: keys are regular expressions that match
             the end of a name, from a dot on; the first that does counts.
@@ -60,8 +63,8 @@ def apply_dora(
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
-            `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); or an argument
-            of the wrong type.
+            `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); a module around
+            it reads its weight itself (`weight_readers`); or an argument of the wrong type.
         ValueError: nothing is named; a layer is adapted already, parametrized, or has hooks, which would no longer
             run, or its weight is on the meta device or not finite; an argument out of range. The model is as it was
             then.
@@ -93,6 +96,7 @@ def apply_dora(
         raise
     for module, layer in layers.items():
         put(model, places[module], layer)
+        watch_saving(model, places[module])
     return list(found.values())
 
 
@@ -119,6 +123,7 @@ def remove_dora(model: nn.Module) -> nn.Module:
         if layer.merged:
             layer.unmerge()
         put(model, places[layer], layer._release())
+    unwatch_saving(model)
     return model
 
 
@@ -148,6 +153,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
         if not layer.merged:
             layer.merge(rounding, seed_for(seed, name))
         put(model, places[layer], layer._release())
+    unwatch_saving(model)
     return model
 
 

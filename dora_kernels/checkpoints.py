@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dora_kernels import files
-from dora_kernels.adapters import Adapter, AdapterLayer, attach, read_adapter
+from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_adapter
 from dora_kernels.adapters.bases import CONVOLUTIONS
+from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.load import Contents, contents
-from dora_kernels.adapters.underscores import prefix_of
+from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
+from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.modules import AdaptedLayer, DoRALayer
-from dora_kernels.reference import magnitude_scale
 from dora_kernels.shown import name_problem, quoted
 
-_SINGLE, _INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# transformers' and diffusers' files; of several shards there is an index.
+_FILES, _INDEX, CONFIG = ("model", "diffusion_pytorch_model"), ".index.json", "config.json"
 
 # What a model's name of a layer may have before the name in its file, or the file before the model's.
-_PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.")
+_PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.", "text_model.")
 
 # What output layers are called, what embeddings are called, and models without output layer.
 _OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
@@ -38,6 +40,7 @@ _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a model's folder, ``model.safetensors`` or the shards of ``model.safetensors.index.json``, by key.
 
+    Of a model of diffusers they are ``diffusion_pytorch_model.safetensors`` and its index.
     They are mapped into memory, and read when they are used.
 
     Attributes:
@@ -55,20 +58,22 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = files.as_path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder")
-        self.shards = self._find()
-        self.index = None if (self.folder / _SINGLE).is_file() else self.folder / _INDEX
+        self.shards, self.index = self._find()
         config = self.folder / CONFIG
         self.config = files.read_json(config, "model's configuration") if config.is_file() else {}
         self._places = {key: file for file, keys in self.shards.items() for key in keys}
         self._open: dict[str, dict[str, Tensor]] = {}
 
-    def _find(self) -> dict[str, list[str]]:
-        single, index = self.folder / _SINGLE, self.folder / _INDEX
-        if single.is_file():
-            return {_SINGLE: list(files.read_tensors(single))}
-        if not index.is_file():
+    def _find(self) -> tuple[dict[str, list[str]], Path | None]:
+        names = [f"{name}.safetensors" for name in _FILES]
+        for name in names:
+            if (self.folder / name).is_file():
+                return {name: list(files.read_tensors(self.folder / name))}, None
+        indices = (self.folder / f"{name}{_INDEX}" for name in names)
+        index = next((each for each in indices if each.is_file()), None)
+        if index is None:
             hint = files.pickle_hint(self.folder)
-            raise FileNotFoundError(f"{self.folder}: neither {_SINGLE} nor {_INDEX} in it{hint}")
+            raise FileNotFoundError(f"{self.folder}: neither {' nor '.join(names)}, nor their {_INDEX}, in it{hint}")
         places = files.read_json(index, "index of shards").get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{index}: no weight_map")
@@ -83,7 +88,7 @@ class Checkpoint(Mapping[str, Tensor]):
             missing = set(keys) - files.read_tensors(self.folder / file).keys()
             if missing:
                 raise ValueError(f"{self.folder / file}: {min(missing)} is not in it, as the index says")
-        return shards
+        return shards, index
 
     def __getitem__(self, key: str) -> Tensor:
         file = self._places[key]
@@ -113,7 +118,7 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
             tied to the embedding.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
-    keys = _keys(checkpoint, found)
+    keys = _keys(checkpoint, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
@@ -123,20 +128,27 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _keys(checkpoint: Checkpoint, adapter: Contents) -> dict[str, str]:
-    """The checkpoint's keys by what the adapter calls them: the prefix that most of its layers are found with."""
-    names = [_bare(name) if adapter.format in ("lycoris", "kohya") else name for name in adapter.layers]
+def _keys(checkpoint: Checkpoint, adapter: Contents, asked: str) -> dict[str, str]:
+    """The checkpoint's keys by what the adapter calls them: the renaming that most of its layers are found with.
+
+    `asked` is a prefix of the adapter's names, of which the layers with it are asked for alone; empty for all.
+    """
+    prefixed = FORMATS[adapter.format].prefixed
+    names = [name for name in adapter.layers if not asked or prefix_of(name, asked) == asked]
+    ways = [list(readings(name, asked)) if prefixed else [name] for name in names]
 
     def found(keys: Mapping[str, str]) -> list[str]:
         known = {key.removesuffix(".weight"): own for key, own in keys.items()}
-        if adapter.format in ("lycoris", "kohya"):
-            known = {key.replace(".", "_"): own for key, own in known.items()}
-        return [known[name] for name in names if name in known]
+        if prefixed:
+            known |= {key.replace(".", "_"): own for key, own in known.items()}
+        spelled = ([spelling for way in each for spelling in (way, way.replace(".", "_"))] for each in ways)
+        places = (next((known[one] for one in each if one in known), None) for each in spelled)
+        return [place for place in places if place is not None]
 
     plain = {key: key for key in checkpoint}
     best = [(found(plain), plain)]
-    for prefix, added in itertools.product(_PREFIXES, (True, False)):
-        keys = {prefix + key if added else key.removeprefix(prefix): key for key in checkpoint}
+    for renamed in _renamings():
+        keys = {renamed(key): key for key in checkpoint}
         places = found(keys)
         if len(keys) < len(checkpoint) or len(places) < max(1, len(best[0][0])):
             continue
@@ -146,13 +158,20 @@ def _keys(checkpoint: Checkpoint, adapter: Contents) -> dict[str, str]:
             best.append((places, keys))
     if len(best) > 1 and len(best[0][0]) == len(names) and best[0][1] is not plain:
         either = " or ".join(places[0] for places, _ in best)
-        raise ValueError(f"{adapter.file}: its names are ambiguous: {adapter.layers[0]} may be {either}")
+        raise ValueError(f"{adapter.file}: its names are ambiguous: {names[0]} may be {either}")
     return best[0][1]
 
 
-def _bare(name: str) -> str:
-    """A name with underscores for dots, without what says which model it is of."""
-    return name.removeprefix(f"{prefix_of(name)}_").replace(".", "_")
+def _renamings() -> Iterator[Callable[[str], str]]:
+    """Of a key in a model's files, to what an adapter may call it."""
+    for prefix in _PREFIXES:
+        yield prefix.__add__
+        yield functools.partial(_without, prefix)
+    yield from RENAMINGS
+
+
+def _without(prefix: str, key: str) -> str:
+    return key.removeprefix(prefix)
 
 
 def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:
@@ -172,6 +191,8 @@ def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[st
         return found
     if kinds & set(_TRANSPOSED):
         return found | {name for name in square if name.rpartition(".")[2] in _CONV1D}
+    if "_diffusers_version" in checkpoint.config:
+        kinds.add("diffusers'")  # none of which has a Conv1D
     others = linear.keys() - square
     if found == others and adapter.config.get("fan_in_fan_out") is True:
         return found | square

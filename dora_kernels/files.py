@@ -43,17 +43,26 @@ def pickle_hint(folder: Path) -> str:
 def read_json(file: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file; ValueError, calling the file no `what`, for anything else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        text = file.read_text(encoding="utf-8")
+    except ValueError as error:
         raise ValueError(f"{file}: no {what}: {type(error).__name__}: {shown(str(error))}") from error
+    return json_object(text, f"{file}: no {what}")
+
+
+def json_object(text: str, problem: str) -> dict[str, Any]:
+    """The object in JSON text; ValueError, which begins with `problem`, for anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{problem}: {type(error).__name__}: {shown(str(error))}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: no {what}: expected an object, got {type(content).__name__}")
+        raise ValueError(f"{problem}: expected an object, got {type(content).__name__}")
     level: list[Any] = [content]
     for _ in range(_DEEPEST):
         inner = (part.values() if isinstance(part, dict) else part for part in level)
         level = [value for values in inner for value in values if isinstance(value, dict | list)]
     if level:
-        raise ValueError(f"{file}: no {what}: it is nested more than {_DEEPEST} levels deep")
+        raise ValueError(f"{problem}: it is nested more than {_DEEPEST} levels deep")
     return content
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from dora_kernels import autograd, ops, reference, validation
-from dora_kernels.backends import resolve
-from dora_kernels.linear import low_rank_dtype
-from dora_kernels.norm_cache import NormCache, compute_divisor, safe_divisor, with_eps
-from dora_kernels.reference import accumulation_dtype, autocast_enabled, cast
-from dora_kernels.rounding import is_coarse, stochastic
+from dora_kernels.core import validation
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.scale import safe_divisor
+from dora_kernels.engine.layer import merged_weight, norm_now, run_layer
+from dora_kernels.engine.norm_cache import Norm
+from dora_kernels.rounding import is_coarse
 
 
 def dora_linear(
@@ -47,7 +45,7 @@ def dora_linear(
         detach_norm: treat the norm as a constant in the backward (section 4.3 of the paper; PEFT).
         weight_norm: the norm, if it is at hand: equal to what `dora_weight_norm` returns. Gets no gradient.
         eps: added to the norm, ``g = magnitude / (norm + eps)`` (1e-8 in several tutorials; PEFT has none).
-        backend: "auto", "reference", "torch" or "triton". A backend asked for by name never falls back.
+        backend: "auto", "torch" or "triton". A backend asked for by name never falls back.
 
     Returns:
         ``[..., out_features]`` in the compute dtype: autocast's if it is on (and x not float64), else x's.
@@ -61,139 +59,12 @@ def dora_linear(
         ValueError: a shape, device, number, axis or backend name does not fit, or `weight_norm` requires grad.
         UnsupportedError: the backend asked for by name is not available or cannot do this (a `RuntimeError`).
     """
-    validation.check_layer(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, weight_norm, backend)
+    weights = Weights(weight, lora_A, lora_B, magnitude, bias)
+    validation.check_layer(x, weights, scaling, magnitude_axis, weight_norm, backend)
     validation.check_eps(eps)
-    return run_layer(
-        x, weight, lora_A, lora_B, magnitude, bias, float(scaling), magnitude_axis, detach_norm, weight_norm, backend,
-        eps=float(eps),
-    )  # fmt: skip
-
-
-def run_layer(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    magnitude_axis: str,
-    detach_norm: bool,
-    weight_norm: Tensor | None = None,
-    backend: str = "auto",
-    cache: NormCache | None = None,
-    training: bool = True,
-    eps: float = 0.0,
-) -> Tensor:
-    """`dora_linear` without its checks, for layers that made them once; `cache` keeps the norm between calls."""
-    chosen = resolve(backend, (x, weight, lora_A, lora_B, magnitude, bias, weight_norm))
-    dtype = x.dtype
-    if dtype != torch.float64 and autocast_enabled(x.device):  # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if chosen == "reference":
-        return reference.dora_linear(
-            x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm, dtype, eps
-        )
-    divisor = None
-    if magnitude is not None:
-        if weight_norm is not None:
-            divisor = safe_divisor(weight_norm)
-        elif cache is None or torch.compiler.is_compiling():
-            divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen)
-        else:
-            divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen)
-        if eps:
-            divisor = _plus_eps(cast(divisor, accumulation_dtype(x)), eps, cache)
-    return autograd.apply(
-        cast(x, dtype), weight, lora_A, lora_B, magnitude, bias, divisor,
-        scaling, magnitude_axis, detach_norm, chosen, backend != "auto", eps,
-    )  # fmt: skip
-
-
-def run_compose(
-    result: Tensor,
-    h: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    divisor: Callable[[str], Tensor],
-    backend: str = "auto",
-) -> Tensor:
-    """A DoRA layer from another module's ``result = x Wᵀ + bias`` and ``h = x Aᵀ``, in result's dtype.
-
-    An h of a wider dtype is taken unrounded, except under autocast.
-
-    `divisor` gives the `safe_divisor` of the weight norm, on the backend that is chosen.
-    """
-    chosen = resolve(backend, (result, h, lora_B, magnitude, bias))
-    h = cast(h, low_rank_dtype(result, h))
-    if chosen == "reference" or torch.compiler.is_compiling():  # the compiler fuses plain operations
-        return reference.compose(result, h, lora_B, magnitude, divisor("torch"), bias, scaling)
-    return autograd.compose(result, h, lora_B, magnitude, bias, divisor(chosen), scaling, chosen, backend != "auto")
-
-
-def layer_scale(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    magnitude_axis: str,
-    detach_norm: bool,
-    backend: str,
-    cache: NormCache,
-    training: bool,
-    eps: float = 0.0,
-    norm: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_divisor`."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        cache.unheard = True  # autograd runs the backward here and will not say when
-    return magnitude / layer_divisor(
-        weight, lora_A, lora_B, scaling, magnitude_axis, detach_norm, backend, cache, training, norm, eps
-    )
-
-
-def layer_divisor(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    magnitude_axis: str,
-    detach_norm: bool,
-    backend: str,
-    cache: NormCache | None,
-    training: bool,
-    norm: Callable[[], Tensor] | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    """The `safe_divisor` of a layer's norm, or the norm plus eps, differentiable unless `detach_norm`.
-
-    `norm` computes it where it is not the norm of a matrix ``W + s B A`` (`NormCache.divisor`), differentiably.
-    """
-    chosen = resolve(backend, (weight, lora_A, lora_B))
-    compiling = torch.compiler.is_compiling()
-    if norm is None and (chosen == "reference" or (compiling and not detach_norm)):
-        dense = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-        divisor = safe_divisor(dense.detach() if detach_norm else dense)
-    elif norm is not None and not detach_norm and torch.is_grad_enabled():
-        divisor = safe_divisor(norm())
-    else:
-        if compiling or cache is None or chosen == "reference":
-            divisor = compute_divisor(weight, lora_A, lora_B, scaling, magnitude_axis, chosen, norm=norm)
-        else:
-            divisor = cache.divisor(weight, lora_A, lora_B, scaling, magnitude_axis, training, chosen, norm)
-        if not detach_norm:
-            divisor = autograd.norm(
-                weight, lora_A, lora_B, divisor, scaling, magnitude_axis, chosen, backend != "auto"
-            )
-    return _plus_eps(divisor, eps, cache) if eps else divisor
-
-
-def _plus_eps(divisor: Tensor, eps: float, cache: NormCache | None) -> Tensor:
-    """`with_eps`, kept where `divisor` is."""
-    return with_eps(divisor, eps) if cache is None or torch.compiler.is_compiling() else cache.with_eps(divisor, eps)
+    form = Form(float(scaling), magnitude_axis, bool(detach_norm), float(eps))
+    norm = None if weight_norm is None else Norm(safe_divisor(weight_norm, form.eps))
+    return run_layer(x, weights, form, backend=backend, norm=norm)
 
 
 def dora_weight_norm(
@@ -215,11 +86,9 @@ def dora_weight_norm(
         TypeError, ValueError, UnsupportedError: as `dora_linear`.
     """
     validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
-    chosen = resolve(backend, (weight, lora_A, lora_B))
+    weights = Weights(weight, lora_A, lora_B)
     with torch.no_grad():
-        if chosen == "reference":
-            return reference.weight_norm(weight, lora_A, lora_B, float(scaling), magnitude_axis)
-        return ops.weight_norm(weight, lora_A, lora_B, float(scaling), magnitude_axis, chosen)
+        return norm_now(weights, Form(float(scaling), magnitude_axis), backend)
 
 
 def merge_dora(
@@ -260,16 +129,12 @@ def merge_dora(
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")
     validation.check_eps(eps)
     validation.check_rounding(rounding, seed)
-    eps = float(eps)
     drawn = seed if rounding == "stochastic" and is_coarse(weight.dtype) else None
-    chosen = resolve(backend, (weight, lora_A, lora_B, magnitude))
     with torch.no_grad():
         if eps and magnitude is not None:
             norm = dora_weight_norm(
                 weight, lora_A, lora_B, scaling=scaling, magnitude_axis=magnitude_axis, backend=backend
             )
-            magnitude = magnitude * (norm / (norm + eps))
-        if chosen == "reference":
-            merged = reference.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis)
-            return merged.to(weight.dtype) if drawn is None else stochastic(merged, weight.dtype, drawn)
-        return ops.merge(weight, lora_A, lora_B, magnitude, float(scaling), magnitude_axis, chosen, drawn)
+            magnitude = magnitude * (norm / (norm + float(eps)))
+        weights = Weights(weight, lora_A, lora_B, magnitude)
+        return merged_weight(weights, Form(float(scaling), magnitude_axis), backend, drawn)

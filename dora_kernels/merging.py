@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files, validation
+from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
 from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.core import validation
 from dora_kernels.replacing import leftovers, replacing_folder
 from dora_kernels.rounding import seed_for
 from dora_kernels.shown import shown

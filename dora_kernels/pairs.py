@@ -41,8 +41,8 @@ def read(
     *,
     scaled: bool = False,
     wanted: Callable[[str], object] = lambda key: True,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors whose keys are `wanted`, and what the configuration says; empty without one.
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """The tensors whose keys are `wanted`, their file's metadata, and what the configuration says; empty without one.
 
     Args:
         weights, config_file: the two files.
@@ -62,7 +62,7 @@ def read(
         if not time_left:
             raise _mixture(weights, config_file, different)
         time.sleep(_SECONDS)
-    return tensors, config
+    return tensors, metadata, config
 
 
 def _different(metadata: Mapping[str, str], config: Mapping[str, Any], scaled: bool) -> list[str]:

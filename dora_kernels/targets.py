@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_kernels import validation
+from dora_kernels.core import validation
 from dora_kernels.modules import (
     AdaptedLayer,
     DoRAConv1d,
@@ -22,6 +22,7 @@ from dora_kernels.modules import (
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.patterns import compiled
+from dora_kernels.weight_readers import WeightReaders
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,
@@ -97,6 +98,7 @@ def chosen(
     targets = [] if everything else _pattern(target_modules, "target_modules")
     excluded = [] if exclude_modules is None else _pattern(exclude_modules, "exclude_modules")
     skipped = _no_linear_layers(model, places) if everything else set()
+    readers = WeightReaders()
     found, dropped = {}, 0
     for module, names in places.items():
         if module in skipped:
@@ -111,7 +113,7 @@ def chosen(
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
         _check_bare(model, module, name)
-        problem = _problem(model, module, name, use_dora)
+        problem = _problem(model, module, name, use_dora, readers)
         if problem is None:
             check_loaded(module, name)
         elif everything:
@@ -124,7 +126,24 @@ def chosen(
         raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
     known = [name for names in places.values() for name in names if name]
     missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
-    return found, [f"all-linear leaves out {reasons}"] * bool(left_out) + missed
+    stacks = _stacks(model) if everything else []
+    left = [f"all-linear leaves out {reasons}"] * bool(left_out)
+    if stacks:
+        more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
+        what = "parameters of three dimensions, as experts in one tensor, are no layers' weights"
+        left.append(f"all-linear leaves out {', '.join(stacks[:3])}{more}: {what}")
+    return found, left + missed
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Parameters that are several matrices, as many linear layers in one, with their shapes; not of torch's layers."""
+    return [
+        f"{name}.{key} {list(parameter.shape)}" if name else f"{key} {list(parameter.shape)}"
+        for name, module in named_modules(model)
+        if not type(module).__module__.startswith("torch.") and not isinstance(module, AdaptedLayer)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
+    ]
 
 
 def _nothing(
@@ -206,10 +225,10 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
             raise type(error)(f"{name}: {error}") from error
 
 
-def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> None:
+def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:
     """Whether the layer may be replaced, and has values that an adapter can start from."""
     _check_bare(model, module, name)
-    problem = _problem(model, module, name, use_dora)
+    problem = _problem(model, module, name, use_dora, readers)
     if problem is not None:
         raise type(problem)(f"{name}: {problem}")
     check_loaded(module, name)
@@ -229,9 +248,12 @@ def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
         raise ValueError(f"{name}: the layer is adapted already, by PEFT; dora_kernels.patch_peft is for its adapters")
 
 
-def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> Exception | None:
+def _problem(
+    model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders
+) -> Exception | None:
     """Why a layer without adapter cannot have one, without its name."""
-    parent, kind = _parents(model, name)[0], f"{type(module).__module__}.{type(module).__name__}"
+    parents = _parents(model, name)
+    parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
     if held is not module:
         return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before")
@@ -257,8 +279,9 @@ def _problem(model: nn.Module, module: nn.Module, name: str, use_dora: bool) -> 
         return TypeError(f"expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
     if _hooked(module):
         return ValueError("the layer has hooks or a replaced forward, which would not run any more")
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return TypeError("nn.TransformerEncoderLayer reads the weight itself in evaluation")
+    if (reader := readers.of(parents, name)) is not None:
+        kernels = f"{type(reader).__name__} reads the weight itself in some of its kernels"
+        return TypeError(f"{kernels}, where no adapter would run")
     return None
 
 

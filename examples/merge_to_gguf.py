@@ -19,12 +19,9 @@ import numpy
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.demo.children import ask
-from bench.demo.data import make_corpus, read_text
-from bench.demo.model import adapt, load, load_tokenizer, patch, prepare
-from bench.demo.settings import Settings
-from bench.demo.train import make_run, train_step
-from dora_kernels import merge_dora
+from bench.timing import peak_bytes
+from bench.training import Corpus, Training, adapt, device, load, load_tokenizer, make_corpus, prepare, read_text
+from dora_kernels import merge_dora, patch_peft
 from dora_kernels.adapters import Adapter, load_adapter
 from dora_kernels.gguf import as_lora, export_adapter, export_model
 
@@ -44,11 +41,19 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def memory(source: str, settings: Settings) -> None:
-    """Peaks of three training steps above the loaded model, each in a process of its own."""
-    request = {"source": source, "rank": settings.rank, "lr": settings.lr, "tokens": LENGTH, "seconds": 300}
+def memory(base: Any, corpus: Corpus, rank: int) -> None:
+    """Peaks of three training steps above the loaded model."""
+
+    def train(kind: str) -> None:
+        model = adapt(base, rank, dora=kind != "lora")
+        if kind == "patched":
+            patch_peft(model)
+        run = Training(model)
+        for batch in corpus.batches(LENGTH, 3):
+            run.step(batch)
+
     for kind, label in (("lora", "LoRA"), ("stock", "DoRA as PEFT has it"), ("patched", "DoRA, patched")):
-        peak = ask("memory", json.dumps({**request, "kind": kind}), seconds=600)["peak_bytes"]
+        peak = peak_bytes(device(), lambda kind=kind: train(kind))
         print(f"training, {label}: {peak / MB:.0f} MB above the loaded model")
 
 
@@ -89,19 +94,19 @@ def compare(label: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
 def main() -> None:
     chosen = options()
     out: Path = chosen.out
-    settings = Settings(model=chosen.model, out=out, rank=chosen.rank)
-    source = prepare(settings)
+    source = prepare(out, chosen.model)
     tokenizer = load_tokenizer(source)
-    corpus = make_corpus(*read_text(None), tokenizer, LENGTH)
-    windows = corpus.windows(LENGTH, 2)
+    corpus = make_corpus(*read_text(), tokenizer, LENGTH)
+    windows = [window["input_ids"] for window in corpus.windows(LENGTH, 2)]
+    base = load(source)
     if not chosen.no_memory:
-        memory(source, settings)
+        memory(base, corpus, chosen.rank)
 
-    model = adapt(load(source), "patched", settings)
-    patch(model)
-    run = make_run("patched", model, settings)
-    for step, batch in enumerate(corpus.batches(LENGTH, chosen.steps, seed=0)):
-        train_step(run, batch, step)
+    model = adapt(base, chosen.rank)
+    patch_peft(model)
+    run = Training(model)
+    for step, batch in enumerate(corpus.batches(LENGTH, chosen.steps)):
+        run.step(batch, step)
     print(f"trained for {chosen.steps} steps: loss {run.losses[0]:.3f}, then {run.losses[-1]:.3f}")
     model.eval().save_pretrained(out / "adapter")
     unmerged = logits(model, windows)

@@ -8,8 +8,8 @@ from helpers import FACTORED, KEPT, LANES, Lane, norm_lane
 from torch import nn
 
 from dora_kernels import dora_linear
+from dora_kernels.engine.norm_cache import NormCache
 from dora_kernels.functional import run_layer
-from dora_kernels.norm_cache import NormCache
 
 IN, OUT, RANK = 24, 20, 3
 

@@ -23,7 +23,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 from helpers import LANES, Lane, usable
 
-from dora_kernels import backends
+from dora_kernels.engine import dispatch
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -64,7 +64,7 @@ def one_thread_per_worker():
 def fresh_state(monkeypatch: pytest.MonkeyPatch):
     """The same random numbers for each test, and no warning held back because an earlier test met it."""
     torch.manual_seed(0)
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
 
 
 @pytest.fixture

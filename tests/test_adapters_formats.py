@@ -15,7 +15,7 @@ pytest.importorskip("safetensors")
 
 LINEAR = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down", "lm_head"]
 CONV = ["layers.0.conv_in", "layers.1.conv"]
-EVERY = {"peft", "lycoris", "kohya", "torchtune", "nvidia", "qdora", "mlx"}
+EVERY = {"peft", "diffusers", "lycoris", "kohya", "torchtune", "nvidia", "qdora", "mlx"}
 
 # what is adapted, how, and which formats can hold it
 CONTENTS = {
@@ -26,13 +26,13 @@ CONTENTS = {
     "linear, bfloat16": (LINEAR, {"dtype": torch.bfloat16}, EVERY),
     "linear, eps 1e-8": (LINEAR, {"eps": 1e-8}, EVERY),
     "linear, eps 1e-3": (LINEAR, {"eps": 1e-3}, set()),
-    "convolutions, out": (CONV, {}, {"peft", "lycoris", "kohya"}),
+    "convolutions, out": (CONV, {}, {"peft", "diffusers", "lycoris", "kohya"}),
     "convolutions, in": (CONV, {"axis": "in"}, {"lycoris", "kohya"}),
     "embedding, out": (["embed_tokens"], {}, {"peft"}),
     "embedding, in": (["embed_tokens"], {"axis": "in"}, {"mlx"}),
     "embedding, plain": (["embed_tokens"], {"plain": True}, {"peft", "mlx"}),
     "groups, out": (["layers.0.grouped"], {"rank": 4}, set()),
-    "groups, plain": (["layers.0.grouped"], {"rank": 4, "plain": True}, {"peft"}),
+    "groups, plain": (["layers.0.grouped"], {"rank": 4, "plain": True}, {"peft", "diffusers"}),
 }
 
 
@@ -86,7 +86,8 @@ def test_format_by_name_and_file_by_name(model, format, tmp_path):
     save_adapter(adapter, tmp_path, format=format)
     file = tmp_path / FORMATS[format].weights
     assert_same_function(model, read_adapter(file, model, format=format), adapter, 8 * EPS32)
-    for other in EVERY - {format} - ({"lycoris", "kohya"} if format in ("lycoris", "kohya") else set()):
+    alike = {"diffusers", "lycoris", "kohya"}
+    for other in EVERY - {format} - (alike if format in alike else set()):
         with pytest.raises(ValueError, match=f"format='{other}' was asked for, its keys are those of '{format}'"):
             read_adapter(file, model, format=other)
 

@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.commands.static import resources
-from bench.static import launches
-from bench.static.resources import TARGETS, Compiled, problems
-from bench.static.traffic import FORMULAS
+from aot import launches
+from aot.command import resources
+from aot.resources import TARGETS, Compiled, problems
+from aot.traffic import FORMULAS
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from helpers import NAMES, bf16, check, f32, f64, gradients, leaves_of, make_pro
 from torch.utils.checkpoint import checkpoint
 
 from dora_kernels import DoRALinear, dora_linear, ops
-from dora_kernels.backends import UnsupportedError
+from dora_kernels.engine.dispatch import UnsupportedError
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])

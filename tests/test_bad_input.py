@@ -10,7 +10,7 @@ import torch
 from helpers import make_problem
 
 from dora_kernels import backends, dora_linear, dora_weight_norm, merge_dora
-from dora_kernels.backends import UnsupportedError
+from dora_kernels.engine.dispatch import UnsupportedError
 
 # A layer of 5 input and 4 output features, rank 2.
 WEIGHT = dict(weight=torch.randn(4, 5), lora_A=torch.randn(2, 5), lora_B=torch.randn(4, 2))

@@ -11,8 +11,7 @@ import torch
 
 from bench import compare
 from bench.__main__ import main
-from bench.commands import compare as command
-from bench.compare import Change, Comparison, Worker, regressions, trimmed
+from bench.compare import Change, Comparison, Worker, trimmed
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -46,7 +45,7 @@ def test_verdicts():
     assert change([1.0] * 15, (1 << 20, 2 << 20)).verdict == "more memory"
     assert change([1.0] * 15, (100, 200)).verdict == "", "a few bytes"
     slow, fast = change([2.0] * 15), change([0.5] * 15)
-    assert regressions([slow, fast]) == [slow]
+    assert Comparison([slow, fast]).regressions == [slow]
 
 
 def test_a_pair_is_compared_with_its_neighbour():
@@ -121,13 +120,28 @@ def test_a_worker_measures_the_package_it_was_given(tmp_path):
         Worker(tmp_path, OPTIONS)
 
 
+def test_both_revisions_have_the_working_trees_judge(tmp_path):
+    """A revision from before `dora_kernels.testing`, whose own dense formula is not asked."""
+    shutil.copytree(ROOT / "dora_kernels", tmp_path / "dora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "dora_kernels" / "testing.py").unlink()
+    reference = tmp_path / "dora_kernels" / "reference.py"
+    assert reference.read_text().count("weight.to(dtype) + scaling * ") == 1
+    wrong = reference.read_text().replace("weight.to(dtype) + scaling * ", "weight.to(dtype) + 2 * scaling * ")
+    reference.write_text(wrong)
+    with Worker(tmp_path, OPTIONS, old=True) as old:
+        assert old.cases == ["host: 16x16, rank 2, 2 tokens, fp32"]
+        answer = old.ask(do="prepare", index=0)
+        assert answer["failures"] == [] and len(answer["works"]) == 2
+        assert old.ask(do="finish") == []
+
+
 BAD = {
     "revision": (["no-such-revision"], "there is no revision 'no-such-revision'"),
     "option": (["--help-me"], "the following arguments are required: REF"),
     "an option for a revision": (["--", "--all"], "there is no revision '--all'"),
-    "suite": (["HEAD", "--suite", "model"], "there is no suite 'model'"),
-    "provider": (["HEAD", "--providers", "nobody"], "there is no provider 'nobody'"),
-    "rounds": (["HEAD", "--rounds", "7"], "--rounds 7: expected at least 8"),
+    "suite": (["HEAD", "--suite", "model"], "--suite: invalid choice: 'model'"),
+    "provider": (["HEAD", "--providers", "nobody"], "--providers: invalid choice: 'nobody'"),
+    "rounds": (["HEAD", "--rounds", "7"], "--rounds: expected a whole number of at least 8, got '7'"),
     "device": (["HEAD", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
 }
 
@@ -141,11 +155,12 @@ def test_bad_input(capsys, arguments, message):
 
 
 def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
-    def extract(commit, folder):
+    def extract(revision, folder):
         (folder / "dora_kernels").mkdir()
         (folder / "dora_kernels" / "__init__.py").write_text("raise ImportError('too old')")
+        return "0" * 40
 
-    monkeypatch.setattr(command, "_extract", extract)
+    monkeypatch.setattr(compare, "extract", extract)
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "HEAD", "--device", "cpu"])
     said = capsys.readouterr().err
@@ -155,7 +170,7 @@ def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")
 def test_a_revision_beside_itself(capsys):
     status = main([
-        "compare", "HEAD", "--suite", "host", "--hidden", "16", "--rank", "2", "--providers", "ours-torch",
+        "compare", "HEAD", "--suite", "host", "--hidden", "16", "--rank", "2", "--providers", "ours_torch",
         "--rounds", "8", "--device", "cpu",
     ])  # fmt: skip
     said = capsys.readouterr().out
@@ -168,6 +183,6 @@ def test_a_revision_beside_itself(capsys):
 def test_nothing_that_could_be_compared(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        main(["compare", "HEAD", "--suite", "host", "--providers", "ours-triton", "--rounds", "8", "--device", "cpu"])
+        main(["compare", "HEAD", "--suite", "host", "--providers", "ours_triton", "--rounds", "8", "--device", "cpu"])
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and said[-1].endswith("HEAD: none of ours_triton could be measured in both")

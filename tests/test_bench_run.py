@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 
 import pytest
 import torch
 
-from bench import layers, record, show, suites, timing
+from bench import layers, providers, record, show, suites, timing
 from bench.__main__ import main
-from bench.layers import KINDS, PROVIDERS, LayerCase, least_of
-from bench.problem import LayerShape, adapter_gradients, beyond, errors, limits, make_problem, oracle, plain
+from bench.layers import KINDS, PROVIDERS
+from bench.problem import LayerShape, adapter_gradients
 from bench.providers import Subject
 from bench.run import Options, Run
 from bench.suites import fidelity
+from bench.suites import layer as layer_suite
+from bench.suites.layer import LayerCase, judged, least_of
 from bench.timing import Candidate
-from dora_kernels import reference
+from dora_kernels.testing import DTYPES, beyond, errors, make_problem, weight_norm
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
@@ -39,7 +40,7 @@ def plain_memory(monkeypatch):
 @pytest.mark.parametrize("provider", EAGER)
 def test_every_provider_computes_the_same_layer(provider, dtypes):
     """Output and gradients within the limits; those of LyCORIS and the tutorial include the norm's own."""
-    case = LayerCase("layer", dataclasses.replace(SHAPE, dtypes=dtypes), ("forward and backward",))
+    case = LayerCase(dataclasses.replace(SHAPE, dtypes=dtypes), "layer", ("forward and backward",))
     subject = case.subject(provider)
     assert not beyond(subject.errors, subject.limits)
     assert all(call() is not None for call in subject.parts["forward and backward"])
@@ -48,39 +49,11 @@ def test_every_provider_computes_the_same_layer(provider, dtypes):
 @pytest.mark.parametrize("provider", EAGER)
 @pytest.mark.parametrize("part", ["step", "step of 4"])
 def test_a_step_changes_the_adapter(provider, part):
-    case = LayerCase("layer", SHAPE, (part,))
+    case = LayerCase(SHAPE, "layer", (part,))
     layer = layers.make_layer(provider, case.problems[0], SHAPE)
     before = [t.clone() for t in layer.leaves[1:]]
     layers.PARTS[part][0](layer)
     assert all(not torch.equal(was, now) for was, now in zip(before, layer.leaves[1:]))
-
-
-def test_a_wrong_layer_is_beyond_its_limits():
-    problem = make_problem(SHAPE, 0)
-    wanted = oracle(problem, "dora")
-    allowed = limits(plain(problem, "dora"), wanted)
-    off = {name: value * (1 + 1e-5) for name, value in wanted.items()}
-    assert len(beyond(errors(off, wanted), allowed)) == 2 * len(wanted), "all of each, and its worst row"
-    assert beyond({"y": math.nan}, {"y": 1.0}) and not beyond({"y": 1.0}, {})
-    assert not limits({"y": torch.tensor([math.inf])}, {"y": torch.ones(1)}), "no judge, no limit"
-    attached = oracle(problem, "dora_attached")
-    assert beyond(errors(attached, wanted), allowed), "the norm's gradient is told from none"
-
-
-def test_one_wrong_row_of_many_is_beyond_its_limit():
-    wanted = {"y": torch.randn(4096, 8, dtype=torch.float64)}
-    allowed = limits({"y": wanted["y"] * (1 + 1e-2)}, wanted)
-    tail = wanted["y"].clone()
-    tail[-1] = 0.0
-    (wrong,) = beyond(errors({"y": tail}, wanted), allowed)
-    assert wrong.startswith("y, worst row off by")
-    layers_of_a_model = {"lora_A": [torch.ones(3), torch.ones(2, 2)]}
-    off = {"lora_A": [torch.ones(3), torch.tensor([[1.0, 1.0], [2.0, 1.0]])]}
-    assert errors(off, layers_of_a_model) == {
-        "lora_A": pytest.approx(0.5), "lora_A, worst row": pytest.approx(0.5**0.5)
-    }  # fmt: skip
-    off["lora_A"][0] = torch.full((3,), math.nan)
-    assert math.isnan(errors(off, layers_of_a_model)["lora_A"])
 
 
 def test_a_wrong_provider_fails_the_run_and_shows(monkeypatch, tmp_path):
@@ -93,7 +66,7 @@ def test_a_wrong_provider_fails_the_run_and_shows(monkeypatch, tmp_path):
             layer.forward = lambda x: right(x) * 1.001
         return layer
 
-    monkeypatch.setattr(layers, "make_layer", off)
+    monkeypatch.setattr(layer_suite, "make_layer", off)
     run = Run(options("decode", providers=["peft_lora", "ours"], out=tmp_path / "a.json"))
     run.all()
     (failure,) = run.record["failures"]
@@ -109,7 +82,7 @@ def test_a_norm_that_steps_made_stale_fails_the_run(monkeypatch):
     def stale(provider, problem, shape):
         layer = made(provider, problem, shape)
         if provider == "ours_torch":
-            norm = reference.weight_norm(problem.weight, problem.lora_A, problem.lora_B, problem.scaling, "out")
+            norm = weight_norm(problem.weight, problem.lora_A, problem.lora_B, problem.scaling, "out")
 
             def forward(x):
                 _, a, b, m = layer.leaves
@@ -118,7 +91,7 @@ def test_a_norm_that_steps_made_stale_fails_the_run(monkeypatch):
             layer.forward = forward
         return layer
 
-    monkeypatch.setattr(layers, "make_layer", stale)
+    monkeypatch.setattr(layer_suite, "make_layer", stale)
     run = Run(options("layer", providers=["peft_dora", "ours_torch"]))
     run.all()
     (failure,) = run.record["failures"]
@@ -130,14 +103,15 @@ def test_memory_is_that_of_a_later_call():
     """The first of all makes what stays: a step's moments, and the norm of factors that nobody has moved yet."""
     calls = []
 
-    class Case:
+    class Memory(providers.Case):
         suite, label, dtypes, facts, providers = "memory", "a case", "fp32", {"dtypes": "fp32"}, ("ours",)
+        timed = False
 
         def subject(self, provider):
             return Subject(provider, {"step": [lambda: calls.append(torch.ones(100))]})
 
     run = Run(options("memory"))
-    run.measure(Case(), timed=False)
+    run.measure(Memory())
     assert len(calls) == 2 and run.record["rows"][0]["peak_bytes"] == 400
 
 
@@ -236,12 +210,12 @@ def test_nothing_measured_is_a_failure():
 
 
 def test_the_model_suite_is_missing_without_weights(monkeypatch):
-    from bench.demo import model
+    from bench import training
 
-    def absent():
-        raise model.DemoError("no weights")
+    def absent(*_):
+        raise providers.Missing("no weights")
 
-    monkeypatch.setattr(model, "builtin_gguf", absent)
+    monkeypatch.setattr(training, "packaged_file", absent)
     run = Run(options("model", folder=__import__("pathlib").Path("/nonexistent")))
     run.all()
     (failure,) = run.record["failures"]
@@ -252,11 +226,11 @@ def test_an_interrupted_run_says_so(monkeypatch, tmp_path):
     """What has been measured is kept, and what is missing is no success."""
     run = Run(options("norm", "decode", providers=["ours", "peft_dora"], out=tmp_path / "a.json"))
 
-    def interrupted(case, **_):
+    def interrupted(case):
         raise KeyboardInterrupt
 
     measure = {"norm": run.measure, "decode": interrupted}
-    monkeypatch.setattr(run, "measure", lambda case, **more: measure[case.suite](case, **more))
+    monkeypatch.setattr(run, "measure", lambda case: measure[case.suite](case))
     run.all()
     kept = record.read(tmp_path / "a.json")
     assert {row["suite"] for row in kept["rows"]} == {"norm"}
@@ -276,9 +250,7 @@ def test_ours_is_as_near_as_peft_in_every_condition():
     run.all()
     assert not run.record["failures"]
     conditions = {row["condition"] for row in run.record["rows"]}
-    assert conditions == {*fidelity.CONDITIONS, "fresh"}
-    fresh = {(row["provider"], row["dtypes"]): row["errors"]["g"] for row in run.record["rows"] if "g" in row["errors"]}
-    assert fresh["ours", "bf16+fp32"] < fidelity.FRESH_LIMIT < 1e-4 < fresh["peft_dora", "bf16+fp32"]
+    assert conditions == set(fidelity.CONDITIONS)
 
 
 def test_least_bytes_and_flops():
@@ -314,25 +286,72 @@ def test_gaps_between_seeds_and_between_implementations():
     }  # fmt: skip
 
 
-def test_kinds_have_oracles():
-    problem = make_problem(SHAPE, 0)
-    for kind in {*KINDS.values(), "dora"}:
-        assert all(value.dtype == torch.float64 for value in oracle(problem, kind).values())
+def test_kinds_are_told_apart():
+    """What is right for one kind of layer is beyond the limits of the others."""
+    kinds = [*dict.fromkeys(KINDS.values()), "dora"]
+    wanted = {kind: judged(make_problem(), kind) for kind in kinds}
+    for kind, (exact, allowed) in wanted.items():
+        assert all(value.dtype == torch.float64 for value in exact.values())
+        assert set(allowed) == set(errors(exact, exact))
+        for other, (results, _) in wanted.items():
+            same = {name: results.get(name, torch.zeros_like(value)) for name, value in exact.items()}
+            assert bool(beyond(errors(same, exact), allowed)) == (kind != other), (kind, other)
+
+
+def test_names_of_dtypes_are_those_of_the_cases():
+    assert {name.replace("/", "+") for name in providers.DTYPES} <= set(DTYPES)
+
+
+class Frozen:
+    """Stands in for `dora_kernels.frozen_norms`: the layer's norm at that time, whatever happens to A and B."""
+
+    def __init__(self, layer):
+        self.layer, self.entered = layer, False
+
+    def __enter__(self):
+        self.entered = True
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_frozen_norms_take_part_in_inference_alone(monkeypatch):
+    run = Run(options("host", providers=["peft_dora", "ours_frozen"]))
+    monkeypatch.setattr(layers.dora_kernels, "frozen_norms", None, raising=False)
+    run.all()
+    assert "frozen_norms" in run.record["missing"]["ours_frozen"]
+    made = []
+    monkeypatch.setattr(layers.dora_kernels, "frozen_norms", lambda layer: made.append(Frozen(layer)) or made[-1])
+    run = Run(options("host", providers=["peft_dora", "ours_frozen"]))
+    run.all()
+    assert not run.record["failures"] and made[0].entered and not made[0].layer.training
+    parts = {(row["part"], row["provider"]) for row in run.record["rows"]}
+    assert ("inference", "ours_frozen") in parts and ("forward and backward", "ours_frozen") not in parts
+    row = next(row for row in run.record["rows"] if row["provider"] == "ours_frozen")
+    assert set(row["errors"]) == set(row["limits"]) == {"inference"} and row["ratios"]["peft_dora"] > 0
+
+
+def test_the_compiled_providers_take_part_in_the_layer_suites():
+    for suite in ("layer", "decode", "memory", "host"):
+        (case,) = Run(options(suite)).cases()
+        assert {"peft_lora_compiled", "peft_dora_compiled", "ours_compiled"} <= set(case.providers)
+        assert ("ours_frozen" in case.providers) == (suite in ("decode", "host"))
 
 
 BAD = {
-    "suite": (["--suite", "kernels"], "there is no suite 'kernels', only norm, "),
-    "provider": (["--providers", "ours,nobody"], "there is no provider 'nobody'"),
-    "dtype": (["--dtype", "int8"], "there is no dtype 'int8'"),
+    "suite": (["--suite", "kernels"], "--suite: invalid choice: 'kernels'"),
+    "provider": (["--providers", "ours", "nobody"], "--providers: invalid choice: 'nobody'"),
+    "dtype": (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     "device": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
-    "rank": (["--rank", "0"], "expected whole numbers of at least 1, got '0'"),
-    "tokens": (["--tokens", "many"], "expected whole numbers of at least 1, got 'many'"),
+    "rank": (["--rank", "0"], "expected a whole number of at least 1, got '0'"),
+    "tokens": (["--tokens", "many"], "expected a whole number of at least 1, got 'many'"),
     "limit": (["--limit-s", "nan"], "expected a positive number, got 'nan'"),
     "block": (["--block", "4x4"], "expected four sizes"),
     "out": (["--out", "results.txt"], "expected a name that ends in .json"),
     "folder": (["--out", "nowhere/a.json"], "there is no folder nowhere"),
     "html": (["--html", "a.htm"], "expected a name that ends in .html"),
-    "no name": (["--suite", ","], "expected a name, got ','"),
+    "seeds": (["--seeds", "-1"], "expected a whole number of at least 0, got '-1'"),
     "heads": (["--block", "100x200x3x2"], "expected an even width for each head"),
     "option": (["--fast"], "unrecognized arguments: --fast"),
 }
@@ -363,7 +382,7 @@ def test_no_command(capsys):
 
 
 def test_earlier_results_are_never_overwritten(capsys, tmp_path):
-    for name, words in {"a.json": "--out a.json", "a.html": "--html a.html", "b.csv": "--out b.json"}.items():
+    for name, words in {"a.json": "--out a.json", "a.html": "--html a.html"}.items():
         option, given = words.split()
         path = tmp_path / name
         path.write_text("earlier")
@@ -375,7 +394,7 @@ def test_earlier_results_are_never_overwritten(capsys, tmp_path):
 
 def test_a_run_from_the_command_line(capsys, tmp_path):
     out, page = tmp_path / "a.json", tmp_path / "a.html"
-    words = "run --suite decode norm --hidden 32 --tokens 2 --rank 2,4 --providers peft-lora,ours peft_dora --rounds 3"
+    words = "run --suite decode norm --hidden 32 --tokens 2 --rank 2 4 --providers peft_lora ours peft_dora --rounds 3"
     assert main([*words.split(), "--device", "cpu", "--out", str(out), "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "decode: inference, 32x32, rank 4, 2 tokens, fp32" in said and str(out) in said and "nothing failed" in said
@@ -388,5 +407,6 @@ def test_a_run_from_the_command_line(capsys, tmp_path):
 
 
 def test_every_suite_has_its_module():
-    assert all(suites.load(name).__doc__ and suites.load(name).stages for name in suites.SUITES)
+    modules = [suites.load(name) for name in suites.SUITES]
+    assert all(module.__doc__ and hasattr(module, "cases") != hasattr(module, "stages") for module in modules)
     assert set(suites.DEFAULT) <= set(suites.SUITES)

@@ -23,9 +23,9 @@ from helpers import (
 )
 
 from dora_kernels import linear
-from dora_kernels.backends import UnsupportedError
+from dora_kernels.engine.dispatch import UnsupportedError
+from dora_kernels.engine.norm_cache import compute_divisor
 from dora_kernels.functional import run_compose
-from dora_kernels.norm_cache import compute_divisor
 
 DTYPES = [(f32, f32, f32), (bf16, bf16, bf16), (bf16, bf16, f32), (f16, f16, f32), (f64, f64, f64)]
 

@@ -7,7 +7,7 @@ import torch
 from helpers import bf16, f32, f64
 
 from dora_kernels import content
-from dora_kernels.content import Record, Sample, digest, sample
+from dora_kernels.engine.fingerprints import Record, Sample, digest, sample
 
 SMALL, MEDIUM, LARGE = (8, 24), (16, 4096), (160, 4096)
 DTYPES = pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)

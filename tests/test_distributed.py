@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_kernels import patch_peft, torch_backend
-from dora_kernels.norm_cache import set_norm_reuse
+from dora_kernels.engine.norm_cache import set_norm_reuse
 
 pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"

@@ -61,10 +61,12 @@ TEXTS = [
 
 def test_a_real_tokenizer_gives_the_same_ids(tmp_path):
     pytest.importorskip("sentencepiece")
-    weights = pytest.importorskip("bench.demo.model")
+    pytest.importorskip("peft")
+    from bench import training
+
     try:
-        source = weights.builtin_gguf()
-    except weights.DemoError as error:
+        source = training.packaged_file(training.WEIGHTS_PACKAGE, ".gguf")
+    except training.Missing as error:
         pytest.skip(str(error))
     wanted = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = random_model()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_kernels import dora_linear, dora_weight_norm, linear
-from dora_kernels.backends import UnsupportedError
+from dora_kernels.engine.dispatch import UnsupportedError
 
 # (x, base layer, adapter). The third is PEFT's default: float32 adapters on a bfloat16 base.
 DTYPES = [

@@ -34,9 +34,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dora_kernels
-from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, linear, reference, torch_backend
+from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, linear, testing, torch_backend
+from dora_kernels.engine.norm_cache import compute_divisor
 from dora_kernels.functional import run_compose
-from dora_kernels.norm_cache import compute_divisor
 
 LUCK = 1.25
 SUMS = 4 * torch.finfo(f32).eps
@@ -98,8 +98,8 @@ def run(module, parameters, problem):
 
 def peft_operations(x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, **_):
     """What PEFT's layer does, for both axes: x cast to the adapter's dtype, the base product in its own."""
-    norm = reference.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
-    g = reference.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
+    norm = testing.weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+    g = testing.magnitude_scale(magnitude, norm.detach() if detach_norm else norm)
     wide = x.to(lora_A.dtype)
     if magnitude_axis == "in":
         wide = wide * g

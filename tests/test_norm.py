@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dora_kernels import dora_weight_norm, reference
+from dora_kernels import dora_weight_norm, testing
 
 # (base, lora_A, lora_B)
 DTYPES = [
@@ -58,7 +58,7 @@ def worst(norm, exact):
 
 
 def exact_norm(tensors, scaling, magnitude_axis):
-    return reference.weight_norm(*(t.to(f64) for t in tensors), scaling, magnitude_axis)
+    return testing.weight_norm(*(t.to(f64) for t in tensors), scaling, magnitude_axis)
 
 
 def terms_norm(tensors, scaling, magnitude_axis):
@@ -146,7 +146,7 @@ def test_duplicate_rows_of_a(lane, dtypes, magnitude_axis):
     lora_B[:, 4:] = -lora_B[:, :4]
     tensors = weight, lora_A * 30, lora_B * 30
     exact = exact_norm(tensors, 0.7, magnitude_axis)
-    direct = worst(reference.weight_norm(*tensors, 0.7, magnitude_axis), exact)
+    direct = worst(testing.weight_norm(*tensors, 0.7, magnitude_axis), exact)
     check_norm(lane, tensors, magnitude_axis=magnitude_axis, bound=max(norm_bound(*tensors), 2 * direct))
 
 
@@ -271,7 +271,7 @@ def test_no_temporary_of_the_weights_size_in_training(dtypes, magnitude_axis, de
 def test_the_measure_of_temporaries_sees_one():
     weight, lora_A, lora_B = torch.randn(64, 48), torch.randn(2, 48), torch.randn(64, 2)
     with Largest() as largest:
-        reference.weight_norm(weight, lora_A, lora_B, 1.0, "out")
+        testing.weight_norm(weight, lora_A, lora_B, 1.0, "out")
     assert largest.elements == 64 * 48
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_kernels import content, norm_cache
-from dora_kernels.norm_cache import invalidate, set_norm_reuse
+from dora_kernels.engine.norm_cache import invalidate, set_norm_reuse
 
 
 class ThroughData(torch.optim.Optimizer):

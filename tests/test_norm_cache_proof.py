@@ -13,8 +13,8 @@ from cached_layer import IN, OUT, Layer, compares, counted, lane, layer, x  # no
 from torch import nn
 
 from dora_kernels import content, norm_cache
-from dora_kernels.content import sample
-from dora_kernels.norm_cache import set_norm_reuse
+from dora_kernels.engine.fingerprints import sample
+from dora_kernels.engine.norm_cache import set_norm_reuse
 
 
 def by_hand(*parameters):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import bf16, exact_merge, f16, f32, f64, make_problem, norm_bound
+from survival import survivals
 from torch.library import opcheck
 
-from bench.rounding import survivals
 from dora_kernels import merge_dora, ops, rounding
 
 SIGMAS = 5.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import FACTORED, bf16, f32, norm_lane
 
-from dora_kernels import dora_weight_norm, linear, merge_dora, reference
-from dora_kernels.content import sample
+from dora_kernels import dora_weight_norm, linear, merge_dora, testing
+from dora_kernels.engine.fingerprints import sample
 
 APART = 1 << 30
 N, K, RANK, TOKENS = 3, 20, 3, 3
@@ -105,5 +105,5 @@ def test_the_question_whether_a_norm_has_changed(lane, far):
     kept = primitives(lane).KeptNorm(N, 0.7, weight.device)
     for change in (1.0, 2.0):
         a[-1] *= change
-        norm = reference.weight_norm(weight.double(), a.double(), b.double(), 0.7, "out")
+        norm = testing.weight_norm(weight.double(), a.double(), b.double(), 0.7, "out")
         torch.testing.assert_close(kept.divisor(weight, sample(weight), a, b).double(), norm, rtol=2e-6, atol=0)

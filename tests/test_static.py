@@ -15,14 +15,14 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from aot import PRIMITIVES, account
+from aot.counting import Counts, count, counted
+from aot.launches import Call, compose, factor_grads, kept_norm, merge, scale_reduce, shipped, weight_norm
+from aot.recording import Launch, Made, kernels
+from aot.resources import TARGETS
+from aot.traffic import FORMULAS, LARGE, issued, least
 
 from bench.__main__ import main
-from bench.static import PRIMITIVES, account
-from bench.static.counting import Counts, count, counted
-from bench.static.launches import Call, compose, factor_grads, kept_norm, merge, scale_reduce, shipped, weight_norm
-from bench.static.recording import Launch, Made, kernels
-from bench.static.resources import TARGETS
-from bench.static.traffic import FORMULAS, LARGE, issued, least
 from dora_kernels.kernels import INTERPRETED, config
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is off")
@@ -203,7 +203,7 @@ def test_command_names_what_is_valid(capsys: pytest.CaptureFixture[str], monkeyp
 def test_whole_layers():
     """No more launches, passes or bytes kept than PEFT's LoRA has, but for the base result that is kept."""
     pytest.importorskip("peft")
-    from bench.static import layers
+    from aot import layers
 
     found = {(row.dtypes, row.provider, row.part): row for row in layers.rows()}
     for dtypes in ("bf16", "bf16+fp32"):

@@ -51,7 +51,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt():
     (text,) = warned(lambda: apply_dora(model, rank=2))
     assert list(adapted_layers(model)) == ["first"]
     for part in (
-        "all-linear leaves out encoder.linear1, encoder.linear2: nn.TransformerEncoderLayer reads the weight itself",
+        "all-linear leaves out encoder.linear1, encoder.linear2: TransformerEncoderLayer reads the weight itself",
         "; own, other: expected a plain nn.Linear, ",
         "; packed: expected a plain nn.Linear, ",
         "; lazy: expected a plain nn.Linear, ",
@@ -136,3 +136,37 @@ def test_base_layers_of_other_dtypes(dtype):
         DoRALinear.from_linear(layer, rank=2)
     with pytest.raises(TypeError, match="adapter_dtype: expected float32, .* got torch.int8"):
         DoRALinear(4, 4, rank=2, adapter_dtype=torch.int8)
+
+
+class Experts(nn.Module):
+    """As transformers 5 has them: one tensor for all, which no layer holds."""
+
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.ones(shape)))
+
+
+def test_all_linear_says_which_experts_it_leaves():
+    """Not tokens and positions, which are one matrix, nor convolutions."""
+    model = net(experts=Experts(gate_up_proj=(4, 8, 16), down_proj=(4, 8, 8)), token=Experts(cls=(1, 5, 8)),
+                conv=nn.Conv1d(8, 8, 3))  # fmt: skip
+    assert warned(lambda: apply_dora(model, rank=2)) == [
+        "all-linear leaves out experts.gate_up_proj [4, 8, 16], experts.down_proj [4, 8, 8]: parameters of three "
+        "dimensions, as experts in one tensor, are no layers' weights"
+    ]
+    assert not warned(lambda: apply_dora(net(experts=Experts(up=(4, 8, 16))), ["first"], rank=2))
+    many = net(**{f"experts{i}": Experts(up=(2, 2, 2)) for i in range(5)})
+    (text,) = warned(lambda: apply_dora(many, rank=2))
+    assert "experts2.up [2, 2, 2] and 2 more: " in text
+
+
+def test_experts_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                        num_key_value_heads=1, vocab_size=20, num_local_experts=3)  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+        pytest.skip("a layer for each expert, before transformers 5")
+    (text,) = [each for each in warned(lambda: apply_dora(model, rank=2)) if "three dimensions" in each]
+    assert "layers.0.mlp.experts.gate_up_proj [3, 32, 8]" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,21 +11,10 @@ from typing import Annotated
 import typer
 
 from bench import machine
-from bench.demo.settings import DemoError, Settings
+from bench.demo import LEAST_STEPS
+from bench.providers import Missing
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def prepare_environment(settings: Settings) -> None:
-    """Set what torch and the Hugging Face libraries read when they are imported."""
-    threads = str(min(2, os.cpu_count() or 1))
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
-    machine.wait_passively()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
-    if settings.offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 
 @app.command()
@@ -40,19 +30,42 @@ def demo(
     quick: Annotated[bool, typer.Option(help="128 tokens only, fewer steps and samples")] = False,
 ) -> int:
     """Fine-tune one model three ways side by side and compare speed, memory and numbers."""
-    settings = Settings(model, data, steps, rank, lr, out, quick)
-    prepare_environment(settings)
+    if rank < 1:
+        raise Missing(f"--rank must be at least 1, not {rank}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise Missing(f"--lr must be a positive number, not {lr}")
+    if steps is not None and steps < LEAST_STEPS:
+        raise Missing(f"--steps must be at least {LEAST_STEPS}, not {steps}")
+    if data is not None and not data.is_file():
+        raise Missing(f"--data: there is no file {data}")
+    if model is not None and not Path(model).is_dir() and (not model.strip() or model.startswith((".", "/", "~"))):
+        raise Missing(f"--model: there is no folder {model!r}")
+    if out.exists() and not out.is_dir():
+        raise Missing(f"--out: {out} is a file, not a folder")
+    _prepare_environment(offline=model is None or Path(model).is_dir())
     # Not at the top: torch must find the environment above when it is imported.
-    from bench.demo.run import run
+    from bench.demo.run import Demo
 
-    return run(settings)
+    return Demo(model, data, steps or (LEAST_STEPS if quick else 24), rank, lr, out, quick).run()
+
+
+def _prepare_environment(offline: bool) -> None:
+    """Set what torch and the Hugging Face libraries read when they are imported."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(min(2, os.cpu_count() or 1))
+    machine.wait_passively()
+    machine.quiet_libraries()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 
 def main() -> int:
     """Run the command line; 0 all checks passed, 1 a check failed, 2 bad input."""
     try:
         return int(app(standalone_mode=False) or 0)
-    except DemoError as error:
+    except Missing as error:
         message = str(error)
     except Exception as error:
         # Usage errors come from the library typer carries; its name differs between releases.

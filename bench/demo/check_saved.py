@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from bench.demo.model import device, load
+from bench.training import device, load
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -30,11 +30,9 @@ def check(source: str, adapter: str, reference: str) -> dict[str, float]:
         merged = model.merge_and_unload()(input_ids=ids, use_cache=False).logits.cpu()
     if "dora_kernels" in sys.modules:
         raise RuntimeError("dora_kernels was imported in the process that must do without it")
-    return {
-        "merged_vs_unmerged": relative(merged, unmerged),
-        "stock_vs_patched": relative(unmerged[:, -expected["logits"].shape[1] :], expected["logits"]),
-        "largest_logit": unmerged.abs().max().item(),
-    }
+    found = {"merged_vs_unmerged": relative(merged, unmerged)}
+    found["stock_vs_patched"] = relative(unmerged[:, -expected["logits"].shape[1] :], expected["logits"])
+    return found
 
 
 if __name__ == "__main__":

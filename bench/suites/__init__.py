@@ -1,4 +1,8 @@
-"""The suites by name: each a module here, with `stages(run)`, imported when it is asked for."""
+"""The suites by name: each has a module here, imported when it is asked for.
+
+A module has `cases(run, suite)`, comparisons for `bench.run.Run.measure`, or `stages(run, suite)`, work of its own by
+name.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,11 @@ SUITES = {
     "classify": "an encoder on a classification task at several ranks (half an hour on two cores)",
 }
 DEFAULT = ("norm", "compose", "layer", "decode", "memory", "host", "model")
+LONG = ("fidelity", "finetune", "classify")
+"""Suites that may take longer than five minutes."""
+_MODULES = {"decode": "layer", "memory": "layer", "host": "layer", "block": "model", "classify": "finetune"}
 
 
 def load(name: str) -> ModuleType:
     """The module of a suite."""
-    return importlib.import_module(f"bench.suites.{name}")
+    return importlib.import_module(f"bench.suites.{_MODULES.get(name, name)}")

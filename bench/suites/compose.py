@@ -1,88 +1,138 @@
-"""compose, alone and with the base product, and scale_reduce: what each must move, and who is timed.
+"""The kernels beside the products: compose, alone and with the base product, and scale_reduce.
 
 Bytes count every input and output once; inputs are rotated among copies that exceed the last-level cache. PEFT's row is
-its layer's expression for the same result from the same inputs.
+its layer's expression for the same result from the same inputs. The oracle is the same formula in float64.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problem import ALLOWED, FLOOR, LayerShape, OfShape, error, make_problem
+from bench.problem import LayerShape, ShapeCase, make_problem
 from bench.providers import Missing, Subject, Work
 from bench.timing import cache_bytes, copies_beyond
-from dora_kernels import linear
-from dora_kernels.backends import resolve, triton_problem
+from dora_kernels.engine.dispatch import kernels, triton_problem
+from dora_kernels.testing import errors, limits
 
 if TYPE_CHECKING:
     from bench.run import Run
 
 FEW_TOKENS = 64
 """Up to here nobody keeps the base product: that is inference."""
+OURS = ("ours", "ours_triton", "ours_torch")
+RESULTS = {"scale_reduce": ("scaled", "sum of products", "sum")}
+"""The results' names, where they are not "y" alone."""
 
 
-def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(run: Run, suite: str) -> Iterator[KernelCase]:
     """The three kernels at every combination of dtypes, hidden size, tokens and rank."""
-    given, cuda = run.given, run.device.type == "cuda"
-    hidden, tokens = given.hidden or ([4096] if cuda else [2048]), given.tokens or ([1, 256, 8192] if cuda else [256])
-    for dtypes, size, count, rank in itertools.product(given.dtypes, hidden, tokens, given.ranks or [16]):
-        shape = LayerShape(size, rank, count, dtypes, run.device)
-        first = rank == (given.ranks or [16])[0] and shape.base == shape.adapters
-        for make in (Compose, Product, *([ScaleReduce] if first else [])):
-            case = make(shape)
-            yield f"compose: {case.label}", lambda case=case: run.measure(case)
+    cuda, ranks = run.device.type == "cuda", run.given.ranks or [16]
+    for shape in run.shapes([4096] if cuda else [2048], [1, 256, 8192] if cuda else [256], ranks):
+        yield KernelCase(shape, "compose", ("peft_dora", "peft_dora_compiled", *OURS))
+        yield KernelCase(shape, "product and compose", OURS)
+        if shape.rank == ranks[0] and shape.base == shape.adapters:
+            yield KernelCase(shape, "scale_reduce", OURS)
 
 
 @dataclass
-class KernelCase(OfShape):
+class KernelCase(ShapeCase):
     """A kernel at a shape."""
 
     shape: LayerShape
+    kernel: str
+    providers: Sequence[str]
     suite: str = "compose"
-    kernel: str = ""
-    providers: Sequence[str] = ("ours", "ours_triton", "ours_torch")
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """Tokens, features, rank; bytes of an element of the layer and of the adapter."""
-        return self.shape.tokens, self.shape.hidden, self.shape.rank, *self.shape.widths
+    def label(self) -> str:  # type: ignore[override]
+        """For people; scale_reduce has no rank."""
+        label = super().label
+        return label.replace(f"rank {self.shape.rank}, ", "") if self.kernel == "scale_reduce" else label
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
+        """What every row states."""
+        return {**super().facts, "rank": None if self.kernel == "scale_reduce" else self.shape.rank}
 
     @property
     def least(self) -> tuple[int, int]:
         """Bytes and FLOPs."""
-        raise NotImplementedError
+        m, n, r = self.shape.tokens, self.shape.hidden, self.shape.rank
+        wide, adapter = self.shape.widths
+        if self.kernel == "scale_reduce":
+            return 3 * wide * m * n + 12 * n, 4 * m * n
+        vectors = adapter * r * n + 4 * n
+        if self.kernel == "compose":
+            return wide * (2 * m * n + r * m + n) + vectors, 2 * m * n * r
+        activations = (3 if m > FEW_TOKENS else 2) * m * n + r * m
+        return wide * (activations + n * n + n) + vectors, 2 * m * n * (n + r)
 
     @functools.cached_property
     def inputs(self) -> list[tuple[Any, ...]]:
         """A kernel's arguments, so often that none is found in the cache."""
         count = copies_beyond(cache_bytes(self.shape.device), self.least[0])
-        return [self.arguments(seed) for seed in range(count)]
+        return [self._arguments(seed) for seed in range(count)]
 
-    def arguments(self, seed: int) -> tuple[Any, ...]:
-        """Of one call."""
-        raise NotImplementedError
+    def _arguments(self, seed: int) -> tuple[Any, ...]:
+        """Of `_FORMULAS[kernel]`."""
+        p = make_problem(self.shape, seed)
+        g = 0.5 + torch.rand(self.shape.hidden, device=self.shape.device)
+        if self.kernel == "scale_reduce":
+            return p.dy, p.x, g
+        assert p.magnitude is not None
+        rest = F.linear(p.x, p.lora_A.to(p.x.dtype)), p.lora_B, g, p.magnitude.to(p.x.dtype), p.scaling
+        return (p.dy, *rest) if self.kernel == "compose" else (p.x, p.weight, *rest)
 
-    def backend(self, provider: str) -> Any:
-        """The module of the provider's primitives."""
-        name = provider.removeprefix("ours_")
-        if provider == "ours":
-            name = resolve("auto", self.inputs[0][:1])
-        elif name == "triton" and (reason := triton_problem(self.shape.device)):
+    def subject(self, provider: str) -> Subject:
+        """The provider's kernel or expression."""
+        formula, names, first = _FORMULAS[self.kernel], RESULTS.get(self.kernel, ("y",)), self.inputs[0]
+
+        def named(results: Any) -> dict[str, Tensor]:
+            return dict(zip(names, results if isinstance(results, tuple) else (results,)))
+
+        wanted = named(formula(*(t.double() if isinstance(t, Tensor) else t for t in first)))
+        allowed = limits(named(formula(*first)), wanted)
+        given = self.inputs
+        if provider.startswith("peft"):
+            function = torch.compile(_peft_expression) if provider.endswith("compiled") else _peft_expression
+            # PEFT starts from the base layer's own result, which has the bias in it.
+            given = [(i[0] + i[4], *i[1:]) for i in given]
+        else:
+            function = self._ours(provider)
+        calls: list[Work] = [functools.partial(function, *i) for i in given]
+        in_place = self.kernel == "compose" and provider.startswith("ours")
+        parts, name = {self.kernel: calls}, self.kernel
+        found = errors(named(calls[0]()), wanted)
+        return Subject(provider, parts, found, allowed, {name: self.least}, frozenset({name}), in_place)
+
+    def _ours(self, provider: str) -> Callable[..., Any]:
+        """The provider's primitive as a function of the inputs."""
+        if provider == "ours_torch":
+            raise Missing("the formula has no kernels of its own")
+        if reason := triton_problem(self.shape.device):
             raise Missing(reason)
-        return linear.primitives(name)
+        backend, keep = kernels(), self.shape.tokens > FEW_TOKENS
+        if self.kernel == "scale_reduce":
+            return lambda *given: backend.scale_reduce(*given, True, True)
+        if self.kernel == "compose":
+            return lambda *given: backend.compose(*given, True)
+        return lambda x, weight, *given: backend.compose(F.linear(x, weight), *given, keep)
 
-    def made_subject(self, provider: str, calls: list[Work], errors: dict[str, float], limits: Any) -> Subject:
-        """Of the calls on every copy."""
-        name, in_place = self.kernel, self.kernel == "compose" and provider.startswith("ours")
-        return Subject(provider, {name: calls}, errors, limits, {name: self.least}, frozenset({name}), in_place)
+
+def _compose(base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    return (g * (base + scaling * F.linear(h, b.to(h.dtype)))).to(base.dtype) + bias
+
+
+def _scale_reduce(grad: Tensor, other: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return (grad * g).to(grad.dtype), (grad.to(wide) * other.to(wide)).sum(0), grad.to(wide).sum(0)
 
 
 def _peft_expression(base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -92,132 +142,8 @@ def _peft_expression(base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor
     return base + ((rescale - 1) * (base - bias) + rescale * low * scaling)
 
 
-class Compose(KernelCase):
-    """The base result read and the output written, h and B read; two operations for each output and rank."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__(shape, kernel="compose")
-        self.providers = ("peft_dora", "peft_dora_compiled", *KernelCase.providers)
-
-    @property
-    def least(self) -> tuple[int, int]:
-        """Bytes and FLOPs."""
-        m, n, r, wide, adapter = self.sizes
-        return wide * (2 * m * n + r * m + n) + adapter * r * n + 4 * n, 2 * m * n * r
-
-    def arguments(self, seed: int) -> tuple[Any, ...]:
-        """base, h, B, g, bias, scaling."""
-        p = make_problem(self.shape, seed)
-        h = F.linear(p.x, p.lora_A.to(p.x.dtype))
-        g = 0.5 + torch.rand(self.shape.hidden, device=self.shape.device)
-        return p.dy, h, p.lora_B, g, p.magnitude.to(p.x.dtype), p.scaling
-
-    def subject(self, provider: str) -> Subject:
-        """The provider's kernel or expression."""
-        base, h, b, g, bias, scaling = self.inputs[0]
-        wanted = g.double() * (base.double() + scaling * h.double() @ b.double().t()) + bias.double()
-        plain = (g * (base + scaling * F.linear(h, b.to(h.dtype)))).to(base.dtype) + bias
-        limits = {"y": max(FLOOR, ALLOWED * error(plain, wanted))}
-        calls: list[Work]
-        if provider.startswith("peft"):
-            function = torch.compile(_peft_expression) if provider.endswith("compiled") else _peft_expression
-            # PEFT starts from the base layer's own result, which has the bias in it.
-            given = [(i[0] + i[4], *i[1:]) for i in self.inputs]
-            calls = [functools.partial(function, *i) for i in given]
-        else:
-            backend = self.backend(provider)
-            calls = [functools.partial(backend.compose, *i, True) for i in self.inputs]
-            # What is kept, in the place of `base`: for the backward's dm.
-            started = base.clone()
-            y = backend.compose(started, *self.inputs[0][1:], True)
-            kept = base.double() + (scaling * h.double() @ b.double().t() if backend.keeps_sum(base, h, b) else 0.0)
-            off = {"y": error(y, wanted), "kept": error(started, kept)}
-            return self.made_subject(provider, calls, off, {**limits, "kept": limits["y"]})
-        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, limits)
-
-
-class Product(KernelCase):
-    """The base product and compose: the vendor's BLAS and our kernel, and the two in one launch (`bench.fused`)."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__(shape, kernel="product and compose")
-        self.providers = (*KernelCase.providers, "ours_fused")
-
-    @property
-    def least(self) -> tuple[int, int]:
-        """Bytes and FLOPs."""
-        m, n, r, wide, adapter = self.sizes
-        activations = (3 if m > FEW_TOKENS else 2) * m * n + r * m
-        return wide * (activations + n * n + n) + adapter * r * n + 4 * n, 2 * m * n * (n + r)
-
-    def arguments(self, seed: int) -> tuple[Any, ...]:
-        """x, W, h, B, g, bias, scaling."""
-        p = make_problem(self.shape, seed)
-        h = F.linear(p.x, p.lora_A.to(p.x.dtype))
-        g = 0.5 + torch.rand(self.shape.hidden, device=self.shape.device)
-        return p.x, p.weight, h, p.lora_B, g, p.magnitude.to(p.x.dtype), p.scaling
-
-    def subject(self, provider: str) -> Subject:
-        """The provider's kernels."""
-        x, weight, h, b, g, bias, scaling = self.inputs[0]
-        keep = self.shape.tokens > FEW_TOKENS
-        wanted = g.double() * (x.double() @ weight.double().t() + scaling * h.double() @ b.double().t())
-        wanted += bias.double()
-        plain = (g * (F.linear(x, weight) + scaling * F.linear(h, b.to(h.dtype)))).to(x.dtype) + bias
-        limits = {"y": max(FLOOR, ALLOWED * error(plain, wanted))}
-        calls: list[Work]
-        if provider == "ours_fused":
-            if (reason := triton_problem(self.shape.device)) or self.shape.base == torch.float32:
-                raise Missing(reason or "the kernel is for 16-bit layers")
-            from bench.fused import fused
-
-            calls = [lambda i=i: fused(*i, keep)[0] for i in self.inputs]
-            if keep:
-                product = x.double() @ weight.double().t()
-                limits["kept"] = max(FLOOR, ALLOWED * error(F.linear(x, weight), product))
-                off = {"y": error(calls[0](), wanted), "kept": error(fused(*self.inputs[0], keep)[1], product)}
-                return self.made_subject(provider, calls, off, limits)
-        else:
-            compose = self.backend(provider).compose
-            calls = [lambda i=i: compose(F.linear(*i[:2]), *i[2:], keep) for i in self.inputs]
-        return self.made_subject(provider, calls, {"y": error(calls[0](), wanted)}, limits)
-
-
-class ScaleReduce(KernelCase):
-    """Two inputs read, the scaled gradient written, two sums."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__(replace(shape, rank=1), kernel="scale_reduce")
-
-    @property
-    def label(self) -> str:
-        """For people; the rank does not matter."""
-        return self.shape.label.replace("rank 1, ", "")
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What every row states."""
-        return {**self.shape.facts, "rank": None}
-
-    @property
-    def least(self) -> tuple[int, int]:
-        """Bytes and FLOPs."""
-        m, n, _, wide, _ = self.sizes
-        return 3 * wide * m * n + 12 * n, 4 * m * n
-
-    def arguments(self, seed: int) -> tuple[Any, ...]:
-        """dY, the base product, g."""
-        p = make_problem(self.shape, seed)
-        return p.dy, p.x, 0.5 + torch.rand(self.shape.hidden, device=self.shape.device)
-
-    def subject(self, provider: str) -> Subject:
-        """The provider's kernel."""
-        grad, other, g = self.inputs[0]
-        names = "scaled", "sum of products", "sum"
-        wanted = [grad.double() * g.double(), (grad.double() * other.double()).sum(0), grad.double().sum(0)]
-        plain = [(grad * g).to(grad.dtype), (grad.float() * other.float()).sum(0), grad.float().sum(0)]
-        limits = {name: max(FLOOR, ALLOWED * error(one, exact)) for name, one, exact in zip(names, plain, wanted)}
-        scale_reduce = self.backend(provider).scale_reduce
-        calls: list[Work] = [functools.partial(scale_reduce, *i, True, True) for i in self.inputs]
-        errors = {name: error(one, exact) for name, one, exact in zip(names, calls[0](), wanted)}
-        return self.made_subject(provider, calls, errors, limits)
+_FORMULAS: dict[str, Callable[..., Any]] = {
+    "compose": _compose,
+    "product and compose": lambda x, weight, *rest: _compose(F.linear(x, weight), *rest),
+    "scale_reduce": _scale_reduce,
+}

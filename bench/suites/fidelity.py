@@ -7,20 +7,18 @@ error. The aim is that ours is at most PEFT's in every cell; one that is more th
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import dora_kernels
-from bench.layers import make_layer
-from bench.problem import LayerShape, OfShape, Problem, errors, limits, make_problem, oracle, plain
-from bench.providers import ROW, Subject, library
-from dora_kernels import reference
+from bench.layers import NEEDS, make_layer
+from bench.problem import LayerShape, ShapeCase, make_problem
+from bench.providers import Subject
+from dora_kernels.testing import ROW, Problem, eager, errors, limits, oracle, solve, weight_norm
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -31,8 +29,6 @@ PROVIDERS = ("peft_dora", "ours", "ours_triton", "ours_torch")
 NOISE = 1.1
 """In float32 ours and PEFT's differ in the order of sums alone. The rms error of the 768 elements of dm scatters by
 1 / sqrt(2·768), the quotient of two by 3.7 %; this is not quite three times that."""
-FRESH_LIMIT = 2.0**-22
-"""Two roundings to float32: the norm's, and the quotient's."""
 CONDITIONS = {
     "g near 1": "m within a thousandth of the norm, B small: the start of a training",
     "trained": "s·B·A as large as W, m moved by a quarter",
@@ -43,24 +39,15 @@ CONDITIONS = {
 }
 
 
-def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(run: Run, suite: str) -> Iterator[FidelityCase]:
     """Every condition, dtype and rank."""
-    given = run.given
-    sizes = list(itertools.product(given.hidden or [HIDDEN], given.tokens or [TOKENS]))
-    for dtypes, rank, (hidden, tokens) in itertools.product(given.dtypes, given.ranks or RANKS, sizes):
+    for shape in run.shapes([HIDDEN], [TOKENS], RANKS):
         for condition in CONDITIONS:
-            shape = LayerShape(hidden, rank, tokens, dtypes, run.device)
-            case = FidelityCase(shape, condition)
-            yield f"fidelity: {case.label}", lambda case=case: run.measure(case, timed=False)
-    for dtypes, (hidden, tokens) in itertools.product(given.dtypes, sizes):
-        shape = LayerShape(hidden, 16, tokens, dtypes, run.device)
-        if shape.adapters == torch.float32:
-            case = FreshCase(shape)
-            yield f"fidelity: {case.label}", lambda case=case: run.measure(case, timed=False)
+            yield FidelityCase(shape, condition)
 
 
 @dataclass
-class FidelityCase(OfShape):
+class FidelityCase(ShapeCase):
     """One cell of the table."""
 
     shape: LayerShape
@@ -68,15 +55,17 @@ class FidelityCase(OfShape):
     suite: str = "fidelity"
     providers: Sequence[str] = PROVIDERS
 
-    @property
-    def label(self) -> str:
-        """For people."""
-        return f"{self.condition}, {self.shape.label}"
+    timed = False
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def label(self) -> str:  # type: ignore[override]
+        """For people."""
+        return f"{self.condition}, {super().label}"
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
         """What every row states."""
-        return {**self.shape.facts, "condition": self.condition}
+        return {**super().facts, "condition": self.condition}
 
     def subject(self, provider: str) -> Subject:
         """The provider's layer: PEFT's error is the limit of the others."""
@@ -95,57 +84,16 @@ class FidelityCase(OfShape):
 
     @functools.cached_property
     def _wanted(self) -> dict[str, Tensor]:
-        return oracle(self._problem, "dora")
+        return oracle(self._problem, NEEDS["dora"])
 
     @functools.cached_property
     def _plain(self) -> dict[str, float]:
         """What plain PyTorch operations allow."""
-        return limits(plain(self._problem, "dora"), self._wanted)
+        return limits(solve(eager, self._problem, NEEDS["dora"]), self._wanted)
 
     @functools.cached_property
     def _stock(self) -> dict[str, float]:
         return errors(make_layer("peft_dora", self._problem, self.shape).results(), self._wanted)
-
-
-@dataclass
-class FreshCase(FidelityCase):
-    """A layer that nobody has trained: its g should be 1."""
-
-    condition: str = "fresh"
-    providers: Sequence[str] = ("peft_dora", "ours", "ours_torch")
-
-    def subject(self, provider: str) -> Subject:
-        """max |g - 1| of a new layer: its magnitude over the norm that its own code divides by, and over float64's."""
-        with library():
-            from peft import LoraConfig, get_peft_model
-        weight = self._problem.weight
-        model: Any = nn.Module()
-        model.linear = nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
-        model.linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        if provider == "ours_torch":
-            layer = dora_kernels.DoRALinear.from_linear(
-                model.linear, rank=self.shape.rank, backend="torch", adapter_dtype=self.shape.adapters
-            )
-            magnitude = layer.magnitude
-        else:
-            config = LoraConfig(r=self.shape.rank, target_modules=["linear"], use_dora=True)
-            peft_model = get_peft_model(model, config)
-            if provider == "ours":
-                dora_kernels.patch_peft(peft_model, exact_init=True)
-            magnitude = peft_model.base_model.model.linear.lora_magnitude_vector["default"].weight
-        a, b = (torch.zeros_like(t) for t in (self._problem.lora_A, self._problem.lora_B))
-        if provider == "peft_dora":
-            dora = peft_model.base_model.model.linear.lora_magnitude_vector["default"]
-            own = dora.get_weight_norm(weight.to(a.dtype), b @ a, 1.0)
-        else:
-            own = dora_kernels.dora_weight_norm(weight, a, b, backend="torch" if provider == "ours_torch" else "auto")
-        exact = torch.linalg.vector_norm(weight.double(), dim=1)
-        off = {
-            name: float((magnitude.detach().double() / norm.double() - 1).abs().max())
-            for name, norm in (("g", own), ("m", exact))
-        }
-        allowed = {} if provider == "peft_dora" else dict.fromkeys(off, FRESH_LIMIT)
-        return Subject(provider, {"results": []}, off, allowed)
 
 
 def make(shape: LayerShape, condition: str) -> Problem:
@@ -154,7 +102,7 @@ def make(shape: LayerShape, condition: str) -> Problem:
     p = make_problem(shape, 0)
 
     def moved(low: float, high: float, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        norm = reference.weight_norm(weight, a, b, p.scaling, "out").double()
+        norm = weight_norm(weight, a, b, p.scaling, "out").double()
         exponent = torch.rand(norm.shape, generator=generator, device=shape.device, dtype=torch.float64)
         return (norm * low * (high / low) ** exponent).to(shape.adapters)
 
@@ -171,4 +119,4 @@ def make(shape: LayerShape, condition: str) -> Problem:
     size = {"large bias": 1e3, "huge weights": 1e3}.get(condition)
     if size:
         bias = (size * torch.randn(shape.hidden, generator=generator, device=shape.device)).to(shape.base)
-    return replace(p, weight=weight, lora_A=a, lora_B=b, magnitude=moved(*span, weight, a, b), bias=bias)
+    return p.replace(weight=weight, lora_A=a, lora_B=b, magnitude=moved(*span, weight, a, b), bias=bias)

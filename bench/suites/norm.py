@@ -1,9 +1,9 @@
-"""The norm: ours in every form and on every backend, and what each library does in its layer to have it.
+"""The norm: ours in both forms and on every backend, and what each library does in its layer to have it.
 
 A row's bytes and FLOPs are the fewest: W, A and B once, the norm once, two operations for each element of W and rank.
 `ours` is the norm itself, |W|² at hand where the factored form wants it; what a layer notes beside it, to know later
-whether A, B and W are the same, is in the steps of the suite layer. `direct` and `factored` are its two forms;
-`unchanged` is what a call costs that asks the device and hears that all is as it was.
+whether A, B and W are the same, is in the steps of the suite layer. `direct` and `factored` are its two forms, whatever
+the thresholds between them say.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from bench.problem import DTYPES, error
-from bench.providers import Missing, Subject, library
+from bench.problem import dtypes_of
+from bench.providers import Case, Missing, Subject, library
 from bench.timing import cache_bytes, copies_beyond
-from dora_kernels import linear, reference, torch_backend
-from dora_kernels.backends import resolve, triton_problem
-from dora_kernels.content import sample
+from dora_kernels.engine.dispatch import norm_backend, triton_problem
+from dora_kernels.engine.ops import norm_module
+from dora_kernels.testing import error, weight_norm
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -34,20 +35,24 @@ ROUNDINGS = 2.0
 SCALING = 0.5
 SHAPES = ((4096, 4096), (8192, 8192), (8192, 28672))
 """On a GPU where `--hidden` says nothing."""
+THRESHOLDS = {
+    "torch": ("dora_kernels.engine.blocked._FACTORED_ELEMENTS", "dora_kernels.engine.blocked._FACTORED_FEATURES"),
+    "triton": ("dora_kernels.kernels.config._DIRECT_RANK",),
+}
+"""Below these the direct form is taken; at 0 the factored one always is."""
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
-def stages(run: Run) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(run: Run, suite: str) -> Iterator[NormCase]:
     """Every combination of dtypes, shape and rank."""
     given, cuda = run.given, run.device.type == "cuda"
     shapes = [(size, size) for size in given.hidden or ()] or (SHAPES if cuda else ((2048, 2048),))
     for dtypes, shape, rank in itertools.product(given.dtypes, shapes, given.ranks or ([16, 384] if cuda else [16])):
-        case = NormCase(*shape, rank, dtypes, run.device)
-        yield f"norm: {case.label}", lambda case=case: run.measure(case)
+        yield NormCase(*shape, rank, dtypes, run.device)
 
 
 @dataclass
-class NormCase:
+class NormCase(Case):
     """One W and its factors."""
 
     out_features: int
@@ -57,17 +62,17 @@ class NormCase:
     device: torch.device
     suite: str = "norm"
     providers: Sequence[str] = (
-        "peft_dora", "peft_dora_compiled", "torchtune", "dense", "ours", "ours_triton", "ours_torch", "ours_reference",
-        "ours_direct", "ours_factored", "ours_unchanged",
+        "peft_dora", "peft_dora_compiled", "torchtune", "dense", "ours", "ours_triton", "ours_torch", "ours_direct",
+        "ours_factored",
     )  # fmt: skip
 
     @property
-    def label(self) -> str:
+    def label(self) -> str:  # type: ignore[override]
         """For people."""
         return f"{self.out_features}x{self.in_features}, rank {self.rank}, {self.dtypes}"
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
         """What every row states."""
         return {
             "shape": [self.out_features, self.in_features], "rank": self.rank, "tokens": None, "dtypes": self.dtypes,
@@ -76,7 +81,7 @@ class NormCase:
     @property
     def least(self) -> tuple[int, int]:
         """Bytes and FLOPs."""
-        base, adapter = (dtype.itemsize for dtype in DTYPES[self.dtypes])
+        base, adapter = (dtype.itemsize for dtype in dtypes_of(self.dtypes))
         elements = self.out_features * self.in_features
         factors = self.rank * (self.out_features + self.in_features)
         return base * elements + adapter * factors + 4 * self.out_features, 2 * elements * self.rank
@@ -85,7 +90,7 @@ class NormCase:
     def copies(self) -> list[Factors]:
         """W, A and B, so often that none is found in the cache."""
         count = copies_beyond(cache_bytes(self.device), self.least[0])
-        return [_factors(self, seed) for seed in range(count)]
+        return [self._factors(seed) for seed in range(count)]
 
     @functools.cached_property
     def squares(self) -> list[Tensor]:
@@ -95,90 +100,66 @@ class NormCase:
     @functools.cached_property
     def wanted(self) -> Tensor:
         """The first copy's norm in float64."""
-        return reference.weight_norm(*(t.double() for t in self.copies[0]), SCALING, "out")
+        return weight_norm(*(t.double() for t in self.copies[0]), SCALING, "out")
 
     def subject(self, provider: str) -> Subject:
         """The provider's norm of every copy."""
-        prepared = _PREPARED[provider](self) if provider in _PREPARED else _ours(self, provider)
-        call, *beside = prepared
-        calls = [functools.partial(call, *given) for given in zip(self.copies, *beside)]
-        rounded = ROUNDINGS * torch.finfo(DTYPES[self.dtypes][1]).eps
+        if provider.startswith("ours"):
+            call, beside = _ours(self, provider), self.squares
+        else:
+            call, beside = _THEIRS[provider](), [_linears(factors) for factors in self.copies]
+        calls = [functools.partial(call, *given) for given in zip(self.copies, beside)]
+        rounded = ROUNDINGS * torch.finfo(dtypes_of(self.dtypes)[1]).eps
         limit = LIMIT if provider.startswith("ours") else max(LIMIT, rounded)
-        least = {} if provider == "ours_unchanged" else {"refresh": self.least}
         errors = {"norm": error(calls[0]().view_as(self.wanted), self.wanted)}
-        return Subject(provider, {"refresh": calls}, errors, {"norm": limit}, least, frozenset({"refresh"}))
+        parts = frozenset({"refresh"})
+        return Subject(provider, {"refresh": calls}, errors, {"norm": limit}, {"refresh": self.least}, parts)
+
+    def _factors(self, seed: int) -> Factors:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        base, adapter = dtypes_of(self.dtypes)
+
+        def normal(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
+            return (scale * torch.randn(rows, columns, generator=generator, device=self.device)).to(dtype)
+
+        width = self.in_features**-0.5
+        return (
+            normal(self.out_features, self.in_features, width, base),
+            normal(self.rank, self.in_features, width, adapter),
+            normal(self.out_features, self.rank, self.rank**-0.5, adapter),
+        )
 
 
-def _factors(case: NormCase, seed: int) -> Factors:
-    generator = torch.Generator(case.device).manual_seed(seed)
-    base, adapter = DTYPES[case.dtypes]
-
-    def normal(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
-        return (scale * torch.randn(rows, columns, generator=generator, device=case.device)).to(dtype)
-
-    width = case.in_features**-0.5
-    return (
-        normal(case.out_features, case.in_features, width, base),
-        normal(case.rank, case.in_features, width, adapter),
-        normal(case.out_features, case.rank, case.rank**-0.5, adapter),
-    )
-
-
-def _ours(case: NormCase, provider: str) -> tuple[Any, ...]:
-    """A call of the factors and of what lies beside them, and that."""
-    automatic = resolve("auto", case.copies[0])
-    if provider == "ours_unchanged":
-        if automatic != "triton":
-            raise Missing("the device is asked on a GPU only")
-        return _ask, _kept(case.copies)
-    if provider in ("ours_direct", "ours_factored"):
-        form = _forms(case, automatic)[provider.removeprefix("ours_")]
-        return lambda t, square: form(*t, SCALING, square), case.squares
-    backend = automatic if provider == "ours" else provider.removeprefix("ours_")
-    if backend == "reference":
-        return lambda t: reference.weight_norm(*t, SCALING, "out"), *()
+def _ours(case: NormCase, provider: str) -> Callable[[Factors, Tensor], Tensor]:
+    """The norm of the factors, given |W|²."""
+    name = provider.removeprefix("ours_")
+    form = name if name in ("direct", "factored") else ""
+    backend = norm_backend("auto", case.copies[0][0]) if form or name == "ours" else name
     if backend == "triton" and (reason := triton_problem(case.device)):
         raise Missing(reason)
-    module = linear.primitives(backend)
-    return lambda t, square: module.weight_norm(*t, SCALING, square), case.squares
+    if form == "factored" and backend == "triton" and dtypes_of(case.dtypes)[0] != torch.bfloat16:
+        raise Missing("the kernels have the factored form for bfloat16 weights only")
+    module = norm_module(backend)
 
+    def norm(factors: Factors, square: Tensor) -> Tensor:
+        found: Tensor = module.weight_norm(*factors, SCALING, square)
+        return found
 
-def _forms(case: NormCase, backend: str) -> dict[str, Callable[..., Tensor]]:
-    """Both forms by name, whichever the backend takes, of the factors, the scaling and |W|²."""
-    if backend == "torch":
+    if not form:
+        return norm
+    limit = 0 if form == "factored" else 1 << 62
 
-        def direct(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tensor) -> Tensor:
-            return torch_backend.direct_norm(weight, a.float(), b.float(), scaling)
+    def forced(factors: Factors, square: Tensor) -> Tensor:
+        for threshold in patches:
+            threshold.start()
+        try:
+            return norm(factors, square)
+        finally:
+            for threshold in patches:
+                threshold.stop()
 
-        def factored(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tensor) -> Tensor:
-            return torch_backend.factored_norm(weight, a.float(), b.float(), scaling, square)
-
-        return {"direct": direct, "factored": factored}
-    from dora_kernels.kernels import norm
-
-    if DTYPES[case.dtypes][0] == torch.float32:
-
-        def factored(*_: Any) -> Tensor:
-            raise Missing("the kernels have the factored form for 16-bit weights only")
-
-        return {"direct": lambda *given: norm.direct_norm(*given[:4]), "factored": factored}
-    return {"direct": lambda *given: norm.direct_norm(*given[:4]), "factored": norm.factored_norm}
-
-
-def _kept(copies: list[Factors]) -> list[Any]:
-    """A norm kept on the device for each copy, computed."""
-    from dora_kernels.kernels import KeptNorm
-
-    found = [KeptNorm(weight.shape[0], SCALING, weight.device) for weight, _, _ in copies]
-    for factors, kept in zip(copies, found):
-        _ask(factors, kept)
-    return found
-
-
-def _ask(factors: Factors, kept: Any) -> Tensor:
-    weight, a, b = factors
-    norm: Tensor = kept.divisor(weight, sample(weight), a, b)
-    return norm
+    patches = [mock.patch(name, limit) for name in THRESHOLDS[backend]]
+    return forced
 
 
 def _linears(factors: Factors) -> list[nn.Linear]:
@@ -191,51 +172,36 @@ def _linears(factors: Factors) -> list[nn.Linear]:
     return linears
 
 
-def _peft(case: NormCase, compiled: bool = False) -> tuple[Any, ...]:
+def _dense_norm(of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Factors, list[nn.Linear]], Tensor]:
+    """What a library's layer does in every forward pass: `of` W and B·A, in the adapter's dtype; x is in it there."""
+
+    @torch.no_grad()
+    def norm(factors: Factors, linears: list[nn.Linear]) -> Tensor:
+        lora_A, lora_B = linears
+        dtype = lora_A.weight.dtype
+        eye = torch.eye(lora_A.weight.shape[1], device=lora_A.weight.device, dtype=dtype)
+        return of(factors[0].to(dtype), lora_B(lora_A(eye)).T)
+
+    return norm
+
+
+def _peft() -> Callable[..., Tensor]:
     with library():
         from peft.tuners.lora.dora import DoraLinearLayer
     dora = DoraLinearLayer(fan_in_fan_out=False)
-
-    @torch.no_grad()
-    def norm(factors: Factors, linears: list[nn.Linear]) -> Tensor:
-        """What PEFT's DoRA layer does in every forward pass; x is in the adapter's dtype there."""
-        lora_A, lora_B = linears
-        dtype = lora_A.weight.dtype
-        eye = torch.eye(lora_A.weight.shape[1], device=lora_A.weight.device, dtype=dtype)
-        found: Tensor = dora.get_weight_norm(factors[0].to(dtype), lora_B(lora_A(eye)).T, SCALING)
-        return found
-
-    return torch.compile(norm) if compiled else norm, [_linears(factors) for factors in case.copies]
+    return _dense_norm(lambda weight, product: dora.get_weight_norm(weight, product, SCALING))
 
 
-def _torchtune(case: NormCase) -> tuple[Any, ...]:
+def _torchtune() -> Callable[..., Tensor]:
     with library():
         from torchtune.modules.peft import DoRALinear
     layer = DoRALinear(8, 8, 1, SCALING)  # its method asks for the scaling alone
-
-    @torch.no_grad()
-    def norm(factors: Factors, linears: list[nn.Linear]) -> Tensor:
-        """What torchtune's layer does in every forward pass."""
-        lora_A, lora_B = linears
-        dtype = lora_A.weight.dtype
-        eye = torch.eye(lora_A.weight.shape[1], device=lora_A.weight.device, dtype=dtype)
-        found: Tensor = layer._get_weight_norm(factors[0].to(dtype), lora_B(lora_A(eye)).T)
-        return found
-
-    return norm, [_linears(factors) for factors in case.copies]
+    return _dense_norm(layer._get_weight_norm)
 
 
-def _dense(case: NormCase) -> tuple[Any, ...]:
-    def norm(factors: Factors) -> Tensor:
-        weight, a, b = factors
-        return (weight + SCALING * (b @ a)).norm(dim=1)
-
-    return (norm,)
-
-
-_PREPARED: dict[str, Callable[[NormCase], tuple[Any, ...]]] = {
+_THEIRS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "peft_dora": _peft,
-    "peft_dora_compiled": functools.partial(_peft, compiled=True),
+    "peft_dora_compiled": lambda: torch.compile(_peft()),
     "torchtune": _torchtune,
-    "dense": _dense,
+    "dense": lambda: lambda factors, _: (factors[0] + SCALING * (factors[2] @ factors[1])).norm(dim=1),
 }

@@ -12,18 +12,50 @@ from dora_kernels import modules
 from dora_kernels.adapt import adapted_layers
 from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, article, problem_of
-from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
+from dora_kernels.adapters.names import COMPONENTS, own_layers
+from dora_kernels.saving import watch_saving
 from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
+from dora_kernels.weight_readers import WeightReaders
+
+Models = nn.Module | Mapping[str, nn.Module]
+"""A model, or several of a pipeline's by its names for them: ``{"unet": ..., "text_encoder": ...}``."""
 
 
-def extract(model: nn.Module) -> Adapter:
+def joined(models: Any) -> nn.Module:
+    """A model as it is, several as one whose layers' names start with the pipeline's name of their model.
+
+    Raises:
+        TypeError: it is none of `Models`.
+        ValueError: a name with a dot, or a layer, is among them.
+    """
+    if not isinstance(models, Mapping) or not models:
+        return unwrapped(models)
+    holder = nn.Module()
+    for name, model in models.items():
+        if not isinstance(name, str) or not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected torch.nn.Modules by name, got {type(model).__name__} for {name!r}")
+        if not name or "." in name:
+            raise ValueError(f"model: expected a pipeline's name of a model, such as 'text_encoder', got {name!r}")
+        if not unwrapped(model)._modules:
+            raise ValueError(f"model: {name} is a layer itself, which cannot be exchanged")
+        holder._modules[name] = model
+    return holder
+
+
+def extract(model: Models) -> Adapter:
     """The adapter of a model with adapted layers (`DoRALinear` and its like), copied.
+
+    Args:
+        model: or several of a pipeline's models by its names for them, each of which may have adapted layers: the names
+            of the adapter's layers start with these names then.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: it has no adapted layer, or one with a strength that is not 1, which an adapter does not hold.
     """
     layers: dict[str, AdapterLayer] = {}
+    several = isinstance(model, Mapping)
+    model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
     bases = bases_of(model)
     for name, layer in adapted.items():
@@ -45,11 +77,13 @@ def extract(model: nn.Module) -> Adapter:
         )
     if not layers:
         raise ValueError("model: it has no adapted layer")
-    return Adapter(layers, "model")
+    return Adapter(layers, "model", config={COMPONENTS: True} if several else {})
 
 
-def attach(model: nn.Module, adapter: Adapter) -> list[str]:
+def attach(model: Models, adapter: Adapter) -> list[str]:
     """Give a model an adapter, in place: layers named by it are adapted, or take its values if they are already.
+
+    Several of a pipeline's models, by its names for them, take an adapter of all of them.
 
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
     adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers
@@ -66,24 +100,22 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
-    model = unwrapped(model)
+    model = joined(model)
     bases = bases_of(model)
-    layers = adapter.layers
-    if adapter.config.get(UNDERSCORED):
-        names = resolve(layers, bases, _error, adapter.notes, adapter.config.get(PREFIX, ""))
-        layers = {own: layers[name] for name, own in names.items()}
+    layers = own_layers(adapter, bases, _error, adapter.notes)
     check_fit(layers, bases, _error)
     check_plain(layers)
     originals, places = base_modules(model), places_of(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
+    readers = WeightReaders()
     try:
         for name, layer in layers.items():
             present = submodule(model, name)
             if other := next((other for other in places[present] if other in planned), None):
                 raise _error(f"{other} and {name} are one module of the model's")
             if not isinstance(present, modules.AdaptedLayer):
-                check_layer(model, present, name, layer.magnitude is not None)
+                check_layer(model, present, name, layer.magnitude is not None, readers)
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
@@ -95,6 +127,7 @@ def attach(model: nn.Module, adapter: Adapter) -> list[str]:
             _copy(layers[name], prepared)
         else:
             put(model, places[present], prepared)
+            watch_saving(model, places[present])
     return list(layers)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dora_kernels.adapters.layers import AdapterLayer, article
+from dora_kernels.adapters.names import proposal
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.targets import named_modules
@@ -73,7 +74,7 @@ def check_fit(
     for name, layer in layers.items():
         base = bases.get(name)
         if base is None:
-            raise error(f"{name}: the model has no such layer")
+            raise error(f"{name}: the model has no such layer{proposal(name, bases)}")
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters as one, and an adapter at another strength. Formulas: `dora_kernels.combination`."""
+"""Weighted sums of adapters as one, and an adapter at another strength. Formulas: `dora_kernels.core.weighted_sum`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import combination, validation
 from dora_kernels.adapters.bases import Base, bases_of, check_fit
 from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, resolve
+from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
+from dora_kernels.core import validation, weighted_sum
+from dora_kernels.core.precision import accumulation_dtype
+from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.reference import accumulation_dtype, magnitude_scale
 from dora_kernels.targets import check_loaded
 
 
@@ -127,7 +128,7 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     result, _ = _weighted_sum(model, [adapter], [strength], None, "adapter")
     if strength == 1:
         return adapter
-    config = {name: value for name, value in adapter.config.items() if name != UNDERSCORED}
+    config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
     notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
     return Adapter(result.layers, adapter.format, notes, config)
 
@@ -168,10 +169,7 @@ def _layers(adapter: Adapter, bases: dict[str, Base], argument: str) -> dict[str
     def error(text: str) -> ValueError:
         return ValueError(f"{argument}: {text}")
 
-    layers = adapter.layers
-    if adapter.config.get(UNDERSCORED):
-        names = resolve(layers, bases, error, [], adapter.config.get(PREFIX, ""))
-        layers = {own: layers[name] for name, own in names.items()}
+    layers = own_layers(adapter, bases, error, [])
     check_fit(layers, bases, error)
     return layers
 
@@ -216,7 +214,7 @@ class _Problem:
         norm = dora_weight_norm(self.weight, a, b, scaling=scaling, magnitude_axis=self.axis)
         return norm if norm.numel() == self.length else norm.view(self.length, -1).norm(dim=1)
 
-    def part(self, weight: float, layer: AdapterLayer) -> combination.Part:
+    def part(self, weight: float, layer: AdapterLayer) -> weighted_sum.Part:
         a, b = self.factors(layer)
         scale = None
         if layer.magnitude is not None:
@@ -224,7 +222,7 @@ class _Problem:
             scale = magnitude_scale(layer.magnitude.detach().to(norm), norm + layer.eps)
         b = weight * layer.scaling * b
         left, right = (b, a) if self.axis == "out" else (a.t(), b.t())
-        return combination.Part(weight, left, right, scale)
+        return weighted_sum.Part(weight, left, right, scale)
 
 
 def _combined(
@@ -233,18 +231,18 @@ def _combined(
     first = found[0][1]
     parts = [problem.part(weight, layer) for weight, layer in found]
     a, b = problem.factors(first)
-    full = combination.weighted_sum(
+    full = weighted_sum.weighted_sum(
         parts, lambda: problem.norm(a, torch.zeros_like(b)), problem.dtype, problem.length
     )
-    total, lost = (full, 0.0) if rank is None else combination.of_rank(full, rank)
-    left, right = combination.divided(total), total.right
+    total, lost = (full, 0.0) if rank is None else weighted_sum.of_rank(full, rank)
+    left, right = weighted_sum.divided(total), total.right
     a, b = (right, left) if problem.axis == "out" else (left.t(), right.t())
     a, b = a.contiguous(), b.contiguous()
     magnitude = None if problem.plain else total.factor * problem.norm(a, b)
     change = 0.0
     if lost:
         out_first = problem.axis == "out"
-        change = combination.change(full, problem.weight if out_first else problem.weight.t())
+        change = weighted_sum.change(full, problem.weight if out_first else problem.weight.t())
     home = first.lora_A.device
     new_rank = a.shape[0]
     layer = replace(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import validation
+from dora_kernels.core import validation
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 

@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files, pairs, validation
+from dora_kernels import files, pairs
 from dora_kernels.adapt import adapted_layers
-from dora_kernels.adapters.attaching import attach
+from dora_kernels.adapters.attaching import Models, attach, joined
 from dora_kernels.adapters.bases import bases_of, check_fit
+from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
 from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix, prefix_of, resolve
+from dora_kernels.core import validation
 from dora_kernels.shown import shown
 
 CONFIG = "adapter_config.json"
@@ -26,7 +28,7 @@ CONFIG = "adapter_config.json"
 
 def load_adapter(
     path: str | os.PathLike[str],
-    model: nn.Module | None = None,
+    model: Models | None = None,
     *,
     format: str = "auto",
     magnitude_axis: str = "auto",
@@ -35,17 +37,18 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter file of any format and, with a model, attach it.
 
+    ``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}`` attaches the adapters of both in one file.
     The arguments are `read_adapter`'s and `attach`'s, whose errors it raises; the model is unchanged by any of them.
     Layers that were adapted before and are not in the file stay adapted, which is warned of; `remove_dora` before takes
     them off. Layers keep their strength, which a note names where it is not 1.
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if model is not None:
+        joined(model)
     options: dict[str, Any] = {"format": format, "magnitude_axis": magnitude_axis, "scaling": scaling, "prefix": prefix}
     adapter = read_adapter(path, model, **options)
     if model is not None:
         attached = set(attach(model, adapter))
-        layers = adapted_layers(model)
+        layers = adapted_layers(joined(model))
         if others := [name for name in layers if name not in attached]:
             names = some(others, 3)
             text = f"{names} stay adapted as before: the file has nothing for them; remove_dora(model) ends it"
@@ -58,7 +61,7 @@ def load_adapter(
 
 def read_adapter(
     path: str | os.PathLike[str],
-    base: nn.Module | Mapping[str, Tensor] | None = None,
+    base: Models | Mapping[str, Tensor] | None = None,
     *,
     format: str = "auto",
     magnitude_axis: str = "auto",
@@ -71,13 +74,14 @@ def read_adapter(
 
     Args:
         path: the safetensors file, or the folder that holds it; a configuration is looked for beside it.
-        base: the base model, or its state dict. Names with underscores become its names, and where shapes leave open
-            which axis a magnitude is along, its weights decide.
+        base: the base model, or its state dict, or several of a pipeline's models by its names for them
+            (``{"unet": ..., "text_encoder": ...}``). Names with underscores become its names, and where shapes leave
+            open which axis a magnitude is along, its weights decide.
         format: one of `FORMATS`, or "auto", which takes it from the keys.
         magnitude_axis: "out" or "in" insist; "auto" takes the format's, or decides as `Adapter.notes` says.
         scaling: instead of the one that the file or its configuration says.
-        prefix: of a LyCORIS or kohya file read only the layers whose names start with it: "lora_te1" the first text
-            encoder's, where a file has layers of several models that have the same names.
+        prefix: of a LyCORIS, kohya or diffusers file read only the layers whose names start with it: "lora_te1" or
+            "text_encoder" the first text encoder's, where a file has layers of several models with the same names.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -96,22 +100,31 @@ def read_adapter(
         scaling = float(scaling)
     if prefix is not None:
         prefix = check_prefix(prefix)
-    if not (base is None or isinstance(base, nn.Module) or _is_state_dict(base)):
-        raise TypeError(f"base: expected a torch.nn.Module or its state dict, got {type(base).__name__}")
-    bases = None if base is None else bases_of(base)
+    several = isinstance(base, Mapping) and any(isinstance(each, nn.Module) for each in base.values())
+    if not (base is None or several or isinstance(base, nn.Module) or _is_state_dict(base)):
+        wanted = "expected a torch.nn.Module, its state dict, or modules by name"
+        raise TypeError(f"base: {wanted}, got {type(base).__name__}")
+    bases = None if base is None else bases_of(joined(base) if several else base)  # type: ignore[arg-type]
     weights, config_file = _find(place, format)
-    tensors, config = pairs.read(weights, config_file, scaled=scaling is not None)
+    tensors, header, config = pairs.read(weights, config_file, scaled=scaling is not None)
     chosen = _format(weights, tensors, config, format)
     if not FORMATS[chosen].configured:
         config, config_file = {}, None
-    reading = Reading(weights, tensors, config_file, config, bases, magnitude_axis, scaling)
+    reading = Reading(weights, tensors, config_file, config, bases, magnitude_axis, scaling, header=header)
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
         reading.notes.append(f"scaling {scaling:g} as asked for")
-    if FORMATS[chosen].underscored:
+    if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
     elif prefix is not None:
         raise ValueError(f"prefix: {weights} is of the format {chosen!r}, whose names have none")
+    elif bases is not None and (other := next((name for name in layers if name not in bases), None)) is not None:
+        names = respelled(layers, bases)
+        if names[other] != other:
+            reading.notes.append(f"{other} and its like are {names[other]} and its like, as this model has them")
+        layers = {names[name]: layer for name, layer in layers.items()}
+    if several:
+        config[COMPONENTS] = True
     if bases is not None:
         check_fit(layers, bases, reading.error)
     return Adapter(reading.decide(layers), chosen, reading.notes, config)
@@ -134,13 +147,16 @@ def _named(
         raise reading.error(f"prefix={asked!r} was asked for, and no layer has it; there are {there}")
     if len(names) < len(layers):
         reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as asked for")
+    prefixes = {name: prefix_of(name, asked) for name in names}
     if reading.bases is not None:
         names = resolve(names, reading.bases, reading.error, reading.notes, asked)
-    elif any(prefix_of(name, asked) and "." not in name for name in names):
+    elif any(prefix and "." not in name for name, prefix in prefixes.items()):
         config[UNDERSCORED] = True
         reading.notes.append("names are the file's, with underscores: a model is needed for its own")
-    prefix, *others = {prefix_of(name, asked) for name in names}
-    if prefix and not others:
+    elif all(is_component(prefix) and not is_underscored(prefix) for prefix in prefixes.values()):
+        config[COMPONENTS] = True
+    prefix, *others = {prefixes[name] for name in names}
+    if prefix and not others and (reading.bases is None or any(name != own for name, own in names.items())):
         config[PREFIX] = prefix
     return {own: layers[name] for name, own in names.items()}
 
@@ -169,11 +185,11 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
     """
     check_format(format, "auto")
     file, config_file = _find(files.as_path(path), format)
-    tensors, config = pairs.read(file, config_file, scaled=scaled)
+    tensors, _, config = pairs.read(file, config_file, scaled=scaled)
     chosen = _format(file, tensors, config, format)
-    matches = {key: FORMATS[chosen].key.fullmatch(key) for key in tensors}
-    layers = dict.fromkeys(match["module"] for match in matches.values() if match)
-    return Contents(file, chosen, list(layers), [key for key, match in matches.items() if not match])
+    found = {key: FORMATS[chosen].split(key) for key in tensors}
+    layers = dict.fromkeys(each[0] for each in found.values() if each)
+    return Contents(file, chosen, list(layers), [key for key, each in found.items() if not each])
 
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:
@@ -202,6 +218,6 @@ def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], a
             keys = ", ".join(list(tensors)[:3]) or "none"
             raise ValueError(f"{file}: no adapter of a format that is known: its keys are {keys}")
         return found
-    if found not in (None, asked) and {asked, found} != {"lycoris", "kohya"}:
+    if found not in (None, asked) and not {asked, found} <= {"lycoris", "kohya", "diffusers"}:
         raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")
     return asked

@@ -26,6 +26,7 @@ class Reading:
         bases: the base model's layers, None where no model was given.
         magnitude_axis, scaling: what the caller insists on: "auto" and None are nothing.
         notes: what was decided and why.
+        header: what the safetensors file says of itself.
     """
 
     file: Path
@@ -36,13 +37,16 @@ class Reading:
     magnitude_axis: str = "auto"
     scaling: float | None = None
     notes: list[str] = field(default_factory=list)
+    header: Mapping[str, str] = field(default_factory=dict)
     _patterns: dict[str, ByName] = field(default_factory=dict)
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")
 
-    def number(self, config: Mapping[str, Any], *names: str) -> float:
+    def number(self, config: Mapping[str, Any], *names: str, where: str = "") -> float:
         """A finite number of the configuration, under the last of `names` in the objects the others name.
+
+        `where` is what errors call the configuration, if it is not the configuration's file.
 
         Raises:
             ValueError: it is not there, or none.
@@ -51,16 +55,16 @@ class Reading:
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
-            where = self.file.with_name("adapter_config.json") if self.config_file is None else self.config_file
-            said = f"expected a number, got {quoted(value)}" if self.config_file else "no such file"
+            said = f"expected a number, got {quoted(value)}" if where or self.config_file else "no such file"
+            where = where or str(self.config_file or self.file.with_name("adapter_config.json"))
             raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
         return float(value)
 
-    def by_pattern(self, name: str, module: str, default: Any) -> Any:
-        """The value of a module in the configuration's patterns of that name; ValueError for what are none."""
-        if name not in self._patterns:
-            self._patterns[name] = by_pattern(self.config.get(name), f"{self.config_file}: {name}")
-        return self._patterns[name].get(module, default)
+    def by_pattern(self, values: Any, label: str) -> ByName:
+        """The values in a configuration by patterns of names, read once for a label; ValueError for what are none."""
+        if label not in self._patterns:
+            self._patterns[label] = by_pattern(values, label)
+        return self._patterns[label]
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
         """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from dora_kernels import files, pairs
-from dora_kernels.adapters.attaching import extract
+from dora_kernels.adapters.attaching import extract, joined
 from dora_kernels.adapters.bases import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.layers import Adapter
 from dora_kernels.adapters.load import CONFIG
-from dora_kernels.adapters.underscores import PREFIX, UNDERSCORED, check_prefix
+from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix
 from dora_kernels.adapters.writing import Writing
 from dora_kernels.replacing import leftovers, replacing
+from dora_kernels.shown import shown
 
 
 def save_adapter(
-    source: nn.Module | Adapter,
+    source: nn.Module | Adapter | Mapping[str, nn.Module | Adapter],
     path: str | os.PathLike[str],
     *,
     format: str = "peft",
@@ -37,12 +41,15 @@ def save_adapter(
     is exact.
 
     Args:
-        source: a model with adapted layers, or an `Adapter`.
-        path: a folder; the formats without configuration (lycoris, kohya, qdora) take a ``.safetensors`` file, too.
+        source: a model with adapted layers, or an `Adapter`; or several of a pipeline's by its names for the models,
+            for one file of the formats kohya and diffusers: ``{"unet": unet, "text_encoder": text_encoder}``.
+        path: a folder; the formats without configuration (lycoris, kohya, diffusers, qdora) take a ``.safetensors``
+            file, too.
         format: which.
-        prefix: of the names in a LyCORIS or kohya file, "lora_te1" for a first text encoder's. None: the one that the
-            adapter was read with, if it was of the same format, else "lycoris", or kohya's "lora_te" for modules in
-            ``text_model`` and "lora_unet" for others.
+        prefix: of the names of one model in a LyCORIS, kohya or diffusers file, "lora_te1" or "text_encoder" for a
+            first text encoder's. None: the one that the adapter was read with, if it was of the same format, else
+            "lycoris", or what the names of the layers tell: kohya's "lora_te" for CLIP, "lora_te3" for T5 and
+            "lora_unet" for others, diffusers' "text_encoder", "text_encoder_3", "unet" and "transformer".
         force: overwrite files that are there.
 
     Returns:
@@ -57,15 +64,14 @@ def save_adapter(
     """
     place = files.as_path(path)
     check_format(format)
-    if not isinstance(source, nn.Module | Adapter):
-        raise TypeError(f"source: expected a torch.nn.Module or an Adapter, got {type(source).__name__}")
-    adapter = source if isinstance(source, Adapter) else extract(source)
+    adapter, known = _source(source)
     if not adapter.layers:
         raise ValueError("source: the adapter has no layers")
-    known = bases_of(source) if isinstance(source, nn.Module) else ()
     chosen = FORMATS[format]
-    if prefix is not None and not chosen.underscored:
+    if prefix is not None and not chosen.prefixed:
         raise ValueError(f"prefix: the format {format!r} has none in its names")
+    if adapter.config.get(COMPONENTS):
+        adapter = _parted(adapter, chosen, prefix)
     own = adapter.config.get(PREFIX, "") if adapter.format == format else ""
     writing = Writing(format, known, own if prefix is None else check_prefix(prefix))
     if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
@@ -90,6 +96,45 @@ def save_adapter(
         if config is not None:
             files.save_json(written[1], config)
     return writing.notes
+
+
+def _source(source: Any) -> tuple[Adapter, Collection[str]]:
+    """The adapter to write, of one model or of several, and the names of the models' layers where there are models."""
+    if isinstance(source, Adapter):
+        return source, ()
+    if isinstance(source, nn.Module):
+        return extract(source), bases_of(source)
+    if not isinstance(source, Mapping):
+        raise TypeError(f"source: expected a torch.nn.Module or an Adapter, got {type(source).__name__}")
+    for component, each in source.items():
+        if not isinstance(each, nn.Module | Adapter):
+            raise TypeError(f"source: {component}: expected a torch.nn.Module or an Adapter, got {type(each).__name__}")
+    models = {name: each for name, each in source.items() if isinstance(each, nn.Module)}
+    known = bases_of(joined(models)) if models else {}
+    result = Adapter({}, config={COMPONENTS: True})
+    for component, each in source.items():
+        adapter = extract(each) if isinstance(each, nn.Module) else each
+        if adapter.config.get(UNDERSCORED):
+            raise ValueError(f"source: {component}: its names have underscores for dots; read it with its model")
+        start = f"{component}." if adapter.config.get(COMPONENTS) else ""
+        if other := next((name for name in adapter.layers if not name.startswith(start)), None):
+            raise ValueError(f"source: {component}: {other} is another model's; read it with prefix= for one model's")
+        result.layers |= {f"{component}.{name.removeprefix(start)}": layer for name, layer in adapter.layers.items()}
+    return result, known
+
+
+def _parted(adapter: Adapter, chosen: Format, prefix: str | None) -> Adapter:
+    """An adapter of a pipeline's models as the format can have it: of several, or without the model's name of one."""
+    components = sorted({name.partition(".")[0] for name in adapter.layers})
+    if chosen.pipelines and prefix is None:
+        return adapter
+    if len(components) > 1:
+        of = shown(", ".join(components), 1000)
+        why = f"the format {chosen.name!r} is of one model" if prefix is None else "prefix= is for one model"
+        raise ValueError(f"source: it has adapters of {of}, and {why}; read it with prefix= to take one model's")
+    layers = {name.partition(".")[2]: layer for name, layer in adapter.layers.items()}
+    config = {name: value for name, value in adapter.config.items() if name not in (COMPONENTS, PREFIX)}
+    return replace(adapter, layers=layers, config=config)
 
 
 def _check_place(weights: Path, chosen: Format) -> None:

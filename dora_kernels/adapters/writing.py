@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,11 +46,12 @@ class Writing:
         *,
         plain: bool = True,
         grouped: bool = False,
+        model_of: Callable[[str], str] = lambda name: "",
     ) -> Layers:
         """`layers`, checked: their kinds among the keys of `axes`, their magnitudes along an axis named there.
 
         `plain` says whether the format has plain LoRA, too, `grouped` whether its plain LoRA of convolutions with
-        groups is the same.
+        groups is the same. `model_of` says which of a file's models a layer is of: each is DoRA throughout, or LoRA.
 
         Raises:
             ValueError: a layer does not fit.
@@ -69,8 +70,9 @@ class Writing:
             if layer.grouped and not (grouped and layer.magnitude is None):
                 raise self.refuse(name, f"a convolution with groups has another low-rank product or norm there; {KEPT}")
         without = [name for name, layer in layers.items() if layer.magnitude is None]
-        if without and len(without) < len(layers):
-            raise self.refuse(without[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")
+        dora = {model_of(name) for name, layer in layers.items() if layer.magnitude is not None}
+        if mixed := [name for name in without if model_of(name) in dora]:
+            raise self.refuse(mixed[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")
         if without and not plain:
             raise self.refuse(without[0], "it has no magnitude (plain LoRA), and the format is of DoRA alone")
         return dict(layers)

@@ -2,12 +2,13 @@
 
 # Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dora_kernels.adapters import FORMATS, read_adapter, save_adapter
+from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
 from dora_kernels.checkpoints import Checkpoint, read_for
-from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
+from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
 
 if TYPE_CHECKING:
@@ -18,11 +19,17 @@ def add(app: "typer.Typer") -> None:
     """Add the command."""
     import typer
 
+    several = functools.partial(typer.Option, default_factory=list, show_default=False)
+
     @app.command("convert")
     def convert_command(
         source: Annotated[Path, typer.Argument(metavar="IN", help="The adapter: a safetensors file or its folder.")],
         target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder or file.")],
         to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")],
+        join: Annotated[
+            list[str],
+            several(metavar="NAME=ADAPTER", help="Another model's, text_encoder=DIR, for the same file; repeatable."),
+        ],
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         base: Annotated[
             str,
@@ -30,22 +37,44 @@ def add(app: "typer.Typer") -> None:
         ] = "",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
         scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
+        prefix: Annotated[str, typer.Option(metavar="NAME", show_default=False, help=PREFIX)] = "",
+        to_prefix: Annotated[
+            str, typer.Option(metavar="NAME", show_default=False, help="Of OUT's names (lycoris, kohya, diffusers).")
+        ] = "",
+        component: Annotated[
+            str, typer.Option(metavar="NAME", show_default=False, help="IN's model in a pipeline, unet: with --join.")
+        ] = "",
         force: Annotated[bool, typer.Option("--force", help="Overwrite files of OUT.")] = False,
     ) -> None:
         """Write an adapter in another format: the same function, to float32 accuracy.
 
+        With --component and --join, the adapters of several models of a pipeline become one file (kohya, diffusers).
         Prints what had to be decided or folded. Exit status 2 if the format cannot express the adapter.
         """
         with errors(), progress() as advance:
-            options = read_options(source_format, axis, scaling)
+            options = read_options(source_format, axis, scaling, prefix)
             if base:
                 adapter, _ = read_for(Checkpoint(base), source, **options)
             else:
                 adapter = read_adapter(source, **options)
+            others = _joined(component, join)
+            read = {component: adapter} | others
             advance(f"{source} is read", 2)
-            folded = save_adapter(adapter, target, format=to, force=force)
+            whole = read if others else adapter
+            folded = save_adapter(whole, target, format=to, prefix=to_prefix or None, force=force)
             advance(f"{target} is written", 2)
         output = console()
-        say(output, f"{source}: {adapter.format}, {len(adapter.layers)} layers")
-        say_each(output, "note", [*adapter.notes, *folded])
+        for one, place in zip(read.values(), (source, *(each.partition("=")[2] for each in join)), strict=True):
+            say(output, f"{place}: {one.format}, {len(one.layers)} layers")
+        say_each(output, "note", [*(note for one in read.values() for note in one.notes), *folded])
         say(output, f"{target}: {to}")
+
+
+def _joined(component: str, join: list[str]) -> dict[str, Adapter]:
+    """The adapters of ``--join`` by the names of their models; ValueError where names are missing or come twice."""
+    if bool(component) != bool(join):
+        raise ValueError("--component names IN's model beside those of --join NAME=ADAPTER; expected both or none")
+    names = [component, *(each.partition("=")[0] for each in join)]
+    if len(set(names)) < len(names) or not all(each.partition("=")[2] for each in join):
+        raise ValueError(f"--join: expected NAME=ADAPTER with a name of its own each, got {', '.join(join)}")
+    return {name: read_adapter(each.partition("=")[2]) for name, each in zip(names[1:], join, strict=True)}

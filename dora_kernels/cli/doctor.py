@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 import dora_kernels
-from dora_kernels import norm_cache, parity
-from dora_kernels.backends import first_line, resolve, triton_problem
+from dora_kernels.cli import parity
 from dora_kernels.cli.output import console
-from dora_kernels.parity import Case
+from dora_kernels.cli.parity import Case
+from dora_kernels.engine import norm_cache
+from dora_kernels.engine.dispatch import first_line, norm_backend, triton_problem
 
 if TYPE_CHECKING:
     import typer
@@ -142,7 +143,7 @@ def _examine(device: torch.device) -> dict[str, Any]:
         problem = f"importing it failed: {type(error).__name__}: {first_line(error)}"
     found["triton"] = problem or ("available" if device.type == "cuda" else "available in its interpreter, slowly")
     try:
-        auto = resolve("auto", (torch.empty(1, device=device),))
+        auto = norm_backend("auto", torch.empty(1, device=device))
     except Exception as error:
         return {**found, "auto": None, "why": first_line(error), "works": False, "check": "auto finds no backend"}
     if auto == "triton":

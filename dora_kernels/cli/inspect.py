@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer, read_adapter
 from dora_kernels.checkpoints import Checkpoint, read_for, scales
-from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
+from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
 from dora_kernels.shown import quoted
 
@@ -40,6 +40,7 @@ def add(app: "typer.Typer") -> None:
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
         scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
+        prefix: Annotated[str, typer.Option(metavar="NAME", show_default=False, help=PREFIX)] = "",
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     ) -> None:
         """Rank, axis, scaling and norms of an adapter, and its suspicious values.
@@ -47,7 +48,7 @@ def add(app: "typer.Typer") -> None:
         Exit status 2 for a damaged file; what is only suspicious is named, with status 0.
         """
         with errors():
-            found = inspect(path, base, **read_options(source_format, axis, scaling))
+            found = inspect(path, base, **read_options(source_format, axis, scaling, prefix))
         print(json.dumps(found, indent=2, allow_nan=False)) if as_json else _print(found, console())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.checkpoints import Checkpoint
-from dora_kernels.cli.options import AXIS, FROM, SCALING, read_options
+from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
 from dora_kernels.merging import merge_checkpoint
 
@@ -32,6 +32,7 @@ def add(app: "typer.Typer") -> None:
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
         scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
+        prefix: Annotated[str, typer.Option(metavar="NAME", show_default=False, help=PREFIX)] = "",
         adapter_only: Annotated[
             bool, typer.Option("--adapter-only", help="Leave out what is trained beside the adapter (modules_to_save).")
         ] = False,
@@ -42,7 +43,7 @@ def add(app: "typer.Typer") -> None:
         OUT has BASE's files, its configuration and tokenizer among them, and takes its place when it is complete.
         """
         with errors():
-            options = read_options(source_format, axis, scaling)
+            options = read_options(source_format, axis, scaling, prefix)
             checkpoint = Checkpoint(base)
             with progress() as advance:
                 merged = merge_checkpoint(

@@ -9,10 +9,11 @@ from dora_kernels.adapters import FORMATS
 FROM = f"The adapter's: auto, {', '.join(FORMATS)}."
 AXIS = "Of the adapter's magnitudes: auto, out, in."
 SCALING = "Instead of what the adapter's files say."
+PREFIX = "Of the adapter's names: read the layers of one model, lora_te1 or text_encoder."
 
 
-def read_options(source_format: str, axis: str, scaling: str) -> dict[str, Any]:
-    """The arguments of `read_adapter` for ``--from``, ``--axis`` and ``--scaling``, empty where it is not given.
+def read_options(source_format: str, axis: str, scaling: str, prefix: str) -> dict[str, Any]:
+    """The arguments of `read_adapter` for ``--from``, ``--axis``, ``--scaling`` and ``--prefix``, which may be "".
 
     Raises:
         ValueError: the scaling is no number.
@@ -22,4 +23,4 @@ def read_options(source_format: str, axis: str, scaling: str) -> dict[str, Any]:
         number = float(scaling) if scaling else None
     except ValueError:
         raise ValueError(f"--scaling: expected a number, got {scaling!r}") from None
-    return {"format": source_format, "magnitude_axis": axis, "scaling": number}
+    return {"format": source_format, "magnitude_axis": axis, "scaling": number, "prefix": prefix or None}

@@ -20,6 +20,7 @@ _OPTIONS = {
     "adapter_only=True": "--adapter-only",
     "magnitude_axis=": "--axis ",
     "scaling=": "--scaling ",
+    "prefix=": "--prefix ",
     "format=": "--from ",
 }
 

@@ -1,23 +1,328 @@
-"""`dora-kernels parity`: errors against a float64 oracle, beside those of PEFT's formula."""
+"""`dora-kernels parity`: errors of `dora_linear` against a float64 oracle, beside those of PEFT's formula.
+
+Problems, oracle and budgets are those of `dora_kernels.testing`; the baseline is PEFT's formula in the same dtypes.
+The error of a result a is ``||a - exact|| / ||exact||``, taken in float64; that of the norm is the largest relative
+error of an element. The norm, always in float32 accuracy, has a bound of its own (`testing.norm_bound`), or twice the
+error of PEFT's where PEFT computes it in float32 too.
+"""
 
 # Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
 
+import contextlib
 import functools
+import itertools
 import json
+import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import dora_kernels
-from dora_kernels import parity
-from dora_kernels.backends import BACKENDS
+from dora_kernels import testing
 from dora_kernels.cli.output import console, progress
-from dora_kernels.parity import Case, Cell, OptionError, Settings
+from dora_kernels.core.validation import AXES, BACKENDS
+from dora_kernels.engine.dispatch import first_line, triton_problem
+from dora_kernels.functional import dora_linear, dora_weight_norm
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console
+
+# Of x and the base layer, and of the adapter; "mixed" is what PEFT makes of a bfloat16 model by default.
+DTYPES = {
+    name: testing.DTYPES[short]
+    for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("mixed", "bf16+fp32"))
+}
+
+RULE = (
+    "Budget: ours may be off by twice the error of PEFT's formula in the same dtypes, by twice what the exact result "
+    "moves by when every input moves by up to one eps of the compute dtype, or by twice what it moves by when the norm "
+    "of a 16-bit weight moves by its bound, whichever is largest; an element of the norm by "
+    + ", ".join(f"{testing.norm_bound(*pair):.0e} ({name})" for name, pair in DTYPES.items())
+    + ", or twice PEFT's error where its norm is in float32."
+)
+
+DEFAULT_SHAPES = ("128,512,384", "37,131,257")  # one of whole tiles, one of none
+INTERPRETED_SHAPES = ("37,131,257",)  # Triton's interpreter takes half a minute for the other
+DEFAULT_RANKS = (16,)
+
+# Multiply-adds of a product below which a case is small. With several threads the default cases, all small, took 27 s
+# on two busy cores, where one thread took 2.6 s: the threads wait for one another.
+_SMALL = 10**8
+
+_GRADIENTS = {"x": "dX", "lora_A": "dA", "lora_B": "dB", "magnitude": "dm", "bias": "db", "weight": "dW"}
+
+
+class OptionError(ValueError):
+    """An option that cannot be served; the message is one line that begins with the option's name."""
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int]  # tokens, out_features, in_features
+    rank: int
+    dtype: str
+    axis: str
+
+    def __str__(self) -> str:
+        return f"{','.join(map(str, self.shape))} rank {self.rank} {self.dtype} axis {self.axis}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured error. Where the call itself failed there is one cell, "call", with the message as its note."""
+
+    case: Case
+    backend: str
+    quantity: str
+    error: float
+    peft: float = math.nan
+    budget: float = math.nan
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        where = f"{self.quantity}, {self.case}, backend {self.backend}"
+        if self.note:
+            return f"{where}: {self.note}"
+        return f"{where}: off by {self.error:.1e}, budget {self.budget:.1e}, PEFT's formula {self.peft:.1e}"
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {"error": self.error, "peft_error": self.peft, "budget": self.budget}
+        return {
+            "shape": list(self.case.shape),
+            "rank": self.case.rank,
+            "dtype": self.case.dtype,
+            "axis": self.case.axis,
+            "backend": self.backend,
+            "quantity": self.quantity,
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+            "ok": self.ok,
+            "note": self.note,
+        }
+
+
+class Yardstick(NamedTuple):
+    """A case's problem, its exact results, and by how much PEFT's formula misses and ours may miss them."""
+
+    case: Case
+    problem: testing.Problem
+    gradients: tuple[str, ...]
+    exact: dict[str, Tensor]
+    peft: dict[str, float]
+    budget: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    cases: tuple[Case, ...]
+    backends: tuple[str, ...]
+    not_run: dict[str, str]
+    device: torch.device
+    seed: int
+    weight_gradient: bool
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        return "y", *(_GRADIENTS[name] for name in _wanted(self.weight_gradient)), "norm"
+
+
+def settings(
+    shapes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    axes: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    weight_gradient: bool = False,
+) -> Settings:
+    """The options as the command line takes them, checked; None or nothing takes the defaults.
+
+    Raises:
+        OptionError: a value that is not known or not possible here.
+    """
+    for rank in ranks or ():
+        if rank < 1:
+            raise OptionError(f"--rank: expected at least 1, got {rank}")
+    names = _known("--dtype", dtypes, tuple(DTYPES)) or tuple(DTYPES)
+    along = _known("--axis", axes, AXES) or AXES
+    where = _find_device(device)
+    run, not_run = _choose_backends(_known("--backend", backends, BACKENDS), where)
+    interpreted = "triton" in run and where.type != "cuda"
+    sizes = [_parse_shape(shape) for shape in shapes or (INTERPRETED_SHAPES if interpreted else DEFAULT_SHAPES)]
+    cases = itertools.product(dict.fromkeys(sizes), dict.fromkeys(ranks or DEFAULT_RANKS), names, along)
+    return Settings(
+        tuple(Case(size, rank, dtype, axis) for size, rank, dtype, axis in cases),
+        run, not_run, where, seed, weight_gradient,
+    )  # fmt: skip
+
+
+def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, backend: None) -> list[Cell]:
+    """Every cell, case by case; `advance` hears of each case and backend once it is done."""
+    cells = []
+    for case in options.cases:
+        with threads_for(case):
+            try:
+                yardstick = prepare(case, options.device, options.seed, options.weight_gradient)
+            except (RuntimeError, MemoryError) as error:
+                raise OptionError(f"--shape: {case} failed on {options.device}: {first_line(error)}") from error
+            for backend in options.backends:
+                cells += measure(yardstick, backend)
+                advance(case, backend)
+    return cells
+
+
+@contextlib.contextmanager
+def threads_for(case: Case) -> Iterator[None]:
+    """One thread for a small case."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if _is_small(case) else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepare(case: Case, device: torch.device, seed: int = 0, weight_gradient: bool = False) -> Yardstick:
+    """The exact results of a case, the errors of PEFT's formula and the budgets."""
+    tokens, out_features, in_features = case.shape
+    base, adapter = DTYPES[case.dtype]
+    problem = testing.make_problem(
+        (tokens,), in_features, out_features, case.rank, (base, base, adapter), magnitude_axis=case.axis, device=device,
+        seed=seed,
+    )  # fmt: skip
+    wanted = _wanted(weight_gradient)
+    exact = testing.oracle(problem, wanted)
+    plain = testing.solve(peft_formula, problem, wanted)
+    # Results of a few numbers, as those of one token and rank 1, scatter: in 19 200 results of small layers four tries
+    # gave ten false alarms, sixteen gave one.
+    tries = 16 if _is_small(case) else 4
+    allowed = testing.budgets(problem, wanted, baseline=plain, tries=tries, seed=seed + 1)
+    peft = {_short(name): testing.error(result, exact[name]) for name, result in plain.items()}
+    budget = {_short(name): allowed[name] / exact[name].norm().item() for name in exact}
+    exact = {_short(name): result for name, result in exact.items()}
+    exact["norm"] = testing.true_norm(problem)
+    peft["norm"] = testing.norm_error(peft_norm(*problem.factors, problem.scaling, case.axis), exact["norm"])
+    fair = adapter == torch.float32
+    budget["norm"] = max(testing.norm_bound(base, adapter), 2 * peft["norm"] if fair else 0.0)
+    return Yardstick(case, problem, wanted, exact, peft, budget)
+
+
+def measure(yardstick: Yardstick, backend: str) -> list[Cell]:
+    """Our errors; a call that raises is a cell of its own."""
+    case, problem, exact = yardstick.case, yardstick.problem, yardstick.exact
+    try:
+        results = testing.solve(dora_linear, problem, yardstick.gradients, backend=backend)
+        norm = dora_weight_norm(
+            *problem.factors, scaling=problem.scaling, magnitude_axis=case.axis, backend=backend
+        )  # fmt: skip
+        errors = {_short(name): testing.error(result, exact[_short(name)]) for name, result in results.items()}
+        errors["norm"] = testing.norm_error(norm, exact["norm"])
+    except Exception as error:  # a compiler's, a driver's or our own: the table goes on and says so
+        return [Cell(case, backend, "call", math.inf, note=f"{type(error).__name__}: {first_line(error)}")]
+    peft, budget = yardstick.peft, yardstick.budget
+    return [Cell(case, backend, name, off, peft[name], budget[name]) for name, off in errors.items()]
+
+
+def _short(name: str) -> str:
+    """A result's name in the table."""
+    return _GRADIENTS.get(name, name)
+
+
+def _is_small(case: Case) -> bool:
+    return math.prod(case.shape) < _SMALL
+
+
+def _wanted(weight_gradient: bool) -> tuple[str, ...]:
+    return tuple(name for name in _GRADIENTS if weight_gradient or name != "weight")
+
+
+def _parse_shape(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    try:
+        tokens, out_features, in_features = (int(part) for part in parts)
+    except ValueError:
+        raise OptionError(f"--shape: expected tokens,out_features,in_features, as 128,512,384; got {text!r}") from None
+    if min(tokens, out_features, in_features) < 1:
+        raise OptionError(f"--shape: expected three sizes of at least 1, got {text!r}")
+    return tokens, out_features, in_features
+
+
+def _known(option: str, values: Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values or ():
+        if value not in known:
+            raise OptionError(f"{option}: expected one of {', '.join(known)}; got {value!r}")
+    return tuple(dict.fromkeys(values or ()))
+
+
+def _find_device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cpu"
+        if torch.accelerator.is_available():
+            name = str(torch.accelerator.current_accelerator())
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # also refuses "meta"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"--device: {name!r} is not available: {first_line(error)}") from None
+    return device
+
+
+def _choose_backends(named: tuple[str, ...], device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Those to run, and why others are not; one asked for by name has to be available."""
+    chosen = named or ("torch", "triton")
+    problem = triton_problem(device) if "triton" in chosen else None
+    if problem is None:
+        return chosen, {}
+    if named:
+        raise OptionError(f"--backend: triton is not available on {device}: {problem}")
+    return tuple(name for name in chosen if name != "triton"), {"triton": problem}
+
+
+def peft_formula(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    detach_norm: bool = True,
+    eps: float = 0.0,
+) -> Tensor:
+    """What PEFT's DoRA layer computes, operation by operation and dtype by dtype, without dropout.
+
+    PEFT's norm is always detached and has no eps. PEFT has no axis "in"; there this is the same formula with g on the
+    other side of the product, so that the base product for ``(g - 1) * x`` is a second one.
+    """
+    result = F.linear(x, weight, bias)
+    dtype = result.dtype
+    x = x.to(lora_A.dtype)
+    g = magnitude / peft_norm(weight, lora_A, lora_B, scaling, magnitude_axis)
+    if magnitude_axis == "out":
+        base = result if bias is None else result - bias
+        low = F.linear(F.linear(x, lora_A), lora_B)
+        return (result + ((g - 1) * base + g * low * scaling)).to(dtype)
+    base = F.linear((g - 1) * x, weight.to(x.dtype))
+    low = F.linear(F.linear(g * x, lora_A), lora_B)
+    return (result + (base + low * scaling)).to(dtype)
+
+
+def peft_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str) -> Tensor:
+    """PEFT's norm: of a dense sum in the adapter's dtype, returned in it."""
+    with torch.no_grad():
+        direction = weight.to(lora_A.dtype) + scaling * (lora_B @ lora_A)
+        return torch.linalg.norm(direction, dim=1 if magnitude_axis == "out" else 0).to(direction.dtype)
 
 
 def add(app: "typer.Typer") -> None:
@@ -35,7 +340,7 @@ def add(app: "typer.Typer") -> None:
         ],
         dtype: Annotated[
             list[str],
-            several(metavar="NAME", help=f"{', '.join(parity.DTYPES)} (adapters in float32). [default: all]"),
+            several(metavar="NAME", help=f"{', '.join(DTYPES)} (adapters in float32). [default: all]"),
         ],
         rank: Annotated[list[int], several(metavar="R", help="[default: 16]")],
         axis: Annotated[list[str], several(metavar="NAME", help="Magnitude axis: out, in. [default: both]")],
@@ -55,7 +360,7 @@ def add(app: "typer.Typer") -> None:
         Options of a name may be given several times. Exit status 1 if an error exceeds its budget.
         """
         try:
-            options = parity.settings(shape, dtype, rank, axis, backend, device or None, seed, weight)
+            options = settings(shape, dtype, rank, axis, backend, device or None, seed, weight)
             cells = _run_with_progress(options)
         except OptionError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -73,7 +378,7 @@ def add(app: "typer.Typer") -> None:
 def _run_with_progress(options: Settings) -> list[Cell]:
     total = len(options.cases) * len(options.backends)
     with progress() as advance:
-        return parity.run(options, lambda case, backend: advance(f"{backend}: {case}", total))
+        return run(options, lambda case, backend: advance(f"{backend}: {case}", total))
 
 
 def _parity_json(options: Settings, cells: list[Cell]) -> dict[str, Any]:
@@ -82,7 +387,7 @@ def _parity_json(options: Settings, cells: list[Cell]) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "device": str(options.device),
         "seed": options.seed,
-        "rule": parity.RULE,
+        "rule": RULE,
         "backends": list(options.backends),
         "not_run": options.not_run,
         "cells": [cell.as_dict() for cell in cells],
@@ -95,7 +400,7 @@ def _print_parity(options: Settings, cells: list[Cell], console: "Console") -> N
     from rich.text import Text
 
     console.print("Error against a float64 oracle, ||a - exact|| / ||exact||; norm: the largest of an element.")
-    console.print(parity.RULE)
+    console.print(RULE)
     groups: dict[tuple[Any, ...], dict[Case, dict[str, Cell]]] = {}
     for cell in cells:
         group = groups.setdefault((cell.backend, cell.case.shape, cell.case.rank), {})

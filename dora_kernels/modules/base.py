@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import validation
+from dora_kernels.core import validation
+from dora_kernels.core.precision import accumulation_dtype
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine.model_norms import KeptNorm
+from dora_kernels.engine.norm_cache import NormCache
 from dora_kernels.functional import dora_weight_norm, merge_dora
-from dora_kernels.norm_cache import NormCache
-from dora_kernels.reference import accumulation_dtype
 from dora_kernels.rounding import is_coarse, stochastic
 
 if TYPE_CHECKING:
@@ -152,6 +154,10 @@ class AdaptedLayer(nn.Module):
     def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
         """The base weight as ``[N, K]``, A as ``[r, K]``, B as ``[N, r]``: views where the memory allows."""
         raise NotImplementedError
+
+    def _weights(self) -> Weights:
+        """The problem, with the magnitude as a vector and the bias."""
+        return Weights(*self._problem(), None, self.bias)
 
     def _adapted(self, x: Tensor) -> Tensor:
         """The layer's output at strength 1."""
@@ -340,7 +346,7 @@ class DoRALayer(AdaptedLayer):
         self.magnitude_axis = magnitude_axis
         self.detach_norm = bool(detach_norm)
         self.eps = float(eps)
-        self._norm_cache = NormCache()
+        self._norm_cache = NormCache(self._form._replace(detach_norm=True), self.backend)
         return factory
 
     def _start(self) -> None:
@@ -350,6 +356,25 @@ class DoRALayer(AdaptedLayer):
         self._reset_magnitude()
 
     state_names = (*AdaptedLayer.state_names, "lora_magnitude_vector")
+
+    def _weights(self) -> Weights:
+        """The problem, with the magnitude as a vector and the bias."""
+        return Weights(*self._problem(), self.magnitude, self.bias)
+
+    @property
+    def _form(self) -> Form:
+        return Form(self.scaling, self.magnitude_axis, self.detach_norm, self.eps)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's, for `to` and the like; the norm cache's slot goes along."""
+        result = super()._apply(*args, **kwargs)
+        self._norm_cache.move(self.base_layer.weight.device)
+        return result
+
+    def kept_norms(self) -> Iterator[KeptNorm]:
+        """What `frozen_norms` may freeze."""
+        if not self.merged:
+            yield KeptNorm(self._norm_cache, self._weights(), self._form, self.backend)
 
     @property
     def magnitude(self) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import convolution
-from dora_kernels.functional import dora_weight_norm, layer_divisor, layer_scale
+from dora_kernels.core import convolution
+from dora_kernels.core.problem import Weights
+from dora_kernels.engine.layer import layer_norm, layer_scale
+from dora_kernels.engine.model_norms import KeptNorm
+from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.base import DoRALayer, showing
 
 KEPT = "extract and attach keep it, and safetensors.torch.save_file(dora_state_dict(model), ...)"
@@ -98,14 +102,12 @@ class _DoRAConv(DoRALayer):
 
     def _weight_norm(self) -> Tensor:
         """Per channel, differentiable where gradients are enabled and the norm is not detached."""
-        weight, lora_A, lora_B = self._problem()
-        groups, axis = self.base_layer.groups, self.magnitude_axis
+        weights, groups, axis = Weights(*self._problem()), self.base_layer.groups, self.magnitude_axis
         if groups > 1:
-            norm = convolution.exact_grouped_norm(weight, lora_A, lora_B, self.scaling, groups, axis)
+            norm = convolution.exact_grouped_norm(*weights[:3], self.scaling, groups, axis)
         else:
-            problem = weight, lora_A, lora_B
-            detached = not torch.is_grad_enabled()
-            norm = layer_divisor(*problem, self.scaling, axis, detached, self.backend, None, self.training)
+            form = self._form._replace(detach_norm=not torch.is_grad_enabled(), eps=0.0)
+            norm = layer_norm(weights, form, None, self.training, self.backend).divisor
             norm = norm.masked_fill(torch.isinf(norm), 0.0)
         if axis == "in":
             norm = convolution.over_kernel(norm, self.base_layer.weight.shape, groups, self._channels_last)
@@ -113,19 +115,24 @@ class _DoRAConv(DoRALayer):
 
     def _scale(self) -> Tensor:
         """``g``, shaped to be broadcast over channels."""
+        weights, compute = self._norm_source()
+        g = layer_scale(weights, self._form, self._norm_cache, self.training, self.backend, compute)
+        return self._per_channel(g)
+
+    def _norm_source(self) -> tuple[Weights, Callable[[], Tensor] | None]:
+        """The tensors that the norm depends on, and what computes it where it is no row norm of a matrix."""
         last, weight, (lora_A, lora_B) = self._channels_last, self.base_layer.weight, self.factors
-        tensors: tuple[Tensor, Tensor, Tensor] = weight, lora_A, lora_B
-        norm = None
         views = convolution.is_view(weight, last) and convolution.is_view(lora_A, last)
         if self.base_layer.groups == 1 and self.magnitude_axis == "out" and views:
-            tensors = self._problem()
-        else:  # no row norm of a matrix, or of copies, which show no writes
-            norm = self._weight_norm
-        g = layer_scale(
-            *tensors, self.magnitude, self.scaling, self.magnitude_axis, self.detach_norm, self.backend,
-            self._norm_cache, self.training, self.eps, norm,
-        )  # fmt: skip
-        return self._per_channel(g)
+            return self._weights(), None
+        # Of copies, which show no writes, what they are copies of.
+        return Weights(weight, lora_A, lora_B, self.magnitude), self._weight_norm
+
+    def kept_norms(self) -> Iterator[KeptNorm]:
+        """What `frozen_norms` may freeze."""
+        if not self.merged:
+            weights, compute = self._norm_source()
+            yield KeptNorm(self._norm_cache, weights, self._form, self.backend, compute)
 
     def _per_channel(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.base_layer.kernel_size))

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.functional import layer_divisor, layer_scale, run_compose
+from dora_kernels.core.precision import accumulation_dtype, no_autocast
+from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.engine.layer import layer_norm, layer_scale, run_compose
 from dora_kernels.modules.base import DoRALayer, showing
-from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
 
 
 @showing("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
@@ -80,29 +81,20 @@ class DoRAEmbedding(DoRALayer):
         result: Tensor = self.base_layer(x)
         h = self._rows(x, self.lora_embedding_A.t())
         if self.magnitude_axis == "out" and self.detach_norm:
-            return run_compose(
-                result, h, self.lora_embedding_B, self.lora_magnitude_vector, None, self.scaling, self._divisor,
-                self.backend,
-            )  # fmt: skip
+            return run_compose(result, h, self._weights(), self.scaling, self._divisor, self.backend)
         with no_autocast(result.device):
             dtype = accumulation_dtype(result, h)
             total = torch.add(
                 result.to(dtype), h.to(dtype) @ self.lora_embedding_B.to(dtype).t(), alpha=self.scaling
             )
             if self.magnitude_axis == "out":
-                g = layer_scale(
-                    *self._problem(), self.lora_magnitude_vector, self.scaling, "out", False, self.backend,
-                    self._norm_cache, self.training, self.eps,
-                )  # fmt: skip
+                g = layer_scale(self._weights(), self._form, self._norm_cache, self.training, self.backend)
             else:
                 g = self._row_scale(x, total)
             return (g * total).to(result.dtype)
 
-    def _divisor(self, _: str) -> Tensor:
-        """On the backend that the layer was asked for: a choice made for a call is no name to be held to."""
-        return layer_divisor(
-            *self._problem(), self.scaling, "out", True, self.backend, self._norm_cache, self.training, eps=self.eps
-        )
+    def _divisor(self) -> Tensor:
+        return layer_norm(self._weights(), self._form, self._norm_cache, self.training, self.backend).divisor
 
     def _row_scale(self, x: Tensor, total: Tensor) -> Tensor:
         """Along "in" the norms that are needed are those of the rows at hand."""

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels import validation
-from dora_kernels.functional import layer_scale, run_layer
+from dora_kernels.core import validation
+from dora_kernels.core.problem import Form
+from dora_kernels.engine.layer import layer_scale, run_layer
 from dora_kernels.modules.base import AdaptedLayer, DoRALayer
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class LoRALinear(AdaptedLayer):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if self._drops:
             return self._sum(x, self.dropout(x))
-        return run_layer(x, *self._problem(), None, self.base_layer.bias, self.scaling, "out", True, None, self.backend)
+        return run_layer(x, self._weights(), Form(self.scaling), backend=self.backend)
 
     def _base(self, x: Tensor) -> Tensor:
         """In x's dtype, where the base layer takes its own alone."""
@@ -174,16 +175,9 @@ class DoRALinear(DoRALayer, LoRALinear):
 
     def _adapted(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        problem = self._problem()
         if not self._drops:
-            return run_layer(
-                x, *problem, self.lora_magnitude_vector, self.base_layer.bias, self.scaling, self.magnitude_axis,
-                self.detach_norm, None, self.backend, self._norm_cache, self.training, self.eps,
-            )  # fmt: skip
-        g = layer_scale(
-            *problem, self.lora_magnitude_vector, self.scaling, self.magnitude_axis,
-            self.detach_norm, self.backend, self._norm_cache, self.training, self.eps,
-        )  # fmt: skip
+            return run_layer(x, self._weights(), self._form, self._norm_cache, self.training, self.backend)
+        g = layer_scale(self._weights(), self._form, self._norm_cache, self.training, self.backend)
         dropped = self.dropout(x)
         if self.magnitude_axis == "out":
             return self._sum(x, dropped, g)

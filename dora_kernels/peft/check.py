@@ -92,7 +92,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
             hint = files.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config_file = folder / _WEIGHTS, folder / _CONFIG
-    tensors, config = pairs.read(file, config_file, wanted=_KEY.match)
+    tensors, _, config = pairs.read(file, config_file, wanted=_KEY.match)
     _check_config(config_file, config)
     modules = _parts(file, tensors)
     ranks = by_pattern(config.get("rank_pattern"), f"{config_file}: rank_pattern")

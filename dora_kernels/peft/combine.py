@@ -1,4 +1,4 @@
-"""Weighted sums of a PEFT layer's DoRA adapters as one DoRA adapter (`dora_kernels.combination`).
+"""Weighted sums of a PEFT layer's DoRA adapters as one DoRA adapter (`dora_kernels.core.weighted_sum`).
 
 PEFT adds A and B up and leaves the magnitude at the norm of W.
 """
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels import combination
+from dora_kernels.core import weighted_sum
+from dora_kernels.core.precision import accumulation_dtype, no_autocast
+from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.peft.layer import DoraVariant
 from dora_kernels.peft.state import dora_adapters, strength
-from dora_kernels.reference import accumulation_dtype, magnitude_scale, no_autocast
 
 COMBINATIONS = ("cat", "svd", "linear")
 """PEFT's names: of the summed rank, of a rank of one's own, of the adapters' common rank."""
@@ -50,20 +51,20 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
         dtype = accumulation_dtype(b)
         parts = _parts(layer, name, adapters, weights, dtype)
         b.zero_()  # so that the norm is that of W
-        full = combination.weighted_sum(parts, lambda: _norm(layer, name, result), dtype, b.shape[0])
-        total, lost = combination.of_rank(full, a.shape[0])
+        full = weighted_sum.weighted_sum(parts, lambda: _norm(layer, name, result), dtype, b.shape[0])
+        total, lost = weighted_sum.of_rank(full, a.shape[0])
     missing = a.shape[0] - total.right.shape[0]
     a.copy_(torch.nn.functional.pad(total.right, (0, 0, 0, missing)).view(a.shape))
-    b.copy_(torch.nn.functional.pad(combination.divided(total), (0, missing)).view(b.shape))
+    b.copy_(torch.nn.functional.pad(weighted_sum.divided(total), (0, missing)).view(b.shape))
     if result in dora_adapters(layer):
         magnitude: Tensor = layer.lora_magnitude_vector[result].weight
         magnitude.copy_((total.factor * _norm(layer, name, result)).view(magnitude.shape))
-    return lost / combination.size(full) if lost else 0.0
+    return lost / weighted_sum.size(full) if lost else 0.0
 
 
 def _parts(
     layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float], dtype: torch.dtype
-) -> list[combination.Part]:
+) -> list[weighted_sum.Part]:
     parts = []
     for one, weight in zip(adapters, weights, strict=True):
         found = factors(layer, one)
@@ -75,7 +76,7 @@ def _parts(
             scale = magnitude_scale(layer.lora_magnitude_vector[one].weight.view(-1), norm)
         weight *= strength(layer, one)
         a, b = (factor.to(dtype).flatten(1) for factor in found)
-        parts.append(combination.Part(weight, weight * layer.scaling[one] * b, a, scale))
+        parts.append(weighted_sum.Part(weight, weight * layer.scaling[one] * b, a, scale))
     return parts
 
 
@@ -85,5 +86,5 @@ def _norm(layer: Any, name: str, adapter: str) -> Tensor:
     if weights is None:
         raise ValueError(f"{name}: the weights of adapter {adapter!r} cannot be read")
     assert isinstance(variant, DoraVariant)
-    divisor: Tensor = variant.divisor(layer, adapter, weights)("torch")
+    divisor: Tensor = variant.divisor(layer, adapter, weights)
     return divisor.masked_fill(torch.isinf(divisor), 0.0)

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from dora_kernels.backends import warn_once
+from dora_kernels.engine.dispatch import warn_once
 from dora_kernels.peft.state import dora_adapters, switch
 
 NORMS = ("peft", "exact")

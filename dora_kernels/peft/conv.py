@@ -15,10 +15,11 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
 from torch import Tensor, nn
 
-from dora_kernels import convolution
+from dora_kernels.core import convolution
+from dora_kernels.core.problem import Weights
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.peft.layer import DoraLayer, DoraVariant
-from dora_kernels.peft.state import SWITCH, Weights, active_dropout, divisor, interpolated, read, scale
+from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource
+from dora_kernels.peft.state import SWITCH, active_dropout, interpolated, read
 
 _KINDS: dict[Any, tuple[Any, Callable[..., Tensor]]] = {
     nn.Conv1d: (DoraConv1dLayer, F.conv1d),
@@ -73,14 +74,14 @@ class _DoraConvVariant(DoraVariant):
         return convolution.rows(weight, not weight.is_contiguous())
 
     @classmethod
-    def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
+    def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
         """With groups PEFT's or the exact one. Where memory formats differ A was copied, and a copy shows no writes."""
         scaling, groups = layer.scaling[adapter], layer.base_layer.groups
         a: Tensor = layer.lora_A[adapter].weight
         grouped, exact = groups > 1, adapter in vars(layer)[SWITCH].exact_norms
         copied = not convolution.is_view(a, not layer.base_layer.weight.is_contiguous())
         if not grouped and not copied:
-            return super().divisor(layer, adapter, weights)
+            return weights, None
 
         def norm() -> Tensor:
             tensors = weights.weight.detach(), weights.lora_A.detach(), weights.lora_B.detach()
@@ -91,7 +92,7 @@ class _DoraConvVariant(DoraVariant):
             return convolution.pefts_grouped_norm(*tensors, scaling)
 
         stored = weights._replace(weight=layer.base_layer.weight, lora_A=a, lora_B=layer.lora_B[adapter].weight)
-        return divisor(layer, adapter, stored, norm)
+        return stored, norm
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -100,7 +101,7 @@ class _DoraConvVariant(DoraVariant):
         if weights is None:
             return cls.pefts_forward(module, active_adapter, x, result, **kwargs)
         per_channel = (-1, *(1 for _ in range(module.base_layer.weight.dim() - 2)))
-        g = scale(module, active_adapter, weights, cls.divisor(module, active_adapter, weights)).view(per_channel)
+        g = cls.scale(module, active_adapter, weights).view(per_channel)
         bias = None if weights.bias is None else weights.bias.view(per_channel)
         scaling = module.scaling[active_adapter]
         base = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.torch_backend import BLOCK_ELEMENTS
+from dora_kernels.core.products import BLOCK_ELEMENTS
 
 Blocks = Iterator[tuple[slice, Tensor]]
 

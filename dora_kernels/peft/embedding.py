@@ -13,9 +13,10 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from torch import Tensor, nn
 
-from dora_kernels.functional import run_compose
+from dora_kernels.core.problem import Weights
+from dora_kernels.engine.layer import run_compose
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
-from dora_kernels.peft.state import Weights, interpolated, read
+from dora_kernels.peft.state import interpolated, read
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
@@ -62,9 +63,8 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
         dora = run_compose(
-            result, h, weights.lora_B, weights.magnitude, None,
-            module.scaling[active_adapter], cls.divisor(module, active_adapter, weights),
-        )  # fmt: skip
+            result, h, weights, module.scaling[active_adapter], lambda: cls.divisor(module, active_adapter, weights)
+        )
         return interpolated(module, active_adapter, result, dora)
 
 

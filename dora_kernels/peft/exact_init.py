@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dora_kernels.core.problem import Weights
 from dora_kernels.peft.layer import DoraVariant
-from dora_kernels.peft.state import Weights, dora_adapters, switch
+from dora_kernels.peft.state import dora_adapters, switch
 
 logger = logging.getLogger("dora_kernels")
 

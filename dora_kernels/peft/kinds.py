@@ -21,7 +21,7 @@ from dora_kernels.peft import conv, embedding, linear, quantized, refused
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
-from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, switch
+from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, norm_cache, switch
 
 logger = logging.getLogger("dora_kernels")
 
@@ -165,6 +165,9 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
+        for name in dora_adapters(layer):
+            # There before a compiler traces the layer.
+            norm_cache(layer, name).move(layer.lora_magnitude_vector[name].weight.device)
 
 
 def _magnitudes(layer: Any, kind: type) -> list[Any]:

@@ -9,21 +9,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_kernels import ops
-from dora_kernels.backends import resolve
-from dora_kernels.content import digest
+from dora_kernels.core.precision import accumulation_dtype
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.engine import ops
+from dora_kernels.engine.dispatch import norm_backend
+from dora_kernels.engine.fingerprints import digest
+from dora_kernels.engine.model_norms import KeptNorm
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft.state import (
-    Weights,
     active_dropout,
     divisor,
     dora_adapters,
     forget_norms,
     interpolated,
+    norm_cache,
+    scale,
     strength,
     switch,
 )
-from dora_kernels.reference import accumulation_dtype, magnitude_scale
+
+NormSource = tuple[Weights, "Callable[[], Tensor] | None"]
 
 
 class DoraVariant:
@@ -42,9 +48,20 @@ class DoraVariant:
         raise NotImplementedError
 
     @classmethod
-    def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
-        """What `state.divisor` gives."""
-        return divisor(layer, adapter, weights)
+    def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
+        """The tensors that the norm depends on, and what computes it where it is not that of their linear problem."""
+        return weights, None
+
+    @classmethod
+    def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Tensor:
+        """What the magnitude is divided by."""
+        return divisor(layer, adapter, *cls.norm_source(layer, adapter, weights))
+
+    @classmethod
+    def scale(cls, layer: Any, adapter: str, weights: Weights) -> Tensor:
+        """``g`` as a differentiable vector."""
+        assert weights.magnitude is not None
+        return scale(layer, adapter, weights.magnitude, cls.divisor(layer, adapter, weights))
 
     @classmethod
     def pefts_forward(cls, module: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -91,7 +108,7 @@ class DoraVariant:
         norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)
         rows = cls.rows(layer, weight.detach())
         wide = rows.to(accumulation_dtype(rows, *factors))
-        backend = resolve("auto", (wide, *factors))
+        backend = norm_backend("auto", wide)
         merged = ops.merge(wide, *factors, None, scaling, "out", backend)
         merged.mul_(magnitude_scale(weights.magnitude, norm).unsqueeze(1))
         if k != 1.0:
@@ -117,7 +134,7 @@ class DoraVariant:
         wide = rows.to(accumulation_dtype(rows, weights.lora_A)) / factor
         factors = weights.lora_A.detach(), weights.lora_B.detach() * (-g.unsqueeze(1) / factor)
         result = torch.empty_like(orig_weight.detach())
-        scaling, backend = module.scaling[active_adapter], resolve("auto", (wide, *factors))
+        scaling, backend = module.scaling[active_adapter], norm_backend("auto", wide)
         cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
         return result
 
@@ -259,6 +276,27 @@ class DoraLayer:
             state.pop(adapter_name, None)
             state.strengths.pop(adapter_name, None)
             state.exact_norms.discard(adapter_name)
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's, for `to` and the like; the slots of the norm caches go along."""
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        for name, cache in (switch(self) or {}).items():
+            if name in self.lora_magnitude_vector:
+                cache.move(self.lora_magnitude_vector[name].weight.device)
+        return result
+
+    def kept_norms(self: Any) -> Iterator[KeptNorm]:
+        """What `frozen_norms` may freeze: the norms of the active adapters, where they can be read."""
+        if switch(self) is None or self.merged_adapters or self.disable_adapters:
+            return
+        for name in self.active_adapters:
+            variant = self.lora_variant.get(name)
+            weights = variant.read(self, name) if isinstance(variant, DoraVariant) else None
+            if weights is not None:
+                source, compute = variant.norm_source(self, name, weights)
+                # The magnitude as a vector, whatever the tensors beside it.
+                tensors = source._replace(magnitude=weights.magnitude)
+                yield KeptNorm(norm_cache(self, name), tensors, Form(self.scaling[name]), "auto", compute)
 
     def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """PEFT's checks, without its refusal of DoRA in a batch of several adapters."""

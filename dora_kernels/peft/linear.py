@@ -13,18 +13,22 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from dora_kernels.functional import run_compose, run_layer
+from dora_kernels.core.precision import accumulation_dtype
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine import formula
+from dora_kernels.engine.formula import transformed
+from dora_kernels.engine.layer import run_compose, run_layer
+from dora_kernels.engine.norm_cache import kept_divisor
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.state import (
     SWITCH,
-    Weights,
     active_dropout,
     hooked,
     interpolated,
     norm_cache,
     read,
-    scale,
+    show_caching,
     switch,
 )
 
@@ -138,14 +142,14 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
                 base = cls.base_product(module, active_adapter, x, weights, result)
             elif (bias := cls.bias(module, active_adapter, weights)) is not None:
                 base = result - bias
-            g = scale(module, active_adapter, weights, cls.divisor(module, active_adapter, weights))
+            g = cls.scale(module, active_adapter, weights)
             dora = result + (g - 1) * base + (g * module.scaling[active_adapter]) * lora_B(lora_A(x))
         else:
             h = lora_A(x)
             dora = run_compose(
-                result.to(torch.promote_types(result.dtype, h.dtype)), h, weights.lora_B, weights.magnitude,
-                cls.bias(module, active_adapter, weights), module.scaling[active_adapter],
-                cls.divisor(module, active_adapter, weights),
+                result.to(torch.promote_types(result.dtype, h.dtype)), h,
+                weights._replace(bias=cls.bias(module, active_adapter, weights)), module.scaling[active_adapter],
+                lambda: cls.divisor(module, active_adapter, weights),
             )  # fmt: skip
         return interpolated(module, active_adapter, result, dora)
 
@@ -171,15 +175,221 @@ class DoraLinear(DoraLayer, lora.Linear):
     variants = {variants.DoraLinearVariant: DoraLinearVariant}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else single_dora_adapter(self)
-        if name is not None and not (self.training and active_dropout(self, name)):
-            weights = read_weights(self, name)
-            if weights is not None and _fusable(self, name, x, weights.weight):
-                return run_layer(
-                    x, *weights, self.scaling[name], "out", True, None, "auto", norm_cache(self, name), self.training
-                )
+        if not (args or kwargs):
+            if torch.compiler.is_compiling():
+                y = _traced(self, x)
+                if y is not None:
+                    return y
+            else:
+                plan, usual = ready(self, x)
+                if usual:
+                    g, unmoved = plan.scale(self.training)
+                    return formula.linear(x, plan.weights, g, plan.scaling, unmoved=unmoved)
+                if plan is not None:
+                    return run_layer(x, plan.weights, plan.form, plan.cache, self.training)
         # Not super(): a wrapper may call this after the layer's class has been restored.
         return lora.Linear.forward(self, x, *args, **kwargs)
+
+
+def _single_function(layer: Any) -> tuple[str, Weights] | None:
+    """The active adapter and its tensors, if the modules need not be called; None where PEFT's forward has to run."""
+    name = single_dora_adapter(layer)
+    weights = None if name is None else read_weights(layer, name)
+    if name is None or weights is None or nn_module._has_any_global_hook():
+        return None
+    children = layer._modules
+    if type(children["base_layer"]) is not nn.Linear and not is_conv1d(children["base_layer"]):
+        return None
+    dropout = children["lora_dropout"]._modules[name]
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return None
+    factors = children["lora_A"]._modules[name], children["lora_B"]._modules[name]
+    return None if hooked(children["base_layer"], *factors, dropout) else (name, weights)
+
+
+def _takes(x: Tensor, weight: Tensor, in_features: int) -> bool:
+    """True if stock's base product would run on x as it is."""
+    if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.device != weight.device:
+        return False
+    if x.dim() == 0 or x.shape[-1] != in_features:  # PEFT's own error is the better one
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.float64 not in (x.dtype, weight.dtype)  # autocast leaves float64 alone
+    return x.dtype == weight.dtype
+
+
+def _traced(layer: Any, x: Tensor) -> Tensor | None:
+    """The layer while torch.compile traces; None where PEFT's forward has to call the modules.
+
+    What is looked at here the compiler guards, and asks again at each call: no more than has to be, and inline, since
+    each function, global and tuple is another guard. Of hooks it takes no notice, as is its default.
+    """
+    state, name = layer.__dict__.get(SWITCH), layer._active_adapter
+    if type(name) is list and len(name) == 1:
+        name = name[0]
+    if state is None or type(name) is not str or layer._disable_adapters or layer.merged_adapters or state.strengths:
+        return None
+    cache, scaling = state.get(name), layer.scaling.get(name)
+    if cache is None or type(scaling) is not float:
+        return None
+    children = layer._modules
+    base, lora_A, lora_B = children["base_layer"], children["lora_A"]._modules[name], children["lora_B"]._modules[name]
+    magnitude = children["lora_magnitude_vector"]._modules[name]
+    if not (type(lora_A) is type(lora_B) is nn.Linear and type(magnitude) is DoraMagnitude):
+        return None
+    if layer.training and active_dropout(layer, name):
+        return None
+    weight, a, b, m = base._parameters.get("weight"), lora_A.weight, lora_B.weight, magnitude.weight
+    if type(base) is not nn.Linear:
+        if not is_conv1d(base):
+            return None
+        weight = weight.t()
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, dtype):
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    if x.dtype != dtype:
+        return None
+    if cache.frozen is not None:
+        norm, g = cache.frozen
+        if torch.is_grad_enabled():
+            g = m / norm.divisor
+    else:
+        g = m / kept_divisor(
+                cache.slot, weight.detach(), a.detach(), b.detach(), m.detach(), scaling, layer.training
+            )
+    if g.dtype != torch.float64:
+        g = g.to(torch.float32)
+    return formula.linear(x, (weight, a, b, m, base.bias), g, scaling)  # type: ignore[arg-type]
+
+
+class Plan:
+    """What a call of a patched layer as one function needs; it holds while all that it was made from is the same.
+
+    A new one has looked at everything (`_single_function`), and keeps what may change: dictionaries of modules and
+    hooks, which are compared as wholes, parameters, their addresses and shapes.
+    """
+
+    def __init__(self, layer: Any, adapter: str, weights: Weights) -> None:
+        children = layer._modules
+        self.adapter, self.weights, self.cache = adapter, weights, norm_cache(layer, adapter)
+        self.scaling, self.variant = layer.scaling[adapter], layer.lora_variant[adapter]
+        self.form = Form(self.scaling)
+        active = layer._active_adapter
+        self.active = active if isinstance(active, str) else list(active)
+        names = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
+        self.owners = tuple(children[name]._modules for name in names)
+        self.owned = tuple(dict(owner) for owner in self.owners)
+        self.modules = dict(children)
+        base = children["base_layer"]
+        lora_A, lora_B, magnitude, dropout = (owner[adapter] for owner in self.owners)
+        parts = base, lora_A, lora_B, magnitude, dropout
+        self.magnitude, self.parts, self.kinds = magnitude, parts, tuple(map(type, parts))
+        self.parameters = base._parameters, lora_A._parameters, lora_B._parameters, magnitude._parameters
+        self.tensors = tuple(each["weight"] for each in self.parameters)
+        self.bias = base._parameters.get("bias")
+        self.seen = tuple(t.data_ptr() for t in self.tensors), tuple(t.shape for t in self.tensors)
+        self.norm: Any = None
+        """Of the last call, found for these tensors."""
+        weight = weights.weight
+        self.dtype, self.features, self.on_cpu = weight.dtype, (layer.in_features,), weight.is_cpu
+        # Of an identity to ask for `p` would take three microseconds.
+        self.drops = None if isinstance(dropout, nn.Identity) else dropout.__dict__
+        self.accumulates = accumulation_dtype(weight)
+        self.hooks = *_GLOBAL_HOOKS, *(hooks for part in parts for hooks in _hooks(part))
+
+    def holds(self, layer: Any) -> bool:
+        """True if the layer and its modules are as they were."""
+        own = layer.__dict__
+        weight, a, b, m = self.tensors
+        of_base, of_a, of_b, of_m = self.parameters
+        base, lora_A, lora_B, magnitude, dropout = self.parts
+        return (
+            not any(self.hooks)
+            and own["_active_adapter"] == self.active
+            and not own["_disable_adapters"]
+            and not own["merged_adapters"]
+            and own["_modules"] == self.modules
+            and self.owners == self.owned
+            and (type(base), type(lora_A), type(lora_B), type(magnitude), type(dropout)) == self.kinds
+            and "forward" not in base.__dict__
+            and "forward" not in lora_A.__dict__
+            and "forward" not in lora_B.__dict__
+            and "forward" not in dropout.__dict__
+            and of_base.get("weight") is weight
+            and of_base.get("bias") is self.bias
+            and of_a.get("weight") is a
+            and of_b.get("weight") is b
+            and of_m.get("weight") is m
+            and own["lora_variant"].get(self.adapter) is self.variant
+            and own["scaling"].get(self.adapter) is self.scaling
+            and (
+                (weight.data_ptr(), a.data_ptr(), b.data_ptr(), m.data_ptr()),
+                (weight.shape, a.shape, b.shape, m.shape),
+            ) == self.seen
+        )  # fmt: skip
+
+    def scale(self, training: bool) -> tuple[Tensor, bool]:
+        """g on the CPU, where nothing but the norm's freshness is left to be asked, and whether B is known to be 0."""
+        cache, weights, norm = self.cache, self.weights, self.norm
+        if cache.frozen is not None:
+            norm, g = cache.frozen
+            if not torch.is_grad_enabled():
+                return g, norm.unmoved
+        elif norm is None or not cache.again(norm, weights.weight):
+            norm = self.norm = cache.norm(weights, self.form, training, "torch")
+        g = weights.magnitude / norm.divisor
+        return g if g.dtype is self.accumulates else g.to(self.accumulates), norm.unmoved
+
+
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    own = module.__dict__
+    return own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+
+
+def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
+    """The plan of a call on x, and whether x is plain and in the layer's dtype, on the CPU, without autocast.
+
+    None where PEFT's forward has to call the modules.
+    """
+    state = layer.__dict__.get(SWITCH)
+    if state is None:
+        return None, False
+    plan: Plan | None = state.plan
+    if plan is None or not plan.holds(layer):
+        found = None if transformed() else _single_function(layer)
+        plan = state.plan = None if found is None else Plan(layer, *found)
+        if plan is None:
+            return None, False
+    usual = (
+        type(x) is Tensor
+        and x.dtype is plan.dtype
+        and x.is_cpu
+        and x.shape[-1:] == plan.features
+        and not torch.is_autocast_enabled("cpu")
+    )
+    weight = plan.tensors[0]
+    if (
+        not (usual or _takes(x, weight, layer.in_features))
+        or (layer.training and plan.drops is not None and plan.drops["p"] != 0.0)
+        or (state.strengths and state.strengths.get(plan.adapter, 1.0) != 1.0)
+    ):
+        return None, False
+    if getattr(peft_dora, "ENABLE_DORA_CACHING", False) or plan.magnitude.__dict__.get("_dora_cache"):
+        show_caching(plan.magnitude, plan.cache)
+    if weight.requires_grad and plan.weights.weight is not weight:  # a view made without autograd would show no history
+        plan.weights = plan.weights._replace(weight=weight.t())
+    return plan, usual and plan.on_cpu
 
 
 def unsupported(layer: Any) -> str | None:
@@ -202,26 +412,3 @@ def single_dora_adapter(layer: Any) -> str | None:
         return None
     state = switch(layer)
     return None if state is not None and state.strengths.get(active[0], 1.0) != 1.0 else active[0]
-
-
-def _fusable(layer: Any, adapter: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether the modules need not be called: nobody hooked them, and stock's base product would run on x as it is."""
-    if x.device != weight.device or (type(x) is not Tensor and type(x) is not nn.Parameter):
-        return False
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:  # PEFT's own error is the better one
-        return False
-    if torch.is_autocast_enabled(x.device.type):
-        if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves float64 alone
-            return False
-    elif x.dtype != weight.dtype:
-        return False
-    if nn_module._has_any_global_hook():
-        return False
-    children = layer._modules
-    if type(children["base_layer"]) is not nn.Linear and not is_conv1d(children["base_layer"]):
-        return False
-    dropout = children["lora_dropout"]._modules[adapter]
-    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
-        return False
-    factors = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
-    return not hooked(children["base_layer"], *factors, dropout)

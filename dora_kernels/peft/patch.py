@@ -21,7 +21,7 @@ except ImportError as error:
 if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
-from dora_kernels.backends import resolve, warn_once
+from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.peft import refused
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
@@ -297,4 +297,4 @@ def _check_something_to_patch(model: nn.Module) -> None:
 
 def _backend(model: nn.Module) -> str:
     parameter = next(model.parameters())
-    return resolve("auto", (torch.empty(0, device=parameter.device),)) if parameter.device.type != "meta" else "auto"
+    return norm_backend("auto", torch.empty(0, device=parameter.device)) if parameter.device.type != "meta" else "auto"

@@ -19,15 +19,17 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from dora_kernels.content import Sample
-from dora_kernels.functional import dora_weight_norm, run_compose
+from dora_kernels.core.precision import accumulation_dtype, no_autocast
+from dora_kernels.core.problem import Weights
+from dora_kernels.engine.blocked import CANCELLATION
+from dora_kernels.engine.fingerprints import Sample
+from dora_kernels.engine.layer import run_compose
+from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft import dequantize
-from dora_kernels.peft.layer import DoraLayer, UnmergedBias
+from dora_kernels.peft.layer import DoraLayer, NormSource, UnmergedBias
 from dora_kernels.peft.linear import DoraLinearVariant, factors_fit, single_dora_adapter
 from dora_kernels.peft.on_demand import OnDemand, Recipe
-from dora_kernels.peft.state import AdapterCache, Weights, active_dropout, divisor, hooked, norm_cache, read, switch
-from dora_kernels.reference import accumulation_dtype, no_autocast
-from dora_kernels.torch_backend import CANCELLATION
+from dora_kernels.peft.state import AdapterCache, active_dropout, hooked, norm_cache, read, switch
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
@@ -139,10 +141,10 @@ class DoraQuantizedVariant(DoraLinearVariant):
         module.lora_magnitude_vector[adapter_name] = magnitude
 
     @classmethod
-    def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Callable[[str], Tensor]:
+    def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
         """From blocks of rows, or through the forward."""
         base, scaling, cache = layer._modules["base_layer"], layer.scaling[adapter], norm_cache(layer, adapter)
-        return divisor(layer, adapter, weights, lambda: _norm(cache, layer, base, weights, scaling))
+        return weights, lambda: _norm(cache, layer, base, weights, scaling)
 
     @classmethod
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -252,9 +254,10 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
     result = layer.base_layer(x)
     dropped = layer.lora_dropout[name](x) if dropping else x
     h = F.linear(dropped, weights.lora_A if torch.is_autocast_enabled(x.device.type) else weights.lora_A.to(x.dtype))
+    bias = DoraQuantizedVariant.bias(layer, name, weights)
     return run_compose(
-        result, h, weights.lora_B, weights.magnitude, DoraQuantizedVariant.bias(layer, name, weights),
-        layer.scaling[name], DoraQuantizedVariant.divisor(layer, name, weights),
+        result, h, weights._replace(bias=bias), layer.scaling[name],
+        lambda: DoraQuantizedVariant.divisor(layer, name, weights),
     )  # fmt: skip
 
 

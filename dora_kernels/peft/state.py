@@ -10,8 +10,10 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor, nn
 
-from dora_kernels.backends import resolve
-from dora_kernels.norm_cache import NormCache, compute_divisor
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine.formula import transformed
+from dora_kernels.engine.layer import layer_norm
+from dora_kernels.engine.norm_cache import NormCache
 
 # The instance attribute that says "on", a `Switch`. Deleting it turns a layer off, also where some wrapper still holds
 # the patched forward.
@@ -20,24 +22,11 @@ SWITCH = "_dora_kernels"
 _PLAIN = (nn.Parameter, Tensor)
 
 
-class Weights(NamedTuple):
-    """A DoRA adapter's tensors as the linear problem they are: the base weight ``[N, K]``, A ``[r, K]``, B ``[N, r]``.
-
-    Views where PEFT stores another shape.
-    """
-
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor
-    bias: Tensor | None
-
-
 class AdapterCache(NormCache):
     """A layer's kept norm for one adapter, and what was checked of its modules and tensors last."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
         """Of a base layer that shows its weight through its forward alone."""
@@ -69,6 +58,8 @@ class Switch(dict[str, AdapterCache]):
         self.unmerged: Any = None
         """The base weight before merging, while something is merged."""
         self.unmerging = False
+        self.plan: Any = None
+        """Of a linear layer: what its last call found (`linear.Plan`)."""
 
 
 def switch(layer: nn.Module) -> Switch | None:
@@ -138,7 +129,7 @@ def read(
     `identity` has been replaced since the last call.
     """
     compiling = torch.compiler.is_compiling()
-    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or (not compiling and _transformed()):
+    if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or (not compiling and transformed()):
         return None
     # Straight from the dictionaries: nn.Module's attribute look-up costs more than all the checks.
     magnitude = layer._modules["lora_magnitude_vector"]._modules[adapter]
@@ -162,11 +153,11 @@ def read(
             return None
         cache.checked = seen, addresses, shapes
     if magnitude.__dict__.get("_dora_cache") or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
-        _show_caching(magnitude, cache)
+        show_caching(magnitude, cache)
     return weights
 
 
-def _show_caching(magnitude: Any, cache: AdapterCache) -> None:
+def show_caching(magnitude: Any, cache: AdapterCache) -> None:
     """In PEFT's own place, where its ``DoraCaching`` asks for it, what the norm is kept in; elsewhere nothing."""
     if peft_dora.ENABLE_DORA_CACHING and not magnitude.training:
         magnitude._cache_store(SWITCH, cache)
@@ -177,15 +168,6 @@ def _show_caching(magnitude: Any, cache: AdapterCache) -> None:
 def _fit(layer: Any, adapter: str, weights: Weights, fit: Callable[[Any, str, Weights], bool]) -> bool:
     weight, a, b, m, _ = weights
     return a.device == b.device == m.device == weight.device and fit(layer, adapter, weights)
-
-
-def _transformed() -> bool:
-    """Whether `torch.func`, forward-mode AD or `torch.jit.trace` is at work: they need plain operations."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def hooked(*modules: Any) -> bool:
@@ -203,22 +185,17 @@ def hooked(*modules: Any) -> bool:
     return False
 
 
-def divisor(
-    layer: Any, adapter: str, weights: Weights, norm: Callable[[], Tensor] | None = None
-) -> Callable[[str], Tensor]:
-    """The norm, 0 as infinity, on the backend it is called with: of the linear problem, or as `norm` computes it."""
-    scaling, tensors = layer.scaling[adapter], weights[:3]
-    if torch.compiler.is_compiling():
-        return lambda backend: compute_divisor(*tensors, scaling, "out", backend, norm=norm)
-    cache = norm_cache(layer, adapter)
-    return lambda backend: cache.divisor(*tensors, scaling, "out", layer.training, backend, norm)
+def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Tensor] | None = None) -> Tensor:
+    """What the magnitude is divided by: the norm of the linear problem, or as `compute` gives it; 0 as infinity."""
+    form, cache = Form(layer.scaling[adapter]), norm_cache(layer, adapter)
+    return layer_norm(weights, form, cache, layer.training, "auto", compute).divisor
 
 
-def scale(layer: Any, adapter: str, weights: Weights, divisor: Callable[[str], Tensor]) -> Tensor:
+def scale(layer: Any, adapter: str, magnitude: Tensor, divisor: Tensor) -> Tensor:
     """``g = magnitude / ||V||`` as a differentiable vector."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         norm_cache(layer, adapter).unheard = True  # autograd runs the backward and will not say when
-    return weights.magnitude / divisor(resolve("auto", weights[1:4]))
+    return magnitude / divisor
 
 
 def active_dropout(layer: Any, adapter: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dora_kernels.adapters.formats.base import Format
+from dora_kernels.adapters.formats.diffusers import Diffusers
 from dora_kernels.adapters.formats.lycoris import Kohya, Lycoris
 from dora_kernels.adapters.formats.mlx import Mlx
 from dora_kernels.adapters.formats.nvidia import Nvidia
@@ -14,11 +15,11 @@ from dora_kernels.adapters.formats.qdora import QDoRA
 from dora_kernels.adapters.formats.torchtune import Torchtune
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (Peft(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx())
+    format.name: format for format in (Peft(), Diffusers(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx())
 }
 
 # PEFT's keys are the plainest, and part of others': asked last
-_ORDER = ("qdora", "nvidia", "torchtune", "mlx", "kohya", "lycoris", "peft")
+_ORDER = ("qdora", "nvidia", "torchtune", "mlx", "diffusers", "kohya", "lycoris", "peft")
 
 
 def check_format(format: Any, *also: str) -> None:

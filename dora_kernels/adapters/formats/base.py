@@ -29,8 +29,10 @@ class Format:
     """The file's name in a folder."""
     configured: ClassVar[bool] = True
     """Whether an ``adapter_config.json`` belongs to it."""
-    underscored: ClassVar[bool] = False
-    """Whether names have a prefix, and underscores for dots."""
+    prefixed: ClassVar[bool] = False
+    """Whether names have a prefix that says which model of a pipeline they are of."""
+    pipelines: ClassVar[bool] = False
+    """Whether a file may have adapters of several models of a pipeline."""
     key: ClassVar[re.Pattern[str]]
     parts: ClassVar[dict[str, str]]
     """What the key's group "part" says, to the names of `Parts`."""
@@ -57,10 +59,15 @@ class Format:
             scaling = self.scaling(reading, module, parts) if reading.scaling is None else reading.scaling
             layers[module] = self.layer(reading, module, parts, scaling)
             reading.check(module, layers[module])
-        without = [name for name, layer in layers.items() if layer.magnitude is None]
-        if without and len(without) < len(layers):
-            raise reading.error(f"{without[0]} has no {self._called('magnitude')}, which other layers have")
+        dora = {self.model_of(name) for name, layer in layers.items() if layer.magnitude is not None}
+        for name, layer in layers.items():
+            if layer.magnitude is None and self.model_of(name) in dora:
+                raise reading.error(f"{name} has no {self._called('magnitude')}, which other layers have")
         return layers
+
+    def model_of(self, name: str) -> str:
+        """Which model of a pipeline a layer is of: DoRA throughout, or plain LoRA."""
+        return ""
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
         """What the file or its configuration says."""
@@ -78,17 +85,23 @@ class Format:
         """
         raise NotImplementedError
 
+    def split(self, key: str) -> tuple[str, str] | None:
+        """The layer and the part (of `Parts`) that a key names; None for what is no adapter's."""
+        found = self.key.fullmatch(key)
+        return None if found is None else (found["module"], self.parts[found["part"]])
+
     def _groups(self, reading: Reading) -> dict[str, Parts]:
         groups: dict[str, Parts] = defaultdict(dict)
         others: list[str] = []
         for key in reading.tensors:
-            found = self.key.fullmatch(key)
+            found = self.split(key)
             if found is None:
                 others.append(key)
                 continue
-            parts, part = groups[found["module"]], self.parts[found["part"]]
+            module, part = found
+            parts = groups[module]
             if part in parts:
-                raise reading.error(f"{parts[part]} and {key} are both the {part} of {found['module']}")
+                raise reading.error(f"{parts[part]} and {key} are both the {part} of {module}")
             parts[part] = key
         if not groups:
             shown = ", ".join(others[:3]) or "none"
@@ -96,6 +109,8 @@ class Format:
         for key in others:
             if _inside(key, groups):
                 raise reading.error(f"{key} belongs to an adapted layer and is no part that {self.name!r} knows")
+            if any(part in _ADAPTERS_ALONE for part in key.split(".")):
+                raise reading.error(f"{key} is a part of an adapter, and no layer of this {self.name!r} file has it")
         if others:
             reading.notes.append(f"{some(others)}: no adapter, left out")
         return groups
@@ -107,6 +122,14 @@ class Format:
 
 _ADAPTING = re.compile(r".*(?:lora|dora|magnitude).*|alpha|reshape_weight|diff|diff_b|[wb]_norm")
 """What keys of adapters are called inside a layer, in any format: none can be left out."""
+
+
+_ADAPTERS_ALONE = {
+    "lora_magnitude_vector", "dora_scale", "magnitude", "magnitude_layer", "dora_layer", "weight_m_wdecomp", "lora_mid",
+    "lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "lora_embedding_A", "lora_embedding_B",
+    "lora_linear_layer",
+}  # fmt: skip
+"""Parts of keys that nothing but an adapter's have: a key with one is never left out, wherever it is."""
 
 
 def _inside(key: str, modules: Collection[str]) -> bool:

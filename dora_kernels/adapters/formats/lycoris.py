@@ -11,22 +11,33 @@ ComfyUI (comfy/weight_adapter/base.py, 0.3) takes the norm of W alone for files 
 A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
 ComfyUI also reads PEFT's keys of the factors, ``<name>.lora_A.weight`` and ``.lora_B.weight``, with ``.alpha`` and
 ``.dora_scale`` beside them, and gives them the same meaning; here, too, unless a configuration of PEFT's is there.
+``lora_magnitude_vector`` is PEFT's: per output, and nothing is added to the norm. diffusers (utils/state_dict_utils.py,
+convert_state_dict_to_kohya) leaves the dot before the last part of a layer's name in the keys of magnitudes,
+``lora_unet_..._attn1.to_k.lora_magnitude_vector`` or ``..._attn1.to_k.dora_scale``, which are PEFT's, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dora_kernels.adapters.components import (
+    in_files,
+    is_text_encoder,
+    is_underscored,
+    kohya_prefixes,
+    model_of,
+    prefix_of,
+)
 from dora_kernels.adapters.formats.base import Format, Parts
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED
 from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.underscores import UNDERSCORED, prefix_of
 from dora_kernels.adapters.writing import Writing
 
 _EPS = torch.finfo(torch.float32).eps
@@ -39,14 +50,24 @@ class Lycoris(Format):
     name = "lycoris"
     weights = "adapter_model.safetensors"
     configured = False
-    underscored = True
-    key = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale)")
+    prefixed = True
+    key = re.compile(
+        r"(?P<module>.+?)(?:\.|(?=_lora\.))(?P<part>(?:lora_(?:down|up|mid|A|B)|_?lora\.(?:down|up)|"
+        r"lora_linear_layer\.(?:down|up))\.weight|alpha|dora_scale|lora_magnitude_vector)(?:(?<=_vector)\.weight)?"
+    )
     parts: ClassVar = {
         "lora_down.weight": "lora_A",
         "lora_up.weight": "lora_B",
         "lora_A.weight": "lora_A",
         "lora_B.weight": "lora_B",
+        "lora.down.weight": "lora_A",
+        "lora.up.weight": "lora_B",
+        "_lora.down.weight": "lora_A",
+        "_lora.up.weight": "lora_B",
+        "lora_linear_layer.down.weight": "lora_A",
+        "lora_linear_layer.up.weight": "lora_B",
         "dora_scale": "magnitude",
+        "lora_magnitude_vector": "magnitude",
         "lora_mid.weight": "mid",
         "alpha": "alpha",
     }
@@ -63,19 +84,46 @@ class Lycoris(Format):
         for key in reading.tensors:
             if _OTHERS.fullmatch(key):
                 raise reading.error(f"{key} is of an algorithm of LyCORIS that is no product of two factors")
-        return super().read(reading)
+        layers = super().read(reading)
+        groups = self._groups(reading) if reading.scaling is None else {}
+        without = [parts["lora_A"] for name, parts in groups.items() if self._said(reading, name, parts) is None]
+        if without:
+            reading.notes.append(f"{some(without)} has no alpha: scaling 1")
+        return layers
+
+    def model_of(self, name: str) -> str:
+        return prefix_of(name)
+
+    def split(self, key: str) -> tuple[str, str] | None:
+        found = self.key.fullmatch(key)
+        if found is None:
+            return None
+        module = _as_now(found["module"], found["part"].startswith("_"))
+        return module.replace(".", "_") if is_underscored(prefix_of(module)) else module, self.parts[found["part"]]
+
+    def _groups(self, reading: Reading) -> dict[str, Parts]:
+        """With magnitudes that stand apart, under a name that another program has half changed, put to their layers."""
+        groups = super()._groups(reading)
+        flat = {name.replace(".", "_"): name for name, parts in groups.items() if "lora_A" in parts}
+        for name in [name for name, parts in groups.items() if parts.keys() == {"magnitude"}]:
+            own = flat.get(name.replace(".", "_")) or flat.get(f"{name}.0".replace(".", "_"))
+            if own is not None and "magnitude" not in groups[own]:
+                groups[own]["magnitude"] = groups.pop(name)["magnitude"]
+        return groups
 
     def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         if "mid" in parts:
             a = self._without_core(reading, parts, a)
         kind = {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
-        magnitude, axis = None, "out"
+        magnitude, axis, eps = None, "out", 0.0
         if "magnitude" in parts:
             key, features = parts["magnitude"], (a.shape[1], b.shape[0])
             scale = reading.check_tensor(key)
-            magnitude, axis = reading.vector(key, scale, features, self._axis(scale, features))
-        eps = 0.0 if magnitude is None else _EPS
+            pefts = "lora_magnitude_vector" in key or not key.startswith(f"{module}.")
+            fixed = "out" if pefts else self._axis(scale, features)
+            magnitude, axis = reading.vector(key, scale, features, fixed)
+            eps = 0.0 if pefts else _EPS
         return AdapterLayer(kind, a, b, magnitude, scaling, axis, eps)
 
     @staticmethod
@@ -97,9 +145,13 @@ class Lycoris(Format):
         return torch.einsum("ij...,jk->ik...", mid.to(dtype), a.flatten(1).to(dtype))
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
+        said = self._said(reading, module, parts)
+        return 1.0 if said is None else said
+
+    def _said(self, reading: Reading, module: str, parts: Parts) -> float | None:
+        """The scaling that the file says, None for none."""
         if "alpha" not in parts:
-            reading.notes.append(f"{parts['lora_A']} has no alpha: scaling 1")
-            return 1.0
+            return None
         key = parts["alpha"]
         tensor = reading.tensors[key]
         alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else float("nan")
@@ -112,14 +164,14 @@ class Lycoris(Format):
         if not adapter.config.get(UNDERSCORED):
             self._check_names(adapter, writing)
         axes = dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), ("out", "in"))
-        layers = writing.with_eps(writing.fitting(adapter.layers, axes), _EPS)
+        layers = writing.with_eps(writing.fitting(adapter.layers, axes, model_of=model_in(adapter)), _EPS)
+        keys = dict.fromkeys(layers, "") if adapter.config.get(UNDERSCORED) else self.names(adapter, writing)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
             alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
             if not alpha or alpha.isinf():
                 raise writing.refuse(name, f"scaling {layer.scaling:g} is an alpha of {float(alpha):g} there")
-            prefix = writing.prefix or self.prefix(name)
-            key = name if adapter.config.get(UNDERSCORED) else f"{prefix}_{name.replace('.', '_')}"
+            key = keys[name] or name
             tensors[f"{key}.lora_down.weight"] = layer.lora_A
             tensors[f"{key}.lora_up.weight"] = layer.lora_B
             tensors[f"{key}.alpha"] = alpha
@@ -129,8 +181,9 @@ class Lycoris(Format):
                 tensors[f"{key}.dora_scale"] = layer.magnitude.reshape(shape)
         return tensors, None
 
-    def prefix(self, name: str) -> str:
-        return "lycoris"
+    def names(self, adapter: Adapter, writing: Writing) -> dict[str, str]:
+        """What the file calls each layer."""
+        return {name: f"{writing.prefix or 'lycoris'}_{name.replace('.', '_')}" for name in adapter.layers}
 
     def _check_names(self, adapter: Adapter, writing: Writing) -> None:
         """A name that underscores make the same as another of the adapter's or the model's cannot be written."""
@@ -144,7 +197,48 @@ class Lycoris(Format):
 
 class Kohya(Lycoris):
     name = "kohya"
+    pipelines = True
 
-    def prefix(self, name: str) -> str:
-        """sd-scripts': the text encoder's modules lie in ``text_model``, all others are the U-Net's."""
-        return "lora_te" if name.startswith("text_model.") else "lora_unet"
+    def names(self, adapter: Adapter, writing: Writing) -> dict[str, str]:
+        """With the prefix of each layer's model, and ``text_model`` in the names of a CLIP's layers."""
+        if adapter.config.get(COMPONENTS):
+            components = {name.partition(".")[0] for name in adapter.layers}
+            prefixes = kohya_prefixes(components, [*adapter.layers, *writing.known])
+            places = {name: name.partition(".")[::2] for name in adapter.layers}
+            for name, (component, _) in places.items():
+                if component not in prefixes:
+                    raise writing.refuse(name, f"there is no prefix for a pipeline's {component}")
+            parted = {name: (prefixes[component], rest) for name, (component, rest) in places.items()}
+        else:
+            model = model_of(adapter.layers, writing.known)
+            one = "lora_te" if model == "text_encoder" else "lora_te3" if is_text_encoder(model) else "lora_unet"
+            parted = {name: (writing.prefix or ("lora_te" if name.startswith("text_model.") else one), name)
+                      for name in adapter.layers}  # fmt: skip
+        return {name: f"{prefix}_{in_files(rest) if is_text_encoder(prefix) else rest}".replace(".", "_")
+                for name, (prefix, rest) in parted.items()}  # fmt: skip
+
+
+def model_in(adapter: Adapter) -> Callable[[str], str]:
+    """Which of a pipeline's models a layer of an adapter is of."""
+    if adapter.config.get(COMPONENTS):
+        return lambda name: name.partition(".")[0]
+    return prefix_of if adapter.config.get(UNDERSCORED) else lambda name: ""
+
+
+_OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def _as_now(module: str, processors: bool) -> str:
+    """A layer's name without what diffusers put into it when attention had processors of its own (before 0.22).
+
+    Args:
+        module: the name in the file, such as ``unet.….attn1.processor.to_q``.
+        processors: whether the key has ``_lora`` after it, as those keys have: then ``to_out`` is the first of two.
+    """
+    parts = [part for part in module.split(".") if part != "processor"]
+    if processors and parts[-1] in _OLD:
+        if parts[-2:-1] == ["self_attn"]:  # a text encoder's
+            parts[-1] = _OLD[parts[-1]]
+        elif parts[-1] == "to_out":
+            parts.append("0")
+    return ".".join(parts)

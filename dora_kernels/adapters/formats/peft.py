@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -52,6 +53,41 @@ _KNOWN = {
 """Fields of `LoraConfig` (0.21) that leave the function of what is in the file as it is."""
 
 
+def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
+    """What a `LoraConfig` has that is not known, a sentence each; ValueError for what this package has not."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
+    for name in _REFUSED:
+        if config.get(name):
+            raise ValueError(f"{where}: {name}={quoted(config[name])} is not supported")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights={quoted(start)} changes the base weights; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes it one of the original weights"
+        )
+    return [f"{shown(name)}={quoted(config[name])} of the configuration is not known: read without it"
+            for name in sorted(config.keys() - _KNOWN) if config[name]]  # fmt: skip
+
+
+def configured_scaling(
+    reading: Reading, config: Mapping[str, Any], module: str, lora_A: Tensor, where: str = ""
+) -> float:
+    """What a `LoraConfig` says of a layer: alpha over the rank or its root, each of them maybe by a pattern.
+
+    `where` is what errors call it, if it is not the configuration's file.
+    """
+    rank, alpha = (
+        reading.by_pattern(config.get(name), f"{where or reading.config_file}: {name}").get(module, config.get(default))
+        for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    rank = reading.number({"r": rank}, "r", where=where)
+    if rank != lora_A.shape[0] or rank < 1:
+        raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    return reading.number({"lora_alpha": alpha}, "lora_alpha", where=where) / divisor
+
+
 class Peft(Format):
     name = "peft"
     weights = "adapter_model.safetensors"
@@ -69,22 +105,8 @@ class Peft(Format):
 
     def read(self, reading: Reading) -> dict[str, AdapterLayer]:
         config = reading.config
-        where = reading.config_file
-        if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
-        for name in _REFUSED:
-            if config.get(name):
-                raise ValueError(f"{where}: {name}={quoted(config[name])} is not supported")
-        for name in sorted(config.keys() - _KNOWN):
-            if config[name]:
-                said = f"{shown(name)}={quoted(config[name])}"
-                reading.notes.append(f"{said} of the configuration is not known: read without it")
-        start = config.get("init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-            raise ValueError(
-                f"{where}: init_lora_weights={quoted(start)} changes the base weights; save the adapter with PEFT's "
-                "path_initial_model_for_weight_conversion, which makes it one of the original weights"
-            )
+        where = str(reading.config_file)
+        reading.notes += check_configuration(config, where)
         layers = super().read(reading)
         plain = next((name for name, layer in layers.items() if layer.magnitude is None), None)
         use_dora = config.get("use_dora")
@@ -112,16 +134,7 @@ class Peft(Format):
         return layer
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
-        config, lora_A = reading.config, reading.tensors[parts["lora_A"]]
-        rank, alpha = (
-            reading.by_pattern(name, module, config.get(default))
-            for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
-        rank = reading.number({"r": rank}, "r")
-        if rank != lora_A.shape[0] or rank < 1:
-            raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
-        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-        return reading.number({"lora_alpha": alpha}, "lora_alpha") / divisor
+        return configured_scaling(reading, reading.config, module, reading.tensors[parts["lora_A"]])
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d"), ("out",))

@@ -1,0 +1,132 @@
+"""The models of a pipeline that one file may hold adapters of: what files call them, and how they spell their layers.
+
+diffusers' pipelines call their models ``unet``, ``transformer``, ``prior``, ``text_encoder``, ``text_encoder_2``, ...
+(loaders/lora_pipeline.py). kohya's sd-scripts (networks/lora.py, lora_flux.py, lora_sd3.py) and musubi-tuner write
+``lora_unet`` for whatever denoises, ``lora_te`` for the text encoder of SD 1 and 2, ``lora_te1`` and ``lora_te2`` for
+the CLIPs of SDXL and SD 3, ``lora_te1`` and ``lora_te3`` for CLIP and T5 of Flux, ``lora_te3`` for T5 of SD 3.
+OneTrainer (modules/util/convert_lora_util.py) numbers text encoders as the pipeline does, and has ``lora_transformer``.
+ComfyUI (comfy/lora.py) reads all of these, and its own ``diffusion_model.`` and ``text_encoders.<which>.transformer.``.
+
+Files have ``text_model.`` in the names of a CLIP's layers; `CLIPTextModel` of transformers 5 has not. sd-scripts' files
+of SDXL have Stability's names of the U-Net's layers (`ldm`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+
+from dora_kernels.adapters.ldm import from_ldm
+
+_UNDERSCORED = re.compile(r"(lycoris|lora_(?:prior_)?unet|lora_transformer|lora_prior_te|lora_te\d?|lora)_")
+_DOTTED = re.compile(
+    r"(base_model\.model|diffusion_model|unet|transformer(?:_2)?|prior|text_encoder(?:_\d)?"
+    r"|text_encoders\.\w+(?:\.transformer)?)\."
+)
+
+_DENOISERS = ("unet", "transformer", "prior", "diffusion_model")
+_COMPONENTS = {
+    "lora_unet": _DENOISERS,
+    "lora_transformer": ("transformer", "diffusion_model"),
+    "lora_prior_unet": ("prior",),
+    "lora_prior_te": ("text_encoder",),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3", "text_encoder_2"),  # Flux has its T5 second
+    "lora_te4": ("text_encoder_4",),
+    "diffusion_model": _DENOISERS,
+    "text_encoders.clip_l.transformer": ("text_encoder",),
+    "text_encoders.clip_g.transformer": ("text_encoder_2",),
+    "text_encoders.t5xxl.transformer": ("text_encoder_3", "text_encoder_2"),
+}
+
+# Layers of a CLIP text model as transformers 5 names them, and of a T5 encoder.
+_CLIP = re.compile(r"(?:encoder[._]layers[._]\d+[._](?:self_attn[._](?:[qkv]|out)_proj|mlp[._]fc[12])|"
+                   r"embeddings[._](?:token|position)_embedding)")  # fmt: skip
+_T5 = re.compile(r"encoder[._]block[._]\d+[._]layer[._]\d+[._].+|shared")
+
+_UNET = re.compile(r"(?:down|up|mid|input|output|middle)_blocks?\.")
+
+# SDXL's U-Net, which alone has more than one block in a transformer.
+_SDXL = re.compile(r"unet\.(?:add_embedding\.|.+\.transformer_blocks\.[1-9])")
+
+
+def prefix_of(name: str, asked: str = "") -> str:
+    """What says which model a name in a file is of: `asked`, "lora_te1", "text_encoder_2", ...; empty without."""
+    found = _UNDERSCORED.match(name) or _DOTTED.match(name)
+    own = found[1] if found else ""
+    # text_encoder_2 does not start with text_encoder
+    return asked if asked and len(asked) >= len(own) and name.startswith((f"{asked}_", f"{asked}.")) else own
+
+
+def is_underscored(prefix: str) -> bool:
+    """True if names with the prefix have underscores for dots."""
+    return _UNDERSCORED.fullmatch(f"{prefix}_") is not None
+
+
+def is_component(prefix: str) -> bool:
+    """True if the prefix says which model of a pipeline a name is of."""
+    return prefix not in ("", "lycoris", "lora", "base_model.model")
+
+
+def components_of(prefix: str) -> tuple[str, ...]:
+    """What a pipeline may call the model that a prefix in a file is of."""
+    return _COMPONENTS.get(prefix, (prefix,) if is_component(prefix) else ())
+
+
+def spellings(prefix: str, name: str) -> Iterator[str]:
+    """A layer's name, without its prefix, and the others that the same layer may have in a model."""
+    yield name
+    if name.startswith(("text_model.", "text_model_")):
+        yield name[len("text_model.") :]
+    elif is_text_encoder(prefix):
+        yield f"text_model.{name}"
+    elif (other := from_ldm(name)) is not None:
+        yield other
+
+
+def is_text_encoder(prefix: str) -> bool:
+    """True if a prefix, or a pipeline's name of a model, is a text encoder's."""
+    return prefix.startswith(("lora_te", "lora_prior_te", "text_encoder"))
+
+
+def in_files(name: str) -> str:
+    """A text encoder's layer as files name it: CLIP's with ``text_model.``."""
+    return f"text_model.{name}" if _CLIP.fullmatch(name) else name
+
+
+def kohya_prefixes(components: Collection[str], names: Collection[str]) -> dict[str, str]:
+    """kohya's prefix for each of a pipeline's models; without one that kohya's files have no prefix for.
+
+    Args:
+        components: which models.
+        names: of their layers, ``<component>.<name>``.
+    """
+    single = set(components) <= {"unet", "text_encoder"} and not any(map(_SDXL.match, names))
+    found: dict[str, str] = {}
+    for component in components:
+        number = re.fullmatch(r"text_encoder(?:_(\d))?", component)
+        if component in _DENOISERS:
+            found[component] = "lora_prior_unet" if component == "prior" else "lora_unet"
+        elif number:
+            start = f"{component}."
+            t5 = any(_T5.fullmatch(name.removeprefix(start)) for name in names if name.startswith(start))
+            one = "lora_te" if single else "lora_te1"
+            found[component] = "lora_te3" if t5 else f"lora_te{number[1]}" if number[1] else one
+    return found
+
+
+def model_of(names: Collection[str], known: Collection[str] = ()) -> str:
+    """What a pipeline calls a model with layers of these names: "text_encoder", "text_encoder_3", "unet", ...
+
+    Args:
+        names: the adapted layers'.
+        known: all of the model's, where there is a model.
+    """
+    tokens = not known or any(name.endswith("token_embedding") for name in known)
+    if all(name.startswith("text_model.") or _CLIP.fullmatch(name) for name in names) and tokens:
+        return "text_encoder"
+    if all(map(_T5.fullmatch, names)):
+        return "text_encoder_3"
+    return "unet" if any(map(_UNET.match, names)) else "transformer"

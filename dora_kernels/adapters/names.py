@@ -1,0 +1,170 @@
+"""Names in files, with prefixes or underscores for dots, and the model's names that they stand for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+
+from dora_kernels.adapters.components import components_of, is_component, prefix_of, spellings
+from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.shown import shown
+
+UNDERSCORED = "underscored"
+"""The entry of `Adapter.config` that says that names are still those of the file, with underscores for dots."""
+
+COMPONENTS = "components"
+"""The entry of `Adapter.config` that says that names start with the pipeline's name of their model."""
+
+PREFIX = "prefix"
+"""The entry of `Adapter.config` that says which prefix the file's names have, if it is one for all."""
+
+# Vision-language models, whose files keep names of before transformers 4.52 (conversion_mapping.py): what becomes what.
+_TOWERS = "vision_tower|multi_modal_projector|image_newline"
+_RENAMED = (
+    # LLaVA and its kin
+    ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
+     (r"vision_tower\.vision_model\.", "model.vision_tower."), (rf"({_TOWERS})\b", r"model.\1")),
+    ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
+     (rf"({_TOWERS})\b", r"model.\1")),
+    # Qwen2-VL and its kin
+    ((r"model\.(?!language_model\.|visual\.)", "model.language_model."), (r"visual\.", "model.visual.")),
+    # the reverse, for adapters of before
+    ((r"model\.language_model\.", "language_model.model."), (r"lm_head\.", "language_model.lm_head."),
+     (rf"model\.({_TOWERS})\b", r"\1")),
+    ((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
+)  # fmt: skip
+
+# A name that is longer, or of a model with more layers, gets no proposal.
+_LONGEST, _MOST = 200, 500
+
+
+def _changed(rules: tuple[tuple[str, str], ...], key: str) -> str:
+    """By the first of the rules that fits its start."""
+    for pattern, new in rules:
+        if match := re.match(pattern, key):
+            return match.expand(new) + key[match.end() :]
+    return key
+
+
+RENAMINGS: tuple[Callable[[str], str], ...] = tuple(functools.partial(_changed, rules) for rules in _RENAMED)
+"""Of keys of a model's tensors, from one release of transformers to another."""
+
+
+def check_prefix(prefix: object) -> str:
+    """`prefix` without an underscore or dot at its end; TypeError or ValueError for what no name starts with."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
+    if not prefix.strip("_.") or ("." in prefix.rstrip(".") and not is_component(prefix_of(f"{prefix}."))):
+        raise ValueError(f"prefix: expected one such as 'lora_te1' or 'text_encoder', got {prefix!r}")
+    return prefix[:-1] if prefix[-1] in "._" else prefix
+
+
+def readings(name: str, asked: str = "") -> Iterator[str]:
+    """What a name in a file may be in a model, or in a pipeline's models, ``<component>.<name>``."""
+    yield name
+    prefix = prefix_of(name, asked)
+    rest = name[len(prefix) + 1 :] if prefix else name
+    for spelling in spellings(prefix, rest):
+        yield spelling
+        for component in components_of(prefix):
+            yield f"{component}.{spelling}"
+
+
+def resolve(
+    names: Collection[str],
+    known: Collection[str],
+    error: Callable[[str], ValueError],
+    notes: list[str],
+    asked: str = "",
+) -> dict[str, str]:
+    """The model's name (of `known`) that each of a file's names stands for. `asked` is a prefix that they may have.
+
+    A file may be of several models, told apart by the prefix (``lora_unet``, ``lora_te1``, ``unet``): prefixes of which
+    no layer is the model's are left out, with a note, if another's all are.
+
+    Raises:
+        ValueError: a name stands for none of the model's, or for several, or two for the same.
+    """
+    candidates: dict[str, list[str]] = defaultdict(list)
+    for name in known:
+        candidates[name.replace(".", "_")].append(name)
+    found: dict[str, str] = {}
+    came: dict[str, str] = {}
+    missing: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        ways = list(readings(name, asked))
+        meant = {way for way in ways if "." in name and way in known}  # then no dot was lost
+        meant = meant or {each for way in ways for each in candidates[way.replace(".", "_")]}
+        if not meant:
+            missing[prefix_of(name, asked)].append(name)
+            continue
+        if len(meant) > 1:
+            raise error(f"{name} may be any of {shown(', '.join(sorted(meant)), 1000)}")
+        own = meant.pop()
+        if own in came:
+            raise error(f"{came[own]} and {name} are both {own}; read it with prefix= to take one model's")
+        found[name], came[own] = own, name
+    hits = {prefix_of(name, asked) for name in found}
+    for prefix, others in missing.items():
+        if prefix in hits or not hits or not is_component(prefix):
+            rest = others[0][len(prefix) + 1 :] if prefix else others[0]
+            raise error(f"{others[0]}: the model has no such layer{proposal(rest, known)}")
+        notes.append(f"{len(others)} layers with the prefix {prefix} are of another model and left out")
+    return found
+
+
+def respelled(names: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """The names of one way to spell them, in which the model has them all; as they are where there is none."""
+    for way in (_with_text_model, _without_text_model, *RENAMINGS):
+        found = {name: way(f"{name}.weight").removesuffix(".weight") for name in names}
+        if len(set(found.values())) == len(found) and all(own in known for own in found.values()):
+            return found
+    return {name: name for name in names}
+
+
+def _with_text_model(key: str) -> str:
+    return f"text_model.{key}"
+
+
+def _without_text_model(key: str) -> str:
+    return key.removeprefix("text_model.")
+
+
+def own_layers(
+    adapter: Adapter, known: Collection[str], error: Callable[[str], ValueError], notes: list[str]
+) -> dict[str, AdapterLayer]:
+    """An adapter's layers by the names of a model, of which `known` has all.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    if adapter.config.get(UNDERSCORED) or adapter.config.get(COMPONENTS):
+        names = resolve(adapter.layers, known, error, notes, adapter.config.get(PREFIX, ""))
+    elif all(name in known for name in adapter.layers):
+        return adapter.layers
+    else:
+        names = respelled(adapter.layers, known)
+    return {own: adapter.layers[name] for name, own in names.items()}
+
+
+def proposal(name: str, known: Collection[str]) -> str:
+    """The rest of a sentence that misses a layer: the nearest that there is, and what differs before it, or nothing."""
+    if len(name) > _LONGEST or not known:
+        return ""
+    flat = name.replace(".", "_")
+    for own in known:
+        short, long = sorted((flat, own.replace(".", "_")), key=len)
+        if long.endswith(f"_{short}") and short.count("_") > 1:
+            more = long[: -len(short)]
+            with_it, without = ("model", "adapter") if len(own) > len(flat) else ("adapter", "model")
+            start = (own if with_it == "model" else name)[: len(more)]
+            return f"; it has {own}: the {with_it}'s names start with {start!r}, the {without}'s do not"
+    last = name.rpartition(".")[2]
+    alike = [own for own in known if own.rpartition(".")[2] == last or flat.endswith(own.rpartition(".")[2])]
+    alike = [own for own in alike or known if len(own) <= _LONGEST][:_MOST]
+    best = difflib.get_close_matches(flat, [own.replace(".", "_") for own in alike], 1, 0.5)
+    near = next((own for own in alike if best and own.replace(".", "_") == best[0]), None)
+    return f"; the nearest is {near}" if near else f"; it has {some(sorted(known), 2)}"

@@ -1,0 +1,82 @@
+"""In which dtype what is computed: PEFT's rules for mixed dtypes and autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of `tensors` is float64, else float32."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes a microsecond to do nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a layer's output: x's, or autocast's, which leaves float64 alone."""
+    dtype, kind = x.dtype, x.device.type
+    if dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def low_rank_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    """The dtype of the low-rank branch beside an x in the compute dtype: the factor's where that is wider.
+
+    As in PEFT's layer, which casts x to it. Under autocast, as there, all products are in the compute dtype.
+    """
+    if factor.dtype == x.dtype:
+        return x.dtype
+    wider = torch.finfo(factor.dtype).bits > torch.finfo(x.dtype).bits
+    return factor.dtype if wider and not autocast_enabled(x.device) else x.dtype
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """True if autocast is on for `device`; PyTorch raises when asked about the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+class no_autocast:
+    """Turn autocast off inside, at no cost where it is off already."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, device: torch.device) -> None:
+        self._context = torch.autocast(device.type, enabled=False) if autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*exc)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keep float32 products in float32, whatever the user's setting: TF32 on CUDA, bfloat16 on the CPU."""
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else None
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = exact if matmul is None else getattr(matmul, name)
+    if before == exact or (before == "none" and device.type == "cpu"):
+        yield
+        return
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

@@ -1,0 +1,155 @@
+"""The norm and the merged weight in plain PyTorch operations, a block of W at a time: the `torch` backend's.
+
+`dora_kernels.kernels` has the same two functions as Triton kernels, under the same names. No temporary holds more of
+the weight than a block of 4 MB; on the CPU each thread keeps one such block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dora_kernels.core.precision import accumulation_dtype, cast, full_precision
+from dora_kernels.core.products import block_rows, blocks, mm_wide, row_major, scratch
+from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.rounding import stochastic
+
+_GRAM_FEATURES = 1024
+
+# Rows whose squared norm is below this fraction of the squared terms it is summed from have lost digits to
+# cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
+CANCELLATION = 0.25
+
+# Weights of fewer elements, or of fewer features for each of the rank, take the direct norm. Two cores, times of the
+# factored form over the direct one: 1.1 to 1.3 for 576x576 to 1536x576 in a model's training, rank 16; at 2048x2048 0.7
+# to 1.0 for rank 16, 1.0 to 1.1 for 64, 1.3 to 1.5 for 384, and at 4096x4096 0.5 to 0.9, 0.9 to 1.0 and 1.1 to 1.2
+# (bench/results).
+_FACTORED_ELEMENTS = 1 << 21
+_FACTORED_FEATURES = 64
+
+def weight_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
+) -> Tensor:
+    """Row norms of ``W + s B A`` in float32 (float64 for float64 input), shape ``[out_features]``.
+
+    Column norms are the row norms of the transposed problem ``(W.T, B.T, A.T)``.
+
+    A large weight on the CPU takes the factored form at low rank, from matrices of rank r only:
+    ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)`` with ``U = W Aᵀ`` and ``G = A Aᵀ``; `weight_square` is ``|w|²`` per row
+    (`row_square`), which is constant for a frozen weight. Rows that suffer from cancellation are computed directly:
+    in blocks of ``W + s B A``, as all rows elsewhere: on other devices the host would have to wait.
+    """
+    dtype = accumulation_dtype(weight, lora_A, lora_B)
+    a, b = cast(lora_A, dtype), cast(lora_B, dtype)
+    with full_precision(weight.device):
+        if not is_factored(weight, lora_A, lora_B):
+            return direct_norm(weight, a, b, scaling)
+        if weight_square is None:
+            weight_square = row_square(weight, dtype)
+        return factored_norm(weight, a, b, scaling, weight_square)
+
+
+def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether `weight_norm` takes the factored form, and so has a use for `row_square`."""
+    wide = weight.shape[1] >= _FACTORED_FEATURES * lora_A.shape[0]
+    return wide and weight.numel() >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
+
+
+def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
+    gram = _gram(a)
+    u = mm_wide(weight, a.t()).addmm_(b, gram, alpha=0.5 * scaling)
+    square = torch.add(weight_square, u.mul_(b).sum(1), alpha=2.0 * scaling)
+    # The size of what was summed, whatever cancels among it, duplicate rows of A included.
+    terms = CANCELLATION * scaling * scaling
+    kept = square >= torch.addmv(weight_square, b.square(), gram.diagonal(), beta=CANCELLATION, alpha=terms)
+    if bool(kept.all()):
+        return square.sqrt_()
+    norm = square.sqrt_()
+    for rows in kept.logical_not_().nonzero().squeeze(1).split(block_rows(*weight.shape)):
+        norm[rows] = direct_norm(weight[rows], a, b[rows], scaling)
+    return norm
+
+
+def _gram(a: Tensor) -> Tensor:
+    """``a aᵀ``, in parts: over a long row the BLAS's float32 sums of squares drift, by 8e-6 at 20 000 features."""
+    a = a.contiguous()  # of a transposed one the BLAS adds up one long sum again, whatever the parts
+    gram = torch.mm(a[:, :_GRAM_FEATURES], a[:, :_GRAM_FEATURES].t())
+    for start in range(_GRAM_FEATURES, a.shape[1], _GRAM_FEATURES):
+        part = a[:, start : start + _GRAM_FEATURES]
+        gram.addmm_(part, part.t())
+    return gram
+
+
+def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``W + s B A`` formed a block at a time, along the rows of W as it lies in memory."""
+    along_rows = row_major(weight)
+    rows, left, right = (weight, b, a) if along_rows else (weight.t(), a.t(), b.t())
+    length, width = rows.shape
+    step = block_rows(length, width)
+    buffer = scratch(step, width, a.dtype, weight.device)
+    norms = []
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        block = buffer[: min(step, length - start)].copy_(rows[part])
+        block.addmm_(left[part], right, alpha=scaling)
+        norms.append(torch.linalg.vector_norm(block, dim=1 if along_rows else 0))
+    if len(norms) == 1:
+        return norms[0]
+    return torch.cat(norms) if along_rows else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squared norm of every row of `weight`, in `dtype`."""
+    nothing = weight.new_empty(0, dtype=dtype)
+    rank_0 = nothing.view(0, weight.shape[1]), nothing.view(weight.shape[0], 0)
+    return direct_norm(weight, *rank_0, 0.0).square_()
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    seed: int | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """``g * (W + s B A)`` with ``g = magnitude / norm`` per row, 0 where the norm is 0; without a magnitude g is 1.
+
+    Computed in float32 (float64 for float64 input) and rounded once to weight's dtype, with a seed stochastically.
+    Along "in" the problem is the `transposed` one, whose columns are the rows of the weight that the elements' indices
+    count along.
+    """
+    dtype = accumulation_dtype(weight, lora_A, lora_B)
+    a, b = cast(lora_A, dtype), cast(lora_B, dtype)
+    g = None
+    if magnitude is not None:
+        g = magnitude_scale(magnitude, weight_norm(weight, lora_A, lora_B, scaling)).unsqueeze(1)
+    merged = torch.empty_like(weight)
+    start = 0
+    with full_precision(weight.device):
+        if row_major(weight) if seed is None else not transposed:
+            for target, rows, left, scale in blocks(block_rows(*merged.shape), merged, weight, b, g):
+                _merge_block(target, rows, left, a, scale, scaling, seed, start)
+                start += target.numel()
+        else:
+            scale = None if g is None else g.t()
+            for target, columns, left in blocks(block_rows(*merged.t().shape), merged.t(), weight.t(), a.t()):
+                _merge_block(target, columns, left, b.t(), scale, scaling, seed, start)
+                start += target.numel()
+    return merged
+
+
+def _merge_block(
+    target: Tensor,
+    w: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor | None,
+    scaling: float,
+    seed: int | None,
+    start: int,
+) -> None:
+    direction = torch.addmm(w.to(left.dtype), left, right, alpha=scaling)
+    merged = direction if scale is None else direction.mul_(scale)
+    target.copy_(merged if seed is None else stochastic(merged, target.dtype, seed, start))

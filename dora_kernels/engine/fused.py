@@ -1,0 +1,310 @@
+"""The fused path: forward and hand-written backward of the DoRA linear layer around the Triton kernels.
+
+It is for large problems on a GPU: the products with W go to the vendor's BLAS, and what the formula does in passes of
+its own over ``[M, N]`` is one kernel forward (`compose`) and one backward (`scale_reduce`); dX is accumulated in
+place. The derivation is in docs/math.md. The products of rank r are in h's dtype (`low_rank_dtype`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.products import mm_accumulate, mm_mixed, mm_wide, scaled_rows
+from dora_kernels.core.scale import norm_of, quotient
+from dora_kernels.engine.dispatch import kernels
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for."""
+
+    x: bool
+    weight: bool
+    lora_A: bool
+    lora_B: bool
+    magnitude: bool
+    bias: bool
+
+    @property
+    def norm(self) -> bool:
+        """True if a gradient is wanted of what the norm depends on."""
+        return self.weight or self.lora_A or self.lora_B
+
+
+class ComposeNeeds(NamedTuple):
+    """Which gradients of `compose` are wanted; the magnitude's is where a base product was kept for it."""
+
+    base: bool
+    h: bool
+    lora_B: bool
+    sum: bool
+
+
+class Grads(NamedTuple):
+    """Gradients by input, None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    magnitude: Tensor | None
+    bias: Tensor | None
+
+
+class Scale(NamedTuple):
+    """g ``[N]`` (or ``[K]``) in float32, and what the magnitude was divided by for it. Both None: plain LoRA."""
+
+    g: Tensor | None
+    divisor: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What the backward reads beside the parameters."""
+
+    x: Tensor
+    h: Tensor
+    base: Tensor | None
+    scale: Scale
+
+
+def keeps_base(form: Form, has_magnitude: bool, needs: Needs) -> bool:
+    """True if the backward reads the base product: for the magnitude's gradient along "out", and nothing else."""
+    return has_magnitude and form.magnitude_axis == "out" and _needs_dm(form, needs)
+
+
+def _needs_dm(form: Form, needs: Needs) -> bool:
+    """dm is also the factor of the gradient through an undetached norm, even where the magnitude is frozen."""
+    return needs.magnitude or (not form.detach_norm and needs.norm)
+
+
+def forward(
+    x: Tensor, weights: Weights, scale: Scale, form: Form, keep_base: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(y [M, N], h = x Aᵀ [M, r], the base product [M, N] or None)``, in x's dtype, h in `low_rank_dtype`.
+
+    Without a gradient in sight g may still be missing: `compose` divides the magnitude itself.
+    Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
+    """
+    weight, lora_A, lora_B, magnitude, bias = weights
+    dtype, low_dtype = x.dtype, low_rank_dtype(x, lora_A)
+    (g, divisor), g_in = scale, None
+    if divisor is not None and g is None:
+        g = magnitude
+    elif divisor is not None:
+        divisor = None
+    if g is not None and form.magnitude_axis == "in":
+        g_in, g = g if divisor is None else quotient(g, divisor, x), None
+        divisor = None
+    h = None
+    if low_dtype != dtype:  # not of the scaled x, which is rounded
+        h = mm_mixed(x, (lora_A if g_in is None else lora_A * g_in).t())
+    if g_in is not None:
+        x = torch.mul(x, g_in, out=torch.empty_like(x))
+    if h is None:
+        h = F.linear(x, cast(lora_A, dtype))
+    base = F.linear(x, cast(weight, dtype))
+    y = kernels().compose(base, h, lora_B, g, bias, form.scaling, keep_base, divisor)
+    return y, h, base if keep_base else None
+
+
+def backward(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Needs) -> Grads:
+    """Gradients of `forward`, each in its parameter's dtype (dm and db in float32), None where not needed.
+
+    The divisor is infinite where the norm is 0, so that a zero row has g = dm = 0.
+    """
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()
+    g, divisor = saved.scale
+    axis_in = g is not None and form.magnitude_axis == "in"
+    grads = (_backward_in if axis_in else _backward_out)(dy, weights, saved, form, needs)
+    if g is not None and not form.detach_norm and needs.norm:
+        assert grads.magnitude is not None and divisor is not None
+        c = -grads.magnitude * g / norm_of(divisor, form.eps)
+        of_w, of_a, of_b = norm_gradient(weights, c, form, needs)
+        grads = grads._replace(
+            weight=_sum(grads.weight, of_w), lora_A=_sum(grads.lora_A, of_a), lora_B=_sum(grads.lora_B, of_b)
+        )
+    return grads._replace(
+        weight=as_parameter(grads.weight, weights.weight),
+        lora_A=as_parameter(grads.lora_A, weights.lora_A),
+        lora_B=as_parameter(grads.lora_B, weights.lora_B),
+        magnitude=grads.magnitude if needs.magnitude else None,
+    )
+
+
+def _backward_out(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Needs) -> Grads:
+    """Rows scaled by g; plain LoRA is g = 1."""
+    weight, lora_A, lora_B, _, _ = weights
+    wanted = ComposeNeeds(needs.x or needs.weight, needs.x or needs.lora_A, needs.lora_B, needs.bias)
+    dg, d_low, d_b, dm, total = compose_backward(dy, lora_B, saved, form, wanted)
+    dx: Any = None
+    if needs.x:
+        dx = torch.mm(cast(d_low, dy.dtype), cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
+    dw = mm_accumulate(dg.t(), saved.x, _grad_dtype(weight, dy, form.detach_norm)) if needs.weight else None
+    del dg  # before the last gradient takes its memory
+    d_a = mm_accumulate(d_low.t(), saved.x, _grad_dtype(lora_A, dy, form.detach_norm)) if needs.lora_A else None
+    return Grads(dx, dw, d_a, d_b, dm, total)
+
+
+def compose(
+    result: Tensor, h: Tensor, weights: Weights, scale: Scale, scaling: float, keep_base: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, base)``: the kernel on another module's ``result [M, N]``, bias included, left as it is.
+
+    The base that is kept holds the bias too where `holds_bias`.
+    """
+    (g, divisor), bias, base = scale, weights.bias, result
+    if g is None:
+        g = weights.magnitude
+    else:
+        divisor = None
+    if bias is not None and not holds_bias(result):
+        base = result - cast(bias, result.dtype)
+    elif bias is not None:
+        if divisor is not None and g is not None:
+            g, divisor = quotient(g, divisor, result), None
+        bias = (1.0 - g) * bias  # type: ignore[operator]
+    y = kernels().compose(base, h, weights.lora_B, g, bias, scaling, True, divisor)
+    return y, base if keep_base else None
+
+
+def holds_bias(result: Tensor) -> bool:
+    """True if a bias is taken out of the magnitude's gradient, where its sums in float32 lose nothing by that.
+
+    Out of a 16-bit result it would be rounded once more. Out of a float32 one it has to be: with a bias 60 times the
+    output the magnitude's gradient would be six times as far off as PEFT's.
+    """
+    return result.dtype != accumulation_dtype(result)
+
+
+def compose_backward(
+    dy: Tensor, lora_B: Tensor, saved: Saved, form: Form, needs: ComposeNeeds, base_bias: Tensor | None = None
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Gradients of ``g * (base + s h Bᵀ)`` for base, h, B and the magnitude, and ``Σ_t dy``; None where not wanted.
+
+    `base_bias`: what the kept base product holds beside the product, to be left out of the magnitude's gradient.
+    """
+    _, h, base, (g, divisor) = saved
+    scaling, detach_norm = form.scaling, form.detach_norm
+    scaled = g is not None and needs.base
+    dg: Any = dy
+    partial_dot: Any = None
+    total: Any = None
+    want_sum = needs.sum or (base is not None and base_bias is not None)
+    if scaled or base is not None or want_sum:
+        one_pass = kernels().scale_reduce if base is None else kernels().scale_partials
+        scaled_dy, partial_dot, total = one_pass(dy, base, g, scaled, want_sum)
+        dg = scaled_dy if scaled else dy
+        if base is not None and total is not None:
+            total = total.sum(0)
+
+    # Ĝ may stand for dy in the products of rank r too where that rounds no more often than B scaled by g would.
+    rounds_once = detach_norm or dy.dtype == accumulation_dtype(dy)
+    uses_scaled = scaled and lora_B.dtype == dy.dtype == h.dtype and rounds_once
+    left: Any = dg if uses_scaled else dy
+    factor: Any = scaling if g is None or uses_scaled else g * scaling
+    d_low = _low_rank_gradient(left, lora_B, factor, h) if needs.h else None
+    d_b, dm = None, None
+    if base is not None:
+        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy, h))
+        dtype = _grad_dtype(lora_B, dy, detach_norm) if needs.lora_B else None
+        d_b, dm = kernels().factor_grads(p, lora_B, partial_dot, g, divisor, scaling, dtype)
+    elif needs.lora_B and uses_scaled:
+        d_b = torch.addmm(lora_B, left.t(), h, beta=0, alpha=scaling)
+    elif needs.lora_B:
+        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy, h))
+        d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
+    if dm is not None and base_bias is not None:
+        dm = dm - base_bias * total / divisor
+    return dg, d_low, d_b, dm, total
+
+
+def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Needs) -> Grads:
+    """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
+    weight, lora_A, lora_B, _, _ = weights
+    x, h, _, (g, divisor) = saved
+    assert g is not None and divisor is not None
+    need_dm, accumulate, mixed = _needs_dm(form, needs), accumulation_dtype(dy, h), h.dtype != dy.dtype
+    d_low: Any = None
+    if needs.x or need_dm or needs.lora_A:
+        d_low = _low_rank_gradient(dy, lora_B, form.scaling, h)
+    dx, dm = None, None
+    q: Any = mm_accumulate(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
+    if mixed and (needs.x or need_dm):
+        # The transposed problem's forward: the base product rounded once, its sum with the low-rank one once more.
+        base = torch.mm(dy, cast(weight, dy.dtype))
+        if need_dm:
+            dot = kernels().scale_reduce(base, x, None, False, False)[1]
+            dm = (dot + cast((q * lora_A).sum(0), dot.dtype)) / divisor
+        dx = kernels().compose(base, d_low, lora_A.t(), g, None, 1.0, False) if needs.x else None
+    elif needs.x or need_dm:
+        d_scaled = torch.mm(d_low, cast(lora_A, dy.dtype)).addmm_(dy, cast(weight, dy.dtype))
+        dx, dot, _ = kernels().scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
+        dm = None if dot is None else dot / divisor
+    d_a = q.mul_(g) if needs.lora_A else None
+    d_b = mm_accumulate(dy.t(), h, accumulate).mul_(form.scaling) if needs.lora_B else None
+    dw = mm_accumulate(dy.t(), x, accumulation_dtype(dy)).mul_(g) if needs.weight else None
+    total = kernels().scale_reduce(dy, None, None, False, True)[2] if needs.bias else None
+    return Grads(dx, dw, d_a, d_b, dm, total)
+
+
+def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Tensor) -> Tensor:
+    """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in h's dtype, rounded once."""
+    if h.dtype != dy.dtype:
+        wide = cast(lora_B, h.dtype)
+        return mm_mixed(dy, wide * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor))
+    if isinstance(factor, Tensor):
+        return torch.mm(dy, scaled_rows(lora_B, factor, dy.dtype))
+    return torch.addmm(h, dy, cast(lora_B, dy.dtype), beta=0, alpha=factor)
+
+
+def norm_gradient(
+    weights: Weights, c: Tensor, form: Form, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient through an undetached norm, ``c * V`` with respect to V, for W, A and B: without forming V.
+
+    Only where W itself trains is V formed, as its gradient has that size anyway. Along "in" this is the transposed
+    problem: W.T with lora_B.T in the place of lora_A.
+    """
+    weight, lora_A, lora_B, _, _ = weights
+    dtype, scaling, axis_in = c.dtype, form.scaling, form.magnitude_axis == "in"
+    rows, left, right = (weight.t(), lora_A.t(), lora_B.t()) if axis_in else (weight, lora_B, lora_A)
+    left, right = left.to(dtype), right.to(dtype)
+    c_left = c.unsqueeze(1) * left
+    need_left, need_right = (needs.lora_A, needs.lora_B) if axis_in else (needs.lora_B, needs.lora_A)
+    d_left = d_right = d_weight = None
+    if need_left:
+        u = mm_wide(rows, right.t()).addmm_(left, right @ right.t(), alpha=scaling)
+        d_left = u.mul_((c * scaling).unsqueeze(1))
+    if need_right:
+        d_right = mm_wide(rows.t(), c_left).t().addmm(left.t() @ c_left, right, alpha=scaling).mul_(scaling)
+    if needs.weight:
+        d_rows = torch.addmm(rows.to(dtype), left, right, alpha=scaling).mul_(c.unsqueeze(1))
+        d_weight = d_rows.t() if axis_in else d_rows
+    return (d_weight, _t(d_left), _t(d_right)) if axis_in else (d_weight, d_right, d_left)
+
+
+def _t(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.t()
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return first if first is None or second is None else first.to(second.dtype) + second
+
+
+def _grad_dtype(parameter: Tensor, x: Tensor, final: bool) -> torch.dtype:
+    """What a product for this parameter's gradient comes out as: unrounded where more is added to it."""
+    return parameter.dtype if final and parameter.dtype == x.dtype else accumulation_dtype(parameter, x)
+
+
+def as_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """In the parameter's dtype and strides, so that the gradient is accumulated without another copy."""
+    if grad is None:
+        return None
+    grad = cast(grad, parameter.dtype)
+    return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)

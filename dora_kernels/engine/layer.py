@@ -1,0 +1,162 @@
+"""How a layer runs: which backend, which norm, then the formula or the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype, no_autocast
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.scale import quotient, safe_divisor
+from dora_kernels.engine import autograd, formula, ops
+from dora_kernels.engine.dispatch import PLAIN, norm_backend, resolve
+from dora_kernels.engine.norm_cache import Norm, NormCache, compute_norm, kept_divisor
+
+
+def run_layer(
+    x: Tensor,
+    weights: Weights,
+    form: Form,
+    cache: NormCache | None = None,
+    training: bool = True,
+    backend: str = "auto",
+    norm: Norm | None = None,
+) -> Tensor:
+    """`dora_linear` without its checks: ``x [..., K]`` to ``[..., N]``; `cache` keeps the norm between calls.
+
+    `norm`: one that is at hand.
+    """
+    kind, magnitude, g = x.device.type, weights.magnitude, None
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        x = cast(x, compute_dtype(x))
+    chosen = "torch" if kind == "cpu" and backend != "triton" else resolve(backend, x, weights)
+    if magnitude is None:
+        norm = _PLAIN_LORA
+    elif cache is not None and cache.frozen is not None:
+        norm, g = cache.frozen
+    elif norm is not None:
+        norm = _differentiable(norm, weights, form)
+    else:
+        if cache is not None and form.detach_norm and not is_compiling() and torch._C._get_tracing_state() is None:
+            norm = cache.known(weights, form, training)
+        if norm is None:
+            norm = layer_norm(weights, form, cache, training, backend)
+    if chosen == "triton":
+        divisor = None if magnitude is None else norm.divisor
+        return autograd.fused_linear(x, weights, divisor, form, backend != "auto")
+    if magnitude is not None and (g is None or torch.is_grad_enabled()):
+        g = magnitude / norm.divisor
+        if g.dtype != x.dtype:
+            g = cast(g, accumulation_dtype(x))
+        if cache is not None:
+            cache.unheard = True  # autograd runs the backward and will not say when
+    return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.unmoved)
+
+
+is_compiling = torch.compiler.is_compiling
+
+_PLAIN_LORA = Norm(torch.ones(()))
+
+
+def run_compose(
+    result: Tensor,
+    h: Tensor,
+    weights: Weights,
+    scaling: float,
+    divisor: Callable[[], Tensor],
+    backend: str = "auto",
+) -> Tensor:
+    """A DoRA layer from another module's ``result = x Wᵀ + bias`` and ``h = x Aᵀ``, in result's dtype.
+
+    An h of a wider dtype is taken unrounded, except under autocast. Of `weights` B, magnitude and bias are read.
+    `divisor` gives what the magnitude is divided by.
+    """
+    chosen = resolve(backend, result, weights)
+    h = cast(h, low_rank_dtype(result, h))
+    if chosen == "triton":
+        return autograd.fused_compose(result, h, weights, divisor(), scaling, backend != "auto")
+    assert weights.magnitude is not None
+    return formula.compose(result, h, weights, quotient(weights.magnitude, divisor(), result), scaling)
+
+
+def layer_norm(
+    weights: Weights,
+    form: Form,
+    cache: NormCache | None,
+    training: bool,
+    backend: str,
+    compute: Callable[[], Tensor] | None = None,
+) -> Norm:
+    """A layer's norm, kept in `cache`, differentiable unless ``form.detach_norm``.
+
+    `compute` gives it where it is not the norm of a matrix ``W + s B A`` (`NormCache.norm`), differentiably.
+    """
+    compiling = is_compiling()
+    if cache is not None and not compiling:
+        if cache.frozen is not None:
+            return cache.frozen[0]
+    if compute is not None and not form.detach_norm and torch.is_grad_enabled():
+        return Norm(safe_divisor(compute(), form.eps))
+    if compute is None and _needs_plain_operations(weights, form, compiling):
+        with no_autocast(weights.weight.device):
+            dense = formula.weight_norm(weights, form)
+        return Norm(safe_divisor(dense.detach() if form.detach_norm else dense, form.eps))
+    chosen = norm_backend(backend, weights.weight)
+    if compiling and cache is not None and compute is None:
+        tensors = [t.detach() for t in weights[:4]]
+        norm = Norm(kept_divisor(cache.slot, *tensors, form.scaling, training))
+    elif compiling or cache is None:
+        norm = compute_norm(weights, form, chosen, compute=compute)
+    else:
+        norm = cache.norm(weights, form, training, chosen, compute)
+    return norm if compute is not None else _differentiable(norm, weights, form)
+
+
+def _needs_plain_operations(weights: Weights, form: Form, compiling: bool) -> bool:
+    """True where autograd, a transform or a tensor subclass has to see every step of the norm."""
+    if compiling:
+        return not form.detach_norm
+    return not PLAIN.issuperset(map(type, weights)) or formula.transformed()
+
+
+def _differentiable(norm: Norm, weights: Weights, form: Form) -> Norm:
+    """The norm with a history where its gradient is wanted."""
+    if form.detach_norm or not torch.is_grad_enabled():
+        return norm
+    if _needs_plain_operations(weights, form, is_compiling()):
+        dense = formula.weight_norm(weights, form)
+        return Norm(norm.divisor + (dense - dense.detach()))
+    dtype = accumulation_dtype(*weights[:3])
+    return Norm(autograd.norm(weights, cast(norm.divisor, dtype), form), norm.unmoved)
+
+
+def layer_scale(
+    weights: Weights,
+    form: Form,
+    cache: NormCache,
+    training: bool,
+    backend: str,
+    compute: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_norm`."""
+    assert weights.magnitude is not None
+    if torch.is_grad_enabled() and not is_compiling():
+        cache.unheard = True  # autograd runs the backward here and will not say when
+    return weights.magnitude / layer_norm(weights, form, cache, training, backend, compute).divisor
+
+
+def norm_now(weights: Weights, form: Form, backend: str) -> Tensor:
+    """The norm itself, computed now; eps is left out. Differentiable only where plain operations are needed."""
+    if _needs_plain_operations(weights, form, is_compiling()):
+        with no_autocast(weights.weight.device):
+            return formula.weight_norm(weights, form)
+    chosen = norm_backend(backend, weights.weight)
+    return ops.weight_norm(*weights[:3], form.scaling, form.magnitude_axis, chosen)
+
+
+def merged_weight(weights: Weights, form: Form, backend: str, seed: int | None) -> Tensor:
+    """``g * V`` in weight's dtype, rounded to nearest or, with a seed, stochastically."""
+    chosen = norm_backend(backend, weights.weight)
+    return ops.merge(*weights[:4], form.scaling, form.magnitude_axis, chosen, seed)

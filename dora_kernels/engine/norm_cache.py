@@ -1,0 +1,380 @@
+"""Reusing a layer's weight norm while nothing it depends on has changed. docs/design.md, "Reusing the norm".
+
+Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and writes through ``.data`` do not move
+them. A kept norm is used only if one key (addresses, versions, strides, the layer's form) is what it was, and either
+
+* *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W hold what they held then
+  (`fingerprints`); or
+* *proof* (elsewhere): the layer is training, no optimizer has stepped since, no captured step may be replayed unseen,
+  and no layer has produced a gradient of lora_A, lora_B or W since, or all that train are known to belong to a live
+  optimizer whose steps are seen (`writes`).
+
+Where no proof is to be had, the triton backend asks the device (`kernels.KeptNorm`), which compares fingerprints and
+computes the norm only if they differ. Everything else is a recomputation, in the factored form from a |W|² per row that
+is kept by the same means. A norm handed out for a backward is never written again: it is a snapshot.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels.core.precision import accumulation_dtype, full_precision, no_autocast
+from dora_kernels.core.problem import Form, Weights, row_problem
+from dora_kernels.core.scale import safe_divisor
+from dora_kernels.engine import blocked, dispatch, ops, writes
+from dora_kernels.engine.fingerprints import Held, Sample, sample
+
+_enabled = True
+
+
+def norm_reuse() -> bool:
+    """True if weight norms are reused in this process."""
+    return _enabled
+
+
+def set_norm_reuse(enabled: bool) -> None:
+    """Turn the reuse of weight norms on (the default) or off in this process.
+
+    Raises:
+        TypeError: `enabled` is no bool.
+    """
+    global _enabled
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__}")
+    _enabled = enabled
+
+
+class Norm:
+    """What a layer's magnitude is divided by, and what that was computed from.
+
+    It keeps these tensors alive, so that nothing else can have their addresses.
+    """
+
+    __slots__ = ("backwards", "divisor", "held", "key", "steps", "tensors", "training", "unmoved", "version")
+
+    def __init__(self, divisor: Tensor, unmoved: bool = False) -> None:
+        self.divisor = divisor
+        """`core.scale.safe_divisor` of the norm: for a backward a snapshot, else to be used at once."""
+        self.unmoved = unmoved
+        """True if B is known to be 0: then ``m / n`` is 1 wherever m is the norm to float32's rounding."""
+
+    def remember(self, weights: Weights, key: tuple[Any, ...], training: bool, held: Held | None) -> None:
+        """Note what it was computed from."""
+        self.tensors, self.key, self.training, self.held = weights[:3], key, training, held
+        self.version = weights.weight._version
+        self.steps, self.backwards = writes.steps, writes.backwards
+
+    def is_fresh(self, weights: Weights, training: bool, unheard: bool) -> bool:
+        """True if these tensors, whose key is the same, are known to be what it was computed from."""
+        weight, lora_A, lora_B, _, _ = weights
+        if self.held is not None and not self.held.is_held_by(lora_A, lora_B):
+            return False
+        if not (training and self.training) or self.steps != writes.steps:
+            return False
+        owned = writes.owned(weight, lora_A, lora_B)
+        return owned or (owned is None and self.backwards == writes.backwards and not unheard)
+
+
+class NormCache:
+    """The kept norm of one layer and adapter, at most one per device. Copied and pickled empty.
+
+    Args:
+        form: what is fixed of it; the scaling is given at each call.
+        backend: as `dora_linear`.
+    """
+
+    def __init__(self, form: Form = Form(), backend: str = "auto") -> None:  # noqa: B008 (immutable)
+        self.form, self._backend = form, backend
+        self._norms: dict[torch.device, Norm] = {}
+        self._last: Norm | None = None
+        self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None
+        self._on_device: dict[tuple[torch.device, int], tuple[Tensor, tuple[Any, ...], Any]] = {}
+        self._captured: list[Any] = []
+        self.frozen: tuple[Norm, Tensor] | None = None
+        """What `frozen_norms` has fixed: the norm, and g."""
+        self.unheard = False
+        """True if a backward runs through this norm that will not say so."""
+        self.moved = False
+        """True if B was seen not to be 0, on a device that is not asked twice."""
+        self.computed = 0
+        self.reused = 0
+        self.asked = 0
+        """Calls in which the device decides; only it knows which way."""
+        self.slot = torch.empty(0)
+        """By whose address a compiled graph finds this cache. It holds eps, and has two dimensions along "in"."""
+        self.move(torch.device("cpu"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
+        return type(self)(self.form, self._backend)
+
+    def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
+        return type(self), (self.form, self._backend)
+
+    def move(self, device: torch.device) -> None:
+        """Keep `slot` where the layer is: a CUDA graph takes no input from the CPU."""
+        if (self.slot.device != device or not self.slot.numel()) and device.type != "meta":
+            eps = torch.tensor([self.form.eps], dtype=torch.float64, device=device)
+            self.slot = eps if self.form.magnitude_axis == "out" else eps.view(1, 1)
+            _by_slot[self.slot.data_ptr()] = self
+
+    def invalidate(self) -> None:
+        """Forget everything. What a graph was captured with stays: its replays write there."""
+        self._norms = {}
+        self._last = None
+        self._weight_square = None
+        self._on_device = {}
+        self.moved = False
+
+    def norm(
+        self,
+        weights: Weights,
+        form: Form,
+        training: bool,
+        backend: str,
+        compute: Callable[[], Tensor] | None = None,
+    ) -> Norm:
+        """The layer's norm, computed anew only where it has to be.
+
+        `compute` gives it where it is not the norm of a dense matrix ``W + s B A``; the tensors are then those that it
+        depends on, of any shapes, and what is compared is compared on a GPU too, by the host.
+        """
+        norm = self.known(weights, form, training)
+        if norm is not None:
+            return norm
+        device = weights.weight.device
+        try:
+            key = _key(*weights[:3], form)
+        except RuntimeError:  # inference tensors have no version
+            self.computed += 1
+            return compute_norm(weights, form, backend, compute=compute)
+        return self._renewed(self._norms.get(device), key, weights, form, training, backend, compute)
+
+    def known(self, weights: Weights, form: Form, training: bool) -> Norm | None:
+        """The kept norm, if it is known still to be the layer's."""
+        norm = self._last
+        if norm is None or not _enabled:
+            return None
+        weight, lora_A, lora_B, _, _ = weights
+        try:
+            key = _key(weight, lora_A, lora_B, form)
+        except RuntimeError:  # no address under torch.func, no version in inference mode
+            return None
+        if norm.key != key:
+            norm = self._norms.get(weight.device)  # replicas on several devices share a cache
+            if norm is None or norm.key != key:
+                return None
+        if norm.held is not None and not weight.requires_grad:
+            fresh = norm.held.is_held_by(lora_A, lora_B)
+        else:
+            fresh = norm.is_fresh(weights, training, self.unheard)
+        self.reused += fresh
+        return norm if fresh else None
+
+    def again(self, norm: Norm, weight: Tensor) -> bool:
+        """True if `norm`, the last one, still holds, for tensors that are known to be those that it was computed for.
+
+        Where it is compared only; elsewhere `known` has to be asked.
+        """
+        return (
+            norm is self._last
+            and _enabled
+            and norm.held is not None
+            and not weight.requires_grad
+            and norm.version == weight._version
+            and norm.held.is_held_by(*norm.tensors[1:])
+        )
+
+    def _renewed(
+        self,
+        known: Norm | None,
+        key: tuple[Any, ...],
+        weights: Weights,
+        form: Form,
+        training: bool,
+        backend: str,
+        compute: Callable[[], Tensor] | None,
+    ) -> Norm:
+        weight, lora_A, lora_B, _, _ = weights
+        device = weight.device
+        answers = compute is None and _device_answers(weight, backend)
+        # A graph asks at every replay; in training A and B change from one to the next.
+        if not _enabled or (_capturing(device) and (training or not answers)):
+            self.computed += 1
+            return compute_norm(weights, form, backend, compute=compute)
+        for_backward = training or torch.is_grad_enabled()
+        writes.watch_optimizers()
+        with torch.inference_mode(False), torch.no_grad():
+            owned = training and writes.owned(weight, lora_A, lora_B)
+            provable = owned or (owned is None and (known is None or known.backwards == writes.backwards))
+            if not provable and answers:
+                self.asked += 1
+                if not training:  # whose writes no proof for training speaks of
+                    self._norms = {one: kept for one, kept in self._norms.items() if one != device}
+                    self._last = None
+                divisor = self._ask_device(weights, form)
+                return Norm(divisor.clone() if for_backward else divisor)
+            self.computed += 1
+            held = square = None
+            if (backend == "torch" and device.type == "cpu") or (compute is not None and not training):
+                held = Held(weight, lora_A, lora_B)
+            if compute is None and not weight.requires_grad:
+                square = self._row_square(weights, form, backend, held)
+            norm = compute_norm(weights, form, backend, square, compute, self._may_be_unmoved(device))
+            self.moved = self.moved or not norm.unmoved
+            norm.remember(weights, key, training, held)
+        self._norms = {**self._norms, device: norm}
+        self._last = norm
+        return norm
+
+    def _may_be_unmoved(self, device: torch.device) -> bool:
+        """True if it is to be looked whether B is 0: on a GPU, where the host would wait, until it was seen to move."""
+        return device.type == "cpu" or not (self.moved or _capturing(device))
+
+    def _row_square(self, weights: Weights, form: Form, backend: str, held: Held | None) -> Tensor | None:
+        """|W|² per row or column where the norm is factored, kept while W is the same and its sample equal."""
+        weight, lora_A, lora_B, _, _ = weights
+        axis = form.magnitude_axis
+        if not ops.norm_module(backend).is_factored(*row_problem(weight, lora_A, lora_B, axis)):
+            return None
+        if _device_answers(weight, backend):
+            nothing = weights._replace(lora_A=lora_A[:0].to(weight.dtype), lora_B=lora_B[:, :0].to(weight.dtype))
+            divisor = self._ask_device(nothing, Form(0.0, axis))
+            return torch.where(divisor == torch.inf, 0.0, divisor.square())
+        if held is None:
+            return None
+        dtype = accumulation_dtype(weight, lora_A, lora_B)
+        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), axis, dtype)
+        kept = self._weight_square
+        if kept is None or kept[0] != key or not kept[1].is_held_by(weight):
+            rows = weight if axis == "out" else weight.t()
+            square = blocked.row_square(rows, dtype)
+            kept = self._weight_square = (key, Sample(weight), square)  # whose view keeps the address W's
+        return kept[2]
+
+    def _ask_device(self, weights: Weights, form: Form) -> Tensor:
+        """The divisor, computed again if the device finds that A, B or W's sample have changed."""
+        weight, lora_A, lora_B, _, _ = weights
+        rows = row_problem(weight, lora_A, lora_B, form.magnitude_axis)
+        device, rank = weight.device, lora_A.shape[0]
+        # Of A and B the device sees every bit, of W only the sample.
+        key = (
+            weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype,
+            lora_A.dtype, lora_B.dtype, form, _stream(device),
+        )  # fmt: skip
+        known = self._on_device.get((device, rank))
+        captured = _capturing(device)
+        if captured or known is None or known[1] != key:
+            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[0], form.scaling, device)
+            if captured:
+                self._captured.append(known[2])
+            else:
+                self._on_device = {**self._on_device, (device, rank): known}
+        divisor: Tensor = known[2].divisor(rows[0], sample(weight), *rows[1:])
+        if form.eps:  # the kernel's own has infinity for 0
+            divisor = torch.nan_to_num(divisor, nan=torch.nan, posinf=0.0) + form.eps
+        return divisor
+
+
+_by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
+
+
+def _kept_divisor(
+    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
+) -> Tensor:
+    """`NormCache.norm` of the cache with that slot, for compiled graphs."""
+    weights, cache = Weights(weight, lora_A, lora_B, magnitude), _by_slot.get(slot.data_ptr())
+    if cache is None:  # a graph that was saved, and loaded by another process
+        form = Form(scaling, _axis(slot), True, float(slot.view(())))
+        return compute_norm(weights, form, dispatch.norm_backend("auto", weight)).divisor
+    form = cache.form
+    if form.scaling != scaling:
+        form = cache.form = form._replace(scaling=scaling)
+    norm = cache.known(weights, form, training)
+    if norm is None:
+        norm = cache.norm(weights, form, training, dispatch.norm_backend(cache._backend, weight))
+    return norm.divisor.clone()  # the graph may reuse its memory
+
+
+def _divisor_like(
+    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
+) -> Tensor:
+    length = weight.shape[0 if _axis(slot) == "out" else 1]
+    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+
+
+def _axis(slot: Tensor) -> str:
+    return "out" if slot.dim() == 1 else "in"
+
+
+# Not `custom_op`, whose checks at each call cost a small layer more than its arithmetic.
+_library = torch.library.Library("dora_kernels", "FRAGMENT")
+_library.define(
+    "kept_divisor(Tensor slot, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling,"
+    " bool training) -> Tensor"
+)
+_library.impl("kept_divisor", _kept_divisor, "CompositeExplicitAutograd")
+torch.library.register_fake("dora_kernels::kept_divisor", _divisor_like, lib=_library)
+kept_divisor = torch.ops.dora_kernels.kept_divisor.default
+
+
+def compute_norm(
+    weights: Weights,
+    form: Form,
+    backend: str,
+    weight_square: Tensor | None = None,
+    compute: Callable[[], Tensor] | None = None,
+    look: bool = True,
+) -> Norm:
+    """A norm computed now; `compute` as in `NormCache.norm`. `look`: whether B is 0 may be asked."""
+    weight, lora_A, lora_B, magnitude, _ = weights
+    with torch.no_grad():
+        if compute is not None:
+            with no_autocast(weight.device), full_precision(weight.device):
+                return Norm(safe_divisor(compute(), form.eps))
+        norm = ops.weight_norm(weight, lora_A, lora_B, form.scaling, form.magnitude_axis, backend, weight_square)
+        if look and not form.eps and magnitude is not None and not torch.compiler.is_compiling() and _is_zero(lora_B):
+            return Norm(safe_divisor(_snapped(norm, magnitude)), unmoved=True)
+        return Norm(safe_divisor(norm, form.eps))
+
+
+def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[Any, ...]:
+    return (
+        weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
+        weight.shape, weight.stride(), lora_A.stride(), lora_B.stride(), form,
+        _stream(weight.device) if weight.is_cuda else 0,
+    )  # fmt: skip
+
+
+def _is_zero(lora_B: Tensor) -> bool:
+    if lora_B.is_meta or lora_B.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    return not (bool(lora_B[:1].any()) or bool(lora_B.any()))
+
+
+def _snapped(norm: Tensor, magnitude: Tensor) -> Tensor:
+    """The norm of W where B is 0: the magnitude where that is the norm to float32's rounding, however it was added up.
+
+    PEFT's first magnitude is such a norm; so g = 1 exactly, and a fresh adapter changes nothing.
+    """
+    m = magnitude.detach().to(norm.dtype)
+    close = (m - norm).abs() <= 4.0 * torch.finfo(norm.dtype).eps * norm
+    return torch.where(close, m, norm)
+
+
+def _stream(device: torch.device) -> int:
+    """A norm computed on one stream is not there yet for another."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _device_answers(weight: Tensor, backend: str) -> bool:
+    """True if asking the device whether a norm has changed is possible, and cheaper than to compute it."""
+    return backend == "triton" and dispatch.kernels().is_worth_keeping(weight)

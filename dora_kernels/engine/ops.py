@@ -1,0 +1,106 @@
+"""The norm and the merge as `torch.library` ops, opaque to tracing; outside of it their backends are called directly.
+
+| op | result |
+|---|---|
+| `dora_kernels::weight_norm` | norm of every row or column of ``W + s B A`` |
+| `dora_kernels::kept_divisor` | the same with 0 as infinity, or plus eps; computed only where something changed |
+| `dora_kernels::merge` | ``g * (W + s B A)`` |
+
+All are pure: `kept_divisor` returns a new tensor that depends on nothing but its inputs. That it remembers the last
+one is seen by nobody, since it compares what they hold. The products around them are plain operations that a compiler
+fuses.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dora_kernels.core.precision import accumulation_dtype, no_autocast
+from dora_kernels.core.problem import row_problem
+from dora_kernels.engine import blocked, dispatch
+
+
+def norm_module(backend: str) -> ModuleType:
+    """The module with `weight_norm` and `merge` of a backend."""
+    return blocked if backend == "torch" else dispatch.kernels()
+
+
+def weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    weight_square: Tensor | None = None,
+) -> Tensor:
+    """Norms in float32 (float64 for float64 input), no gradient. `weight_square`: ``|W|²`` where somebody keeps it."""
+    if torch.compiler.is_compiling():
+        return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
+    rows = row_problem(weight, lora_A, lora_B, magnitude_axis)
+    with no_autocast(weight.device):
+        norm: Tensor = norm_module(backend).weight_norm(*rows, scaling, weight_square)
+    return norm
+
+
+@torch.library.custom_op("dora_kernels::weight_norm", mutates_args=())
+def weight_norm_op(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str
+) -> Tensor:
+    return weight_norm(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
+
+
+@weight_norm_op.register_fake
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str) -> Tensor:
+    length = weight.shape[0 if magnitude_axis == "out" else 1]
+    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    seed: int | None = None,
+) -> Tensor:
+    """``g * (W + s B A)`` in weight's dtype, rounded to nearest or, with a seed, stochastically; no gradient."""
+    if torch.compiler.is_compiling():
+        return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
+    rows = row_problem(weight, lora_A, lora_B, magnitude_axis)
+    with no_autocast(weight.device):
+        merged: Tensor = norm_module(backend).merge(*rows, magnitude, scaling, seed, magnitude_axis == "in")
+    return merged if magnitude_axis == "out" else merged.t()
+
+
+@torch.library.custom_op("dora_kernels::merge", mutates_args=())
+def merge_op(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    seed: int | None = None,
+) -> Tensor:
+    return merge(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
+
+
+@merge_op.register_fake
+def _(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    magnitude_axis: str,
+    backend: str,
+    seed: int | None = None,
+) -> Tensor:
+    return torch.empty_like(weight) if magnitude_axis == "out" else torch.empty_like(weight.t()).t()

@@ -1,0 +1,125 @@
+"""Modules that read the weight of a layer inside them instead of calling it: an adapter of that layer would not run.
+
+Mamba's fused kernels take the weights of their projections, `nn.MultiheadAttention` that of its output, RWKV divides
+some in evaluation. Which layers a class reads is in its source: what its ``forward`` and the methods that this calls
+say of ``self.<layer>.weight``. Classes without source (built-in, or compiled ahead) count as readers of nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+# What may be asked of a weight without computing with it.
+_HARMLESS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "is_cuda", "requires_grad"}
+_ASKING = {"isinstance", "hasattr", "type"}
+
+
+class WeightReaders:
+    """What modules read, found once for each."""
+
+    def __init__(self) -> None:
+        self._found: dict[nn.Module, list[tuple[list[str], bool]]] = {}
+
+    def of(self, parents: Iterable[nn.Module], name: str) -> nn.Module | None:
+        """The module that reads a layer's weight itself in some of its ways to compute; None if none does.
+
+        Args:
+            parents: the modules that the layer is inside, from the nearest on.
+            name: the layer's, in the outermost.
+        """
+        parts = name.split(".")
+        for depth, parent in enumerate(parents, 1):
+            if parent not in self._found:
+                self._found[parent] = list(_reads(parent))
+            own = parts[-depth:]
+            for path, from_self in self._found[parent]:
+                if own == path if from_self else own[-len(path) :] == path:
+                    return parent
+        return None
+
+
+def _reads(module: nn.Module) -> Iterator[tuple[list[str], bool]]:
+    """The names of layers whose weights a module reads, and whether they start at the module itself."""
+    seen: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        method = waiting.pop()
+        if method in seen:
+            continue
+        seen.add(method)
+        for function in _functions(module, method):
+            tree = _tree(function)
+            if tree is None:
+                continue
+            for path, root in _found(tree, module):
+                if path[-1:] != ["weight"]:
+                    waiting += [path[0]] if root == "self" else []
+                elif len(path) > 1:
+                    yield path[:-1], root == "self"
+
+
+def _functions(module: nn.Module, method: str) -> Iterator[types.FunctionType]:
+    """What a method is: the module's own, and its classes' up to the first that does not call ``super``."""
+    own = vars(module).get(method)
+    held = [own.__func__ if isinstance(own, types.MethodType) else own]
+    held += [vars(cls).get(method) for cls in type(module).__mro__ if cls not in (nn.Module, object)]
+    for one in held:
+        function = inspect.unwrap(one) if callable(one) else None
+        if isinstance(function, types.FunctionType):
+            yield function
+            if one is not held[0] and "super" not in function.__code__.co_names:
+                return
+
+
+@functools.lru_cache(maxsize=4096)
+def _tree(function: types.FunctionType) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _found(node: ast.AST, module: nn.Module) -> Iterator[tuple[list[str], str]]:
+    """Chains of attributes that are read, without their first name, and that name."""
+    if isinstance(node, ast.If) and (known := _decided(node.test, module)) is not None:
+        for statement in node.body if known else node.orelse:
+            yield from _found(statement, module)
+        return
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
+        return
+    if isinstance(node, ast.Attribute):
+        path, root = [node.attr], node.value
+        while isinstance(root, ast.Attribute):
+            path.insert(0, root.attr)
+            root = root.value
+        if isinstance(root, ast.Name) and isinstance(node.ctx, ast.Load):
+            if "weight" in path[:-1] and path[path.index("weight") + 1] not in _HARMLESS:
+                path = path[: path.index("weight") + 1]
+            yield path, root.id
+            return
+    for part in ast.iter_child_nodes(node):
+        yield from _found(part, module)
+
+
+def _decided(test: ast.expr, module: Any) -> bool | None:
+    """What a condition is that asks for the module's settings alone (but its mode); None for any other."""
+    for part in ast.walk(test):
+        if isinstance(part, ast.Call | ast.NamedExpr | ast.Await | ast.Subscript):
+            return None
+        if isinstance(part, ast.Name) and part.id != "self":
+            return None
+        if isinstance(part, ast.Attribute) and part.attr == "training":
+            return None
+    try:
+        value = eval(compile(ast.Expression(test), "condition", "eval"), {"__builtins__": {}}, {"self": module})
+    except Exception:
+        return None
+    return value if isinstance(value, bool) else None

@@ -1,0 +1,324 @@
+"""The calls of the primitives that ship, and the launches that they make, taken from the launchers themselves.
+
+A launcher runs on tensors of the "meta" device with its kernels replaced by recorders, so that a `Launch` holds what a
+real call would pass: the grid, the tile sizes chosen for that shape and dtype, flags derived from them, the strides.
+`shipped` lists one launch per distinct configuration over ranks and token counts, for each dtype and layout that the
+layer calls it with; tests/test_aot.py checks that no rank from 1 to 1024 launches anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from aot.recording import NAMES, Launch, Made, Operation, Operations, described, instead
+from dora_kernels import testing
+from dora_kernels.engine.fingerprints import sample
+
+LARGEST_RANK = 1024
+# Powers of two and their successors: what the configurations distinguish, they distinguish there.
+TOKENS = sorted({n for i in range(15) for n in (2**i, 2**i + 1)})
+RANKS = [n for n in TOKENS if n <= LARGEST_RANK]
+
+_SIZE = 4096
+_SEED = 1 << 40
+"""Of 64 bits."""
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = tuple(testing.DTYPES.values())
+"""Of the base layer and the adapter."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a call did: its launches, the PyTorch operations beside them, and its results."""
+
+    launches: list[Launch]
+    operations: list[Operation]
+    results: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a primitive: its tensors by the names of the kernels' arguments, None where absent, and the rest."""
+
+    primitive: str
+    dtypes: str
+    case: str
+    operands: dict[str, Tensor | None]
+    others: tuple[Any, ...]
+    results: tuple[str, ...]
+    launcher: Callable[..., Any] | None = None
+    """Where it is not the function of the primitive's name."""
+    unchanged: bool = False
+    """Whether the device finds that there is nothing to do."""
+
+    def run(self, made: Callable[[Made], None] = lambda _: None) -> Recorded:
+        """Call the launcher; `made` has each launch, which does not run by itself."""
+        from dora_kernels import kernels
+
+        launches: list[Launch] = []
+
+        def launch(one: Made) -> None:
+            launches.append(described(one, self.primitive, self.dtypes, self.case))
+            with _disable_current_modes():
+                made(one)
+
+        launcher = self.launcher or getattr(kernels, self.primitive)
+        with instead(launch), Operations(self.operands) as operations:
+            found = launcher(*self.operands.values(), *self.others)
+        found = found if isinstance(found, tuple) else (found,)
+        results = {name: one for name, one in zip(self.results, found, strict=True) if one is not None}
+        return Recorded(launches, operations.made, results)
+
+    @property
+    def launches(self) -> list[Launch]:
+        return self.run().launches
+
+    @property
+    def config(self) -> Hashable:
+        """What the choice of configurations decided for this call."""
+        return tuple((launch.kernel, launch.config) for launch in self.launches)
+
+
+def _labels(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    return "+".join(dict.fromkeys(NAMES[dtype] for dtype in dtypes))
+
+
+def _words(*said: str) -> str:
+    return ", ".join(word for word in said if word)
+
+
+def weight_norm(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    axis: str = "out",
+    square: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A norm of a weight of that shape; `square`: its squared norm per row is known."""
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    given = {"square": _zeros((operands["w"].shape[0],), _FP32, device)} if square else {}
+    case = _words(_weight_case(rank, shape, conv1d, axis), "|W|² given" if square else "")
+    launcher = _norm_with_square if square else None
+    return Call("weight_norm", _labels(dtypes), case, {**operands, **given}, (0.5,), ("norm",), launcher)
+
+
+def _norm_with_square(w: Tensor, a: Tensor, b: Tensor, square: Tensor, scaling: float) -> Tensor:
+    from dora_kernels.kernels import weight_norm
+
+    norm: Tensor = weight_norm(w, a, b, scaling, square)
+    return norm
+
+
+def kept_norm(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    axis: str = "out",
+    unchanged: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A norm kept on the device: its first call or, `unchanged`, one that finds all as it was."""
+    from dora_kernels.kernels import KeptNorm
+
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    kept = KeptNorm(operands["w"].shape[0], 0.5, operands["w"].device)
+
+    def launcher(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        divisor: Tensor = kept.divisor(w, sample(w), a, b)
+        return divisor
+
+    case = _words(_weight_case(rank, shape, conv1d, axis), "unchanged" if unchanged else "changed")
+    call = Call("kept_norm", _labels(dtypes), case, dict(operands), (), ("norm",), launcher, unchanged)
+    if unchanged:
+        call.run(Made.run if device == "cpu" else lambda _: None)
+    return call
+
+
+def merge(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    axis: str = "out",
+    magnitude: bool = True,
+    seed: int | None = None,
+    device: str = "meta",
+) -> Call:
+    """A merged weight, with or without a magnitude, rounded to nearest or with a seed stochastically."""
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    m = _zeros((operands["w"].shape[0],), dtypes[1], device) if magnitude else None
+    case = _words(
+        _weight_case(rank, shape, conv1d, axis), "" if magnitude else "no m", "" if seed is None else "stochastic"
+    )
+    return Call("merge", _labels(dtypes), case, {**operands, "m": m}, (0.5, seed, axis == "in"), ("merged",))
+
+
+def _factors(
+    dtypes: tuple[torch.dtype, torch.dtype], rank: int, shape: tuple[int, int], conv1d: bool, axis: str, device: str
+) -> dict[str, Tensor]:
+    """W, A and B; `conv1d`: W is stored transposed, as GPT-2 does; axis "in" is the transposed problem."""
+    rows, columns = shape
+    w = _zeros((columns, rows), dtypes[0], device).t() if conv1d else _zeros(shape, dtypes[0], device)
+    a, b = _zeros((rank, columns), dtypes[1], device), _zeros((rows, rank), dtypes[1], device)
+    return dict(zip("wab", (w, a, b) if axis == "out" else (w.t(), b.t(), a.t())))
+
+
+def _weight_case(rank: int, shape: tuple[int, int], conv1d: bool, axis: str) -> str:
+    return _words(
+        f"{shape[0]} x {shape[1]}", f"rank {rank}", "" if axis == "out" else f"axis {axis}", "Conv1D" if conv1d else ""
+    )
+
+
+def compose(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    tokens: int,
+    rank: int,
+    size: int = _SIZE,
+    magnitude: bool = True,
+    bias: bool = True,
+    keep: bool = True,
+    wide: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A compose of `tokens` x `size` base results; `wide`: h is of the adapter's dtype."""
+    operands = {
+        "base": _zeros((tokens, size), dtypes[0], device),
+        "h": _zeros((tokens, rank), dtypes[wide], device),
+        "b": _zeros((size, rank), dtypes[1], device),
+        "g": _zeros((size,), _FP32, device) if magnitude else None,
+        "bias": _zeros((size,), dtypes[0], device) if bias else None,
+    }
+    absent = [f"no {name}" for name in ("g", "bias") if operands[name] is None]
+    said = "wide h" if wide else "", "" if keep else "in place"
+    case = _words(f"{tokens} tokens x {size}", f"rank {rank}", *absent, *said)
+    return Call("compose", _labels(dtypes), case, operands, (0.5, keep), ("y",))
+
+
+def scale_reduce(
+    dtype: torch.dtype,
+    tokens: int,
+    size: int = _SIZE,
+    scaled: bool = True,
+    dot: bool = True,
+    total: bool = True,
+    device: str = "meta",
+) -> Call:
+    """A pass over `tokens` x `size` gradients that makes any of its three results."""
+    operands = {
+        "grad": _zeros((tokens, size), dtype, device),
+        "other": _zeros((tokens, size), dtype, device) if dot else None,
+        "g": _zeros((size,), _FP32, device) if scaled else None,
+    }
+    absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there]
+    case = _words(f"{tokens} tokens x {size}", *absent)
+    return Call("scale_reduce", NAMES[dtype], case, operands, (scaled, total), ("scaled", "dot", "sum"))
+
+
+def factor_grads(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    size: int = _SIZE,
+    strips: int = 32,
+    wanted: bool = True,
+    device: str = "meta",
+) -> Call:
+    """The gradients of B and of the magnitude from what was summed over tokens; `wanted`: B's too."""
+    operands: dict[str, Tensor | None] = {
+        "p": _zeros((size, rank), _FP32, device),
+        "b": _zeros((size, rank), dtypes[1], device),
+        "dot": _zeros((strips, size), _FP32, device),
+        "g": _zeros((size,), _FP32, device),
+        "divisor": _zeros((size,), _FP32, device),
+    }
+    case = _words(f"{size} features", f"rank {rank}", f"{strips} strips", "" if wanted else "no dB")
+    dtype = (dtypes[1] if dtypes[0] is dtypes[1] else _FP32) if wanted else None
+    return Call("factor_grads", _labels(dtypes), case, operands, (0.5, dtype), ("db", "dm"))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def shipped(every_dtype: bool = True) -> list[Launch]:
+    """Every launch to compile, each distinct signature once; float16 follows bfloat16 unless `every_dtype`."""
+    dtypes = [pair for pair in DTYPES if every_dtype or pair[0] is not _FP16]
+    calls = [call for pair in dtypes for make in (_norms, _kept_norms, _merges, _composes) for call in make(pair)]
+    calls += [call for base, adapter in dtypes if base is adapter for call in _scale_reduces(base)]
+    calls += [factor_grads(pair, rank, *rest) for pair in dtypes for rank, *rest in _FACTOR_GRADS]
+    return list({launch.signature: launch for call in calls for launch in call.launches}.values())
+
+
+_FACTOR_GRADS = ((16,), (384,), (383, _SIZE - 1), (1, _SIZE, 1, False))
+
+
+def _classes(values: Iterable[int], make: Callable[[int], Call]) -> list[int]:
+    """A value for every configuration that `make` meets; multiples of 16, and large ones, are preferred."""
+    ordered = sorted(values, key=lambda value: (value % 16 == 0, value))
+    return list({make(value).config: value for value in ordered}.values())
+
+
+def _norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    ranks = _classes(RANKS, partial(weight_norm, dtypes))
+    for rank in ranks:
+        yield weight_norm(dtypes, rank)
+        yield weight_norm(dtypes, rank, axis="in")
+    yield weight_norm(dtypes, 8)
+    if dtypes[0] is _FP16:
+        return
+    for rank in (64, max(ranks)):
+        yield weight_norm(dtypes, rank, conv1d=True)
+        yield weight_norm(dtypes, rank, conv1d=True, axis="in")
+        # Odd sizes and ranks leave no load aligned.
+        yield weight_norm(dtypes, rank - 1, (_SIZE - 1, _SIZE - 1))
+    if dtypes[1] is _BF16:
+        yield weight_norm(dtypes, 1)
+
+
+def _kept_norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rank in _classes(RANKS, partial(kept_norm, dtypes)):
+        yield kept_norm(dtypes, rank)
+    yield kept_norm(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True, axis="in")
+
+
+def _merges(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rank in _classes(RANKS, partial(merge, dtypes)):
+        yield merge(dtypes, rank)
+        yield merge(dtypes, rank, axis="in", magnitude=False)
+        if dtypes[0] is not _FP32:
+            yield merge(dtypes, rank, seed=_SEED)
+    yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True)
+    if dtypes[0] is not _FP32:
+        yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True, axis="in", seed=_SEED)
+
+
+def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for wide in {False, dtypes[0] is not dtypes[1]}:
+        make = partial(compose, dtypes, wide=wide)
+        for tokens in _classes(TOKENS, lambda count, make=make: make(count, 64)):
+            for rank in _classes(RANKS, partial(make, tokens)):
+                yield make(tokens, rank)
+        yield make(8191, 383, size=_SIZE - 1)
+    if dtypes == (_BF16, _BF16):
+        yield compose(dtypes, 1, 16)
+        for magnitude, bias in ((False, False), (True, False), (False, True)):
+            yield compose(dtypes, 8192, LARGEST_RANK, magnitude=magnitude, bias=bias)
+
+
+def _scale_reduces(dtype: torch.dtype) -> Iterator[Call]:
+    for tokens in _classes(TOKENS, partial(scale_reduce, dtype)):
+        yield scale_reduce(dtype, tokens)
+    yield scale_reduce(dtype, 8191, size=_SIZE - 1)
+    if dtype is not _BF16:
+        return
+    for wanted in ((True, True, False), (True, False, False), (False, False, True)):
+        yield scale_reduce(dtype, 8192, _SIZE, *wanted)
