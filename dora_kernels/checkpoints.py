@@ -19,6 +19,7 @@ from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.modules import AdaptedLayer, DoRALayer
+from dora_kernels.shown import name_problem, quoted
 
 # transformers' and diffusers' files; of several shards there is an index.
 _FILES, _INDEX, CONFIG = ("model", "diffusion_pytorch_model"), ".index.json", "config.json"
@@ -78,8 +79,10 @@ class Checkpoint(Mapping[str, Tensor]):
             raise ValueError(f"{index}: no weight_map")
         shards: dict[str, list[str]] = {}
         for key, file in places.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{index}: {key}: expected the name of a file beside it, got {file!r}")
+            if problem := name_problem(key):
+                raise ValueError(f"{index}: {problem}")
+            if not isinstance(file, str) or Path(file).name != file or name_problem(file):
+                raise ValueError(f"{index}: {key}: expected the name of a file beside it, got {quoted(file)}")
             shards.setdefault(file, []).append(key)
         for file, keys in shards.items():
             missing = set(keys) - files.read_tensors(self.folder / file).keys()
@@ -114,7 +117,7 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
         TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; or the layer's weight is
             tied to the embedding.
     """
-    found = contents(path, options.get("format", "auto"))
+    found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
     keys = _keys(checkpoint, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:

@@ -104,7 +104,7 @@ def test_a_write_that_fails_half_way(tmp_path, monkeypatch, format, second):
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("moment", ["files.save_json", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("moment", ["files.save_json", "os.fsync", "replacing.exchange"])
 def test_a_process_that_dies(old, moment):
     """Killed before the first file is in its place, the old ones are whole: leftovers have names of their own."""
     folder, before, _ = old
@@ -112,7 +112,7 @@ def test_a_process_that_dies(old, moment):
     code = f"""
         import os, sys
         sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
-        from dora_kernels import files, save_adapter
+        from dora_kernels import files, replacing, save_adapter
         from adapter_models import Model, adapter_for
         {module}.{name} = lambda *args: os._exit(9)
         save_adapter(adapter_for(Model(), {NAMES!r}, seed=2), {str(folder)!r}, force=True)
