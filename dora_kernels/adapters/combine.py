@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.adapters.bases import Base, bases_of, check_fit
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
+from dora_kernels.adapters.base_layers import Base, bases_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.targets import check_loaded
+from dora_kernels.model.targets import check_loaded
 
 
 @dataclass(frozen=True)
