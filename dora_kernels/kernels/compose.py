@@ -12,22 +12,23 @@ Bytes: 2·M·N of base and y, plus h once per column block and B once per row bl
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import compose_config, products_for
+from dora_kernels.kernels.config import blocks, compose_config, products_for
 from dora_kernels.kernels.dot import cast, dot
-from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def compose_kernel(
     base_ptr, h_ptr, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr,
-    M, N, R,
-    stride_m, stride_hm, stride_bn, stride_br,
-    scaling,
+    N, R, stride_m, stride_hm, stride_bn, stride_br,
+    M, scaling,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -82,17 +83,17 @@ def compose(
     M, N = base.shape
     if M == 0:
         return y
-    R = h.shape[1]
-    products = products_for(h.dtype == torch.float32, base.dtype == torch.float32)
-    config = compose_config(M, R, products)
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
-    with on_device(base):
-        compose_kernel[grid](
-            base, h, lora_B, None if g is None else g.contiguous(), divisor,
-            None if bias is None else bias.contiguous(), y,
-            M, N, R,
-            base.stride(0), h.stride(0), *lora_B.stride(),
-            scaling,
-            PRODUCTS=products, INTERPRETED=INTERPRETED, **config._asdict(),
-        )  # fmt: skip
+    g = None if g is None else g.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    plan = _plan(M <= 16, N, h.shape[1], base.dtype, h.dtype, base.stride()[0], h.stride()[0], lora_B.stride())
+    grid = (blocks(M, plan.config.BLOCK_M) * blocks(N, plan.config.BLOCK_N),)
+    launch(compose_kernel, plan, grid, (base, h, lora_B, g, divisor, bias, y), (M, float(scaling)))
     return y
+
+
+@functools.lru_cache(PLANS)
+def _plan(
+    few: bool, N: int, R: int, base: torch.dtype, h: torch.dtype, row: int, row_h: int, strides_b: tuple[int, ...]
+) -> Plan:
+    products = products_for(h == torch.float32, base == torch.float32)
+    return Plan((N, R, row, row_h, *strides_b), (products, INTERPRETED), compose_config(few, R, products))

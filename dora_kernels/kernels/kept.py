@@ -9,7 +9,9 @@ Bytes: A and B once, where the norm itself reads W. Kept: the norm, the fingerpr
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import threading
 
 import torch
@@ -18,16 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_kernels.kernels.config import fingerprint_config, fingerprints
-from dora_kernels.kernels.launch import on_device
+from dora_kernels.kernels.launch import PLANS, Plan, launch
 from dora_kernels.kernels.norm import renew_divisor
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["programs_a", "programs_b", "programs_w", "salt"])
 def fingerprint_kernel(
     a_ptr, b_ptr, w_ptr, seen_ptr, changed_ptr,
     size_a, size_b, size_w, width_a, width_b,
     stride_ar, stride_ak, stride_bn, stride_br, stride_w,
-    programs_a, programs_b, programs_w, salt,
+    salt, programs_a, programs_b, programs_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program's share of A, of B or of W's sample against what it has seen before."""
@@ -80,6 +82,19 @@ def _mixed(x):
     return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
 
 
+@functools.lru_cache(PLANS)
+def _plan(
+    shape_a: tuple[int, int],
+    shape_b: tuple[int, int],
+    size_w: int,
+    strides_a: tuple[int, ...],
+    strides_b: tuple[int, ...],
+    stride_w: tuple[int, ...],
+) -> Plan:
+    sizes = math.prod(shape_a), math.prod(shape_b), size_w, shape_a[1], shape_b[1]
+    return Plan((*sizes, *strides_a, *strides_b, *stride_w), (), fingerprint_config())
+
+
 _salts = itertools.count(1)
 
 
@@ -110,14 +125,11 @@ class KeptNorm:
                 self._seen = torch.empty(2 * sum(shares), dtype=torch.int32, device=weight.device)
                 self._salt = next(_salts)
             try:
-                with on_device(weight):
-                    fingerprint_kernel[(sum(shares),)](
-                        lora_A, lora_B, sample, self._seen, self._changed,
-                        lora_A.numel(), lora_B.numel(), sample.numel(), lora_A.shape[1], lora_B.shape[1],
-                        *lora_A.stride(), *lora_B.stride(), sample.stride(0),
-                        *shares, self._salt,
-                        **fingerprint_config()._asdict(),
-                    )  # fmt: skip
+                plan = _plan(
+                    lora_A.shape, lora_B.shape, sample.numel(), lora_A.stride(), lora_B.stride(), sample.stride()
+                )
+                tensors = lora_A, lora_B, sample, self._seen, self._changed
+                launch(fingerprint_kernel, plan, (sum(shares),), tensors, (self._salt, *shares))
                 renew_divisor(self._divisor, weight, lora_A, lora_B, self._scaling, self._changed)
             except BaseException:
                 self._salt = next(_salts)  # what was seen may not be what the kept norm is of
