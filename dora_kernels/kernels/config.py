@@ -56,6 +56,15 @@ class VectorConfig(NamedTuple):
     num_stages: int
 
 
+class WatchConfig(NamedTuple):
+    """A program reads up to CHUNK elements, a multiple of BLOCK, which are read at once."""
+
+    CHUNK: int
+    BLOCK: int
+    num_warps: int
+    num_stages: int
+
+
 # The fingerprints are one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. By count; not timed.
 _KEPT_BYTES = 1 << 23
 
@@ -144,6 +153,10 @@ def combine_config() -> VectorConfig:
 
 def fingerprint_config() -> VectorConfig:
     return VectorConfig(2048, 8, 1)
+
+
+def watch_config() -> WatchConfig:
+    return WatchConfig(16384, 1024, 4, 2)
 
 
 def fingerprints(elements: int) -> int:

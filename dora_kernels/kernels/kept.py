@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_kernels.kernels.config import fingerprint_config, fingerprints
+from dora_kernels.kernels.fingerprint import bits_of, mixed, terms
 from dora_kernels.kernels.launch import PLANS, Plan, launch
 from dora_kernels.kernels.norm import renew_divisor
 
@@ -42,8 +43,8 @@ def fingerprint_kernel(
         first, second = _fingerprint(
             w_ptr, size_w, size_w, 0, stride_w, pid - programs_a - programs_b, programs_w, BLOCK
         )
-    first ^= _mixed(salt)
-    second ^= _mixed(salt)
+    first ^= mixed(salt)
+    second ^= mixed(salt)
     seen = seen_ptr + 2 * pid
     differs = (tl.load(seen) != first) | (tl.load(seen + 1) != second)
     if differs:
@@ -54,7 +55,7 @@ def fingerprint_kernel(
 
 @triton.jit
 def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, BLOCK: tl.constexpr):
-    """Two sums modulo 2**32 of well mixed bits of elements and positions, over every `shares`-th block of BLOCK."""
+    """Its two sums over every `shares`-th block of BLOCK elements."""
     first = tl.zeros((BLOCK,), tl.int32)
     second = tl.zeros((BLOCK,), tl.int32)
     for start in range(share * BLOCK, size, shares * BLOCK):
@@ -63,23 +64,10 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, B
         row = (offs // width).to(tl.int64)
         column = (offs % width).to(tl.int64)
         x = tl.load(x_ptr + row * stride_row + column * stride_column, mask=mask, other=0.0)
-        if x.dtype == tl.float32:
-            bits = x.to(tl.int32, bitcast=True)
-        else:
-            bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-        bits = _mixed(bits ^ _mixed(offs.to(tl.int32)))
-        first += tl.where(mask, bits, 0)
-        second += tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
+        one, other = terms(bits_of(x), offs.to(tl.int32))
+        first += tl.where(mask, one, 0)
+        second += tl.where(mask, other, 0)
     return tl.sum(first, 0).to(tl.int32), tl.sum(second, 0).to(tl.int32)
-
-
-@triton.jit
-def _mixed(x):
-    """A bijection of 32 bits in which every bit of x reaches every bit of the result."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
 
 
 @functools.lru_cache(PLANS)
