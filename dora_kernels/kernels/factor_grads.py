@@ -55,7 +55,7 @@ def factor_grads(
     """``(dB, dm)``; dB in `dtype` and B's strides, None without one."""
     N, R = p.shape
     db = None if dtype is None else torch.empty_like(lora_B, dtype=dtype)
-    dm = torch.empty(N, dtype=torch.float32, device=p.device)
+    dm = p.new_empty(N)
     plan = _plan(N, R, lora_B.stride(), (0, 0) if db is None else db.stride())
     tensors = p, lora_B, dot, g, divisor, db, dm
     launch(factor_grads_kernel, plan, (blocks(N, plan.config.BLOCK_N),), tensors, (dot.shape[0], float(scaling)))

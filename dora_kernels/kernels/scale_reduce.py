@@ -77,7 +77,7 @@ def scale_partials(
     steps = max(1, blocks(M, config.BLOCK_M))
     span = blocks(steps, splits(columns, steps, full_grid())) * config.BLOCK_M
     strips = max(1, blocks(M, span))
-    scaled = torch.empty(M, F, dtype=grad.dtype, device=grad.device) if want_scaled else None
+    scaled = grad.new_empty(M, F) if want_scaled else None
     dot = None if other is None else torch.empty(strips, F, dtype=torch.float32, device=grad.device)
     total = torch.empty(strips, F, dtype=torch.float32, device=grad.device) if want_sum else None
     launch(scale_reduce_kernel, plan, (columns, strips), (grad, other, g, scaled, dot, total), (M, span))
