@@ -318,11 +318,13 @@ class Plan:
             and "forward" not in base.__dict__
             and "forward" not in lora_A.__dict__
             and "forward" not in lora_B.__dict__
+            and "forward" not in magnitude.__dict__
             and "forward" not in dropout.__dict__
             and of_base.get("weight") is weight
             and of_base.get("bias") is self.bias
             and of_a.get("weight") is a
             and of_b.get("weight") is b
+            and of_b.get("bias") is None
             and of_m.get("weight") is m
             and own["lora_variant"].get(self.adapter) is self.variant
             and own["scaling"].get(self.adapter) is self.scaling
