@@ -77,7 +77,9 @@ def compose(
     keep: bool,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """`torch_backend.compose`, but `base` stays as it is if `keep`.
+    """``y = g * (base + s h Bᵀ) + bias``, ``[M, N]`` in base's dtype; y takes base's memory unless `keep`.
+
+    With a divisor g is the magnitude, still to be divided by it.
 
     base and h are row-major, with gaps between rows or without.
     """

@@ -69,7 +69,7 @@ class WatchConfig(NamedTuple):
 _KEPT_BYTES = 1 << 23
 
 # A row's square has lost digits where it is below this fraction of the squared terms it is summed from; a quarter costs
-# at most two bits (`torch_backend.CANCELLATION` is the same; nothing here imports the package).
+# at most two bits (`engine.blocked.CANCELLATION` is the same; nothing here imports the package).
 CANCELLATION = 0.25
 # The most programs that share a tensor's fingerprint.
 _FINGERPRINTS = 256

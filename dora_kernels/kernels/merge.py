@@ -66,7 +66,7 @@ def merge(
     seed: int | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """`torch_backend.merge`."""
+    """`engine.blocked.merge`."""
     N, K = weight.shape
     R = lora_A.shape[0]
     merged = torch.empty_like(weight)

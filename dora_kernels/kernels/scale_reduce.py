@@ -59,7 +59,11 @@ def scale_reduce_kernel(
 def scale_reduce(
     grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`torch_backend.scale_reduce`. grad and other have adjacent columns; g is contiguous."""
+    """One pass over ``grad [M, F]``: ``(g * grad, Σ_t grad * other, Σ_t grad)``.
+
+    The scaled gradient is in grad's dtype, the sums over tokens are float32 ``[F]``; each is None where not wanted
+    (`other` None: no dot). grad and other have adjacent columns; g is contiguous.
+    """
     scaled, dot, total = scale_partials(grad, other, g, want_scaled, want_sum)
     return scaled, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
 
