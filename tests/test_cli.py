@@ -74,7 +74,12 @@ def break_layer(monkeypatch, quantity, change=lambda t: t.mul_(1.2)):
         right_norm = parity.dora_weight_norm
         monkeypatch.setattr(parity, "dora_weight_norm", lambda *args, **kw: change(right_norm(*args, **kw)))
     elif quantity == "y":
-        monkeypatch.setattr(formula, "linear", lambda *args: change(right(*args)))
+
+        def off(*args):
+            y = right(*args)
+            return y + (change(y.detach().clone()) - y.detach())
+
+        monkeypatch.setattr(formula, "linear", off)
     else:
         name = {short: name for name, short in parity._GRADIENTS.items()}[quantity]
 

@@ -278,7 +278,8 @@ def test_no_opaque_node_around_the_products(kind):
     graphs = []
 
     def record(graph, _):
-        graphs.append({str(n.target) for n in graph.graph.nodes if n.op == "call_function" and "dora_kernels" in str(n.target)})
+        targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+        graphs.append({target for target in targets if "dora_kernels" in target})
         return graph.forward
 
     model, x = KINDS[kind]().eval(), torch.randn(4, 24)

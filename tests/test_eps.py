@@ -151,11 +151,12 @@ def test_no_operation_more_while_the_norm_is_kept(kind, grad):
     """The sum is kept beside it, and is never another eps's or an older norm's."""
     make, draw = LAYERS[kind]
     x, layer = draw(), make(eps=EPS)
+    without = make()
     with torch.no_grad():
-        for factor in layer.factors:
+        for factor in (*layer.factors, *without.factors):
             factor.normal_()
     with torch.set_grad_enabled(grad):
-        assert operations(layer, x) == operations(make(), x)
+        assert operations(layer, x) == operations(without, x)
     for change in (lambda: layer.factors[1].data.add_(0.5), lambda: setattr(layer, "eps", 0.7)):
         before = layer(x)
         change()

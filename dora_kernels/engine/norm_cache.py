@@ -196,7 +196,7 @@ class NormCache:
 
         Where it is compared only; elsewhere `known` has to be asked.
         """
-        return (
+        held = (
             norm is self._last
             and _enabled
             and norm.held is not None
@@ -204,6 +204,8 @@ class NormCache:
             and norm.version == weight._version
             and norm.held.is_held_by(*norm.tensors[1:])
         )
+        self.reused += held
+        return held
 
     def _renewed(
         self,

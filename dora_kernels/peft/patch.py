@@ -23,7 +23,7 @@ if not hasattr(lora.layer, "LoraVariant"):
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import refused
+from dora_kernels.peft import gptq
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -262,7 +262,7 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([refused.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
 
 
