@@ -85,10 +85,10 @@ class Adapter:
     """An adapter of a whole model, wherever it came from.
 
     Attributes:
-        layers: by the base model's module names ("model.layers.0.self_attn.q_proj").
-        format: of the file that it was read from, or "model".
+        layers: the layers' adapters, by the base model's module names ("model.layers.0.self_attn.q_proj").
+        format: the format of the file that it was read from, or "model".
         notes: what was decided about it and why, a sentence each.
-        config: what the file's configuration said beside that.
+        config: the rest of the file's configuration.
 
     Raises:
         TypeError: a field is of the wrong type.

@@ -93,10 +93,10 @@ def read_adapter(
             (``{"unet": ..., "text_encoder": ...}``). Names with underscores become its names, and where shapes leave
             open which axis a magnitude is along, its weights decide.
         format: one of `FORMATS`, or "auto", which takes it from the keys.
-        magnitude_axis: "out" or "in" insist; "auto" takes the format's, or decides as `Adapter.notes` says.
-        scaling: instead of the one that the file or its configuration says.
-        prefix: of a LyCORIS, kohya or diffusers file read only the layers whose names start with it: "lora_te1" or
-            "text_encoder" the first text encoder's, where a file has layers of several models with the same names.
+        magnitude_axis: "out" or "in", or "auto", which takes the format's, or decides as `Adapter.notes` says.
+        scaling: replaces the one that the file or its configuration gives.
+        prefix: read only the layers of a LyCORIS, kohya or diffusers file whose names start with it. "lora_te1" and
+            "text_encoder" are the first text encoder's, where a file has layers of several models with the same names.
 
     Returns:
         The adapter. `Adapter.notes` says what was decided about it.

@@ -37,20 +37,23 @@ def apply_dora(
     backend: str = "auto",
     adapter_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Put an adapted layer in the place of every layer of `model` that the patterns name.
+    """Replace every layer of `model` that the patterns name by an adapted layer.
 
-    The layers become base layers, shared and frozen; nothing else is frozen (`mark_only_dora_trainable`). A layer that
-    the model holds under several names is adapted once, for all of them. Layers that share a weight each get an adapter
-    of their own. ``save_pretrained`` of a model of transformers or diffusers warns as long as it is adapted, for
-    ``from_pretrained`` cannot read what it writes: `save_adapter` saves the adapter, `merge_all` makes a plain model.
+    The replaced layers become base layers, shared and frozen. Nothing else is frozen: call `mark_only_dora_trainable`
+    for that. A layer that the model holds under several names is adapted once, for all of them. Layers that share a
+    weight each get an adapter of their own.
+
+    As long as a model of transformers or diffusers is adapted, its ``save_pretrained`` warns, since ``from_pretrained``
+    cannot read what it writes. `save_adapter` saves the adapter, and `merge_all` makes a plain model.
 
     Args:
-        model: changed in place; of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
+        model: changed in place. Inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model
+            within.
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
-            "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``), the
-            projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
-            as quantised layers and those whose weights the modules around them read (Mamba's ``out_proj``), of which
-            a warning gives names and reasons, and of parameters that are many matrices in one (experts).
+            "all-linear", which is every linear layer but the model's output embeddings (``get_output_embeddings``) and
+            the projections inside `nn.MultiheadAttention`, which reads their weights itself. "all-linear" leaves out
+            what cannot be adapted, and a warning gives names and reasons: quantised layers, layers whose weights the
+            modules around them read (Mamba's ``out_proj``), and parameters that are many matrices in one (experts).
         rank: of the factors, at least 1.
         alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`. None:
             scaling 1.
@@ -75,8 +78,8 @@ def apply_dora(
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
             `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); a module around
             it reads its weight itself (`weight_readers`); or an argument of the wrong type.
-        ValueError: nothing is named; a layer is adapted already, parametrized, or has hooks, which would no longer
-            run, or its weight is on the meta device or not finite; an argument out of range. The model is as it was
+        ValueError: nothing is named; a layer is adapted already or parametrized, or has hooks, which would no longer
+            run; its weight is on the meta device or not finite; or an argument is out of range. The model is as it was
             then.
     """
     model = unwrapped(model)
@@ -114,7 +117,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of `model` by name.
 
     Args:
-        model: of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
+        model: inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model within.
 
     Returns:
         The layers in the model's order; one that has several names by its first.
@@ -127,9 +130,10 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def remove_dora(model: nn.Module) -> nn.Module:
-    """Put the base layers back, unmerged, under every name, and forget the adapters.
+    """Put the base layers back, unmerged, under all their names, and forget the adapters.
 
-    What trained of them before they were adapted trains again; the rest stays as `mark_only_dora_trainable` left it.
+    Parameters of the base layers that trained before train again. All others stay as `mark_only_dora_trainable` left
+    them.
 
     Args:
         model: changed in place.
@@ -151,10 +155,10 @@ def remove_dora(model: nn.Module) -> nn.Module:
 
 
 def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.Module:
-    """Merge every adapted layer, at its strength, and put its base layer in its place: a model without adapters.
+    """Merge every adapted layer, at its strength, and put its base layer back: a model without adapters.
 
-    Layer by layer, each replaced as soon as it is merged, so that no copy of the model is kept. What trains afterwards
-    is as `remove_dora` says.
+    Each layer is replaced as soon as it is merged, so that no copy of the model is kept. Parameters train afterwards as
+    after `remove_dora`.
 
     Args:
         model: changed in place.
@@ -245,7 +249,7 @@ def dora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     (``compiled._orig_mod``, ``ddp.module``).
 
     Args:
-        model: of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
+        model: inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model within.
 
     Returns:
         The parameters by name, detached and not copied.

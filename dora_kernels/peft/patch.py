@@ -128,23 +128,24 @@ def patch_peft(
 ) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
-    Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`. It
-    warns of a PEFT that it is not tested with (`TESTED`).
-    It is per model, and safe to call twice: the options are then those of the last call. What cannot be patched stays
-    with PEFT and is listed in `PatchHandle.skipped`.
+    Call it after `get_peft_model` or loading, and before a Trainer, ``accelerator.prepare`` or `torch.compile`. The
+    patch is per model. It is safe to call twice: the options of the last call count. What cannot be patched stays with
+    PEFT and is listed in `PatchHandle.skipped`. A version of PEFT outside `TESTED` is warned about.
 
     Args:
         model: a `PeftModel`, or any module with PEFT adapters injected.
-        dropout: "peft" takes PEFT's formula where dropout is active, which drops in the base product too and so makes
-            it twice; "lora" drops in the low-rank branch alone (torchtune's and axolotl's formula), one base product.
-            Without dropout, and in evaluation, they are the same. Embeddings have no dropout.
-        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing;
-            PEFT's, in the base's dtype, is up to 3.5e-3 off for a bfloat16 base. A magnitude is rewritten only if B is
-            0 and it is bit for bit PEFT's own initialisation; `PatchHandle.rewritten` lists them.
+        dropout: "peft" takes PEFT's formula where dropout is active. It applies dropout to part of the base product too
+            and needs a second base product. "lora" applies dropout to the low-rank branch only, as torchtune and
+            axolotl do, and needs one. Without dropout, and in evaluation, they are the same. Embeddings have no
+            dropout.
+        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing.
+            PEFT computes them in the base dtype, up to 3.5e-3 off in bfloat16. A magnitude is rewritten only if B is 0
+            and it is bit for bit PEFT's own start; `PatchHandle.rewritten` lists them.
         keep_unmerged: let ``merge_adapter`` keep a copy of each unmerged weight on the CPU, so that unmerging is exact.
-        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", that of what they compute. Saved adapters
-            record "exact"; `patch_peft_globally` reads it from their files, elsewhere it has to be given again, since
-            PEFT drops it with a warning. None: what an adapter's configuration says, PEFT's where it says nothing.
+        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", the norm of what they compute. Saved
+            adapters record "exact". `patch_peft_globally` reads it from their files; elsewhere give it again, since
+            PEFT drops it with a warning. None takes what an adapter's configuration says, and PEFT's norm if it says
+            nothing.
 
     Returns:
         A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
@@ -197,10 +198,10 @@ def patch_peft_globally(
 ) -> PatchHandle:
     """Do what `patch_peft` does for every PEFT model made afterwards, for frameworks that build the model themselves.
 
-    All of PEFT's entrances (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the integrations of
-    transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
-    left alone. `PatchHandle.restore` undoes every model that is still alive, and the wrapping. Called twice, the
-    options of the last call are those of the models made from then on, until it is restored.
+    All functions of PEFT that make an adapter (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the
+    integrations of transformers and diffusers) call ``BaseTuner.inject_adapter``, and this wraps it. Models without
+    DoRA layers are left alone. `PatchHandle.restore` restores every model that is still alive and ends the wrapping.
+    Called twice, the options of the last call count for models made from then on, until it is restored.
 
     While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
 
