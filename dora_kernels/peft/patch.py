@@ -148,7 +148,7 @@ def patch_peft(
             nothing.
 
     Returns:
-        A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
+        The handle, with `patched`, `skipped`, `rewritten` and `restore()`.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` no bool.
@@ -212,7 +212,7 @@ def patch_peft_globally(
         grouped_norm: as `patch_peft`.
 
     Returns:
-        A `PatchHandle` of all models made while it is on.
+        The handle of all models made while it is on.
 
     Raises:
         TypeError: `exact_init` or `keep_unmerged` is no bool.
