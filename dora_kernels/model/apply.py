@@ -47,8 +47,8 @@ def apply_dora(
     cannot read what it writes. `save_adapter` saves the adapter, and `merge_all` makes a plain model.
 
     Args:
-        model: changed in place. Inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model
-            within.
+        model: changed in place. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the
+            model in it.
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
             "all-linear", which is every linear layer but the model's output embeddings (``get_output_embeddings``) and
             the projections inside `nn.MultiheadAttention`, which reads their weights itself. "all-linear" leaves out
@@ -117,7 +117,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of `model` by name.
 
     Args:
-        model: inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model within.
+        model: any module. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the model
+            in it.
 
     Returns:
         The layers in the model's order; one that has several names by its first.
@@ -249,7 +250,8 @@ def dora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     (``compiled._orig_mod``, ``ddp.module``).
 
     Args:
-        model: inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model within.
+        model: any module. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the model
+            in it.
 
     Returns:
         The parameters by name, detached and not copied.
