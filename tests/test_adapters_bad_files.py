@@ -204,6 +204,9 @@ def test_places(tmp_path):
 
 
 def configure(folder, **values):
+    """As by others, whose tensors do not say which configuration they were saved with."""
+    for weights in folder.glob("*.safetensors"):
+        change(weights, lambda tensors: None)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     return file
@@ -287,3 +290,89 @@ def test_arguments(tmp_path):
         load_adapter(tmp_path, {})
     with pytest.raises(TypeError, match="source: expected a torch.nn.Module or an Adapter, got str"):
         save_adapter("model", tmp_path)
+
+
+def raw(file, header, data=b""):
+    content = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(content)) + content + data)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [0, 2**64 - 1], [2**63], [2**70], [-1], [0] * 5000, [[1]]])
+def test_shapes_that_no_tensor_has(tmp_path, shape):
+    """Without values there may be any; the package safetensors lets torch's own errors through."""
+    file = tmp_path / "adapter_model.safetensors"
+    keys = ("lm_head.lora_A.weight", "lm_head.lora_B.weight")
+    raw(file, {key: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for key in keys})
+    refused(file, "")
+    with pytest.raises(ValueError) as error:
+        read_adapter(file)
+    assert len(str(error.value)) < 1000
+
+
+UNNAMES = [20_000 * "a.", 7_000 * "lora_A", 9_000 * "a.lora_A.", "lm_head.\x1b[31mx", "a\nb", "a\u202eb"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", UNNAMES)
+def test_names_that_no_module_has(saved, name):
+    """The search for the module that a long one is inside took the square of its length; escapes reach a terminal."""
+    format, file, keys = saved
+    change(file, lambda tensors: tensors.update({name: torch.ones(1)}))
+    refused(file, f"a name {f'of {len(name)} characters' if len(name) > 1000 else 'with characters that cannot be'}")
+    with pytest.raises(ValueError) as error:
+        read_adapter(file)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+@pytest.mark.timeout(60)
+def test_many_long_names_inside_a_layer(saved):
+    """As long as a name may be: each is looked up by its prefixes, without a copy of its parts for each."""
+    format, file, keys = saved
+    tensors = {f"{496 * 'a.'}{i:05}": torch.ones(0) for i in range(300)}
+    change(file, lambda whole: whole.update(tensors))
+    assert any("299 more: no adapter, left out" in note for note in read_adapter(file).notes)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_take_for_ever(tmp_path, field):
+    save_adapter(adapter_for(Model(), NAMES, rank=3, scaling=1.0), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    long = 900 * "a"
+    save_file({key.replace("lm_head", long): tensor for key, tensor in load_file(file).items()}, file)
+    config = configure(tmp_path, **{field: {r"(([a-z]+)+[a-z]+)+!": 7, ".*" * 20 + "!": 8}})
+    assert {layer.scaling for layer in read_adapter(tmp_path).layers.values()} == {1.0}
+    configure(tmp_path, **{field: {f".*{'(a{1,90}' * 5}{'){1,90}' * 5}!{i}": 7 for i in range(200)}})
+    with pytest.raises(ValueError, match=re.escape(f"{config}: {field}: to match the regular expressions takes more")):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_configurations_that_are_nested_deeply(tmp_path):
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    for depth in (101, 600, 900, 100_000):
+        for text in ('{"a":' * depth + "1" + "}" * depth, '{"a":' + "[" * depth + "]" * depth + "}"):
+            config.write_text(text)
+            with pytest.raises(ValueError, match=f"{re.escape(str(config))}: no adapter configuration: "):
+                read_adapter(tmp_path)
+
+
+def test_what_a_configuration_says_is_shown_in_part(tmp_path):
+    """Notes and errors have neither megabytes of it nor its control characters."""
+    save_adapter(adapter_for(Model(), NAMES), tmp_path)
+    configure(tmp_path, **{"\x1b[2J": 1_000_000 * "x", "y" * 1_000_000: "\x1b[2J", "z": [[1] * 10**5]})
+    notes = read_adapter(tmp_path).notes
+    assert len(notes) == 3 and all(note.isprintable() and len(note) < 600 for note in notes)
+    huge = 1_000_000 * "\x1b[2J"
+    wrong = [{"r": huge}, {"lora_alpha": [huge]}, {"peft_type": huge}, {"lora_bias": huge}, {"rank_pattern": huge},
+             {"rank_pattern": {huge + "(": 1}}, {"init_lora_weights": "pissa" + huge},
+             {"alpha_pattern": {"q_proj": huge}}, {"use_dora": False, "task_type": huge}]  # fmt: skip
+    for values in wrong:
+        folder = tmp_path / next(iter(values))
+        save_adapter(adapter_for(Model(), NAMES), folder, force=True)
+        configure(folder, **values)
+        with pytest.raises(ValueError) as error:
+            read_adapter(folder)
+        assert str(error.value).isprintable() and len(str(error.value)) < 1000, values.keys()

@@ -326,6 +326,8 @@ def test_peft_files_of_torchtune(tmp_path):
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "use_dora"}))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)
     assert read_adapter(tmp_path).notes == ["DoRA, for there are magnitudes; no configuration says use_dora"]
 
 

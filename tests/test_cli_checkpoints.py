@@ -21,8 +21,9 @@ from adapter_models import adapted64
 from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import files, merging
+from dora_kernels.checkpoints import merge as merging
 from dora_kernels.cli import convert, inspect, merge
+from dora_kernels.files import storage
 
 
 def gpt2_as_on_the_hub(folder):
@@ -206,8 +207,10 @@ def test_files_of_an_adapter_or_of_no_use_are_not_copied(call, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="modes of POSIX")
 def test_modes_and_disk(call, monkeypatch, tmp_path):
-    """As of any new file, and on the disk before the folder is there."""
+    """The base model's less the umask, and on the disk before the folder is there."""
     llama().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    for i, file in enumerate(sorted((tmp_path / "base").iterdir())):
+        file.chmod((0o644, 0o600, 0o666)[i % 3])
     source, _ = adapter_file(tmp_path, llama())
     right, synced = os.fsync, []
 
@@ -222,9 +225,10 @@ def test_modes_and_disk(call, monkeypatch, tmp_path):
         assert call("merge", tmp_path / "base", source, tmp_path / "out")[0] == 0
     finally:
         os.umask(before)
-    written = [file.stat() for file in (tmp_path / "out").iterdir()]
-    assert {stat.S_IMODE(file.st_mode) for file in written} == {0o640}
-    assert {file.st_ino for file in written} == set(synced)
+    written = {file.name: file.stat() for file in (tmp_path / "out").iterdir()}
+    modes = {name: stat.S_IMODE((tmp_path / "base" / name).stat().st_mode) & ~0o027 for name in written}
+    assert {name: stat.S_IMODE(file.st_mode) for name, file in written.items()} == modes
+    assert {file.st_ino for file in written.values()} == set(synced)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
 
 
@@ -256,7 +260,7 @@ def steps(monkeypatch):
 
     for command in (convert, inspect, merge):
         monkeypatch.setattr(command, "progress", listening)
-    for module, name in ((merging, "_merged"), (files, "save_tensors")):
+    for module, name in ((merging, "_merged"), (storage, "save_tensors")):
         right = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, right=right, name=name: (heard.append(name), right(*a))[1])
     return heard

@@ -362,7 +362,7 @@ def test_the_strength_of_this_packages_layers():
     ("arguments", "error", "message"),
     [
         ({"weights": [1.0]}, ValueError, "^weights: expected 2, one for each adapter, got 1"),
-        ({"weights": [1.0, float("nan")]}, ValueError, "^weights: expected finite numbers, got nan"),
+        ({"weights": [1.0, float("nan")]}, ValueError, "^weights: expected a finite number, got nan"),
         ({"weights": [1.0, "2"]}, TypeError, "^weights: expected numbers, got str"),
         ({"adapters": [], "weights": []}, ValueError, "^adapters: expected at least one"),
         ({"adapters": [Adapter({})], "weights": [1.0]}, ValueError, "^adapters: expected layers"),

@@ -234,7 +234,7 @@ OPTIONS = [
     ({"rank": 2, "dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
     ({"rank": 2, "dropout": -0.1}, ValueError, "dropout: expected a probability"),
     ({"rank": 2, "dropout": float("nan")}, ValueError, "dropout: expected a probability"),
-    ({"rank": 2, "alpha": float("inf")}, ValueError, "scaling: expected a finite number, got inf"),
+    ({"rank": 2, "alpha": float("inf")}, ValueError, "alpha: expected a finite number, got inf"),
     ({"rank": 2, "backend": "cuda"}, ValueError, "backend: expected one of 'auto', .*, got 'cuda'"),
     ({"rank": 2, "magnitude_axis": "rows"}, ValueError, "magnitude_axis: expected 'out' or 'in', got 'rows'"),
     ({"rank": 2, "ranks": 3}, TypeError, "unexpected keyword argument 'ranks'"),

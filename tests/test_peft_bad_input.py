@@ -88,6 +88,13 @@ def renamed(tensors):
 A, M = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_magnitude_vector"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+def long_named(tensors):
+    """One layer's name is long."""
+    for key in list(tensors):
+        if ".first." in key:
+            tensors[key.replace("first", 900 * "a")] = tensors.pop(key)
+
+
 FILES = {
     "truncated": (cut, WEIGHTS, "truncated, or no safetensors file"),
     "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"pickle"), WEIGHTS, "truncated, or no safetensors file"),
@@ -144,11 +151,41 @@ FILES = {
         lambda f: configure(f, rank_pattern={"(": 1}), CONFIG, "rank_pattern: '(' is no regular expression: missing )"
     ),
     "a word for a rank": (
-        lambda f: configure(f, r="x", rank_pattern={}), WEIGHTS, "conv.lora_A [3, 1, 3, 3] has not the rank x"
+        lambda f: configure(f, r="x", rank_pattern={}), WEIGHTS, "conv.lora_A [3, 1, 3, 3] has not the rank 'x'"
     ),
     "a number for targets": (lambda f: configure(f, target_modules=5), CONFIG, "target_modules, exclude_modules, lay"),
-    "bad targets": (lambda f: configure(f, target_modules="("), CONFIG, "target_modules, exclude_modules, layers"),
-    "bad exclusions": (lambda f: configure(f, exclude_modules="("), CONFIG, "exclude_modules, layers_to_transform or"),
+    "bad targets": (lambda f: configure(f, target_modules="("), CONFIG, "target_modules: '(' is no regular expression"),
+    "bad exclusions": (lambda f: configure(f, exclude_modules="("), CONFIG, "exclude_modules: '(' is no regular"),
+    "targets that take for ever": (
+        lambda f: (rewrite(f, long_named), configure(f, target_modules="(([a-z]+)+[a-z]+)+!")), WEIGHTS,
+        "its configuration's target_modules do not name it",
+    ),
+    "exclusions that take for ever": (
+        lambda f: (rewrite(f, long_named), configure(f, exclude_modules="(([a-z]+)+[a-z]+)+!", target_modules=".*")),
+        WEIGHTS, "aaa: the model has no such layer",
+    ),
+    "a rank pattern that takes for ever": (
+        lambda f: (rewrite(f, long_named), configure(f, rank_pattern={"(([a-z]+)+[a-z]+)+!": 1}, r=7)), WEIGHTS,
+        "has not the rank 7 that its configuration says",
+    ),
+    "saved modules that take for ever": (
+        lambda f: (rewrite(f, long_named), configure(f, modules_to_save=["(([a-z]+)+[a-z]+)+!"], target_modules=".*")),
+        WEIGHTS, "aaa: the model has no such layer",
+    ),
+    "no names of saved modules": (
+        lambda f: configure(f, modules_to_save=[5]), CONFIG, "modules_to_save: expected names, got [5]"
+    ),
+    "a layers_pattern that is no name": (
+        lambda f: configure(f, layers_pattern="(a+)+"), CONFIG,
+        "layers_pattern: expected the names of modules, got '(a+)+'",
+    ),
+    "more replications than memory": (
+        lambda f: (rewrite(f, renamed), configure(f, layer_replication=[[0, 10**12]], target_modules=".*")), WEIGHTS,
+        "third: the model has no such layer",
+    ),
+    "half a replication": (
+        lambda f: configure(f, layer_replication=[[0, 1.5]]), CONFIG, "layer_replication: expected pairs of numbers"
+    ),
     "no replication": (
         lambda f: configure(f, layer_replication="x"), CONFIG, "layer_replication: expected pairs of numbers, got 'x'"
     ),

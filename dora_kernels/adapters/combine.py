@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.adapters.bases import Base, bases_of, check_fit
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
+from dora_kernels.adapters.base_layers import Base, bases_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
-from dora_kernels.core import weighted_sum
+from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.targets import check_loaded
+from dora_kernels.model.targets import check_loaded
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,6 @@ class CombineReport:
         return text + (f"; the base weight cancels in {replaced} rows or columns" if replaced else "")
 
 
-@torch.no_grad()
 def combine_adapters(
     model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int | None = None
 ) -> tuple[Adapter, CombineReport]:
@@ -88,17 +85,25 @@ def combine_adapters(
             along both axes, whose sum no factor of rows or columns can express: it is exact only as a dense weight.
     """
     _check(model, adapters, weights, rank)
+    return _weighted_sum(model, adapters, weights, None if rank is None else int(rank), "adapters")
+
+
+@torch.no_grad()
+def _weighted_sum(
+    model: nn.Module, adapters: Collection[Adapter], weights: Collection[float], rank: int | None, argument: str
+) -> tuple[Adapter, CombineReport]:
+    """`combine_adapters`; `argument` is what the caller calls the adapters."""
     bases = bases_of(model)
     found: dict[str, list[tuple[float, AdapterLayer]]] = {}
     for weight, adapter in zip(weights, adapters, strict=True):
-        for name, layer in _layers(adapter, bases).items():
+        for name, layer in _layers(adapter, bases, argument).items():
             found.setdefault(name, []).append((float(weight), layer))
     axes = {each.magnitude_axis for parts in found.values() for _, each in parts if each.magnitude is not None}
     common = min(axes, key=("out", "in").index, default=None)
     layers, report, given = {}, {}, []
     for name, parts in found.items():
-        problem = _Problem(name, bases[name], [layer for _, layer in parts], common)
-        layers[name], report[name] = _combined(problem, parts, None if rank is None else int(rank))
+        problem = _Problem(name, bases[name], [layer for _, layer in parts], common, argument)
+        layers[name], report[name] = _combined(problem, parts, rank)
         if common is not None and not any(layer.magnitude is not None for _, layer in parts):
             given.append(f"{name} is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)")
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
@@ -113,9 +118,14 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
 
     Raises:
-        TypeError, ValueError: as `combine_adapters`.
+        TypeError, ValueError: as `combine_adapters`, of `model`, `adapter` and `strength`.
     """
-    result, _ = combine_adapters(model, [adapter], [strength])
+    _check_model(model)
+    _check_adapter(adapter, "adapter", "an Adapter")
+    if not adapter.layers:
+        raise ValueError("adapter: expected layers, got none")
+    validation.check_strength(strength)
+    result, _ = _weighted_sum(model, [adapter], [strength], None, "adapter")
     if strength == 1:
         return adapter
     config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
@@ -124,12 +134,12 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
 
 
 def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_model(model)
+    for argument, value, what in (("adapters", adapters, "Adapter"), ("weights", weights, "numbers")):
+        if not isinstance(value, Collection) or isinstance(value, str | bytes):
+            raise TypeError(f"{argument}: expected a list of {what}, got {type(value).__name__}")
     for adapter in adapters:
-        if not isinstance(adapter, Adapter):
-            hint = "; read_adapter(path) gives one" if isinstance(adapter, str | os.PathLike) else ""
-            raise TypeError(f"adapters: expected Adapter, got {type(adapter).__name__}{hint}")
+        _check_adapter(adapter, "adapters", "Adapter")
     if not adapters:
         raise ValueError("adapters: expected at least one, got none")
     if not any(adapter.layers for adapter in adapters):
@@ -137,21 +147,27 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected {len(adapters)}, one for each adapter, got {len(weights)}")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-            raise TypeError(f"weights: expected numbers, got {type(weight).__name__}")
-        if not math.isfinite(weight):
-            raise ValueError(f"weights: expected finite numbers, got {weight}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, numbers.Integral)):
-        raise TypeError(f"rank: expected an int or None, got {type(rank).__name__}")
-    if rank is not None and int(rank) < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
+        validation.check_number(weight, "weights", "numbers")
+    if rank is not None:
+        validation.check_rank(rank, "an int or None")
 
 
-def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]:
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_adapter(adapter: Any, argument: str, what: str) -> None:
+    if not isinstance(adapter, Adapter):
+        hint = "; read_adapter(path) gives one" if isinstance(adapter, str | os.PathLike) else ""
+        raise TypeError(f"{argument}: expected {what}, got {type(adapter).__name__}{hint}")
+
+
+def _layers(adapter: Adapter, bases: dict[str, Base], argument: str) -> dict[str, AdapterLayer]:
     """An adapter's layers by the model's names, which has them all."""
 
     def error(text: str) -> ValueError:
-        return ValueError(f"adapters: {text}")
+        return ValueError(f"{argument}: {text}")
 
     layers = own_layers(adapter, bases, error, [])
     check_fit(layers, bases, error)
@@ -161,7 +177,9 @@ def _layers(adapter: Adapter, bases: dict[str, Base]) -> dict[str, AdapterLayer]
 class _Problem:
     """A layer's base weight as the linear problem, its axis, and how factors and magnitudes are laid out in it."""
 
-    def __init__(self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None) -> None:
+    def __init__(
+        self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None, argument: str
+    ) -> None:
         weight = base.weight.detach()
         if not weight.is_floating_point():
             raise TypeError(f"model: {name}: expected a floating-point weight, got {weight.dtype} (quantised)")
@@ -171,14 +189,15 @@ class _Problem:
         axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}
         if len(axes) > 1:
             raise ValueError(
-                f"adapters: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA adapter"
+                f"{argument}: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA "
+                "adapter"
             )
         for layer in layers:
             for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B), ("magnitude", layer.magnitude)):
                 if tensor is not None and not bool(tensor.isfinite().all()):
-                    raise ValueError(f"adapters: {name}: {part} has values that are not finite")
+                    raise ValueError(f"{argument}: {name}: {part} has values that are not finite")
             if layer.lora_B.dim() > 2 and layer.lora_A.shape[1] != weight.shape[1]:
-                raise ValueError(f"adapters: {name}: adapters of a grouped convolution cannot be added up")
+                raise ValueError(f"{argument}: {name}: adapters of a grouped convolution cannot be added up")
         self.kernel = base.kernel
         self.weight = weight.t() if base.kind == "embedding" else weight.flatten(1)
         self.plain = common is None

@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files
-from dora_kernels.adapt import adapted_layers
-from dora_kernels.adapters.attaching import Models, attach, joined
-from dora_kernels.adapters.bases import bases_of, check_fit
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.attachment import Models, attach, joined
+from dora_kernels.adapters.base_layers import bases_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
-from dora_kernels.adapters.reading import Reading
 from dora_kernels.core import validation
+from dora_kernels.core.shown import shown
+from dora_kernels.files import pairs, storage
+from dora_kernels.model.apply import adapted_layers
 
 CONFIG = "adapter_config.json"
 
@@ -85,11 +86,12 @@ def read_adapter(
     Raises:
         TypeError: an argument of the wrong type.
         FileNotFoundError: there is no such file, or no safetensors in the folder.
-        ValueError: the file is truncated, oversized, of another format, or a pickle; a tensor is missing, there twice,
-            of the wrong size or not finite; names or axis are ambiguous; or `base` has not its layers. The message
-            names the file and the key.
+        OSError: it cannot be read.
+        ValueError: the file is truncated, oversized, of another format, or a pickle; its configuration is of another
+            save; a tensor is missing, there twice, of the wrong size or not finite; names or axis are ambiguous; or
+            `base` has not its layers. The message names the file and the key.
     """
-    place = files.as_path(path)
+    place = storage.as_path(path)
     check_format(format, "auto")
     if magnitude_axis != "auto":
         validation.check_axis(magnitude_axis)
@@ -99,14 +101,15 @@ def read_adapter(
     if prefix is not None:
         prefix = check_prefix(prefix)
     several = isinstance(base, Mapping) and any(isinstance(each, nn.Module) for each in base.values())
+    if not (base is None or several or isinstance(base, nn.Module) or _is_state_dict(base)):
+        wanted = "expected a torch.nn.Module, its state dict, or modules by name"
+        raise TypeError(f"base: {wanted}, got {type(base).__name__}")
     bases = None if base is None else bases_of(joined(base) if several else base)  # type: ignore[arg-type]
     weights, config_file = _find(place, format)
-    config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
-    tensors = files.read_tensors(weights)
+    tensors, header, config = pairs.read(weights, config_file, scaled=scaling is not None)
     chosen = _format(weights, tensors, config, format)
     if not FORMATS[chosen].configured:
         config, config_file = {}, None
-    header = files.read_header(weights)
     reading = Reading(weights, tensors, config_file, config, bases, magnitude_axis, scaling, header=header)
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
@@ -127,13 +130,20 @@ def read_adapter(
     return Adapter(reading.decide(layers), chosen, reading.notes, config)
 
 
+def _is_state_dict(base: Any) -> bool:
+    """True if `base` maps names to tensors; what else a module keeps in one may be there, too."""
+    if not isinstance(base, Mapping) or not all(isinstance(key, str) for key in base):
+        return False
+    return all(isinstance(value, Tensor) for key, value in base.items() if key.endswith(".weight"))
+
+
 def _named(
     reading: Reading, layers: dict[str, AdapterLayer], config: dict[str, Any], asked: str
 ) -> dict[str, AdapterLayer]:
     """The layers with the prefix that was asked for, under the model's names; `config` says what came of them."""
     names = {name: name for name in layers if not asked or prefix_of(name, asked) == asked}
     if not names:
-        there = ", ".join(sorted({prefix_of(name) or name for name in layers}))
+        there = shown(", ".join(sorted({prefix_of(name) or name for name in layers})), 1000)
         raise reading.error(f"prefix={asked!r} was asked for, and no layer has it; there are {there}")
     if len(names) < len(layers):
         reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as asked for")
@@ -167,16 +177,15 @@ class Contents:
     others: list[str]
 
 
-def contents(path: str | os.PathLike[str], format: str = "auto") -> Contents:
-    """The keys of the file that `read_adapter` reads, without its values.
+def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = False) -> Contents:
+    """The keys of the file that `read_adapter` reads, without its values; `scaled` says that it is with a scaling.
 
     Raises:
         TypeError, FileNotFoundError, ValueError: as `read_adapter`, where no value is needed for it.
     """
     check_format(format, "auto")
-    file, config_file = _find(files.as_path(path), format)
-    config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
-    tensors = files.read_tensors(file)
+    file, config_file = _find(storage.as_path(path), format)
+    tensors, _, config = pairs.read(file, config_file, scaled=scaled)
     chosen = _format(file, tensors, config, format)
     found = {key: FORMATS[chosen].split(key) for key in tensors}
     layers = dict.fromkeys(each[0] for each in found.values() if each)
@@ -185,7 +194,7 @@ def contents(path: str | os.PathLike[str], format: str = "auto") -> Contents:
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     """The file of tensors and, if there is one, the configuration beside it."""
-    if place.suffix in files.PICKLES:
+    if place.suffix in storage.PICKLES:
         raise ValueError(f"{place}: a pickle, which may run anything, is not read: save it as safetensors")
     if not place.is_dir():
         config = place.with_name(CONFIG)
@@ -195,9 +204,9 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     found = found or sorted(place.glob("*.safetensors"))
     if len(found) != 1:
         if found:
-            names = ", ".join(file.name for file in found)
+            names = shown(", ".join(file.name for file in found), 1000)
             raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
-        raise FileNotFoundError(f"{place}: no safetensors file in it{files.pickle_hint(place)}")
+        raise FileNotFoundError(f"{place}: no safetensors file in it{storage.pickle_hint(place)}")
     config = place / CONFIG
     return found[0], config if config.is_file() else None
 
@@ -206,8 +215,8 @@ def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], a
     found = detect(tensors, config)
     if asked == "auto":
         if found is None:
-            shown = ", ".join(list(tensors)[:3]) or "none"
-            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {shown}")
+            keys = ", ".join(list(tensors)[:3]) or "none"
+            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {keys}")
         return found
     if found not in (None, asked) and not {asked, found} <= {"lycoris", "kohya", "diffusers"}:
         raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")

@@ -8,8 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
 from dora_kernels.adapters.components import components_of, is_component, prefix_of, spellings
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.core.shown import shown
 
 UNDERSCORED = "underscored"
 """The entry of `Adapter.config` that says that names are still those of the file, with underscores for dots."""
@@ -101,7 +102,7 @@ def resolve(
             missing[prefix_of(name, asked)].append(name)
             continue
         if len(meant) > 1:
-            raise error(f"{name} may be any of {', '.join(sorted(meant))}")
+            raise error(f"{name} may be any of {shown(', '.join(sorted(meant)), 1000)}")
         own = meant.pop()
         if own in came:
             raise error(f"{came[own]} and {name} are both {own}; read it with prefix= to take one model's")

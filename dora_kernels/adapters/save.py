@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_kernels import files
-from dora_kernels.adapters.attaching import extract, joined
-from dora_kernels.adapters.bases import bases_of
+from dora_kernels.adapters.adapter import Adapter
+from dora_kernels.adapters.attachment import extract, joined
+from dora_kernels.adapters.base_layers import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.formats.base import Format
-from dora_kernels.adapters.layers import Adapter
+from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.load import CONFIG
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix
-from dora_kernels.adapters.writing import Writing
+from dora_kernels.core.shown import shown
+from dora_kernels.files import pairs, storage
+from dora_kernels.files.replacing import leftovers, replacing
 
 
 def save_adapter(
@@ -34,7 +36,9 @@ def save_adapter(
 
     What a format has no place for is folded into the factors where the mathematics allows: scalings into lora_B, ranks
     filled up with zeros. Files are written beside their places and moved there when all are complete, so that a crash
-    leaves old ones whole. Dtypes stay, but a lora_B that a scaling is folded into becomes float32 unless that is exact.
+    leaves old ones whole; `read_adapter` refuses tensors whose configuration is of another save. A link is replaced,
+    not the file that it leads to. Dtypes stay, but a lora_B that a scaling is folded into becomes float32 unless that
+    is exact.
 
     Args:
         source: a model with adapted layers, or an `Adapter`; or several of a pipeline's by its names for the models,
@@ -49,15 +53,16 @@ def save_adapter(
         force: overwrite files that are there.
 
     Returns:
-        What was folded or left out, a sentence each.
+        What was folded or left out, and which files a killed run has left there, a sentence each.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: the format cannot express the adapter, a value is not finite, or the path is no name for it.
         FileExistsError: a file is there, and not `force`; or the folder holds another format's adapter, of which this
             would exchange one half or be the second.
+        OSError: a file cannot be written.
     """
-    place = files.as_path(path)
+    place = storage.as_path(path)
     check_format(format)
     adapter, known = _source(source)
     if not adapter.layers:
@@ -73,7 +78,7 @@ def save_adapter(
         name = next(iter(adapter.layers))
         raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")
     weights = place
-    if place.suffix in files.PICKLES:
+    if place.suffix in storage.PICKLES:
         raise ValueError(f"{place}: adapters are written as safetensors alone, never as a pickle")
     if place.suffix != ".safetensors" or place.is_dir():
         weights = place / chosen.weights
@@ -85,10 +90,11 @@ def save_adapter(
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"source: {key} has values that are not finite")
     targets = [weights] if config is None else [weights, weights.with_name(CONFIG)]
-    with files.replacing(*targets, force=force) as written:
-        files.save_tensors(written[0], tensors)
+    writing.notes += [text for target in targets for text in leftovers(target)]
+    with replacing(*targets, force=force) as written:
+        storage.save_tensors(written[0], tensors, pairs.seal(config))
         if config is not None:
-            files.save_json(written[1], config)
+            storage.save_json(written[1], config)
     return writing.notes
 
 
@@ -123,7 +129,7 @@ def _parted(adapter: Adapter, chosen: Format, prefix: str | None) -> Adapter:
     if chosen.pipelines and prefix is None:
         return adapter
     if len(components) > 1:
-        of = ", ".join(components)
+        of = shown(", ".join(components), 1000)
         why = f"the format {chosen.name!r} is of one model" if prefix is None else "prefix= is for one model"
         raise ValueError(f"source: it has adapters of {of}, and {why}; read it with prefix= to take one model's")
     layers = {name.partition(".")[2]: layer for name, layer in adapter.layers.items()}

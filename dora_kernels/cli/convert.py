@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
-from dora_kernels.checkpoints import Checkpoint, read_for
+from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
-from dora_kernels.cli.output import console, errors, progress
+from dora_kernels.cli.output import console, errors, progress, say, say_each
 
 if TYPE_CHECKING:
     import typer
@@ -65,10 +65,9 @@ def add(app: "typer.Typer") -> None:
             advance(f"{target} is written", 2)
         output = console()
         for one, place in zip(read.values(), (source, *(each.partition("=")[2] for each in join)), strict=True):
-            output.print(f"{place}: {one.format}, {len(one.layers)} layers", soft_wrap=True)
-        for note in (*(note for one in read.values() for note in one.notes), *folded):
-            output.print(f"note: {note}", soft_wrap=True)
-        output.print(f"{target}: {to}", soft_wrap=True)
+            say(output, f"{place}: {one.format}, {len(one.layers)} layers")
+        say_each(output, "note", [*(note for one in read.values() for note in one.notes), *folded])
+        say(output, f"{target}: {to}")
 
 
 def _joined(component: str, join: list[str]) -> dict[str, Adapter]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer, read_adapter
-from dora_kernels.checkpoints import Checkpoint, read_for, scales
+from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for, scales
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
-from dora_kernels.cli.output import console, errors, progress
+from dora_kernels.cli.output import console, errors, progress, say, say_each
+from dora_kernels.core.shown import quoted
 
 if TYPE_CHECKING:
     import typer
@@ -129,7 +130,7 @@ def _of_all(adapter: Adapter) -> list[str]:
     """Layers of different dtypes, and ranks that are not the configuration's where reading does not need that (MLX)."""
     parameters = adapter.config.get("lora_parameters")
     rank = parameters.get("rank") if isinstance(parameters, Mapping) else None
-    found = [f"{name}: rank {layer.rank}, the configuration says {rank}"
+    found = [f"{name}: rank {layer.rank}, the configuration says {quoted(rank)}"
              for name, layer in adapter.layers.items() if rank not in (None, layer.rank)]  # fmt: skip
     dtypes = sorted({str(layer.lora_A.dtype).removeprefix("torch.") for layer in adapter.layers.values()})
     if len(dtypes) > 1:
@@ -170,9 +171,8 @@ def _histogram(values: list[Tensor]) -> dict[str, Any] | None:
 def _print(found: dict[str, Any], output: "Console") -> None:
     from rich.table import Table
 
-    output.print(f"{found['path']}: {found['format']}, {len(found['layers'])} layers", soft_wrap=True)
-    for note in found["notes"]:
-        output.print(f"note: {note}", soft_wrap=True)
+    say(output, f"{found['path']}: {found['format']}, {len(found['layers'])} layers")
+    say_each(output, "note", found["notes"])
     table = Table(box=None, padding=(0, 2, 0, 0))
     compared = found["g"] is not None
     table.add_column("layer", overflow="fold", min_width=12)
@@ -190,8 +190,7 @@ def _print(found: dict[str, Any], output: "Console") -> None:
             for count, low, high in zip(histogram["counts"], histogram["edges"], histogram["edges"][1:]):
                 bar = block * max(1 if count else 0, round(_BAR * count / most))
                 output.print(f"{low:>10.4g} to {high:<10.4g} {count:>8} {bar}".rstrip())
-    for text in found["suspicious"]:
-        output.print(f"suspicious: {text}", soft_wrap=True)
+    say_each(output, "suspicious", found["suspicious"])
 
 
 def _three(spread: Mapping[str, float | None] | None) -> str:
@@ -204,4 +203,4 @@ def _short(value: float | None) -> str:
 
 def _in_order(name: str) -> list[tuple[int, str]]:
     """Layer 2 before layer 10."""
-    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
+    return [(int(part) if part.isdecimal() else -1, part) for part in name.split(".")]

@@ -5,10 +5,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dora_kernels.checkpoints import Checkpoint
+from dora_kernels.checkpoints.checkpoint import Checkpoint
+from dora_kernels.checkpoints.merge import merge_checkpoint
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
-from dora_kernels.cli.output import console, errors, progress
-from dora_kernels.merging import merge_checkpoint
+from dora_kernels.cli.output import console, errors, progress, say, say_each
 
 if TYPE_CHECKING:
     import typer
@@ -51,6 +51,5 @@ def add(app: "typer.Typer") -> None:
                     adapter_only=adapter_only, advance=advance, **options,
                 )  # fmt: skip
         output = console()
-        for note in merged.notes:
-            output.print(f"note: {note}", soft_wrap=True)
-        output.print(f"{out}: {len(merged.layers)} layers merged from {merged.format}", soft_wrap=True)
+        say_each(output, "note", merged.notes)
+        say(output, f"{out}: {len(merged.layers)} layers merged from {merged.format}")

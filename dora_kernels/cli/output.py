@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from dora_kernels.core.shown import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,9 @@ _OPTIONS = {
 
 _ENDLESS = 1 << 20
 
+# Characters of a line, and lines of a kind.
+_LONGEST, _LINES = 4000, 200
+
 
 def console(stderr: bool = False) -> Console:
     """Standard output, or error, as text is: without markup."""
@@ -33,6 +38,19 @@ def console(stderr: bool = False) -> Console:
     # Where nobody watches, rich takes 80 columns, and cuts and breaks what a search should find.
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else _ENDLESS)
+
+
+def say(output: Console, text: str) -> None:
+    """Print a line, without what a terminal obeys."""
+    output.print(shown(text, _LONGEST), soft_wrap=True)
+
+
+def say_each(output: Console, what: str, texts: Sequence[str]) -> None:
+    """Print each text as a line that begins with `what`, and how many more there are."""
+    for text in texts[:_LINES]:
+        say(output, f"{what}: {text}")
+    if len(texts) > _LINES:
+        say(output, f"{what}: and {len(texts) - _LINES} more")
 
 
 @contextlib.contextmanager
@@ -60,5 +78,5 @@ def errors() -> Iterator[None]:
             text = f"adapter files need {error.name}: pip install 'dora-kernels[files]'"
         for argument, option in _OPTIONS.items():
             text = re.sub(rf"\b{argument}", option, text)
-        print("error: " + " ".join(text.split()), file=sys.stderr)
+        print("error: " + shown(" ".join(text.split()), _LONGEST), file=sys.stderr)
         raise typer.Exit(2) from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ from dora_kernels.core.problem import Weights
 BACKENDS = ("auto", "torch", "triton")
 AXES = ("out", "in")
 ROUNDINGS = ("nearest", "stochastic")
+
+_LARGEST = sys.float_info.max
+
+# No dimension has as many, and torch's own ints end not far beyond.
+_SIZES = 1 << 31
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,45 +96,62 @@ def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: s
     _check_device(magnitude, name, weight)
 
 
+def check_real(value: Any, name: str) -> None:
+    """A number that a float holds, infinities and NaN among them."""
+    _check_real(value, name, "a number")
+    if _beyond(value):
+        raise ValueError(f"{name}: expected a number, got {_said(value)}")
+
+
+def check_dense(tensor: Any, name: str) -> None:
+    """A tensor of floating-point values with strides: no sparse, nested or mkldnn one."""
+    _check_tensor(tensor, name)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
+
+
+def check_number(value: Any, name: str, expected: str = "a number") -> None:
+    """A finite number that a float holds: no int or fraction beyond its range."""
+    _check_real(value, name, expected)
+    if not -_LARGEST <= value <= _LARGEST:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
+        raise ValueError(f"{name}: expected a finite number, got {_said(value)}")
+
+
+def check_rank(rank: Any, expected: str = "an int") -> None:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
+        raise TypeError(f"rank: expected {expected}, got {type(rank).__name__}")
+    if int(rank) < 1:
+        raise ValueError(f"rank: expected at least 1, got {_said(rank)}")
+    if int(rank) >= _SIZES:
+        raise ValueError(f"rank: expected less than {_SIZES}, got {_said(rank)}")
+
+
 def check_scaling(scaling: Any) -> None:
-    if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real):
-        raise TypeError(f"scaling: expected a finite number, got {type(scaling).__name__}")
-    value: Any = scaling
-    if not -math.inf < value < math.inf:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
-        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    check_number(scaling, "scaling", "a finite number")
 
 
 def check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dtype: Any) -> None:
     """What every adapted layer is made with."""
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
-    if int(rank) < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, numbers.Real)):
-        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
-        raise TypeError(f"dropout: expected a probability in [0, 1), got {type(dropout).__name__}")
-    if not 0.0 <= float(dropout) < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_rank(rank)
+    if alpha is not None:
+        check_number(alpha, "alpha")
+    _check_real(dropout, "dropout", "a probability in [0, 1)")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {_said(dropout)}")
     check_backend(backend)
     if adapter_dtype is not None and adapter_dtype not in DTYPES:
         raise TypeError(f"adapter_dtype: expected float32, bfloat16, float16 or float64, got {adapter_dtype!r}")
 
 
 def check_strength(strength: Any) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
-        raise TypeError(f"strength: expected a number, got {type(strength).__name__}")
-    value: Any = strength
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"strength: expected a finite number, got {strength}")
+    check_number(strength, "strength")
 
 
 def check_eps(eps: Any) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
-        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    value: Any = eps
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    _check_real(eps, "eps", "a number")
+    if not 0.0 <= eps <= _LARGEST:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {_said(eps)}")
 
 
 def check_axis(magnitude_axis: Any) -> None:
@@ -148,7 +170,23 @@ def check_rounding(rounding: Any, seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int in [0, 2**63), got {type(seed).__name__}")
     if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: expected an int in [0, 2**63), got {seed}")
+        raise ValueError(f"seed: expected an int in [0, 2**63), got {_said(seed)}")
+
+
+def _check_real(value: Any, name: str, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def _said(value: Any) -> str:
+    """A number as text; Python writes no int of more than some thousand digits."""
+    return "one beyond the range of float64" if _beyond(value) else str(value)
+
+
+def _beyond(value: Any) -> bool:
+    """True if a number is an int or a fraction that no float holds."""
+    number: Any = value  # whose type the next question would narrow to one without an order
+    return isinstance(value, numbers.Rational) and not -_LARGEST <= number <= _LARGEST
 
 
 def _check_tensor(value: Any, name: str) -> None:

@@ -90,11 +90,13 @@ def norm_backend(backend: str, weight: Tensor) -> str:
 def _unfit(tensors: Iterable[Tensor | None]) -> str | None:
     """Why the kernels cannot take these tensors; None where they can."""
     for tensor in tensors:
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN and not torch.compiler.is_compiling():
             return f"it has no kernels for tensors of type {type(tensor).__name__}"
         if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             return f"it has no kernels for {tensor.dtype}"
-    return "it does not support torch.func, forward mode and tracing" if transformed() else None
+    if torch.compiler.is_compiling() or not transformed():
+        return None
+    return "it does not support torch.func, forward mode and tracing"
 
 
 def kernels() -> ModuleType:

@@ -16,16 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, AdapterLayer, extract
-from dora_kernels.adapters.layers import problem_of
-from dora_kernels.files import as_path, check_tensor, replacing
+from dora_kernels.adapters.adapter import problem_of
+from dora_kernels.core.shown import name_problem, quoted, shown
+from dora_kernels.files.replacing import replacing
+from dora_kernels.files.storage import as_path, check_tensor
 from dora_kernels.functional import merge_dora
-from dora_kernels.gguf.layout import Layout
+from dora_kernels.gguf.header import check_header
+from dora_kernels.gguf.layout import ARCHITECTURES, Layout
 
 # Values of this package's own, one a layer, in the order of the first.
 MODULES = "adapter.dora.modules"
 SCALING = "adapter.dora.scaling"
 AXES = "adapter.dora.magnitude_axis"
 EPS = "adapter.dora.eps"
+
+# A model's layers, or heads: names are made for each.
+_MOST_BLOCKS = 10_000
 
 PARTS = (".lora_a", ".lora_b", ".dora_magnitude")
 
@@ -106,31 +112,59 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     file = as_path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
+    check_header(file)
     try:
         reader = gguf.GGUFReader(file)
+    except OSError:
+        raise
     except Exception as error:  # whatever the bytes make of the package's reader
-        raise ValueError(f"{file}: truncated, or no GGUF file: {error}") from error
+        raise ValueError(f"{file}: truncated, or no GGUF file: {shown(str(error))}") from error
 
     def value(key: str) -> Any:
         if key not in reader.fields:
             raise ValueError(f"{file}: has no value {key}; only files that export_adapter wrote are read")
-        return reader.fields[key].contents()
+        try:
+            return reader.fields[key].contents()
+        except (UnicodeDecodeError, IndexError) as error:
+            raise ValueError(f"{file}: {key}: {error}") from error
+
+    def values(key: str, kind: type) -> list[Any]:
+        found = value(key)
+        if not isinstance(found, list) or not all(type(each) is kind for each in found):
+            raise ValueError(f"{file}: {key}: expected a list of {kind.__name__}, got {quoted(found)}")
+        return found
 
     if value("general.type") != "adapter":
-        raise ValueError(f"{file}: holds a {value('general.type')}, not an adapter")
+        raise ValueError(f"{file}: holds a {shown(str(value('general.type')))}, not an adapter")
     kind = value("general.architecture")
+    if kind not in ARCHITECTURES.values():
+        raise ValueError(f"{file}: general.architecture: expected {', '.join(ARCHITECTURES)}, got {quoted(kind)}")
     keys = (f"{kind}.block_count", f"{kind}.attention.head_count", f"{kind}.attention.head_count_kv")
+    for key in keys:
+        if type(value(key)) is not int or not 0 < value(key) <= _MOST_BLOCKS:
+            raise ValueError(f"{file}: {key}: expected an int of 1 to {_MOST_BLOCKS}, got {quoted(value(key))}")
     layout = Layout(kind, *(value(key) for key in keys))
     tensors = {tensor.name: _tensor(file, tensor) for tensor in reader.tensors}
     for name, tensor in tensors.items():
         check_tensor(file, name, tensor)
     layers = {}
-    names = _weight_names(layout, value(MODULES))
-    for (module, name), scaling, axis, eps in zip(names.items(), value(SCALING), value(AXES), value(EPS)):
+    modules, axes = values(MODULES, str), values(AXES, str)
+    scalings, all_eps = values(SCALING, float), values(EPS, float)
+    if not len(set(modules)) == len(modules) == len(scalings) == len(axes) == len(all_eps):
+        raise ValueError(f"{file}: {MODULES}, {SCALING}, {AXES} and {EPS}: expected one of each for a layer")
+    if set(axes) - {"out", "in"}:
+        raise ValueError(f"{file}: {AXES}: expected 'out' or 'in', got {quoted(min(set(axes) - {'out', 'in'}))}")
+    if problem := next(filter(None, map(name_problem, modules)), None):
+        raise ValueError(f"{file}: {problem}")
+    try:
+        names = _weight_names(layout, modules)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    for (module, name), scaling, axis, eps in zip(names.items(), scalings, axes, all_eps):
         found = [tensors.pop(name + part, None) for part in PARTS]
         layers[module] = _from_file(layout, f"{file}: {name}", name, found, scaling, axis, eps)
     if tensors:
-        raise ValueError(f"{file}: has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
+        raise ValueError(f"{file}: has tensors of no layer: {shown(', '.join(sorted(tensors)[:3]))}")
     return Adapter(layers, format="gguf")
 
 
@@ -209,9 +243,13 @@ def _from_file(
     kind = "embedding" if name == "token_embd.weight" else "linear"
     if kind == "embedding":
         a = a.t().contiguous()
-    if magnitude is not None and axis == "out":
-        magnitude = layout.from_file(name, magnitude)
-    layer = AdapterLayer(kind, a, layout.from_file(name, b), magnitude, scaling, axis, eps)
+    try:
+        b = layout.from_file(name, b)
+        if magnitude is not None and axis == "out":
+            magnitude = layout.from_file(name, magnitude)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: {list(b.shape)}: its rows are not those of the heads") from error
+    layer = AdapterLayer(kind, a, b, magnitude, scaling, axis, eps)
     problem = problem_of(layer)
     if problem is not None:
         raise ValueError(f"{where}: {problem}")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.files import as_path, replacing
+from dora_kernels.files.replacing import replacing
+from dora_kernels.files.storage import as_path
 from dora_kernels.gguf.layout import INTERLEAVED, Layout
 from dora_kernels.gguf.tokenizer import add_tokenizer
 

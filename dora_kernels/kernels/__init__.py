@@ -4,6 +4,7 @@
 |---|---|---|
 | `weight_norm` | norm.py; at high rank factored.py | W once |
 | `KeptNorm` | kept.py | A and B once; W once where they changed |
+| `Watch` | watch.py | all that it watches once |
 | `merge` | merge.py | W twice, the second time from the cache; the merged weight once |
 | `compose` | compose.py | base result once, output once |
 | `factor_grads` | factor_grads.py | matrices of rank r: dB and dm where `compose` keeps the base product |
@@ -22,6 +23,7 @@ from dora_kernels.kernels.launch import INTERPRETED, probe
 from dora_kernels.kernels.merge import merge
 from dora_kernels.kernels.norm import weight_norm
 from dora_kernels.kernels.scale_reduce import scale_partials, scale_reduce
+from dora_kernels.kernels.watch import Watch
 
 
 def keeps_sum(base: Tensor, h: Tensor, lora_B: Tensor) -> bool:
@@ -32,6 +34,7 @@ def keeps_sum(base: Tensor, h: Tensor, lora_B: Tensor) -> bool:
 __all__ = [
     "INTERPRETED",
     "KeptNorm",
+    "Watch",
     "compose",
     "factor_grads",
     "is_factored",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +17,10 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from dora_kernels import files
-from dora_kernels.patterns import by_pattern
+from dora_kernels.core.expressions import Expression, Steps
+from dora_kernels.core.patterns import bounded, by_pattern
+from dora_kernels.core.shown import quoted, shown
+from dora_kernels.files import pairs, storage
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
 
@@ -77,28 +82,28 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         ValueError: the file is truncated or no safetensors file, a tensor is missing, of another rank or size, or has
             values that are not finite, or the model's layers are others; the message names the file and the tensor.
     """
-    folder = files.as_path(path)
+    folder = storage.as_path(path)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            hint = files.pickle_hint(folder) if name == _WEIGHTS else ""
+            hint = storage.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config_file = folder / _WEIGHTS, folder / _CONFIG
-    config = _config(config_file)
-    modules = _parts(file)
+    tensors, _, config = pairs.read(file, config_file, wanted=_KEY.match)
+    _check_config(config_file, config)
+    modules = _parts(file, tensors)
+    ranks = by_pattern(config.get("rank_pattern"), f"{config_file}: rank_pattern")
     for module, parts in modules.items():
-        rank = by_pattern(config.get("rank_pattern"), module, config.get("r"), f"{config_file}: rank_pattern")
-        _check_parts(file, module, parts, rank)
+        _check_parts(file, module, parts, ranks.get(module, config.get("r")))
     if model is not None:
         _check_layers(file, modules, model, config_file, config)
 
 
-def _config(file: Path) -> dict[str, Any]:
-    """The adapter's configuration."""
-    config = files.read_json(file, "adapter configuration")
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """ValueError where the configuration is not a DoRA adapter's."""
     try:
         peft_type, use_dora, alpha = config["peft_type"], config["use_dora"], config["lora_alpha"]
     except KeyError as error:
@@ -106,15 +111,14 @@ def _config(file: Path) -> dict[str, Any]:
     if peft_type != "LORA" or not use_dora:
         raise ValueError(f"{file}: expected peft_type 'LORA' with use_dora, got {peft_type!r}, {use_dora!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"{file}: lora_alpha: expected a number, got {alpha!r}")
-    return config
+        raise ValueError(f"{file}: lora_alpha: expected a number, got {quoted(alpha)}")
 
 
-def _parts(file: Path) -> dict[str, dict[str, Tensor]]:
+def _parts(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The adapter's tensors by module."""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in files.read_tensors(file, wanted=_KEY.match).items():
-        files.check_tensor(file, key, tensor)
+    for key, tensor in tensors.items():
+        storage.check_tensor(file, key, tensor)
         found: Any = _KEY.match(key)
         modules[found["module"].removeprefix("base_model.model.")][found["part"].replace("embedding_", "")] = tensor
     if not modules:
@@ -128,7 +132,8 @@ def _check_parts(file: Path, module: str, parts: dict[str, Tensor], rank: Any) -
         raise ValueError(f"{file}: {module} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
     if a.dim() < 2 or a.shape[0] != rank:
-        raise ValueError(f"{file}: {module}.lora_A {list(a.shape)} has not the rank {rank} that its configuration says")
+        said = f"has not the rank {quoted(rank)} that its configuration says"
+        raise ValueError(f"{file}: {module}.lora_A {list(a.shape)} {said}")
     # A grouped convolution's B has a group's share of the rank.
     if b.dim() != a.dim() or not b.numel() or a.shape[0] % b.shape[1] or (b.dim() == 2 and b.shape[1] != a.shape[0]):
         raise ValueError(f"{file}: {module}.lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
@@ -140,17 +145,9 @@ def _check_parts(file: Path, module: str, parts: dict[str, Tensor], rank: Any) -
 def _check_layers(
     file: Path, modules: dict[str, dict[str, Tensor]], model: nn.Module, config_file: Path, config: dict[str, Any]
 ) -> None:
-    def named(name: str) -> bool:
-        try:
-            return bool(check_target_module_exists(targets, name))
-        except (AttributeError, TypeError, ValueError, re.error) as error:
-            which = "target_modules, exclude_modules, layers_to_transform or layers_pattern"
-            raise ValueError(f"{config_file}: {which} cannot be used: {error}") from error
-
     layers = _layers(model)
-    names = config.get("target_modules"), config.get("target_parameters")
-    targets = SimpleNamespace(**{**config, "target_modules": names[0], "target_parameters": names[1]})
-    known = names[0] is not None and names[0] != "all-linear"
+    known = config.get("target_modules") not in (None, "all-linear")
+    named = _named(config_file, config)
     replicated, found = _replicated(config_file, config.get("layer_replication")), set()
     for module, parts in modules.items():
         if known and not named(module):
@@ -165,6 +162,36 @@ def _check_layers(
         for name in others:
             if named(name):
                 raise ValueError(f"{file}: has nothing for {name}, which its configuration's target_modules name")
+
+
+def _named(file: Path, config: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether PEFT adapts a module of a name: what it says itself, but its regular expressions in bounded time."""
+
+    def expression(field: str, text: str) -> Expression:
+        return bounded(text, Steps(f"{file}: {field}"))
+
+    modules, pattern = config.get("modules_to_save") or (), config.get("layers_pattern") or ()
+    if not all(isinstance(one, str) for one in modules):
+        raise ValueError(f"{file}: modules_to_save: expected names, got {quoted(modules)}")
+    for one in [pattern] if isinstance(pattern, str) else pattern:
+        if not isinstance(one, str) or not re.fullmatch(r"[\w.-]*", one):
+            raise ValueError(f"{file}: layers_pattern: expected the names of modules, got {quoted(pattern)}")
+    saved = [expression("modules_to_save", rf"(^|.*\.){one}($|\..*)") for one in modules]
+    fields = ("target_modules", "exclude_modules")
+    expressions = {field: expression(field, config[field]) for field in fields if isinstance(config.get(field), str)}
+
+    def named(name: str) -> bool:
+        if any(one.ends(name, {0}) for one in saved):
+            return False
+        met = {field: [name] if one.fullmatch(name) else [] for field, one in expressions.items()}
+        others = {"target_modules": None, "target_parameters": None, **config, "modules_to_save": None}
+        try:
+            return bool(check_target_module_exists(SimpleNamespace(**{**others, **met}), name))
+        except (AttributeError, TypeError, ValueError) as error:
+            which = "target_modules, exclude_modules, layers_to_transform or layers_pattern"
+            raise ValueError(f"{file}: {which} cannot be used: {shown(str(error))}") from error
+
+    return named
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -182,20 +209,32 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _replicated(file: Path, layer_map: Any) -> list[int]:
-    """The base model's layers by the numbers of those that ``layer_replication`` made from them."""
+def _replicated(file: Path, layer_map: Any) -> list[tuple[int, int]]:
+    """``layer_replication``: from which of its own layers on each layer of the base model is the first of a range.
+
+    Ranges, not layers: how many there are a file may say as it likes.
+    """
+    ranges, first = [], 0
     try:
-        return [index for start, end in layer_map or () for index in range(start, end)]
+        for start, end in layer_map or ():
+            if type(start) is not int or type(end) is not int:
+                raise TypeError
+            ranges.append((first, start))
+            first += max(0, end - start)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: layer_replication: expected pairs of numbers, got {layer_map!r}") from error
+        raise ValueError(f"{file}: layer_replication: expected pairs of numbers, got {quoted(layer_map)}") from error
+    return [*ranges, (first, -1)] if ranges else []
 
 
-def _before_replication(module: str, indices: list[int]) -> str:
+def _before_replication(module: str, ranges: list[tuple[int, int]]) -> str:
     """The name of the base model's layer that ``layer_replication`` made this one from."""
     number = re.search(r"\.(\d+)\.", module)
-    if number is None or int(number[1]) >= len(indices):
+    if number is None:
         return module
-    return f"{module[: number.start()]}.{indices[int(number[1])]}.{module[number.end() :]}"
+    index = int(number[1])
+    place = bisect.bisect_right(ranges, (index, math.inf)) - 1
+    own, base = ranges[place] if place >= 0 else (0, -1)
+    return module if base < 0 else f"{module[: number.start()]}.{base + index - own}.{module[number.end() :]}"
 
 
 def _sizes(base: Any) -> tuple[Any, Any] | None:

@@ -22,7 +22,8 @@ if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
-from dora_kernels.peft import refused
+from dora_kernels.engine.model_forward import ask_once
+from dora_kernels.peft import gptq
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -49,8 +50,9 @@ class PatchHandle:
     """
 
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
-        self._models: list[weakref.ref[nn.Module]] = []
-        self._tuners: list[weakref.ref[nn.Module]] = []
+        self._models: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
+        """Each with what takes its hooks off again."""
+        self._tuners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = undo
         self._rewritten: list[Rewritten] = []
 
@@ -78,12 +80,13 @@ class PatchHandle:
         """Give every model back as it was, unmerged. Calling it again does nothing."""
         if self._undo is not None:
             self._undo()
-        for model in self._live_models():
+        for model, without_hooks in list(self._models.items()):
+            without_hooks()
             restore_layers(model)
             forget_grouped_norm(configs_of(model))
         undo(self._rewritten)
         self._rewritten = []
-        for tuner in [reference() for reference in self._tuners]:
+        for tuner in list(self._tuners):
             if type(tuner) is LoraModel:
                 tuner.__class__ = lora.LoraModel
                 forget_grouped_norm(tuner.peft_config)
@@ -92,8 +95,8 @@ class PatchHandle:
         return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
 
     def _add(self, model: nn.Module) -> None:
-        if not any(known is model for known in self._live_models()):
-            self._models.append(weakref.ref(model))
+        if model not in self._models:
+            self._models[model] = ask_once(model)
 
     def _rewrite(self, model: nn.Module) -> None:
         rewritten = rewrite_magnitudes(model)
@@ -104,16 +107,10 @@ class PatchHandle:
         if type(tuner) is lora.LoraModel:
             tuner.__class__ = LoraModel
         if type(tuner) is LoraModel:
-            self._tuners.append(weakref.ref(tuner))
-
-    def _live_models(self) -> Iterator[nn.Module]:
-        for reference in list(self._models):
-            model = reference()
-            if model is not None:
-                yield model
+            self._tuners.add(tuner)
 
     def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        models = list(self._live_models())
+        models = list(self._models)
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
@@ -254,7 +251,7 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([refused.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 
 Parts = dict[str, str]
 """The keys of one layer's tensors by part: "lora_A", "lora_B", "magnitude" and what a format has besides."""
@@ -134,6 +134,6 @@ _ADAPTERS_ALONE = {
 
 def _inside(key: str, modules: Collection[str]) -> bool:
     """Whether `key` names a part of an adapter inside one of `modules`."""
-    names = key.removeprefix("base_model.model.").split(".")
-    halves = ((".".join(names[:i]), ".".join(names[i:])) for i in range(1, len(names)))
-    return any(module in modules and _ADAPTING.fullmatch(part) for module, part in halves)
+    key = key.removeprefix("base_model.model.")
+    dots = (i for i, character in enumerate(key) if character == ".")
+    return any(key[:i] in modules and _ADAPTING.fullmatch(key, i + 1) for i in dots)

@@ -15,12 +15,12 @@ from: ``dora_scale`` is LyCORIS's, with its eps and either axis.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.components import (
     in_files,
     is_component,
@@ -32,10 +32,11 @@ from dora_kernels.adapters.components import (
 from dora_kernels.adapters.formats.base import Parts
 from dora_kernels.adapters.formats.lycoris import Lycoris, model_in
 from dora_kernels.adapters.formats.peft import check_configuration, configured_scaling
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.names import COMPONENTS
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
+from dora_kernels.core.shown import shown
+from dora_kernels.files import storage
 
 HEADER = "lora_adapter_metadata"
 """The entry of the file's header that holds each model's `LoraConfig`."""
@@ -60,7 +61,7 @@ class Diffusers(Lycoris):
 
     def read(self, reading: Reading) -> dict[str, AdapterLayer]:
         for component, config in _configurations(reading).items():
-            reading.notes += check_configuration(config, f"{reading.file}: {HEADER}: {component}")
+            reading.notes += check_configuration(config, _where(reading, component))
         return super().read(reading)
 
     def _said(self, reading: Reading, module: str, parts: Parts) -> float | None:
@@ -69,7 +70,8 @@ class Diffusers(Lycoris):
         config = _configurations(reading).get(prefix)
         if not config:
             return own
-        said = configured_scaling(reading, config, module[len(prefix) + 1 :], reading.tensors[parts["lora_A"]])
+        name, lora_A = module[len(prefix) + 1 :], reading.tensors[parts["lora_A"]]
+        said = configured_scaling(reading, config, name, lora_A, _where(reading, prefix))
         if own is not None and abs(own - said) > 1e-6 * abs(said):
             raise reading.error(f"{parts['alpha']}: a scaling of {own:g}, and {HEADER} says {said:g}")
         return said
@@ -99,16 +101,17 @@ class Diffusers(Lycoris):
 
 def _configurations(reading: Reading) -> dict[str, dict[str, Any]]:
     """What the header says, by the name of the model."""
-    try:
-        return _parsed(reading.header.get(HEADER) or "{}")
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise reading.error(f"{HEADER}: no JSON object: {error}") from error
+    return _parsed(reading.header.get(HEADER) or "{}", f"{reading.file}: {HEADER}: no JSON object")
+
+
+def _where(reading: Reading, component: str) -> str:
+    return f"{reading.file}: {HEADER}: {shown(component)}"
 
 
 @functools.lru_cache(maxsize=4)
-def _parsed(text: str) -> dict[str, dict[str, Any]]:
+def _parsed(text: str, problem: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for key, value in json.loads(text).items():
+    for key, value in storage.json_object(text, problem).items():
         component, _, field = key.partition(".")
         found.setdefault(component, {})[field] = value
     return found

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.formats.base import Format, Parts
 from dora_kernels.adapters.formats.names import targets, whole
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Layers, Writing
-from dora_kernels.patterns import by_pattern
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Layers, Writing
+from dora_kernels.core.shown import quoted, shown
 
 _PREFIX = "base_model.model."
 
@@ -56,31 +56,36 @@ _KNOWN = {
 def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
     """What a `LoraConfig` has that is not known, a sentence each; ValueError for what this package has not."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{where}: peft_type: expected 'LORA', got {config['peft_type']!r}")
+        raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
     for name in _REFUSED:
         if config.get(name):
-            raise ValueError(f"{where}: {name}={config[name]!r} is not supported")
+            raise ValueError(f"{where}: {name}={quoted(config[name])} is not supported")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
         raise ValueError(
-            f"{where}: init_lora_weights={start!r} changes the base weights; save the adapter with PEFT's "
+            f"{where}: init_lora_weights={quoted(start)} changes the base weights; save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion, which makes it one of the original weights"
         )
-    return [f"{name}={config[name]!r} of the configuration is not known: read without it"
+    return [f"{shown(name)}={quoted(config[name])} of the configuration is not known: read without it"
             for name in sorted(config.keys() - _KNOWN) if config[name]]  # fmt: skip
 
 
-def configured_scaling(reading: Reading, config: Mapping[str, Any], module: str, lora_A: Tensor) -> float:
-    """What a `LoraConfig` says of a layer: alpha over the rank or its root, each of them maybe by a pattern."""
+def configured_scaling(
+    reading: Reading, config: Mapping[str, Any], module: str, lora_A: Tensor, where: str = ""
+) -> float:
+    """What a `LoraConfig` says of a layer: alpha over the rank or its root, each of them maybe by a pattern.
+
+    `where` is what errors call it, if it is not the configuration's file.
+    """
     rank, alpha = (
-        by_pattern(config.get(name), module, config.get(default), f"{reading.config_file or reading.file}: {name}")
+        reading.by_pattern(config.get(name), f"{where or reading.config_file}: {name}").get(module, config.get(default))
         for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
-    rank = reading.number({"r": rank}, "r")
+    rank = reading.number({"r": rank}, "r", where=where)
     if rank != lora_A.shape[0] or rank < 1:
         raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return reading.number({"lora_alpha": alpha}, "lora_alpha") / divisor
+    return reading.number({"lora_alpha": alpha}, "lora_alpha", where=where) / divisor
 
 
 class Peft(Format):
@@ -109,7 +114,7 @@ class Peft(Format):
             raise reading.error(f"{plain} has no lora_magnitude_vector, and {where} says use_dora")
         if not use_dora and plain is None and layers:
             if use_dora is not None:
-                raise reading.error(f"it has magnitudes, and {where} says use_dora={use_dora!r}")
+                raise reading.error(f"it has magnitudes, and {where} says use_dora={quoted(use_dora)}")
             reading.notes.append("DoRA, for there are magnitudes; no configuration says use_dora")
         return layers
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.core import validation
+from dora_kernels.core.patterns import ByName
+from dora_kernels.model.saving import unwatch_saving, watch_saving
+from dora_kernels.model.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CONFINED
-from dora_kernels.patterns import ByName
 from dora_kernels.rounding import seed_for
-from dora_kernels.saving import unwatch_saving, watch_saving
-from dora_kernels.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 
 
 def apply_dora(

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files
-from dora_kernels.adapters.bases import Base, axis_by_norms
-from dora_kernels.adapters.layers import AdapterLayer, problem_of, some
-
-UNDECIDED = "undecided"
+from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, problem_of, some
+from dora_kernels.adapters.base_layers import Base, axis_by_norms
+from dora_kernels.core.patterns import ByName, by_pattern
+from dora_kernels.core.shown import quoted
+from dora_kernels.files import storage
 
 
 @dataclass
@@ -38,12 +38,15 @@ class Reading:
     scaling: float | None = None
     notes: list[str] = field(default_factory=list)
     header: Mapping[str, str] = field(default_factory=dict)
+    _patterns: dict[str, ByName] = field(default_factory=dict)
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")
 
-    def number(self, config: Mapping[str, Any], *names: str) -> float:
+    def number(self, config: Mapping[str, Any], *names: str, where: str = "") -> float:
         """A finite number of the configuration, under the last of `names` in the objects the others name.
+
+        `where` is what errors call the configuration, if it is not the configuration's file.
 
         Raises:
             ValueError: it is not there, or none.
@@ -52,10 +55,16 @@ class Reading:
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
-            where = self.file.with_name("adapter_config.json") if self.config_file is None else self.config_file
-            said = f"expected a number, got {value!r}" if self.config_file else "no such file"
+            said = f"expected a number, got {quoted(value)}" if where or self.config_file else "no such file"
+            where = where or str(self.config_file or self.file.with_name("adapter_config.json"))
             raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
         return float(value)
+
+    def by_pattern(self, values: Any, label: str) -> ByName:
+        """The values in a configuration by patterns of names, read once for a label; ValueError for what are none."""
+        if label not in self._patterns:
+            self._patterns[label] = by_pattern(values, label)
+        return self._patterns[label]
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
         """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.
@@ -122,7 +131,7 @@ class Reading:
             raise self.error(f"{label}: {problem}")
 
     def check_tensor(self, key: str) -> Tensor:
-        files.check_tensor(self.file, key, self.tensors[key])
+        storage.check_tensor(self.file, key, self.tensors[key])
         return self.tensors[key]
 
 

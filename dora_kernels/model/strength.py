@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from dora_kernels.adapt import adapted_layers
 from dora_kernels.core import validation
+from dora_kernels.model.apply import adapted_layers
 
 
 def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:

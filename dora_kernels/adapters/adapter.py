@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dora_kernels.core import validation
+
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+
+UNDECIDED = "undecided"
+"""The axis of a magnitude while a file is read."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class AdapterLayer:
         scaling: what the low-rank product is multiplied by.
         magnitude_axis: "out" or "in"; of an embedding "out" is the embedding dimension and "in" the vocabulary.
         eps: added to the norm.
+
+    Raises:
+        TypeError: a field is of the wrong type, or a tensor is not dense, or not of float16, bfloat16, float32 or
+            float64. Shapes and ranges are looked at where the layer is used.
+        ValueError: `kind` or `magnitude_axis` is none of these, or a number is beyond the range of float64.
     """
 
     kind: str
@@ -33,6 +43,19 @@ class AdapterLayer:
     scaling: float
     magnitude_axis: str = "out"
     eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lora_A", "lora_B", "magnitude"):
+            if name != "magnitude" or self.magnitude is not None:
+                validation.check_dense(getattr(self, name), name)
+        for name, known in (("kind", KINDS), ("magnitude_axis", (*validation.AXES, UNDECIDED))):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known[:5]))}, got {value!r}")
+        validation.check_real(self.scaling, "scaling")
+        validation.check_real(self.eps, "eps")
 
     @property
     def rank(self) -> int:
@@ -63,12 +86,25 @@ class Adapter:
         format: of the file that it was read from, or "model".
         notes: what was decided about it and why, a sentence each.
         config: what the file's configuration said beside that.
+
+    Raises:
+        TypeError: a field is of the wrong type.
     """
 
     layers: dict[str, AdapterLayer]
     format: str = "model"
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("layers", dict), ("format", str), ("notes", list), ("config", dict)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        for key, layer in self.layers.items():
+            if not isinstance(key, str) or not isinstance(layer, AdapterLayer):
+                got = f"{type(key).__name__} and {type(layer).__name__}"
+                raise TypeError(f"layers: expected names (str) and layers (AdapterLayer), got {got}")
 
     def __repr__(self) -> str:
         """Short; the tensors are in `layers`."""

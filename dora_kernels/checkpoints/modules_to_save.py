@@ -7,17 +7,17 @@ those of the embedding. Where an embedding is adapted, it saves that, too, as ``
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dora_kernels import files
 from dora_kernels.adapters import Adapter
-from dora_kernels.adapters.load import contents
-from dora_kernels.checkpoints import Checkpoint, is_embedding, tied
+from dora_kernels.adapters.load import Contents
+from dora_kernels.checkpoints.checkpoint import Checkpoint, is_embedding, tied
+from dora_kernels.core.shown import quoted
+from dora_kernels.files import storage
 
 _ROWS = ".trainable_tokens_delta"
 
@@ -50,23 +50,23 @@ class Trained:
 
 
 def trained_beside(
-    checkpoint: Checkpoint, path: str | os.PathLike[str], adapter: Adapter, keys: Mapping[str, str], format: str
+    checkpoint: Checkpoint, found: Contents, adapter: Adapter, keys: Mapping[str, str]
 ) -> Trained:
     """What is trained beside an adapter, for a checkpoint; nothing of what the checkpoint has bit for bit.
 
     Args:
-        checkpoint, path, format: as `read_for`.
-        adapter, keys: what it gave.
+        checkpoint: the base model.
+        found: the keys of the adapter's file.
+        adapter, keys: what `read_for` gave of it.
 
     Raises:
         ValueError: a tensor is none of the checkpoint's nor of ``modules_to_save``, of another size, not finite, or of
             an embedding that is tied to the output layer; or nothing says which tokens the rows are of.
     """
-    found = contents(path, format)
     others, trained = set(found.others), Trained()
-    for key, tensor in files.read_tensors(found.file, others.__contains__).items():
+    for key, tensor in storage.read_tensors(found.file, others.__contains__).items():
         if tensor.is_floating_point():
-            files.check_tensor(found.file, key, tensor)
+            storage.check_tensor(found.file, key, tensor)
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         try:
             if name.endswith(_ROWS):
@@ -114,7 +114,8 @@ def _add_rows(
         said = next((each for name, each in said.items() if f".{module}".endswith(f".{name}")), None)
     stored = checkpoint[key]
     if not isinstance(said, list) or not all(type(index) is int and 0 <= index < len(stored) for index in said):
-        raise ValueError(f"trainable_token_indices: expected rows of {key}, which has {len(stored)}, got {said!r}")
+        wanted = f"expected rows of {key}, which has {len(stored)}"
+        raise ValueError(f"trainable_token_indices: {wanted}, got {quoted(said)}")
     if module in adapter.layers:
         raise ValueError("the embedding is adapted as well")
     _check_size(stored[: len(said)], rows)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
-from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.adapters.load import contents
+from dora_kernels.checkpoints.checkpoint import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.checkpoints.modules_to_save import Trained, trained_beside
 from dora_kernels.core import validation
+from dora_kernels.core.shown import shown
+from dora_kernels.files import storage
+from dora_kernels.files.replacing import leftovers, replacing_folder
 from dora_kernels.rounding import seed_for
-from dora_kernels.trained import Trained, trained_beside
 
 # Files of weights beside the safetensors: they would stay unmerged.
-_WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+_WEIGHTS = (*storage.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
 # Suffixes and names of the files of a model's folder, which may be replaced.
 _USUAL = (".safetensors", ".json", ".model", ".jinja", "merges.txt", "vocab.txt", "README.md", ".gitattributes")
@@ -43,7 +44,9 @@ def merge_checkpoint(
     """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
 
     What is trained beside the adapter (`trained`) is written, too, as PEFT's merge_and_unload does. A shard at a time
-    is in memory. The folder is made under another name beside `out` and renamed when it is complete.
+    is in memory. The folder is made under another name beside `out`, and takes its place when it is complete. Files
+    keep their modes, less the umask; a link is copied as the file that it leads to, which a note names if it lies
+    outside; what is no file is left out, with a note. Notes also name what a killed run has left beside `out`.
 
     Args:
         checkpoint: the base model.
@@ -60,18 +63,21 @@ def merge_checkpoint(
         FileExistsError: `out` is there, and not `force`, or holds what is no model's.
         TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised, tied to another, or not finite
             when it is merged; or whether one is stored transposed is open. Nothing is written.
+        OSError: a file cannot be read or written. `out` is as it was; should that fail, too, the message says where it
+            lies.
     """
-    target = files.as_path(out)
+    target = storage.as_path(out)
     validation.check_rounding(rounding, seed)
-    _check_target(target, checkpoint.folder, files.as_path(path), force)
+    _check_target(target, checkpoint.folder, storage.as_path(path), force)
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
     adapter, keys = read_for(checkpoint, path, **options)
+    adapter.notes += leftovers(target)
     transposed = stored_transposed(checkpoint, adapter, keys)
     wanted = {}
     for name in adapter.layers:
         key = keys[f"{name}.weight"]
-        files.check_tensor(checkpoint.folder, key, checkpoint[key])
+        storage.check_tensor(checkpoint.folder, key, checkpoint[key])
         if adapter.layers[name].kind == "embedding" and tied(checkpoint, key):
             raise ValueError(
                 f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both; "
@@ -80,7 +86,8 @@ def merge_checkpoint(
         wanted[key] = name
     beside = Trained()
     if not adapter_only:
-        beside = trained_beside(checkpoint, path, adapter, keys, options.get("format", "auto"))
+        found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
+        beside = trained_beside(checkpoint, found, adapter, keys)
         if len(beside) and strength != 1.0:
             raise ValueError(
                 f"strength: expected 1, for {next(iter(beside))} is trained beside the adapter, got {strength:g}; "
@@ -90,13 +97,14 @@ def merge_checkpoint(
         adapter.notes += [f"{key}: as trained beside the adapter" for key in (*beside.whole, *beside.rows)]
         adapter.notes += [f"{key}: added, as trained beside the adapter; the base model's files lack it"
                           for key in beside.added]  # fmt: skip
-    with _replacing_folder(target, force) as folder:
+    mode = checkpoint.folder.stat().st_mode & 0o777
+    with replacing_folder(target, mode, force) as folder:
         for shard, own in checkpoint.shards.items():
             added = beside.added if shard == list(checkpoint.shards)[-1] else {}
             if not added and not {*wanted, *beside} & set(own):
-                shutil.copyfile(checkpoint.folder / shard, folder / shard)
+                _copy(checkpoint.folder / shard, folder / shard)
                 continue
-            tensors = files.read_tensors(checkpoint.folder / shard)
+            tensors = storage.read_tensors(checkpoint.folder / shard)
             beside.put(tensors)
             for key in (key for key in own if key in wanted):
                 name = wanted[key]
@@ -105,20 +113,23 @@ def merge_checkpoint(
                 if not bool(tensors[key].isfinite().all()):
                     raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
                 advance(name, len(wanted))
-            files.save_tensors(folder / shard, {**tensors, **added})
-        _copy_others(checkpoint, folder)
+            _create(checkpoint.folder / shard, folder / shard)
+            storage.save_tensors(folder / shard, {**tensors, **added})
+        for shard in checkpoint.shards:
+            adapter.notes += _leading_out(checkpoint.folder / shard, checkpoint.folder)
+        adapter.notes += _copy_others(checkpoint, folder)
         if checkpoint.index is not None and beside.added:
             _add_to_index(folder / checkpoint.index.name, shard, beside.added)
     return adapter
 
 
 def _add_to_index(index: Path, shard: str, added: Mapping[str, Tensor]) -> None:
-    content = files.read_json(index, "index of shards")
+    content = storage.read_json(index, "index of shards")
     content["weight_map"].update(dict.fromkeys(added, shard))
     metadata = content.get("metadata")
     if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
         metadata["total_size"] += sum(tensor.nbytes for tensor in added.values())
-    files.save_json(index, content)
+    storage.save_json(index, content)
 
 
 def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:
@@ -158,39 +169,46 @@ def _merged(
     return merged.t().contiguous() if transposed else merged
 
 
-def _copy_others(checkpoint: Checkpoint, target: Path) -> None:
-    """Everything that holds no weights, folders included, but no adapter's configuration."""
+def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Copy every file that holds no weights, folders included, but no adapter's configuration.
 
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if name.endswith((*_WEIGHTS, ".index.json"))]
+    Returns:
+        A sentence for each link that leads out of the folder, and for what is no file.
+    """
+    notes: list[str] = []
+    folders = [Path()]
+    while folders:
+        inside = folders.pop()
+        for place in sorted((checkpoint.folder / inside).iterdir()):
+            kept = place == checkpoint.index
+            own = place.name in checkpoint.shards or place.name == ADAPTER_CONFIG
+            if place.is_dir() and not place.is_symlink():
+                (target / inside / place.name).mkdir(place.stat().st_mode & 0o777 | 0o700)
+                folders.append(inside / place.name)
+            elif not kept and (place.name.endswith((*_WEIGHTS, ".index.json")) or (own and inside == Path())):
+                continue
+            elif place.is_file():
+                _copy(place, target / inside / place.name)
+                notes += _leading_out(place, checkpoint.folder)
+            else:
+                notes.append(f"{shown(str(place), 500)}: left out, for it is neither a file nor a link to one")
+    return notes
 
-    for place in checkpoint.folder.iterdir():
-        if place.is_dir():
-            shutil.copytree(place, target / place.name, ignore=left_out)
-        elif place == checkpoint.index or not (
-            place.name in checkpoint.shards or place.name == ADAPTER_CONFIG or left_out("", [place.name])
-        ):
-            shutil.copyfile(place, target / place.name)
+
+def _copy(source: Path, target: Path) -> None:
+    _create(source, target)
+    shutil.copyfile(source, target)
 
 
-@contextlib.contextmanager
-def _replacing_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when the block ends without an exception."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    new, old = made / "new", made / "old"
-    try:
-        new.mkdir()
-        yield new
-        files.settle(file for file in new.rglob("*") if file.is_file())
-        if folder.exists() and force:
-            os.replace(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    finally:
-        if folder.exists() or not old.exists():  # else the old one is all there is
-            shutil.rmtree(made, ignore_errors=True)
+def _create(source: Path, target: Path) -> None:
+    """An empty file with the mode of `source`, so that nobody may read it who may not read that."""
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, source.stat().st_mode & 0o777 | 0o200))
+
+
+def _leading_out(place: Path, folder: Path) -> list[str]:
+    """A sentence where a file of `folder` is a link out of it, and not to a blob of Hugging Face's cache."""
+    real, root = place.resolve(), folder.resolve()
+    homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    if any(real.is_relative_to(home) for home in homes):
+        return []
+    return [f"{shown(str(place), 500)}: copied from {shown(str(real), 500)}, where it is a link to"]

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from dora_kernels import modules
-from dora_kernels.adapt import adapted_layers
-from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, article, problem_of
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
+from dora_kernels.adapters.base_layers import base_modules, bases_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, own_layers
-from dora_kernels.saving import watch_saving
-from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
-from dora_kernels.weight_readers import WeightReaders
+from dora_kernels.model.apply import adapted_layers
+from dora_kernels.model.saving import watch_saving
+from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
+from dora_kernels.model.weight_readers import WeightReaders
 
 Models = nn.Module | Mapping[str, nn.Module]
 """A model, or several of a pipeline's by its names for them: ``{"unet": ..., "text_encoder": ...}``."""

@@ -1,0 +1,79 @@
+"""Values for some layers by patterns of their names: PEFT's ``rank_pattern`` and ``alpha_pattern``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dora_kernels.core.expressions import Expression, Steps
+from dora_kernels.core.shown import quoted, shown
+
+
+def compiled(expression: str, argument: str) -> re.Pattern[str]:
+    """A regular expression of the caller's own; ValueError, as it was given and for what, where it is none."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{argument}: {expression!r} is no regular expression: {error}") from error
+
+
+def bounded(expression: str, steps: Steps) -> Expression:
+    """A regular expression of others; ValueError, as it is written and for what, where it is none that is matched."""
+    try:
+        return Expression(expression, steps)
+    except ValueError as error:
+        reason = f"is no regular expression: {shown(str(error))}"
+        raise ValueError(f"{steps.label}: {quoted(expression)} {reason}") from error
+
+
+class ByName:
+    """Values for some layers, `rank_pattern` or `alpha_pattern`: the first whose key matches the end of a name counts.
+
+    Raises:
+        TypeError: `values` is no mapping with strings as keys.
+        ValueError: a key is no regular expression, or of the kinds that `Expression` refuses.
+    """
+
+    def __init__(self, values: Any, argument: str) -> None:
+        values = {} if values is None else values
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise TypeError(f"{argument}: expected a mapping of regular expressions to values, got {quoted(values)}")
+        self._argument = argument
+        steps = Steps(argument)
+        self._entries = [(key, bounded(key, steps), value) for key, value in values.items()]
+        # Programs write a name for each layer: these are looked up.
+        self._names: dict[tuple[str, bool], int] = {}
+        for i, (_, expression, _) in enumerate(self._entries):
+            if expression.literal is not None:
+                self._names.setdefault((expression.literal, expression.anchored), i)
+        self._others = [i for i, (_, expression, _) in enumerate(self._entries) if expression.literal is None]
+
+    def get(self, name: str, default: Any) -> Any:
+        texts = [(name, True), *((name[start:], False) for start in _starts(name))]
+        first = min((self._names[text] for text in texts if text in self._names), default=len(self._entries))
+        first = next((i for i in self._others if i < first and _matches(self._entries[i][1], name)), first)
+        return default if first == len(self._entries) else self._entries[first][2]
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """A sentence where a key matches none of the adapted layers."""
+        missed = [repr(key) for key, expression, _ in self._entries
+                  if not any(_matches(expression, name) for name in names)]  # fmt: skip
+        return [f"{self._argument}: no adapted layer is {', '.join(missed)}"] if missed else []
+
+
+def _starts(name: str) -> set[int]:
+    """Where PEFT lets a key begin: at the name's start, and after each dot."""
+    return {0, *(i + 1 for i, character in enumerate(name) if character == ".")}
+
+
+def _matches(expression: Expression, name: str) -> bool:
+    return len(name) in expression.ends(name, _starts(name))
+
+
+def by_pattern(patterns: Any, label: str) -> ByName:
+    """The values in a file's configuration, which calls them `label`; ValueError for any that `ByName` refuses."""
+    try:
+        return ByName(patterns or None, label)
+    except TypeError as error:
+        raise ValueError(str(error)) from error

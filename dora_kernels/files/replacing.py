@@ -1,0 +1,237 @@
+"""New files and folders that take the place of old ones: all of them or none, and no old one lost on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+# renameat2's arguments: relative to the working directory; exchange.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+# For how long another writer is waited for. It takes two renames.
+_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
+    """Temporary names beside `files`, which take their places when the block ends without an exception.
+
+    Until then, and if it fails, the old files are untouched and nothing is left behind; a process that is killed leaves
+    `leftovers`. Of several files all are exchanged or none, but for a process that is killed between two of them. A
+    link among `files` is replaced, not what it leads to. Missing folders are made. Modes are those of the old files, or
+    of any new file.
+
+    Raises:
+        FileExistsError: one of the files exists, and not `force`; or is no regular file.
+        OSError: one cannot be written; it names the file.
+    """
+
+    def check() -> None:
+        for file in files:
+            if os.path.lexists(file) and not force:
+                raise FileExistsError(f"{file}: exists already; force=True overwrites it")
+            if file.is_dir():
+                raise IsADirectoryError(f"{file}: is a folder, expected a file's name")
+            if file.exists() and not file.is_file():
+                raise FileExistsError(f"{file}: is a device or the like, which is not replaced")
+
+    check()
+    places: dict[Path, Path] = {}
+    modes: dict[Path, int] = {}
+    try:
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _beside(file)
+            places[temporary] = file
+            if file.is_file():
+                modes[temporary] = file.stat().st_mode & 0o777
+            mode = modes.get(temporary, 0o666) | 0o200
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        yield list(places)
+        for temporary, mode in modes.items():
+            os.chmod(temporary, mode)
+        _to_disk(places)
+        with contextlib.ExitStack() as stack:
+            for folder in sorted({file.parent for file in files}):
+                stack.enter_context(_alone(folder))
+            check()  # again: another may have written them
+            _take_places(places)
+    except OSError as error:
+        _rename(error, places)
+        raise
+    finally:
+        for temporary in places:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, mode: int = 0o777, force: bool = False) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends without an exception.
+
+    The old one is removed then. Where the two cannot be exchanged in one step, and the old one cannot be put back after
+    a failure, the exception says where it lies. Nobody gets a permission that `mode` does not give.
+
+    Raises:
+        FileExistsError: `folder` exists when the block ends, and not `force`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = _beside(folder)
+    new.mkdir(mode | 0o700)
+    made = os.lstat(new)
+    try:
+        yield new
+        _to_disk(file for file in new.rglob("*") if file.is_file())
+        if os.path.lexists(folder) and not force:
+            raise FileExistsError(f"{folder}: exists already; force=True replaces it, if it is a model's folder")
+        _take_places({new: folder})
+    except BaseException as error:
+        if isinstance(error, OSError):
+            _rename(error, {new: folder})
+        if _is(new, made):  # else it is the old one, and all there is
+            _remove(new)
+        raise
+    _remove(new)
+
+
+def leftovers(place: Path) -> list[str]:
+    """A sentence for each file or folder beside `place` that a process which was killed has left."""
+    start = f".{place.name[:40]}."
+    if not place.parent.is_dir():
+        return []
+    names = sorted(each.name for each in place.parent.iterdir()
+                   if each.name.startswith(start) and each.name.endswith(".tmp"))  # fmt: skip
+    what = "it may be removed" if os.path.lexists(place) else f"it may be what {place} was"
+    return [f"{place.parent / name}: left by a run that was killed, if none is at work: {what}" for name in names]
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange two files or folders of one file system: in one step where the system can, else by renaming.
+
+    An exception leaves both as they were.
+
+    Raises:
+        OSError: they cannot be exchanged; if `other` could not be put back either, it says where it lies.
+    """
+    if _exchanged_at_once(one, other):
+        return
+    spare = _beside(other)
+    try:
+        if not other.is_dir():
+            with contextlib.suppress(OSError, NotImplementedError):
+                os.link(other, spare, follow_symlinks=False)  # so that there is always a file
+        if not os.path.lexists(spare):
+            os.replace(other, spare)
+        os.replace(one, other)
+        os.replace(spare, one)
+    except BaseException as error:
+        try:
+            if os.path.lexists(spare):
+                if not os.path.lexists(one):
+                    os.replace(other, one)
+                os.replace(spare, other)
+            if os.path.lexists(spare) and os.path.samestat(os.lstat(spare), os.lstat(other)):
+                spare.unlink()  # two names of one file are no rename's business
+        except OSError as second:
+            reason = f"{error or type(error).__name__}; then {second}"
+            raise OSError(f"{other}: could not be put back ({reason}); what it was lies in {spare}") from error
+        raise
+
+
+def _exchanged_at_once(one: Path, other: Path) -> bool:
+    """Whether the system has exchanged them; nothing has happened otherwise."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0)
+
+
+def _take_places(places: dict[Path, Path]) -> None:
+    """Put each temporary file or folder in its place, and what was there under the temporary name: all or none."""
+    made = [(temporary, place, os.lstat(temporary)) for temporary, place in places.items()]
+    try:
+        for temporary, place, _ in made:
+            if os.path.lexists(place):
+                exchange(temporary, place)
+            else:
+                os.rename(temporary, place)
+    except BaseException:
+        for temporary, place, new in reversed(made):
+            if _is(place, new):
+                if os.path.lexists(temporary):
+                    exchange(place, temporary)
+                else:
+                    os.rename(place, temporary)
+        raise
+
+
+def _is(place: Path, status: os.stat_result) -> bool:
+    return os.path.lexists(place) and os.path.samestat(os.lstat(place), status)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(place: Path) -> Path:
+    """A new name in the same folder, of which `leftovers` knows, no longer than a name may be."""
+    return place.with_name(f".{place.name[:40]}.{secrets.token_hex(4)}.tmp")
+
+
+def _to_disk(written: Iterable[Path]) -> None:
+    for file in written:
+        with file.open("rb") as content:
+            try:
+                os.fsync(content.fileno())
+            except OSError as error:
+                error.filename = str(file)
+                raise
+
+
+def _rename(error: OSError, places: dict[Path, Path]) -> None:
+    """Let an error name the file that was to be written, not the temporary one."""
+    for temporary, place in places.items():
+        for attribute in ("filename", "filename2"):
+            name = getattr(error, attribute)
+            if isinstance(name, str | bytes | os.PathLike) and Path(os.fsdecode(name)).is_relative_to(temporary):
+                inside = Path(os.fsdecode(name)).relative_to(temporary)
+                setattr(error, attribute, str(place / inside))
+    if error.errno is not None and error.filename is None:
+        error.filename = str(next(iter(places.values()), None))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other writers of this package out of a folder, where the system has locks and the folder can be read."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        until = time.monotonic() + _SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{folder}: another process has locked it for {_SECONDS:g} s") from None
+                time.sleep(0.005)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(handle)
