@@ -90,7 +90,8 @@ def test_plain_lora(dtypes, bias):
 @pytest.mark.parametrize("dtypes", [DTYPES["f32"], DTYPES["bf16+f32"], DTYPES["bf16"]], ids=["f32", "bf16+f32", "bf16"])
 def test_under_autocast(dtypes, magnitude_axis):
     """x comes in its dtype, the products are PyTorch's own under it."""
-    problem = make_problem((37,), 51, 45, 3, dtypes, magnitude_axis=magnitude_axis).map(lambda t: t.to(bf16).to(t.dtype))
+    problem = make_problem((37,), 51, 45, 3, dtypes, magnitude_axis=magnitude_axis)
+    problem = problem.map(lambda t: t.to(bf16).to(t.dtype))
     leaves = leaves_of(problem)
     with torch.autocast("cpu", dtype=bf16):
         y = layer(**{**leaves, "x": leaves["x"].to(bf16)}, **problem.options)
@@ -171,10 +172,11 @@ def test_scaling_rounds_once(dtype, bias):
     assert y.dtype == dtype and distance(y, exact) <= 1.02 * distance(exact.to(dtype), exact)
     dz, dg, *rest = torch.autograd.grad(y, leaves, dy)
     assert torch.equal(dz, (dy.float() * g).to(dtype))
-    assert dg.dtype == f32 and ((dg - (dy.double() * z.double()).sum(0)).abs() <= 1e-6 * (dy * z).abs().double().sum(0)).all()
+    terms = dy.double() * z.double()
+    assert dg.dtype == f32 and ((dg - terms.sum(0)).abs() <= 1e-6 * terms.abs().sum(0)).all()
     for d_bias in rest:
         total = dy.double().sum(0)
-        assert torch.equal(d_bias, total.to(dtype)) or distance(d_bias, total) <= 1.02 * distance(total.to(dtype), total)
+        assert distance(d_bias, total) <= 1.02 * distance(total.to(dtype), total)
 
 
 @dtype_cells

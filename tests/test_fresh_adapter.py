@@ -56,7 +56,8 @@ def test_without_a_layer(sizes, bias):
     a, b = torch.randn(4, sizes[0]), torch.zeros(sizes[1], 4)
     x = torch.randn(9, sizes[0])
     weight = base.weight.detach()
-    for magnitude in (dora_weight_norm(weight, a, b), torch.linalg.vector_norm(weight, dim=1), weight.double().norm(dim=1).float()):
+    exact = weight.double().norm(dim=1).float()
+    for magnitude in (dora_weight_norm(weight, a, b), torch.linalg.vector_norm(weight, dim=1), exact):
         assert torch.equal(dora_linear(x, weight, a, b, magnitude, base.bias), base(x))
 
 
@@ -78,10 +79,10 @@ def test_once_b_moves_the_norm_is_the_true_one(bias):
         layer.train(training)
         with torch.no_grad():
             layer.lora_B.weight[3, 2] = 0.5
-            tensors = [t.double() for t in (base.weight, *layer.factors)]
-            norm = reference.weight_norm(*tensors, layer.scaling, "out")
-            wanted = x.double() @ ((layer.magnitude.double() / norm)[:, None] * (tensors[0] + 2 * tensors[2] @ tensors[1])).t()
-            wanted += 0.0 if base.bias is None else base.bias.double()
+            wide = [t.double() for t in (base.weight, *layer.factors, layer.magnitude)]
+            bias = None if base.bias is None else base.bias.double()
+            norm = reference.weight_norm(*wide[:3], layer.scaling, "out")
+            wanted = reference.dora_linear(x.double(), *wide, bias, layer.scaling, "out", True, None, f64)
             torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-5)
             assert layer._norm_cache._last.divisor[3] != layer.magnitude[3]
             torch.testing.assert_close(layer._norm_cache._last.divisor.double(), norm, rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""What a call of a patched layer costs and changes: nothing at an adapter's start, nothing asked under `frozen_norms`."""
+"""What a call of a patched layer costs and changes: a fresh adapter nothing, a frozen norm no question."""
 
 from __future__ import annotations
 
