@@ -1,4 +1,4 @@
-"""The documents: examples that are whole run in order, in one namespace, as a reader would; every name has its place."""
+"""The documents: whole examples run in order, in one namespace, as a reader would; every name has its place."""
 
 from __future__ import annotations
 
