@@ -99,8 +99,8 @@ def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: s
 def check_real(value: Any, name: str) -> None:
     """Check for a number that a float can hold, infinities and NaN included."""
     _check_real(value, name, "a number")
-    if _beyond(value):
-        raise ValueError(f"{name}: expected a number, got {_said(value)}")
+    if _overflows_float(value):
+        raise ValueError(f"{name}: expected a number, got {_as_text(value)}")
 
 
 def check_dense(tensor: Any, name: str) -> None:
@@ -115,16 +115,16 @@ def check_number(value: Any, name: str, expected: str = "a number") -> None:
     """Check for a finite number that a float can hold: no int or fraction beyond its range."""
     _check_real(value, name, expected)
     if not -_LARGEST <= value <= _LARGEST:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
-        raise ValueError(f"{name}: expected a finite number, got {_said(value)}")
+        raise ValueError(f"{name}: expected a finite number, got {_as_text(value)}")
 
 
 def check_rank(rank: Any, expected: str = "an int") -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise TypeError(f"rank: expected {expected}, got {type(rank).__name__}")
     if int(rank) < 1:
-        raise ValueError(f"rank: expected at least 1, got {_said(rank)}")
+        raise ValueError(f"rank: expected at least 1, got {_as_text(rank)}")
     if int(rank) >= _SIZES:
-        raise ValueError(f"rank: expected less than {_SIZES}, got {_said(rank)}")
+        raise ValueError(f"rank: expected less than {_SIZES}, got {_as_text(rank)}")
 
 
 def check_scaling(scaling: Any) -> None:
@@ -138,7 +138,7 @@ def check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dty
         check_number(alpha, "alpha")
     _check_real(dropout, "dropout", "a probability in [0, 1)")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {_said(dropout)}")
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {_as_text(dropout)}")
     check_backend(backend)
     if adapter_dtype is not None and adapter_dtype not in DTYPES:
         raise TypeError(f"adapter_dtype: expected float32, bfloat16, float16 or float64, got {adapter_dtype!r}")
@@ -151,7 +151,7 @@ def check_strength(strength: Any) -> None:
 def check_eps(eps: Any) -> None:
     _check_real(eps, "eps", "a number")
     if not 0.0 <= eps <= _LARGEST:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {_said(eps)}")
+        raise ValueError(f"eps: expected a finite number of at least 0, got {_as_text(eps)}")
 
 
 def check_axis(magnitude_axis: Any) -> None:
@@ -170,7 +170,7 @@ def check_rounding(rounding: Any, seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int in [0, 2**63), got {type(seed).__name__}")
     if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: expected an int in [0, 2**63), got {_said(seed)}")
+        raise ValueError(f"seed: expected an int in [0, 2**63), got {_as_text(seed)}")
 
 
 def _check_real(value: Any, name: str, expected: str) -> None:
@@ -178,12 +178,12 @@ def _check_real(value: Any, name: str, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """The number as text. Python refuses to write ints of more than some thousand digits."""
-    return "one beyond the range of float64" if _beyond(value) else str(value)
+    return "one beyond the range of float64" if _overflows_float(value) else str(value)
 
 
-def _beyond(value: Any) -> bool:
+def _overflows_float(value: Any) -> bool:
     """True if the number is an int or a fraction too large for a float."""
     number: Any = value  # Any: isinstance would narrow it to a type without an order
     return isinstance(value, numbers.Rational) and not -_LARGEST <= number <= _LARGEST

@@ -32,14 +32,13 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 class Part(NamedTuple):
-    """A term of the sum: ``w s B A = left @ right``, ``[n, r]`` and ``[r, k]``, left on the scaled side. g None means
-    1.
-    """
+    """A term of the sum: ``w s B A = left @ right``, ``[n, r]`` and ``[r, k]``, left being on the scaled side."""
 
     weight: float
     left: Tensor
     right: Tensor
     scale: Tensor | None
+    """g; None for 1."""
 
 
 class Sum(NamedTuple):

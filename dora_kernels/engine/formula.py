@@ -21,14 +21,14 @@ from dora_kernels.core.problem import Form, Weights
 
 
 def linear(
-    x: Tensor, weights: Weights, g: Tensor | None, scaling: float, magnitude_axis: str = "out", unmoved: bool = False
+    x: Tensor, weights: Weights, g: Tensor | None, scaling: float, magnitude_axis: str = "out", b_is_zero: bool = False
 ) -> Tensor:
     """The layer on ``x [..., K]``, which is already in the compute dtype. Returns ``[..., N]`` in x's dtype.
 
     Args:
         g: the magnitude over the norm; None for plain LoRA.
-        unmoved: True if B is known to be 0. The base product then adds the bias itself, as the base layer does, so that
-            g = 1 gives the base layer's output to the bit.
+        b_is_zero: True if B is known to be 0. The base product then adds the bias itself, as the base layer does, so
+            that g = 1 gives the base layer's output to the bit.
     """
     weight, lora_A, lora_B, _, bias = weights
     dtype = x.dtype
@@ -44,9 +44,9 @@ def linear(
         read, g = scaled(read, g), None
         rows = cast(read, dtype)
     h = F.linear(read, lora_A)
-    if g is None or (unmoved and bias is not None):
+    if g is None or (b_is_zero and bias is not None):
         # A 16-bit base product is rounded less without the bias, so the wider low-rank product adds it.
-        of_base, of_low = (bias, None) if low_dtype == dtype or unmoved else (None, bias)
+        of_base, of_low = (bias, None) if low_dtype == dtype or b_is_zero else (None, bias)
         y = F.linear(rows, weight, None if of_base is None else cast(of_base, dtype))
         if low_dtype == dtype:
             y = _addmm(y, h, lora_B, scaling)

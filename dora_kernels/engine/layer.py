@@ -51,10 +51,10 @@ def run_layer(
     if magnitude is not None and (g is None or torch.is_grad_enabled()):
         g = magnitude / norm.divisor
         if cache is not None:
-            cache.unheard = True  # autograd runs the backward, without note_backward
+            cache.unnoticed_backward = True  # autograd runs the backward, without note_backward
     if g is not None and g.dtype != x.dtype:
         g = cast(g, accumulation_dtype(x))
-    return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.unmoved)
+    return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.b_is_zero)
 
 
 is_compiling = torch.compiler.is_compiling
@@ -134,7 +134,7 @@ def _differentiable(norm: Norm, weights: Weights, form: Form) -> Norm:
         dense = formula.weight_norm(weights, form)
         return Norm(norm.divisor + (dense - dense.detach()))
     dtype = accumulation_dtype(*weights[:3])
-    return Norm(autograd.norm(weights, cast(norm.divisor, dtype), form), norm.unmoved)
+    return Norm(autograd.norm(weights, cast(norm.divisor, dtype), form), norm.b_is_zero)
 
 
 def layer_scale(
@@ -151,7 +151,7 @@ def layer_scale(
     """
     assert weights.magnitude is not None
     if torch.is_grad_enabled() and not is_compiling():
-        cache.unheard = True  # autograd runs the backward, without note_backward
+        cache.unnoticed_backward = True  # autograd runs the backward, without note_backward
     return weights.magnitude / layer_norm(weights, form, cache, training, backend, compute).divisor
 
 

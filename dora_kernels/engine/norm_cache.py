@@ -57,12 +57,12 @@ class Norm:
     It keeps those tensors alive, so that no other tensor can get their addresses.
     """
 
-    __slots__ = ("backwards", "divisor", "held", "key", "steps", "tensors", "training", "unmoved", "version")
+    __slots__ = ("b_is_zero", "backwards", "divisor", "held", "key", "steps", "tensors", "training", "version")
 
-    def __init__(self, divisor: Tensor, unmoved: bool = False) -> None:
+    def __init__(self, divisor: Tensor, b_is_zero: bool = False) -> None:
         self.divisor = divisor
         """`core.scale.safe_divisor` of the norm. A snapshot if a backward may read it; otherwise to be used at once."""
-        self.unmoved = unmoved
+        self.b_is_zero = b_is_zero
         """True if B is known to be 0. Then ``m / n`` is 1 wherever m equals the norm to float32's rounding."""
 
     def remember(self, weights: Weights, key: tuple[Any, ...], training: bool, held: Held | None) -> None:
@@ -71,7 +71,7 @@ class Norm:
         self.version = weights.weight._version
         self.steps, self.backwards = writes.steps, writes.backwards
 
-    def is_fresh(self, weights: Weights, training: bool, unheard: bool) -> bool:
+    def is_fresh(self, weights: Weights, training: bool, unnoticed_backward: bool) -> bool:
         """True if these tensors, whose key is unchanged, are known to hold what the norm was computed from."""
         weight, lora_A, lora_B, _, _ = weights
         if self.held is not None and not self.held.is_held_by(lora_A, lora_B):
@@ -79,7 +79,7 @@ class Norm:
         if not (training and self.training) or self.steps != writes.steps:
             return False
         owned = writes.owned(weight, lora_A, lora_B)
-        return owned or (owned is None and self.backwards == writes.backwards and not unheard)
+        return owned or (owned is None and self.backwards == writes.backwards and not unnoticed_backward)
 
 
 class _Answers(threading.local):
@@ -109,9 +109,9 @@ class NormCache:
         self._captured: list[Any] = []
         self.frozen: tuple[Norm, Tensor] | None = None
         """The norm and g, if `frozen_norms` has frozen them."""
-        self.unheard = False
+        self.unnoticed_backward = False
         """True if autograd may run a backward through this norm without `note_backward`."""
-        self.moved = False
+        self.b_was_nonzero = False
         """True if B was seen to be nonzero, on a device that is not checked twice."""
         self.computed = 0
         self.reused = 0
@@ -143,7 +143,7 @@ class NormCache:
         self._last = None
         self._weight_square = None
         self._on_device = {}
-        self.moved = False
+        self.b_was_nonzero = False
 
     def norm(
         self,
@@ -192,11 +192,11 @@ class NormCache:
         if norm.held is not None and not weight.requires_grad:
             fresh = norm.held.is_held_by(lora_A, lora_B)
         else:
-            fresh = norm.is_fresh(weights, training, self.unheard)
+            fresh = norm.is_fresh(weights, training, self.unnoticed_backward)
         self.reused += fresh
         return norm if fresh else None
 
-    def again(self, norm: Norm, weight: Tensor) -> bool:
+    def still_holds(self, norm: Norm, weight: Tensor) -> bool:
         """True if `norm` is the last one and still valid, for the same tensors that it was computed for.
 
         Works only where tensors are compared; elsewhere it returns False, and `known` decides.
@@ -245,8 +245,8 @@ class NormCache:
                 held = Held(weight, lora_A, lora_B)
             if compute is None and not weight.requires_grad:
                 square = self._row_square(weights, form, backend, held)
-            norm = compute_norm(weights, form, backend, square, compute, self._may_be_unmoved(device))
-            self.moved = self.moved or not norm.unmoved
+            norm = compute_norm(weights, form, backend, square, compute, self._should_check_b(device))
+            self.b_was_nonzero = self.b_was_nonzero or not norm.b_is_zero
             norm.remember(weights, key, training, held)
         self._norms = {**self._norms, device: norm}
         self._last = norm
@@ -257,9 +257,9 @@ class NormCache:
         owned = training and writes.owned(*weights[:3])
         return bool(owned) or (owned is None and (known is None or known.backwards == writes.backwards))
 
-    def _may_be_unmoved(self, device: torch.device) -> bool:
+    def _should_check_b(self, device: torch.device) -> bool:
         """True if B should be checked for 0: always on the CPU; on a GPU, where the host waits, until it is nonzero."""
-        return device.type == "cpu" or not (self.moved or _capturing(device))
+        return device.type == "cpu" or not (self.b_was_nonzero or _capturing(device))
 
     def _row_square(self, weights: Weights, form: Form, backend: str, held: Held | None) -> Tensor | None:
         """Return |W|² per row or column if the norm is factored, kept while W's key and sample are unchanged."""
@@ -354,13 +354,13 @@ def compute_norm(
     backend: str,
     weight_square: Tensor | None = None,
     compute: Callable[[], Tensor] | None = None,
-    look: bool = True,
+    read_b: bool = True,
 ) -> Norm:
     """Compute a norm now.
 
     Args:
         compute: as in `NormCache.norm`.
-        look: False forbids reading B to see whether it is 0.
+        read_b: True allows reading B to see whether it is 0.
     """
     weight, lora_A, lora_B, magnitude, _ = weights
     with torch.no_grad():
@@ -368,8 +368,8 @@ def compute_norm(
             with no_autocast(weight.device), full_precision(weight.device):
                 return Norm(safe_divisor(compute(), form.eps))
         norm = ops.weight_norm(weight, lora_A, lora_B, form.scaling, form.magnitude_axis, backend, weight_square)
-        if look and not form.eps and magnitude is not None and not torch.compiler.is_compiling() and _is_zero(lora_B):
-            return Norm(safe_divisor(_snapped(norm, magnitude)), unmoved=True)
+        if read_b and not form.eps and magnitude is not None and not torch.compiler.is_compiling() and _is_zero(lora_B):
+            return Norm(safe_divisor(_snapped(norm, magnitude)), b_is_zero=True)
         return Norm(safe_divisor(norm, form.eps))
 
 
