@@ -9,7 +9,7 @@ from dora_kernels.core import validation
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine.layer import merged_weight, norm_now, run_layer
-from dora_kernels.engine.norm_cache import Norm
+from dora_kernels.engine.norm import Norm
 from dora_kernels.rounding import is_coarse
 
 

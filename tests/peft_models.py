@@ -352,7 +352,7 @@ def counted(monkeypatch: Any) -> Iterator[dict[str, int]]:
         return call
 
     with monkeypatch.context() as patch:
-        for owner, name in ((linear, "run_layer"), (linear.Plan, "scale")):
+        for owner, name in ((linear, "run_layer"), (plan.Plan, "scale")):
             patch.setattr(owner, name, counting("layer", getattr(owner, name)))
         for module, name in ((peft_layer, "scale"), (linear, "run_compose"), (embedding, "run_compose")):
             patch.setattr(module, name, counting("norm", getattr(module, name)))

@@ -12,7 +12,9 @@ from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient, safe_divisor
 from dora_kernels.engine import autograd, formula, ops
 from dora_kernels.engine.dispatch import PLAIN, norm_backend, resolve
-from dora_kernels.engine.norm_cache import Norm, NormCache, compute_norm, kept_divisor
+from dora_kernels.engine.kept_divisor import kept_divisor
+from dora_kernels.engine.norm import Norm, compute_norm
+from dora_kernels.engine.norm_cache import NormCache
 
 
 def run_layer(

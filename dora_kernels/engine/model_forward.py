@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dora_kernels.engine.dispatch import kernels, norm_backend
 from dora_kernels.engine.fingerprints import sample
 from dora_kernels.engine.model_norms import KeptNorm
-from dora_kernels.engine.norm_cache import Norm, NormCache, answers, compute_norm, device_answers
+from dora_kernels.engine.norm import Norm, compute_norm
+from dora_kernels.engine.norm_cache import NormCache, answers, device_answers
 
 
 class AskOnce:

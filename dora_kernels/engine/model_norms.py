@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient
 from dora_kernels.engine.dispatch import norm_backend
-from dora_kernels.engine.norm_cache import Norm, NormCache, compute_norm
+from dora_kernels.engine.norm import Norm, compute_norm
+from dora_kernels.engine.norm_cache import NormCache
 
 
 class KeptNorm(NamedTuple):

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.core.precision import accumulation_dtype, full_precision, no_autocast
+from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine import blocked, dispatch, ops, writes
 from dora_kernels.engine.fingerprints import Held, Sample, sample
+from dora_kernels.engine.norm import Norm, compute_norm
 
 _enabled = True
 
@@ -51,37 +51,6 @@ def set_norm_reuse(enabled: bool) -> None:
     _enabled = enabled
 
 
-class Norm:
-    """The divisor of a layer's magnitude, and a record of what it was computed from.
-
-    It keeps those tensors alive, so that no other tensor can get their addresses.
-    """
-
-    __slots__ = ("b_is_zero", "backwards", "divisor", "held", "key", "steps", "tensors", "training", "version")
-
-    def __init__(self, divisor: Tensor, b_is_zero: bool = False) -> None:
-        self.divisor = divisor
-        """`core.scale.safe_divisor` of the norm. A snapshot if a backward may read it; otherwise to be used at once."""
-        self.b_is_zero = b_is_zero
-        """True if B is known to be 0. Then ``m / n`` is 1 wherever m equals the norm to float32's rounding."""
-
-    def remember(self, weights: Weights, key: tuple[Any, ...], training: bool, held: Held | None) -> None:
-        """Record what the norm was computed from."""
-        self.tensors, self.key, self.training, self.held = weights[:3], key, training, held
-        self.version = weights.weight._version
-        self.steps, self.backwards = writes.steps, writes.backwards
-
-    def is_fresh(self, weights: Weights, training: bool, unnoticed_backward: bool) -> bool:
-        """True if these tensors, whose key is unchanged, are known to hold what the norm was computed from."""
-        weight, lora_A, lora_B, _, _ = weights
-        if self.held is not None and not self.held.is_held_by(lora_A, lora_B):
-            return False
-        if not (training and self.training) or self.steps != writes.steps:
-            return False
-        owned = writes.owned(weight, lora_A, lora_B)
-        return owned or (owned is None and self.backwards == writes.backwards and not unnoticed_backward)
-
-
 class _Answers(threading.local):
     """The model forward that this thread runs, and the norms found valid at its start (`model_forward`)."""
 
@@ -90,6 +59,14 @@ class _Answers(threading.local):
 
 
 answers = _Answers()
+
+
+_by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
+
+
+def cache_of(slot: Tensor) -> NormCache | None:
+    """The cache with this slot, if it is of this process and alive."""
+    return _by_slot.get(slot.data_ptr())
 
 
 class NormCache:
@@ -101,7 +78,7 @@ class NormCache:
     """
 
     def __init__(self, form: Form = Form(), backend: str = "auto") -> None:  # noqa: B008 (immutable)
-        self.form, self._backend = form, backend
+        self.form, self.backend = form, backend
         self._norms: dict[torch.device, Norm] = {}
         self._last: Norm | None = None
         self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None
@@ -125,10 +102,10 @@ class NormCache:
         self.move(torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        return type(self)(self.form, self._backend)
+        return type(self)(self.form, self.backend)
 
     def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
-        return type(self), (self.form, self._backend)
+        return type(self), (self.form, self.backend)
 
     def move(self, device: torch.device) -> None:
         """Move `slot` to the layer's device, because a CUDA graph takes no input from the CPU."""
@@ -306,96 +283,12 @@ class NormCache:
         return divisor
 
 
-_by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
-
-
-def _kept_divisor(
-    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
-) -> Tensor:
-    """`NormCache.norm` for compiled graphs, of the cache with that slot."""
-    weights, cache = Weights(weight, lora_A, lora_B, magnitude), _by_slot.get(slot.data_ptr())
-    if cache is None:  # a saved graph that another process has loaded
-        form = Form(scaling, _axis(slot), True, float(slot.view(())))
-        return compute_norm(weights, form, dispatch.norm_backend("auto", weight)).divisor
-    form = cache.form
-    if form.scaling != scaling:
-        form = cache.form = form._replace(scaling=scaling)
-    norm = cache.known(weights, form, training)
-    if norm is None:
-        norm = cache.norm(weights, form, training, dispatch.norm_backend(cache._backend, weight))
-    return norm.divisor.clone()  # the graph may reuse its memory
-
-
-def _divisor_like(
-    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
-) -> Tensor:
-    length = weight.shape[0 if _axis(slot) == "out" else 1]
-    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
-
-
-def _axis(slot: Tensor) -> str:
-    return "out" if slot.dim() == 1 else "in"
-
-
-# Not `custom_op`: its checks at each call cost more than a small layer's arithmetic.
-_library = torch.library.Library("dora_kernels", "FRAGMENT")
-_library.define(
-    "kept_divisor(Tensor slot, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling,"
-    " bool training) -> Tensor"
-)
-_library.impl("kept_divisor", _kept_divisor, "CompositeExplicitAutograd")
-torch.library.register_fake("dora_kernels::kept_divisor", _divisor_like, lib=_library)
-kept_divisor = torch.ops.dora_kernels.kept_divisor.default
-
-
-def compute_norm(
-    weights: Weights,
-    form: Form,
-    backend: str,
-    weight_square: Tensor | None = None,
-    compute: Callable[[], Tensor] | None = None,
-    read_b: bool = True,
-) -> Norm:
-    """Compute a norm now.
-
-    Args:
-        compute: as in `NormCache.norm`.
-        read_b: True allows reading B to see whether it is 0.
-    """
-    weight, lora_A, lora_B, magnitude, _ = weights
-    with torch.no_grad():
-        if compute is not None:
-            with no_autocast(weight.device), full_precision(weight.device):
-                return Norm(safe_divisor(compute(), form.eps))
-        norm = ops.weight_norm(weight, lora_A, lora_B, form.scaling, form.magnitude_axis, backend, weight_square)
-        if read_b and not form.eps and magnitude is not None and not torch.compiler.is_compiling() and _is_zero(lora_B):
-            return Norm(safe_divisor(_snapped(norm, magnitude)), b_is_zero=True)
-        return Norm(safe_divisor(norm, form.eps))
-
-
 def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[Any, ...]:
     return (
         weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
         weight.shape, lora_A.shape, lora_B.shape, weight.stride(), lora_A.stride(), lora_B.stride(), form,
         _stream(weight.device) if weight.is_cuda else 0,
     )  # fmt: skip
-
-
-def _is_zero(lora_B: Tensor) -> bool:
-    if lora_B.is_meta or lora_B.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False
-    first = lora_B[:1, :1]  # decides for almost every trained B without reading the rest
-    return not (bool(first.any()) or bool(lora_B.any()))
-
-
-def _snapped(norm: Tensor, magnitude: Tensor) -> Tensor:
-    """The norm of W where B is 0, replaced by the magnitude wherever the two are equal to float32's rounding.
-
-    PEFT's first magnitude is such a norm. So g is exactly 1, and a fresh adapter changes nothing.
-    """
-    m = magnitude.detach().to(norm.dtype)
-    close = (m - norm).abs() <= 4.0 * torch.finfo(norm.dtype).eps * norm
-    return torch.where(close, m, norm)
 
 
 def _stream(device: torch.device) -> int:

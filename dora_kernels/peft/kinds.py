@@ -21,6 +21,7 @@ from dora_kernels.peft import conv, embedding, gptq, linear, quantized
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
+from dora_kernels.peft.magnitude import DoraMagnitude
 from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, norm_cache, switch
 
 logger = logging.getLogger("dora_kernels")
@@ -161,7 +162,7 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
         if not _is_ours(layer):
             continue
         for magnitude in _magnitudes(layer, DoraLinearLayer):
-            magnitude.__class__ = linear.DoraMagnitude
+            magnitude.__class__ = DoraMagnitude
         if SWITCH not in vars(layer):
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = layer.patched_variant(variant)
@@ -194,7 +195,7 @@ def restore_layers(model: nn.Module) -> None:
                 layer.__class__ = layer.stock
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = DoraLayer.restored_variant(variant)
-            for magnitude in _magnitudes(layer, linear.DoraMagnitude):
+            for magnitude in _magnitudes(layer, DoraMagnitude):
                 magnitude.__class__ = DoraLinearLayer
             layer.__dict__.pop(SWITCH, None)
 
