@@ -2,7 +2,7 @@
 
 **The budget.** The oracle is a float64 copy of the stock PEFT model, in which also those intermediate results that a
 model forces into float32 are float64. A patched model's distance from it, in the Frobenius norm, may be twice the
-largest of that of the stock model in the same dtypes, and those of three copies of it whose weights have moved by up
+largest of that of the stock model in the same dtypes, and those of five copies of it whose weights have moved by up
 to one eps each: what rounding does to the problem, by chance a little more or less (and of one eps of the result's own
 norm: a single number may be exact by luck).
 """
@@ -263,7 +263,7 @@ def check(
     """
     with Float64():
         wanted = run(exact(stock))
-    copies = [moved(stock, dtype, seed) for seed in (4, 5, 6)]
+    copies = [moved(stock, dtype, seed) for seed in range(4, 9)]
     with context():
         results, theirs = run(ours), [run(model) for model in (stock, *copies)]
     assert results.keys() == theirs[0].keys() == wanted.keys()

@@ -27,7 +27,7 @@ def layer_output(model):
 
 def norm_of(layer, adapter):
     variant = layer.lora_variant[adapter]
-    return variant.divisor(layer, adapter, variant.read(layer, adapter))("torch")
+    return variant.divisor(layer, adapter, variant.read(layer, adapter))
 
 
 def three(kind):

@@ -38,11 +38,11 @@ def fresh(net, **options):
 
 
 class Wide(nn.Module):
-    """Layers for which a product with a bias adds up in another order than one without."""
+    """Layers for which a product with a bias adds up in another order than one without, and a norm than PEFT's."""
 
     def __init__(self, bias):
         super().__init__()
-        self.layer, self.other = nn.Linear(4096, 24, bias=bias), nn.Linear(24, 1000, bias=bias)
+        self.layer, self.other = nn.Linear(4096, 512, bias=bias), nn.Linear(512, 24, bias=bias)
         for p in self.parameters():
             nn.init.normal_(p, std=0.02 if p.dim() > 1 else 1.0)
 
@@ -52,9 +52,16 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("lead", [(1,), (7,), (2, 3), ()], ids=str)
-def test_a_fresh_adapter_changes_nothing(bias, lead):
-    """To the bit, with the magnitude that PEFT gave it."""
+@pytest.mark.parametrize("steps", [0, 1], ids=["", "added up in another order"])
+def test_a_fresh_adapter_changes_nothing(bias, lead, steps):
+    """To the bit, with the magnitude that PEFT gave it, here or on another machine: a step of float32 off."""
     model, base, _ = fresh(Wide(bias), target_modules=["layer", "other"])
+    with torch.no_grad():
+        for layer in lora_layers(model):
+            m = layer.lora_magnitude_vector["default"].weight
+            for _ in range(steps):
+                m[::2] = torch.nextafter(m[::2], torch.tensor(torch.inf))
+                m[1::4] = torch.nextafter(m[1::4], torch.tensor(0.0))
     x = torch.randn(*lead, 4096)
     wanted = base(x)
     for training in (True, False):

@@ -230,7 +230,7 @@ def test_the_norm(kind, monkeypatch):
     assert sum(blocks) == OUT * IN
     if kind != "hqq 3":  # whose parts end within rows
         assert max(blocks) <= max(1024, 32 * IN), "nearly the whole weight at once"
-    norm = variant.divisor(layer, "default", variant.read(layer, "default"))("torch")
+    norm = variant.divisor(layer, "default", variant.read(layer, "default"))
     assert off(norm, wanted) < 1e-6
     assert torch.equal(dequantize.dequantized(layer.base_layer).to(f64), weight) or kind == "int8"
 

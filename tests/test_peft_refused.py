@@ -132,7 +132,7 @@ def test_the_norm_where_terms_cancel(kind, everywhere):
         factor[1] = -taken[1] / s
         layer.base_layer.pack(dense)
     variant = layer.lora_variant["default"]
-    divisor = variant.divisor(layer, "default", variant.read(layer, "default"))("torch")
+    divisor = variant.divisor(layer, "default", variant.read(layer, "default"))
     wanted = (dense.double() + s * factor.detach().double() @ a.detach().double()).norm(dim=1)
     assert off(divisor[2:], wanted[2:]) < 1e-6
     assert abs(divisor[0].item() / wanted[0].item() - 1) < 1e-3
