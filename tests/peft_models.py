@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import dora_kernels
-from dora_kernels.peft import embedding, linear
+from dora_kernels.peft import embedding, linear, plan
 from dora_kernels.peft import layer as peft_layer
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.state import SWITCH
