@@ -34,16 +34,16 @@ def dora_linear(
     (DoRA, arXiv 2402.09353, equation 5; with the defaults, the computation of PEFT's ``use_dora=True``.)
 
     Args:
-        x: ``[..., in_features]``, any number of leading dimensions, also none and empty ones.
-        weight: base weight ``[out_features, in_features]``; any strides.
+        x: ``[..., in_features]`` with any number of leading dimensions, including none and empty ones.
+        weight: base weight ``[out_features, in_features]``, of any strides.
         lora_A: ``[rank, in_features]``.
         lora_B: ``[out_features, rank]``.
-        magnitude: ``[out_features]`` (axis "out") or ``[in_features]`` ("in"); None is plain LoRA.
+        magnitude: ``[out_features]`` (axis "out") or ``[in_features]`` ("in"); None for plain LoRA.
         bias: ``[out_features]``, never scaled.
         scaling: factor of the low-rank product: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-        magnitude_axis: "out", a norm per output feature (PEFT), or "in", a norm per input feature (several tutorials).
+        magnitude_axis: "out": one norm per output feature (PEFT); "in": one per input feature (several tutorials).
         detach_norm: treat the norm as a constant in the backward (section 4.3 of the paper; PEFT).
-        weight_norm: the norm, if it is at hand: equal to what `dora_weight_norm` returns. Gets no gradient.
+        weight_norm: the norm, if the caller already has it, as returned by `dora_weight_norm`. It gets no gradient.
         eps: added to the norm, ``g = magnitude / (norm + eps)`` (1e-8 in several tutorials; PEFT has none).
         backend: "auto", "torch" or "triton". A backend asked for by name never falls back.
 
@@ -55,9 +55,9 @@ def dora_linear(
         the output is the bias.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype.
+        TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, device, number, axis or backend name does not fit, or `weight_norm` requires grad.
-        UnsupportedError: the backend asked for by name is not available or cannot do this (a `RuntimeError`).
+        UnsupportedError: the backend asked for by name is not available or cannot run this call (a `RuntimeError`).
     """
     weights = Weights(weight, lora_A, lora_B, magnitude, bias)
     validation.check_layer(x, weights, scaling, magnitude_axis, weight_norm, backend)
