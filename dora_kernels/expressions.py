@@ -24,14 +24,18 @@ STEPS = 10_000_000
 
 
 class Steps:
-    """How many steps the expressions of one file may take, all together; `label` is what errors call them."""
+    """How many steps the expressions of one file may take, all together; `label` is what errors call them.
 
-    def __init__(self, label: str) -> None:
+    `beside` are others of the same file, with other labels.
+    """
+
+    def __init__(self, label: str, beside: Steps | None = None) -> None:
         self.label, self._left = label, STEPS
+        self._first: Steps = self if beside is None else beside._first
 
     def take(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
+        self._first._left -= count
+        if self._first._left < 0:
             raise ValueError(f"{self.label}: to match the regular expressions takes more than {STEPS} steps")
 
 

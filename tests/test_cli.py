@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import dora_kernels
-from dora_kernels import backends, cli, dora_linear, linear, norm_cache, testing
+from dora_kernels import cli, dora_linear, testing
 from dora_kernels.cli import doctor, parity
 from dora_kernels.cli.parity import Case, OptionError
+from dora_kernels.engine import dispatch, formula, norm_cache
 
 f64 = torch.float64
 CPU = torch.device("cpu")
@@ -67,22 +68,40 @@ def strict_json(text):
 
 
 def break_layer(monkeypatch, quantity, change=lambda t: t.mul_(1.2)):
-    """Make one result of the layer wrong in every backend, and nothing else."""
+    """Make one result of the layer wrong on the CPU, and nothing else."""
+    right = formula.linear
     if quantity == "norm":
         right_norm = parity.dora_weight_norm
         monkeypatch.setattr(parity, "dora_weight_norm", lambda *args, **kw: change(right_norm(*args, **kw)))
     elif quantity == "y":
-        forward = linear.forward
-        monkeypatch.setattr(linear, "forward", lambda *args: (change(forward(*args)[0]), *forward(*args)[1:]))
+
+        def off(*args):
+            y = right(*args)
+            return y + (change(y.detach().clone()) - y.detach())
+
+        monkeypatch.setattr(formula, "linear", off)
     else:
-        backward = linear.backward
         name = {short: name for name, short in parity._GRADIENTS.items()}[quantity]
 
-        def wrong(*args):
-            grads = backward(*args)
-            return grads._replace(**{name: change(getattr(grads, name))})
+        class Wrong(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, tensor):
+                return tensor.view_as(tensor)
 
-        monkeypatch.setattr(linear, "backward", wrong)
+            @staticmethod
+            def backward(ctx, grad):
+                return change(grad.clone())
+
+        def wrong(x, weights, g, *args):
+            if name == "x":
+                x = Wrong.apply(x)
+            elif name == "magnitude":
+                g = Wrong.apply(g)
+            else:
+                weights = weights._replace(**{name: Wrong.apply(getattr(weights, name))})
+            return right(x, weights, g, *args)
+
+        monkeypatch.setattr(formula, "linear", wrong)
 
 
 # parity: the numbers
@@ -187,7 +206,7 @@ def test_every_backend_that_runs_is_within_its_budget(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     options = parity.settings(["17,18,40"], ranks=[5], device=device, weight_gradient=True)
-    assert ("triton" in options.backends) == (backends.triton_problem(torch.device(device)) is None)
+    assert ("triton" in options.backends) == (dispatch.triton_problem(torch.device(device)) is None)
     cells = parity.run(options)
     assert len(cells) == 2 * 4 * 8 * len(options.backends)
     assert not [str(cell) for cell in cells if not cell.ok]
@@ -215,11 +234,11 @@ def test_parity_table(invoke):
 def test_parity_json_has_every_cell_once(call):
     status, stdout, stderr = call(
         "parity", "--shape", "3,4,5", "--shape", "6,7,8", "--shape", "3,4,5", "--rank", "1", "--rank", "2",
-        "--dtype", "float32", "--dtype", "mixed", "--axis", "in", "--backend", "torch", "--backend", "reference",
+        "--dtype", "float32", "--dtype", "mixed", "--axis", "in", "--backend", "torch", "--backend", "auto",
         "--device", "cpu", "--seed", "3", "--weight", "--json",
     )  # fmt: skip
     report = strict_json(stdout)
-    assert report["rule"] == parity.RULE and report["seed"] == 3 and report["backends"] == ["torch", "reference"]
+    assert report["rule"] == parity.RULE and report["seed"] == 3 and report["backends"] == ["torch", "auto"]
     keys = [
         (*cell["shape"], cell["rank"], cell["dtype"], cell["axis"], cell["backend"], cell["quantity"])
         for cell in report["cells"]
@@ -269,7 +288,7 @@ def test_a_call_that_raises_is_a_failure_of_its_own(monkeypatch, call):
     def out_of_order(*args):
         raise RuntimeError("no [room] left\nsecond line")
 
-    monkeypatch.setattr(linear, "backward", out_of_order)
+    monkeypatch.setattr(formula, "linear", out_of_order)
     arguments = ["parity", *SMALL, "--dtype", "float32", "--axis", "out"]
     status, stdout, stderr = call(*arguments)
     assert status == 1 and "failed" in stdout
@@ -296,7 +315,7 @@ def test_a_backend_that_is_not_available(monkeypatch, call):
     ("arguments", "words"),
     [
         (["--dtype", "half"], ["--dtype", "float32, bfloat16, float16, mixed", "'half'"]),
-        (["--backend", "fast"], ["--backend", "auto, reference, torch, triton", "'fast'"]),
+        (["--backend", "fast"], ["--backend", "auto, torch, triton", "'fast'"]),
         (["--axis", "row"], ["--axis", "out, in", "'row'"]),
         (["--rank", "0"], ["--rank", "at least 1", "0"]),
         (["--rank", "many"], ["--rank", "integer"]),
@@ -355,7 +374,8 @@ def test_doctor_json(call):
     assert report["devices"][0]["device"] == "cpu"
     for device in report["devices"]:
         assert device["works"] and device["check"] == "works"
-        assert device["auto"] == backends.resolve("auto", (torch.empty(1, device=device["device"]),))
+        where = torch.device(device["device"])
+        assert device["auto"] == dispatch.norm_backend("auto", torch.empty(1, device=where))
 
 
 def test_doctor_without_a_compiler_or_reuse(monkeypatch, call, tmp_path):
@@ -393,10 +413,10 @@ def test_doctor_names_what_auto_cannot_do(monkeypatch, call):
 
     monkeypatch.setattr(doctor, "_devices", lambda: [CPU])
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "forward", broken)
+        patch.setattr(formula, "linear", broken)
         status, stdout, _ = call("doctor")
         assert status == 1 and "FAILS" in stdout and "RuntimeError: ld: cannot find -lcuda" in stdout
-    monkeypatch.setattr(doctor, "resolve", broken)
+    monkeypatch.setattr(doctor, "norm_backend", broken)
     status, stdout, _ = call("doctor")
     assert status == 1 and "nothing: ld: cannot find -lcuda" in stdout
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_kernels import apply_dora, combination, merge_dora, set_dora_strength
+from dora_kernels import apply_dora, merge_dora, set_dora_strength
 from dora_kernels.adapters import Adapter, AdapterLayer, combine_adapters, read_adapter, save_adapter, with_strength
+from dora_kernels.core import weighted_sum
 
 f32, f64 = torch.float32, torch.float64
 
@@ -277,7 +278,7 @@ def test_blocks_of_a_large_weight(monkeypatch):
     net = Net("wide")
     adapters = [adapter(net, "wide", 2), adapter(net, "wide", 2)]
     _, whole = combine_adapters(net, adapters, [0.5, 0.5], rank=1)
-    monkeypatch.setattr(combination, "_BLOCK_ELEMENTS", 2 * 300)
+    monkeypatch.setattr(weighted_sum, "_BLOCK_ELEMENTS", 2 * 300)
     _, blocks = combine_adapters(net, adapters, [0.5, 0.5], rank=1)
     assert blocks.error == pytest.approx(whole.error, rel=1e-12)
 

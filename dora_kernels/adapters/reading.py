@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_kernels import files
 from dora_kernels.adapters.bases import Base, axis_by_norms
 from dora_kernels.adapters.layers import UNDECIDED, AdapterLayer, problem_of, some
+from dora_kernels.expressions import Steps
 from dora_kernels.patterns import ByName, by_pattern
 from dora_kernels.shown import quoted
 
@@ -39,6 +40,7 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     header: Mapping[str, str] = field(default_factory=dict)
     _patterns: dict[str, ByName] = field(default_factory=dict)
+    _steps: Steps = field(default_factory=lambda: Steps(""))
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")
@@ -63,7 +65,7 @@ class Reading:
     def by_pattern(self, values: Any, label: str) -> ByName:
         """The values in a configuration by patterns of names, read once for a label; ValueError for what are none."""
         if label not in self._patterns:
-            self._patterns[label] = by_pattern(values, label)
+            self._patterns[label] = by_pattern(values, label, self._steps)
         return self._patterns[label]
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
