@@ -277,7 +277,7 @@ def test_the_models_of_a_header_share_their_steps(tmp_path, monkeypatch):
     write(2)
     assert {layer.scaling for layer in read_adapter(file).layers.values()} == {1.0}
     write(10)
-    with pytest.raises(ValueError, match=r"text_encoder_\d: alpha_pattern: to match the regular expressions takes more"):
+    with pytest.raises(ValueError, match=r"text_encoder_\d: alpha_pattern: to match the regular expressions takes"):
         read_adapter(file)
 
 
