@@ -3,7 +3,11 @@
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from dora_kernels.adapt import (
+from dora_kernels.engine.dispatch import UnsupportedError
+from dora_kernels.engine.model_norms import FrozenNorms, frozen_norms, invalidate
+from dora_kernels.engine.norm_cache import set_norm_reuse
+from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
+from dora_kernels.model.apply import (
     TrainableSummary,
     adapted_layers,
     apply_dora,
@@ -13,10 +17,7 @@ from dora_kernels.adapt import (
     remove_dora,
     trainable_summary,
 )
-from dora_kernels.engine.dispatch import UnsupportedError
-from dora_kernels.engine.model_norms import FrozenNorms, frozen_norms, invalidate
-from dora_kernels.engine.norm_cache import set_norm_reuse
-from dora_kernels.functional import dora_linear, dora_weight_norm, merge_dora
+from dora_kernels.model.strength import set_dora_strength
 from dora_kernels.modules import (
     AdaptedLayer,
     DoRAConv1d,
@@ -26,7 +27,6 @@ from dora_kernels.modules import (
     DoRALinear,
     LoRALinear,
 )
-from dora_kernels.strength import set_dora_strength
 
 if TYPE_CHECKING:
     from dora_kernels.adapters import (

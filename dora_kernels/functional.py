@@ -76,14 +76,26 @@ def dora_weight_norm(
     magnitude_axis: str = "out",
     backend: str = "auto",
 ) -> Tensor:
-    """Norm of every row ("out") or column ("in") of ``weight + scaling * lora_B @ lora_A``: the fresh magnitude.
+    """Norm of every row ("out") or column ("in") of ``weight + scaling * lora_B @ lora_A``: a magnitude to start with.
 
-    Shapes as in `dora_linear`. float32 ``[out_features]`` or ``[in_features]`` (float64 if an input is float64),
-    computed from the factors as stored, unrounded, to float32 accuracy; for float32 adapters of a 16-bit weight the
-    triton backend's relative error may reach 1e-5. Constant to autograd.
+    The factors are used as they are stored, unrounded. The result is accurate to float32; for float32 adapters of a
+    16-bit weight the triton backend's relative error may reach 1e-5.
+
+    Args:
+        weight: base weight ``[out_features, in_features]``; any strides.
+        lora_A: ``[rank, in_features]``.
+        lora_B: ``[out_features, rank]``.
+        scaling: factor of the low-rank product.
+        magnitude_axis: "out", a norm per output feature, or "in", a norm per input feature.
+        backend: "auto", "torch" or "triton". A backend asked for by name never falls back.
+
+    Returns:
+        ``[out_features]`` or ``[in_features]`` in float32, in float64 if an input is float64. A constant to autograd.
 
     Raises:
-        TypeError, ValueError, UnsupportedError: as `dora_linear`.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, device, number, axis or backend name does not fit.
+        UnsupportedError: the backend asked for by name is not available or cannot do this.
     """
     validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     weights = Weights(weight, lora_A, lora_B)
@@ -106,24 +118,32 @@ def merge_dora(
 ) -> Tensor:
     """The merged weight ``g * (weight + scaling * lora_B @ lora_A)``, ``[out_features, in_features]``.
 
-    Computed in float32 (float64 for float64 input) tile by tile and rounded once to weight's dtype;
-    ``magnitude=None`` merges plain LoRA. Not differentiable. Keep the original weight to undo it: dividing back is not
-    exact.
+    It is computed in float32 (float64 for float64 input), tile by tile, and rounded once to weight's dtype. It is not
+    differentiable. Keep the original weight to undo a merge: dividing back is not exact.
 
     Args:
+        weight: base weight ``[out_features, in_features]``; any strides.
+        lora_A: ``[rank, in_features]``.
+        lora_B: ``[out_features, rank]``.
+        magnitude: ``[out_features]`` (axis "out") or ``[in_features]`` ("in"); None merges plain LoRA.
+        scaling: factor of the low-rank product.
+        magnitude_axis: "out", a norm per output feature, or "in", a norm per input feature.
+        eps: added to the norm, ``g = magnitude / (norm + eps)``.
         rounding: "nearest", to nearest even, which loses an update of less than half a step of weight's dtype;
             "stochastic", up or down at random so that the expected result is the exact one (docs/merging.md). A weight
             in float32 or float64 has no coarser grid than the computation: there both round to nearest.
-        seed: of the random numbers, in ``[0, 2**63)``: the same seed draws the same for the same element
-            ``[out, in]``, whatever the axis, the strides, the device and the backend. `rounding.seed_for` gives each of
-            several weights its own.
+        seed: of the random numbers, in ``[0, 2**63)``. The same seed draws the same for the same element ``[out, in]``,
+            whatever the axis, the strides, the device and the backend. `rounding.seed_for` gives each of several
+            weights its own.
+        backend: "auto", "torch" or "triton". A backend asked for by name never falls back.
 
-    Shapes, the other arguments and the errors are those of `dora_linear`.
+    Returns:
+        A new tensor of weight's shape and dtype.
 
     Raises:
-        TypeError: also where `seed` is no int.
-        ValueError: also where `rounding` is neither of the two, or `seed` is out of range.
-        UnsupportedError: as `dora_linear`.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, device, number, axis, rounding or backend name does not fit, or `seed` is out of range.
+        UnsupportedError: the backend asked for by name is not available or cannot do this.
     """
     validation.check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     validation.check_magnitude(magnitude, weight, magnitude_axis, "magnitude")

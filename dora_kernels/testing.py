@@ -1,6 +1,6 @@
 """Problems, a float64 oracle and error budgets, to test a DoRA layer or kernel against.
 
-The tests of this package, ``dora-kernels parity`` and the benchmarks use this module, and so can a kernel of your own::
+The tests of this package, ``dora-kernels parity`` and the benchmarks use this module, and so can a kernel of your own:
 
     from dora_kernels import testing
 
@@ -337,7 +337,7 @@ def budgets(
     dtype: torch.dtype | None = None,
     *,
     baseline: dict[str, Tensor] | None = None,
-    tries: int = 4,
+    tries: int = 8,
     seed: int = 1,
 ) -> dict[str, float]:
     """The distance from the oracle allowed to "y" and each gradient; see the module's docstring.

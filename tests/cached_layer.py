@@ -8,8 +8,9 @@ from helpers import FACTORED, KEPT, LANES, Lane, norm_lane
 from torch import nn
 
 from dora_kernels import dora_linear
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine.layer import run_layer
 from dora_kernels.engine.norm_cache import NormCache
-from dora_kernels.functional import run_layer
 
 IN, OUT, RANK = 24, 20, 3
 
@@ -57,10 +58,8 @@ class Layer(nn.Module):
         return self.weight, self.lora_A, self.lora_B, self.magnitude
 
     def forward(self, x):
-        return run_layer(
-            x, *self.arguments, None, self.scaling, self.magnitude_axis, True,
-            backend=self.lane.backend, cache=self.cache, training=self.training,
-        )  # fmt: skip
+        form = Form(self.scaling, self.magnitude_axis)
+        return run_layer(x, Weights(*self.arguments), form, self.cache, self.training, self.lane.backend)
 
     def fresh(self, x):
         with torch.no_grad() if not torch.is_grad_enabled() else torch.enable_grad():

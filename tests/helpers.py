@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_kernels import dora_linear
+from dora_kernels import dora_linear, dora_weight_norm
+from dora_kernels.core import reference
+from dora_kernels.core.precision import compute_dtype
+from dora_kernels.core.scale import safe_divisor
 from dora_kernels.testing import (  # noqa: F401  for the tests, which have all their helpers from here
     NAMES,
     Problem,
@@ -111,6 +114,32 @@ def norm_lane(given: Lane | Forced) -> Iterator[Lane]:
 
 def ours(problem: Problem, backend: str, needs: Iterable[str] = NAMES, **extra: Any) -> dict[str, Any]:
     return solve(dora_linear, problem, needs, backend=backend, **extra)
+
+
+def reference_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    magnitude_axis: str = "out",
+    detach_norm: bool = True,
+    weight_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """`dora_linear` by the dense oracle, with V formed whole."""
+    return reference.dora_linear(
+        x, weight, lora_A, lora_B, magnitude, bias, scaling, magnitude_axis, detach_norm, weight_norm,
+        compute_dtype(x), eps,
+    )  # fmt: skip
+
+
+def divisor_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str = "auto") -> Tensor:
+    """What a magnitude along "out" is divided by."""
+    return safe_divisor(dora_weight_norm(weight, lora_A, lora_B, scaling=scaling, backend=backend))
 
 
 def saved_by(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:

@@ -33,7 +33,8 @@ from transformers import (
 )
 
 import dora_kernels
-from dora_kernels.peft import conv, embedding, linear
+from dora_kernels.peft import embedding, linear
+from dora_kernels.peft import layer as peft_layer
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.state import SWITCH
 
@@ -351,7 +352,8 @@ def counted(monkeypatch: Any) -> Iterator[dict[str, int]]:
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "run_layer", counting("layer", linear.run_layer))
-        for module, name in ((linear, "scale"), (linear, "run_compose"), (embedding, "run_compose"), (conv, "scale")):
+        for owner, name in ((linear, "run_layer"), (linear.Plan, "scale")):
+            patch.setattr(owner, name, counting("layer", getattr(owner, name)))
+        for module, name in ((peft_layer, "scale"), (linear, "run_compose"), (embedding, "run_compose")):
             patch.setattr(module, name, counting("norm", getattr(module, name)))
         yield counts

@@ -14,7 +14,7 @@ from torch import nn
 
 from dora_kernels import extract, load_adapter, save_adapter
 from dora_kernels.adapters import FORMATS
-from dora_kernels.adapters.layers import problem_of
+from dora_kernels.adapters.adapter import problem_of
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file

@@ -26,7 +26,8 @@ from pipeline_models import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import Adapter, attach, expressions, extract, load_adapter, read_adapter, save_adapter
+from dora_kernels import Adapter, attach, extract, load_adapter, read_adapter, save_adapter
+from dora_kernels.core import expressions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:target_modules"),

@@ -14,8 +14,9 @@ import torch
 from adapter_models import Model, adapter_for, assert_same_function
 
 import dora_kernels
-from dora_kernels import files, read_adapter, save_adapter
+from dora_kernels import read_adapter, save_adapter
 from dora_kernels.adapters import FORMATS
+from dora_kernels.files import storage
 
 pytest.importorskip("safetensors")
 import safetensors.torch
@@ -95,7 +96,7 @@ def test_a_write_that_fails_half_way(tmp_path, monkeypatch, format, second):
         raise OSError(28, "No space left on device")
 
     if second:
-        monkeypatch.setattr(files, "save_json", half)
+        monkeypatch.setattr(storage, "save_json", half)
     else:
         monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, file, metadata: half(file))
     with pytest.raises(OSError, match="No space left"):
@@ -104,7 +105,7 @@ def test_a_write_that_fails_half_way(tmp_path, monkeypatch, format, second):
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("moment", ["files.save_json", "os.fsync", "replacing.exchange"])
+@pytest.mark.parametrize("moment", ["storage.save_json", "os.fsync", "replacing.exchange"])
 def test_a_process_that_dies(old, moment):
     """Killed before the first file is in its place, the old ones are whole: leftovers have names of their own."""
     folder, before, _ = old
@@ -112,7 +113,8 @@ def test_a_process_that_dies(old, moment):
     code = f"""
         import os, sys
         sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
-        from dora_kernels import files, replacing, save_adapter
+        from dora_kernels import save_adapter
+        from dora_kernels.files.storage import storage, replacing
         from adapter_models import Model, adapter_for
         {module}.{name} = lambda *args: os._exit(9)
         save_adapter(adapter_for(Model(), {NAMES!r}, seed=2), {str(folder)!r}, force=True)
@@ -157,7 +159,7 @@ def test_scalings(tmp_path, format):
 
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        files.save_json(tmp_path / "file.json", {"a": float("nan")})
+        storage.save_json(tmp_path / "file.json", {"a": float("nan")})
 
 
 def test_permissions(tmp_path):

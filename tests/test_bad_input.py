@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import types
 
 import pytest
 import torch
 from helpers import make_problem
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dora_kernels import backends, dora_linear, dora_weight_norm, merge_dora
+from dora_kernels import dora_linear, dora_weight_norm, merge_dora
+from dora_kernels.core.problem import Weights
+from dora_kernels.engine import dispatch
 from dora_kernels.engine.dispatch import UnsupportedError
 
 # A layer of 5 input and 4 output features, rank 2.
@@ -70,8 +72,8 @@ ADAPTER_CASES = [
 ]
 
 BACKEND_CASES = [
-    ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'reference', 'torch', 'triton', got 'cuda'"),
-    ({"backend": None}, ValueError, "backend: expected one of 'auto', 'reference', 'torch', 'triton', got None"),
+    ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'"),
+    ({"backend": None}, ValueError, "backend: expected one of 'auto', 'torch', 'triton', got None"),
 ]
 
 MAGNITUDE_CASES = [
@@ -197,35 +199,86 @@ def test_triton_has_no_float64(lane):
     assert issubclass(UnsupportedError, RuntimeError)
 
 
+def on_a_gpu(dtype=torch.float32, tokens=8192):
+    """The tensors of a call."""
+    with FakeTensorMode(), torch.device("cuda", 0):
+        shapes = (4096, 4096), (16, 4096), (4096, 16), (4096,)
+        return torch.empty(tokens, 4096, dtype=dtype), Weights(*(torch.empty(one, dtype=dtype) for one in shapes))
+
+
 @pytest.fixture
-def gpu_without_a_compiler(monkeypatch):
-    """`backends.resolve` as it decides on a GPU where no kernel can be built."""
-    monkeypatch.setattr(backends, "triton_problem", lambda device: "a first kernel failed: RuntimeError: no C compiler")
-    monkeypatch.setattr(backends, "_only_reference", lambda tensors: None)
-    return types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+def no_compiler(monkeypatch):
+    """A GPU, as far as the rule looks at it, where no kernel can be built."""
+    monkeypatch.setattr(dispatch, "PLAIN", {FakeTensor, type(None)})
+    monkeypatch.setattr(dispatch, "triton_problem", lambda device: "a first kernel failed: RuntimeError: no C compiler")
 
 
-def test_auto_goes_on_without_triton_and_says_why_once(gpu_without_a_compiler):
+def test_auto_goes_on_without_triton_and_says_why_once(no_compiler):
+    x, weights = on_a_gpu()
     with pytest.warns(RuntimeWarning) as caught:
-        chosen = [backends.resolve("auto", (gpu_without_a_compiler,)) for _ in range(3)]
-    assert chosen == ["torch"] * 3
+        chosen = [dispatch.norm_backend("auto", weights.weight) for _ in range(3)]
+        chosen += [dispatch.resolve("auto", x, weights) for _ in range(3)]
+    assert chosen == ["torch"] * 6
     assert len(caught) == 1
     message = str(caught[0].message)
     assert all(part in message for part in ("triton", "cuda:0", "no C compiler", "backend='torch'"))
 
 
-def test_triton_by_name_does_not_fall_back(gpu_without_a_compiler):
-    with pytest.raises(UnsupportedError, match="backend='triton'.*not available on cuda:0.*no C compiler"):
-        backends.resolve("triton", (gpu_without_a_compiler,))
+def test_triton_by_name_does_not_fall_back(no_compiler):
+    x, weights = on_a_gpu()
+    for call in (lambda: dispatch.resolve("triton", x, weights), lambda: dispatch.norm_backend("triton", x)):
+        with pytest.raises(UnsupportedError, match="backend='triton'.*cannot be used on cuda:0.*no C compiler"):
+            call()
 
 
-def test_auto_on_a_gpu(gpu_without_a_compiler, monkeypatch):
-    """Quietly: triton where it runs, torch for float64."""
-    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
-    assert backends.resolve("auto", (gpu_without_a_compiler,)) == "triton"
-    gpu_without_a_compiler.dtype = torch.float64
-    assert backends.resolve("auto", (gpu_without_a_compiler,)) == "torch"
+def test_auto_on_a_gpu(no_compiler, monkeypatch):
+    """Quietly: triton where it runs and the problem is large, torch for float64."""
+    monkeypatch.setattr(dispatch, "triton_problem", lambda device: None)
+    assert dispatch.resolve("auto", *on_a_gpu()) == "triton"
+    assert dispatch.resolve("auto", *on_a_gpu(tokens=1)) == "torch"
+    assert dispatch.resolve("triton", *on_a_gpu(tokens=1)) == "triton"
+    assert dispatch.resolve("auto", *on_a_gpu(torch.float64)) == "torch"
+    x, weights = on_a_gpu()
+    assert dispatch.resolve("auto", x, weights._replace(magnitude=weights.magnitude.double())) == "torch"
+    assert dispatch.norm_backend("auto", weights.weight) == "triton"
 
 
 def test_auto_on_the_cpu_is_torch():
-    assert backends.resolve("auto", (torch.zeros(1), None)) == "torch"
+    weights = Weights(WEIGHT["weight"], WEIGHT["lora_A"], WEIGHT["lora_B"])
+    assert dispatch.resolve("auto", torch.zeros(1 << 20, 5), weights) == "torch"
+
+
+A_LAYER = dispatch.Call("cuda", frozenset({torch.bfloat16, torch.float32}), 4096, 4096, 4096, 16, True)
+
+
+@pytest.mark.parametrize(
+    "changes, fused",
+    [
+        ({}, True),
+        ({"tokens": 1}, False),
+        ({"tokens": 256}, False),
+        ({"tokens": 256, "gradients": False}, True),
+        ({"tokens": 1, "gradients": False}, False),
+        ({"tokens": 0}, False),
+        ({"tokens": 4096, "out_features": 64}, False),
+        ({"dtypes": frozenset({torch.float16})}, True),
+        ({"dtypes": frozenset({torch.bfloat16, torch.float64})}, False),
+        ({"device": "cpu"}, False),
+        ({"device": "meta"}, False),
+    ],
+)
+def test_the_rule(changes, fused):
+    assert dispatch.prefers_fused(A_LAYER._replace(**changes)) is fused
+
+
+def test_the_rule_is_monotonic():
+    """More of the same work never leaves the kernels, and whoever wants no gradient reaches them first."""
+    sizes = [1 << power for power in range(15)]
+    for gradients in (True, False):
+        answers = [dispatch.prefers_fused(A_LAYER._replace(tokens=tokens, gradients=gradients)) for tokens in sizes]
+        assert answers == sorted(answers) and set(answers) == {True, False}
+    for tokens in sizes:
+        with_gradients, without = (
+            dispatch.prefers_fused(A_LAYER._replace(tokens=tokens, gradients=one)) for one in (True, False)
+        )
+        assert without >= with_gradients

@@ -21,8 +21,9 @@ from adapter_models import adapted64
 from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import files, merging
+from dora_kernels.checkpoints.checkpoint import merge as merging
 from dora_kernels.cli import convert, inspect, merge
+from dora_kernels.files import storage
 
 
 def gpt2_as_on_the_hub(folder):
@@ -259,7 +260,7 @@ def steps(monkeypatch):
 
     for command in (convert, inspect, merge):
         monkeypatch.setattr(command, "progress", listening)
-    for module, name in ((merging, "_merged"), (files, "save_tensors")):
+    for module, name in ((merging, "_merged"), (storage, "save_tensors")):
         right = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, right=right, name=name: (heard.append(name), right(*a))[1])
     return heard

@@ -19,9 +19,10 @@ from adapter_models import adapted64, adapter_for
 from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
 
-from dora_kernels import files, merge_all
+from dora_kernels import merge_all
 from dora_kernels.adapters import FORMATS, Adapter, attach, read_adapter, save_adapter
-from dora_kernels.checkpoints import Checkpoint
+from dora_kernels.checkpoints.checkpoint import Checkpoint
+from dora_kernels.files import storage
 
 
 @pytest.fixture(params=["whole", "shards"])
@@ -202,7 +203,7 @@ def test_a_crash_leaves_the_old_files_whole(call, monkeypatch, tmp_path, step):
     source, _ = adapter_file(tmp_path, llama())
     out = tmp_path / "out"
     assert call("merge", tmp_path / "base", source, out)[0] == 0
-    before, right, written = snapshot(tmp_path), files.save_tensors, []
+    before, right, written = snapshot(tmp_path), storage.save_tensors, []
 
     def failing(file, tensors, metadata=None):
         written.append(file)
@@ -211,7 +212,7 @@ def test_a_crash_leaves_the_old_files_whole(call, monkeypatch, tmp_path, step):
             raise OSError(28, "No space left on device")
         right(file, tensors, metadata)
 
-    monkeypatch.setattr(files, "save_tensors", failing)
+    monkeypatch.setattr(storage, "save_tensors", failing)
     status, _, stderr = call("merge", tmp_path / "base", source, out, "--strength", "0.5", "--force")
     assert status == 2 and "No space left on device" in stderr and len(written) == step
     assert snapshot(tmp_path) == before

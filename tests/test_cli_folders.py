@@ -20,9 +20,9 @@ pytest.importorskip("transformers")
 from cli_models import adapter_file, llama, snapshot
 
 import dora_kernels
-from dora_kernels import replacing
-from dora_kernels.checkpoints import Checkpoint
-from dora_kernels.merging import merge_checkpoint
+from dora_kernels.checkpoints.checkpoint import Checkpoint
+from dora_kernels.checkpoints.merge import merge_checkpoint
+from dora_kernels.files import replacing
 
 
 @pytest.fixture

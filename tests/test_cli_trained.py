@@ -18,7 +18,7 @@ import transformers
 from cli_models import llama, rewrite, snapshot
 from safetensors.torch import load_file
 
-from dora_kernels.checkpoints import Checkpoint
+from dora_kernels.checkpoints.checkpoint import Checkpoint
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_kernels import expressions
-from dora_kernels.expressions import Expression, Steps
-from dora_kernels.patterns import ByName
+from dora_kernels.core import expressions
+from dora_kernels.core.expressions import Expression, Steps
+from dora_kernels.core.patterns import ByName
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "model.visual.blocks.3.attn.qkv",
          "lm_head",

@@ -16,8 +16,9 @@ import torch
 from adapter_models import Model, adapter_for, assert_same_function
 
 import dora_kernels
-from dora_kernels import files, read_adapter, replacing, save_adapter
+from dora_kernels import read_adapter, save_adapter
 from dora_kernels.adapters import FORMATS
+from dora_kernels.files import replacing, storage
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
@@ -36,7 +37,8 @@ def content(folder):
 PREAMBLE = f"""
 import os, sys
 sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
-from dora_kernels import files, read_adapter, replacing, save_adapter
+from dora_kernels import read_adapter, save_adapter
+from dora_kernels.files.storage import storage, replacing
 from adapter_models import Model, adapter_for
 names = {NAMES!r}
 """
@@ -375,5 +377,5 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
         return real(place, *args, **options)
 
     monkeypatch.setattr(safetensors, "safe_open", replaced)
-    tensors, metadata = files.read_all(file)
+    tensors, metadata = storage.read_all(file)
     assert metadata["is"] == "one" and torch.equal(tensors["a"], torch.full((3,), 1.0))

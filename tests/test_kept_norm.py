@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import LANES, bf16, f16, f32, usable
 
+from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine.fingerprints import sample
-from dora_kernels.engine.norm_cache import safe_divisor
 
 pytest.importorskip("triton")
 

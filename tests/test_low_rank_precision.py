@@ -19,6 +19,7 @@ from helpers import (
     NAMES,
     bf16,
     distance,
+    divisor_of,
     f16,
     f32,
     f64,
@@ -34,9 +35,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dora_kernels
-from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, linear, testing, torch_backend
-from dora_kernels.engine.norm_cache import compute_divisor
-from dora_kernels.functional import run_compose
+from dora_kernels import DoRAConv2d, DoRALinear, LoRALinear, dora_linear, testing
+from dora_kernels.core import products
+from dora_kernels.core.problem import Weights
+from dora_kernels.engine import dispatch
+from dora_kernels.engine.layer import run_compose
 
 LUCK = 1.25
 SUMS = 4 * torch.finfo(f32).eps
@@ -193,19 +196,42 @@ def test_subsets_of_gradients_have_the_same_bits(lane, magnitude_axis):
 
 
 @BASES
+@pytest.mark.parametrize("dtypes", ["mixed", "float32"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_under_autocast_as_near_as_pefts_layer(lane, base, dtypes, bias):
+    """There all products are in autocast's dtype, and PEFT's error is the bar for every gradient."""
+    problem = make(base if dtypes == "mixed" else f32, lead=(66,), bias=bias, device=lane.device)
+    if dtypes == "float32":  # whose base product is rounded, too
+        problem = problem.map(lambda t: t.to(base).to(f32))
+    problem = problem.replace(dy=problem.dy.to(base))
+    leaves = leaves_of(problem, ADAPTED)
+    model, parameters = peft_model(problem)
+    with torch.autocast(lane.device, base):
+        y = dora_linear(**leaves, **problem.options, backend=lane.backend)
+        stock_x = problem.x.detach().requires_grad_()
+        stock_y = model(stock_x)
+    wanted = [leaves[name] for name in ADAPTED]
+    results = {"y": y.detach(), **dict(zip(ADAPTED, torch.autograd.grad(y, wanted, problem.dy)))}
+    grads = torch.autograd.grad(stock_y, [stock_x, *parameters], problem.dy.to(stock_y.dtype))
+    compared(results, {"y": stock_y.detach(), **dict(zip(ADAPTED, grads))}, problem, ADAPTED, lane.backend)
+
+
+@BASES
 @pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
-def test_under_autocast_everything_is_in_its_dtype(lane, base, detach_norm):
+def test_under_autocast_the_kernels_are_in_its_dtype(lane, base, detach_norm):
     """Forward and, outside of autocast, backward: the products of rank r are 16-bit ones, bit for bit."""
+    if lane.backend != "triton":
+        pytest.skip("about the kernels")
     problem = make(base, lead=(66,), detach_norm=detach_norm, device=lane.device)
     leaves = leaves_of(problem)
     with torch.autocast(lane.device, base):
         y = dora_linear(**leaves, **problem.options, backend=lane.backend)
     grads = dict(zip(NAMES, torch.autograd.grad(y, list(leaves.values()), problem.dy)))
     a, b = problem.lora_A.to(base), problem.lora_B.to(base)
-    divisor = compute_divisor(problem.weight, problem.lora_A, problem.lora_B, problem.scaling, "out", lane.backend)
+    divisor = divisor_of(problem.weight, problem.lora_A, problem.lora_B, problem.scaling, lane.backend)
     g = problem.magnitude / divisor
     h = F.linear(problem.x, a)
-    kernels = linear.primitives(lane.backend)
+    kernels = dispatch.kernels()
     product = F.linear(problem.x, problem.weight)
     assert torch.equal(
         y, kernels.compose(product, h, problem.lora_B, g, problem.bias, problem.scaling, True)
@@ -214,8 +240,8 @@ def test_under_autocast_everything_is_in_its_dtype(lane, base, detach_norm):
     scaled, _, _ = kernels.scale_reduce(problem.dy, None, g, True, False)
     assert torch.equal(grads["x"], torch.mm(d, a).addmm_(scaled, problem.weight))
     if detach_norm:
-        assert torch.equal(grads["lora_A"], torch_backend.mm_accumulate(d.t(), problem.x, f32))
-        p = torch_backend.mm_accumulate(problem.dy.t(), h, f32)
+        assert torch.equal(grads["lora_A"], products.mm_accumulate(d.t(), problem.x, f32))
+        p = products.mm_accumulate(problem.dy.t(), h, f32)
         assert torch.equal(grads["lora_B"], p * (g * problem.scaling).unsqueeze(1))
     assert b.dtype == h.dtype == base
 
@@ -226,9 +252,10 @@ def test_compose_takes_a_wider_h(lane, base):
     problem = make(base, bias=False, lead=(66,), device=lane.device)
 
     def composed(x, weight, lora_A, lora_B, magnitude, bias, scaling, backend, **_):
-        divisor = compute_divisor(weight.detach(), lora_A.detach(), lora_B.detach(), scaling, "out", backend)
+        divisor = divisor_of(weight, lora_A, lora_B, scaling, backend)
         h = F.linear(x.to(f32), lora_A)
-        return run_compose(F.linear(x, weight), h, lora_B, magnitude, None, scaling, lambda _: divisor, backend)
+        weights = Weights(weight, lora_A, lora_B, magnitude)
+        return run_compose(F.linear(x, weight), h, weights, scaling, lambda: divisor, backend)
 
     results = solve(composed, problem, ADAPTED, backend=lane.backend)
     assert results["y"].dtype == base
@@ -246,11 +273,11 @@ def test_mixed_products_are_exact(narrow, layout, monkeypatch):
     right = torch.randn(70, 5, generator=generator, dtype=f64).to(wide)
     exact = left.double() @ right.double()
     for elements in (1 << 20, 16 * 70):
-        monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(products, "BLOCK_ELEMENTS", elements)
         for found in (
-            torch_backend.mm_mixed(left, right),
-            torch_backend.mm_accumulate(left, right, wide),
-            torch_backend.mm_accumulate(right.t(), left.t(), wide).t(),
+            products.mm_mixed(left, right),
+            products.mm_accumulate(left, right, wide),
+            products.mm_accumulate(right.t(), left.t(), wide).t(),
         ):
             assert found.dtype == wide
             assert distance(found, exact) < 4 * torch.finfo(wide).eps * exact.norm()
@@ -268,7 +295,7 @@ def test_three_pieces_hold_a_float32(monkeypatch):
 
     real = torch.mm
     monkeypatch.setattr(torch, "mm", mm)
-    found = torch_backend._mm_pieces(left, right)
+    found = products._mm_pieces(left, right)
     monkeypatch.setattr(torch, "mm", real)
     assert found.dtype == f32 and found.shape == (90, 5)
     # The three products are rounded to float32, and so is their sum, twice.

@@ -206,10 +206,9 @@ def test_two_runs_give_the_same_bits(lane, magnitude_axis):
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=name_of)
 def test_autocast_does_not_round_the_factors(lane, dtypes, magnitude_axis):
     tensors = factors(lane, 44, 52, 6, dtypes)
-    for backend in (lane.backend, "reference"):
-        norm = dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=backend)
-        with torch.autocast(lane.device, dtype=bf16):
-            assert torch.equal(dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=backend), norm)
+    norm = dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=lane.backend)
+    with torch.autocast(lane.device, dtype=bf16):
+        assert torch.equal(dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=lane.backend), norm)
 
 
 @given(
@@ -292,9 +291,8 @@ def test_reduced_precision_is_not_for_the_norm(magnitude_axis):
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         with Settings():
-            for backend in ("torch", "reference"):
-                dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=backend)
+            dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend="torch")
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
-    assert len(seen) >= 3 and set(seen) == {"ieee"}
+    assert seen and set(seen) == {"ieee"}

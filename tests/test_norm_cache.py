@@ -19,8 +19,10 @@ from helpers import adamw_8bit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_kernels import content, norm_cache
-from dora_kernels.engine.norm_cache import invalidate, set_norm_reuse
+from dora_kernels import invalidate, set_norm_reuse
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine import writes
+from dora_kernels.engine.fingerprints import sample
 
 
 class ThroughData(torch.optim.Optimizer):
@@ -259,10 +261,10 @@ def test_a_checkpoints_recomputation_reuses(layer, x, use_reentrant):
 def test_a_norm_in_use_is_never_written_again(layer, x):
     """A backward must find the norm of its own forward, though the parameters have moved since."""
     optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=True)
-    settings = layer.scaling, layer.magnitude_axis, True, layer.lane.backend
+    settings = Form(layer.scaling, layer.magnitude_axis), True, layer.lane.backend
     handed_out = []
     for _ in range(3):
-        divisor = layer.cache.divisor(layer.weight, layer.lora_A, layer.lora_B, *settings)
+        divisor = layer.cache.norm(Weights(*layer.arguments), *settings).divisor
         handed_out.append((divisor, divisor.clone()))
         layer(x).square().mean().backward()
         optimizer.step()
@@ -277,28 +279,34 @@ def test_the_switch_takes_a_bool(switch):
 
 
 def test_what_is_kept(layer, x):
-    """A norm, |W|² where that is the cache's to keep, and on the CPU copies of A, B and a sample of W."""
+    """A norm, |W|² where that is the cache's to keep, on the CPU copies of A, B and a sample of W; and a slot."""
     layer.weight = nn.Parameter(torch.randn(64 * OUT, IN, device=layer.lane.device), requires_grad=False)
     layer.lora_B = nn.Parameter(torch.randn(64 * OUT, RANK, device=layer.lane.device))
     layer.magnitude = nn.Parameter(torch.ones(64 * OUT if layer.magnitude_axis == "out" else IN, device=x.device))
     layer(x).sum().backward()
     own = {p.data_ptr() for p in layer.parameters()}
-    kept = {t.data_ptr(): t for t in tensors_in(layer.cache) if t.data_ptr() not in own}
+    found = list(kept_in(layer.cache))
+    tensors = {t.data_ptr(): t for t in found if isinstance(t, torch.Tensor) and t.data_ptr() not in own}
+    copies = {id(one): one for one in found if isinstance(one, bytearray)}
+    size = sum(t.untyped_storage().nbytes() for t in tensors.values()) + sum(map(len, copies.values()))
     of_this_size = 2 * layer.magnitude.numel() + layer.lora_A.numel() + layer.lora_B.numel()
-    assert 0 < sum(t.untyped_storage().nbytes() for t in kept.values()) <= 4 * (of_this_size + 2 * content._SAMPLES)
-    assert not any(t.requires_grad for t in kept.values())
+    assert 0 < size <= 4 * (of_this_size + 2 * sample(layer.weight).numel() + layer.cache.slot.numel())
+    assert bool(copies) == compares(layer.lane)
+    assert not any(t.requires_grad for t in tensors.values())
 
 
-def tensors_in(thing):
-    if isinstance(thing, torch.Tensor):
-        return [thing]
-    if type(thing).__module__.startswith("dora_kernels."):
-        thing = [getattr(thing, name) for name in getattr(thing, "__slots__", None) or vars(thing)]
+def kept_in(thing):
+    """The tensors and copies of bytes in it."""
+    if isinstance(thing, (torch.Tensor, bytearray)):
+        yield thing
     elif isinstance(thing, dict):
-        thing = thing.values()
-    elif not isinstance(thing, (tuple, list)):
-        return []
-    return [tensor for part in thing for tensor in tensors_in(part)]
+        yield from kept_in(tuple(thing.values()))
+    elif isinstance(thing, (tuple, list)):
+        for part in thing:
+            yield from kept_in(part)
+    elif type(thing).__module__.startswith("dora_kernels."):
+        names = getattr(thing, "__slots__", None) or vars(thing)
+        yield from kept_in([getattr(thing, name, None) for name in names])
 
 
 def test_an_address_used_again(lane, x):
@@ -308,6 +316,16 @@ def test_an_address_used_again(lane, x):
         assert layer.is_right(x), "a stale norm"
         del layer.lora_B
         layer.lora_B = nn.Parameter(torch.full((OUT, RANK), 0.1 * (i + 1), device=lane.device))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_rank_cut_off_in_place(layer, x, training):
+    """Views of the old factors: addresses, strides and versions stay what they were."""
+    layer.train(training)
+    with torch.no_grad():
+        assert layer.is_right(x)
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:1], layer.lora_B.data[:, :1]
+        assert layer.is_right(x), "a stale norm"
 
 
 def test_layers_share_nothing(lane, x):
@@ -323,7 +341,7 @@ def test_the_registry_of_optimizers_does_not_keep_them(lane, x):
     layer(x).sum().backward()
     optimizer.step()
     known = id(optimizer)
-    assert known in norm_cache._stepped
+    assert known in writes._stepped
     del layer, optimizer
     gc.collect()
-    assert known not in norm_cache._stepped
+    assert known not in writes._stepped

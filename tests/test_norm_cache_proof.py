@@ -12,7 +12,7 @@ import torch
 from cached_layer import IN, OUT, Layer, compares, counted, lane, layer, x  # noqa: F401
 from torch import nn
 
-from dora_kernels import content, norm_cache
+from dora_kernels.engine import fingerprints, writes
 from dora_kernels.engine.fingerprints import sample
 from dora_kernels.engine.norm_cache import set_norm_reuse
 
@@ -81,7 +81,7 @@ def owned(layer, x):
 def test_a_captured_step_may_be_replayed_at_any_time(layer, x):
     """Nothing runs in Python then: no step, no backward."""
     optimizer = owned(layer, x)
-    norm_cache._stepped[id(optimizer)].captured = True
+    writes._stepped[id(optimizer)].captured = True
     layer.lora_A.data.mul_(1.5)
     assert layer.is_right(x), "a stale norm"
 
@@ -117,7 +117,7 @@ def test_the_sample_is_a_part_of_the_weight(shape):
         if given.numel():
             found = sample(given)
             assert set(found.tolist()) <= set(given.flatten().tolist())
-            assert min(given.numel(), 1) <= found.numel() <= 2 * content._SAMPLES + 1
+            assert min(given.numel(), 1) <= found.numel() <= 2 * fingerprints._SAMPLES + 1
 
 
 def test_nothing_keeps_the_storage_of_a_weight_that_was_converted(layer, x):

@@ -9,7 +9,7 @@ import torch
 from cached_layer import IN, OUT, RANK, Layer, accumulate, compares, lane, layer, x  # noqa: F401
 from torch import nn
 
-from dora_kernels.engine.norm_cache import invalidate
+from dora_kernels import invalidate
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -215,7 +215,7 @@ def test_merging_forgets_norms():
     for change in (ours.merge_adapter, ours.unmerge_adapter):
         forward(ours)
         change()
-        assert not any(cache._entries for cache in kept_norms(ours))
+        assert not any(cache._norms for cache in kept_norms(ours))
 
 
 @trained

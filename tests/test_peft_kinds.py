@@ -279,8 +279,8 @@ def test_an_embedding_forms_nothing_of_the_table(monkeypatch):
         model(ids).sum().backward()
     assert max(sizes) >= 4 * 4096 * 32, "stock forms the product"
     dora_kernels.patch_peft(model)
-    monkeypatch.setattr("dora_kernels.torch_backend.BLOCK_ELEMENTS", 1 << 12)
-    monkeypatch.setattr("dora_kernels.torch_backend._kept.block", None)
+    monkeypatch.setattr("dora_kernels.core.products.BLOCK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("dora_kernels.core.products._kept.block", None)
     model.zero_grad(set_to_none=True)
     sizes.clear()
     with Sizes():

@@ -374,8 +374,8 @@ def test_a_batch_of_several_adapters(kind):
 def test_nothing_of_the_weights_size(kind, monkeypatch):
     """A training step makes no dense copy of W beyond those of the library's own product; stock makes several."""
     monkeypatch.setattr(dequantize, "BLOCK_ELEMENTS", 1024)
-    monkeypatch.setattr("dora_kernels.torch_backend.BLOCK_ELEMENTS", 1024)
-    monkeypatch.setattr("dora_kernels.torch_backend._kept.block", None)
+    monkeypatch.setattr("dora_kernels.core.products.BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr("dora_kernels.core.products._kept.block", None)
     counts = []
 
     class Count(TorchDispatchMode):

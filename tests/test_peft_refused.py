@@ -23,7 +23,7 @@ from test_peft_quantized import IN, OUT, Net, batch, check, linear_layer, move, 
 from torch import nn
 
 import dora_kernels
-from dora_kernels.peft.refused import DoraRefused
+from dora_kernels.peft.gptq import DoraRefused
 from dora_kernels.peft.state import SWITCH
 
 STOCK = {"gptq": gptq.GPTQLoraLinear, "awq": awq.AwqLoraLinear, "aqlm": aqlm.AqlmLoraLinear}

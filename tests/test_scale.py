@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import FACTORED, bf16, f32, norm_lane
 
-from dora_kernels import dora_weight_norm, linear, merge_dora, testing
+from dora_kernels import dora_weight_norm, merge_dora, testing
+from dora_kernels.engine import dispatch
 from dora_kernels.engine.fingerprints import sample
 
 APART = 1 << 30
@@ -44,8 +45,10 @@ def factors(lane, dtype):
     return [torch.randn(shape, device=lane.device).to(dtype) for shape in ((N, K), (RANK, K), (N, RANK))]
 
 
-def primitives(lane):
-    return linear.primitives(lane.backend)
+def kernels(lane):
+    if lane.backend != "triton":
+        pytest.skip("about the kernels")
+    return dispatch.kernels()
 
 
 @pytest.mark.parametrize("which", ["weight", "lora_A", "lora_B", "lora_B columns"])
@@ -81,7 +84,7 @@ def test_compose(lane, far, dtype):
     shapes = (TOKENS, K), (TOKENS, RANK), (K, RANK)
     base, h, b = (torch.randn(shape, device=lane.device).to(dtype) for shape in shapes)
     g, bias = torch.rand(K, device=lane.device), torch.randn(K, device=lane.device).to(dtype)
-    compose = primitives(lane).compose
+    compose = kernels(lane).compose
     wanted = compose(base.clone(), h, b, g, bias, 0.7, False)
     torch.testing.assert_close(compose(far(base), h, b, g, bias, 0.7, False), wanted)
     torch.testing.assert_close(compose(base.clone(), h, far(b, dim=1), g, bias, 0.7, False), wanted)
@@ -91,18 +94,17 @@ def test_compose(lane, far, dtype):
 def test_one_pass_over_the_gradient(lane, far, dtype):
     dy, base = (torch.randn(TOKENS, K, device=lane.device).to(dtype) for _ in range(2))
     g = torch.rand(K, device=lane.device)
-    scale_reduce = primitives(lane).scale_reduce
+    scale_reduce = kernels(lane).scale_reduce
     wanted = scale_reduce(dy, base, g, True, True)
     for given in ((far(dy), base), (dy, far(base))):
         torch.testing.assert_close(scale_reduce(*given, g, True, True), wanted)
 
 
 def test_the_question_whether_a_norm_has_changed(lane, far):
-    if lane.backend != "triton":
-        pytest.skip("about the kernels")
+    module = kernels(lane)
     weight, a, b = factors(lane, f32)
     a = far(a)
-    kept = primitives(lane).KeptNorm(N, 0.7, weight.device)
+    kept = module.KeptNorm(N, 0.7, weight.device)
     for change in (1.0, 2.0):
         a[-1] *= change
         norm = testing.weight_norm(weight.double(), a.double(), b.double(), 0.7, "out")

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dora_kernels
-from dora_kernels import torch_backend
+from dora_kernels.core import products
+from dora_kernels.engine import blocked
 
 
 def problem():
@@ -23,23 +24,23 @@ def norm(weight, lora_A, lora_B):
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    torch_backend._kept.block = None
+    products._kept.block = None
     yield
-    torch_backend._kept.block = None
+    products._kept.block = None
 
 
 def test_an_eager_call_keeps_one_block():
     norm(*problem())
-    block = torch_backend._kept.block
+    block = products._kept.block
     assert block is not None and block.nbytes == 4 << 20
     norm(*problem())
-    assert torch_backend._kept.block is block
+    assert products._kept.block is block
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_graph_has_memory_of_its_own():
     arguments, expected = problem(), norm(*problem())
-    traced = torch.jit.trace(lambda *tensors: torch_backend.weight_norm(*tensors, 2.0), arguments, check_trace=False)
+    traced = torch.jit.trace(lambda *tensors: blocked.weight_norm(*tensors, 2.0), arguments, check_trace=False)
     graph = traced.inlined_graph
     constants = [node.output().toIValue() for node in graph.findAllNodes("prim::Constant")]
     assert not any(isinstance(one, torch.Tensor) and one.numel() > 1 for one in constants)
@@ -56,10 +57,10 @@ def test_a_traced_graph_has_memory_of_its_own():
 
 def test_fake_tensors_leave_nothing_behind():
     with FakeTensorMode() as mode:
-        fake = torch_backend.weight_norm(*(mode.from_tensor(t) for t in problem()), 2.0)
-    assert isinstance(fake, FakeTensor) and torch_backend._kept.block is None
+        fake = blocked.weight_norm(*(mode.from_tensor(t) for t in problem()), 2.0)
+    assert isinstance(fake, FakeTensor) and products._kept.block is None
     assert not isinstance(norm(*problem()), FakeTensor)
-    block = torch_backend._kept.block
+    block = products._kept.block
     with FakeTensorMode() as mode:
-        torch_backend.weight_norm(*(mode.from_tensor(t) for t in problem()), 2.0)
-    assert torch_backend._kept.block is block
+        blocked.weight_norm(*(mode.from_tensor(t) for t in problem()), 2.0)
+    assert products._kept.block is block

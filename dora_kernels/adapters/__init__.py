@@ -1,9 +1,9 @@
 """Adapter files of every published form, and what is in them."""
 
-from dora_kernels.adapters.attaching import attach, extract
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
+from dora_kernels.adapters.attachment import attach, extract
 from dora_kernels.adapters.combine import CombineReport, combine_adapters, with_strength
 from dora_kernels.adapters.formats import FORMATS
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
 from dora_kernels.adapters.load import load_adapter, read_adapter
 from dora_kernels.adapters.save import save_adapter
 

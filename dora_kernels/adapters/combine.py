@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.adapters.bases import Base, bases_of, check_fit
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
+from dora_kernels.adapters.base_layers import Base, bases_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.targets import check_loaded
+from dora_kernels.model.targets import check_loaded
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,17 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     0 is, merged, the base model bit for bit (unmerged, m over the norm is 1 up to rounding; a layer's own ``strength``
     is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
 
+    Args:
+        model: the base model, adapted or not; it is not changed.
+        adapter: the adapter at strength 1; it is not changed.
+        strength: any finite number.
+
+    Returns:
+        A new adapter; at strength 1 `adapter` itself.
+
     Raises:
-        TypeError, ValueError: as `combine_adapters`, of `model`, `adapter` and `strength`.
+        TypeError: as `combine_adapters`, of `model`, `adapter` and `strength`.
+        ValueError: as `combine_adapters`.
     """
     _check_model(model)
     _check_adapter(adapter, "adapter", "an Adapter")

@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files, pairs
-from dora_kernels.adapt import adapted_layers
-from dora_kernels.adapters.attaching import Models, attach, joined
-from dora_kernels.adapters.bases import bases_of, check_fit
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.attachment import Models, attach, joined
+from dora_kernels.adapters.base_layers import bases_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
-from dora_kernels.adapters.reading import Reading
 from dora_kernels.core import validation
-from dora_kernels.shown import shown
+from dora_kernels.core.shown import shown
+from dora_kernels.files import pairs, storage
+from dora_kernels.model.apply import adapted_layers
 
 CONFIG = "adapter_config.json"
 
@@ -37,10 +37,25 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter file of any format and, with a model, attach it.
 
-    ``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}`` attaches the adapters of both in one file.
-    The arguments are `read_adapter`'s and `attach`'s, whose errors it raises; the model is unchanged by any of them.
     Layers that were adapted before and are not in the file stay adapted, which is warned of; `remove_dora` before takes
     them off. Layers keep their strength, which a note names where it is not 1.
+
+    Args:
+        path: the safetensors file, or the folder that holds it.
+        model: the model to attach the adapter to, or several of a pipeline's models by its names for them
+            (``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}``). None only reads the file.
+        format: as `read_adapter`.
+        magnitude_axis: as `read_adapter`.
+        scaling: as `read_adapter`.
+        prefix: as `read_adapter`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TypeError: as `read_adapter` and `attach`. The model is unchanged by any of these errors.
+        FileNotFoundError: as `read_adapter`.
+        ValueError: as `read_adapter` and `attach`.
     """
     if model is not None:
         joined(model)
@@ -78,10 +93,13 @@ def read_adapter(
             (``{"unet": ..., "text_encoder": ...}``). Names with underscores become its names, and where shapes leave
             open which axis a magnitude is along, its weights decide.
         format: one of `FORMATS`, or "auto", which takes it from the keys.
-        magnitude_axis: "out" or "in" insist; "auto" takes the format's, or decides as `Adapter.notes` says.
-        scaling: instead of the one that the file or its configuration says.
-        prefix: of a LyCORIS, kohya or diffusers file read only the layers whose names start with it: "lora_te1" or
-            "text_encoder" the first text encoder's, where a file has layers of several models with the same names.
+        magnitude_axis: "out" or "in", or "auto", which takes the format's, or decides as `Adapter.notes` says.
+        scaling: replaces the one that the file or its configuration gives.
+        prefix: read only the layers of a LyCORIS, kohya or diffusers file whose names start with it. "lora_te1" and
+            "text_encoder" are the first text encoder's, where a file has layers of several models with the same names.
+
+    Returns:
+        The adapter. `Adapter.notes` says what was decided about it.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -91,7 +109,7 @@ def read_adapter(
             save; a tensor is missing, there twice, of the wrong size or not finite; names or axis are ambiguous; or
             `base` has not its layers. The message names the file and the key.
     """
-    place = files.as_path(path)
+    place = storage.as_path(path)
     check_format(format, "auto")
     if magnitude_axis != "auto":
         validation.check_axis(magnitude_axis)
@@ -184,7 +202,7 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
         TypeError, FileNotFoundError, ValueError: as `read_adapter`, where no value is needed for it.
     """
     check_format(format, "auto")
-    file, config_file = _find(files.as_path(path), format)
+    file, config_file = _find(storage.as_path(path), format)
     tensors, _, config = pairs.read(file, config_file, scaled=scaled)
     chosen = _format(file, tensors, config, format)
     found = {key: FORMATS[chosen].split(key) for key in tensors}
@@ -194,7 +212,7 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     """The file of tensors and, if there is one, the configuration beside it."""
-    if place.suffix in files.PICKLES:
+    if place.suffix in storage.PICKLES:
         raise ValueError(f"{place}: a pickle, which may run anything, is not read: save it as safetensors")
     if not place.is_dir():
         config = place.with_name(CONFIG)
@@ -206,7 +224,7 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
         if found:
             names = shown(", ".join(file.name for file in found), 1000)
             raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
-        raise FileNotFoundError(f"{place}: no safetensors file in it{files.pickle_hint(place)}")
+        raise FileNotFoundError(f"{place}: no safetensors file in it{storage.pickle_hint(place)}")
     config = place / CONFIG
     return found[0], config if config.is_file() else None
 

@@ -8,9 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
 from dora_kernels.adapters.components import components_of, is_component, prefix_of, spellings
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
-from dora_kernels.shown import shown
+from dora_kernels.core.shown import shown
 
 UNDERSCORED = "underscored"
 """The entry of `Adapter.config` that says that names are still those of the file, with underscores for dots."""

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_kernels import files, pairs
-from dora_kernels.adapters.attaching import extract, joined
-from dora_kernels.adapters.bases import bases_of
+from dora_kernels.adapters.adapter import Adapter
+from dora_kernels.adapters.attachment import extract, joined
+from dora_kernels.adapters.base_layers import bases_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.formats.base import Format
-from dora_kernels.adapters.layers import Adapter
+from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.load import CONFIG
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix
-from dora_kernels.adapters.writing import Writing
-from dora_kernels.replacing import leftovers, replacing
-from dora_kernels.shown import shown
+from dora_kernels.core.shown import shown
+from dora_kernels.files import pairs, storage
+from dora_kernels.files.replacing import leftovers, replacing
 
 
 def save_adapter(
@@ -62,7 +62,7 @@ def save_adapter(
             would exchange one half or be the second.
         OSError: a file cannot be written.
     """
-    place = files.as_path(path)
+    place = storage.as_path(path)
     check_format(format)
     adapter, known = _source(source)
     if not adapter.layers:
@@ -78,7 +78,7 @@ def save_adapter(
         name = next(iter(adapter.layers))
         raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")
     weights = place
-    if place.suffix in files.PICKLES:
+    if place.suffix in storage.PICKLES:
         raise ValueError(f"{place}: adapters are written as safetensors alone, never as a pickle")
     if place.suffix != ".safetensors" or place.is_dir():
         weights = place / chosen.weights
@@ -92,9 +92,9 @@ def save_adapter(
     targets = [weights] if config is None else [weights, weights.with_name(CONFIG)]
     writing.notes += [text for target in targets for text in leftovers(target)]
     with replacing(*targets, force=force) as written:
-        files.save_tensors(written[0], tensors, pairs.seal(config))
+        storage.save_tensors(written[0], tensors, pairs.seal(config))
         if config is not None:
-            files.save_json(written[1], config)
+            storage.save_json(written[1], config)
     return writing.notes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
-from dora_kernels.checkpoints import Checkpoint, read_for
+from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
 

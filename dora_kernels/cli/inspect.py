@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer, read_adapter
-from dora_kernels.checkpoints import Checkpoint, read_for, scales
+from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for, scales
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
-from dora_kernels.shown import quoted
+from dora_kernels.core.shown import quoted
 
 if TYPE_CHECKING:
     import typer

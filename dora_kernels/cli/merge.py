@@ -5,10 +5,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dora_kernels.checkpoints import Checkpoint
+from dora_kernels.checkpoints.checkpoint import Checkpoint
+from dora_kernels.checkpoints.merge import merge_checkpoint
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
-from dora_kernels.merging import merge_checkpoint
 
 if TYPE_CHECKING:
     import typer

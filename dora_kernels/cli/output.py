@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dora_kernels.shown import shown
+from dora_kernels.core.shown import shown
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -39,15 +39,17 @@ def linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     read = rows if low_dtype == dtype else rows.to(low_dtype)
     if g is not None and magnitude_axis == "in":
-        read = scaled(read, g)
-        rows, g = read if low_dtype == dtype else scaled(rows, g), None
+        read, g = scaled(read, g), None
+        rows = cast(read, dtype)
     h = F.linear(read, lora_A)
     if g is None or (unmoved and bias is not None):
-        y = F.linear(rows, weight, None if bias is None else cast(bias, dtype))
+        # A 16-bit base product without the bias is rounded less: the wider low-rank product takes it along.
+        of_base, of_low = (bias, None) if low_dtype == dtype or unmoved else (None, bias)
+        y = F.linear(rows, weight, None if of_base is None else cast(of_base, dtype))
         if low_dtype == dtype:
             y = _addmm(y, h, lora_B, scaling)
         else:
-            y = y + F.linear(h * scaling, lora_B)
+            y = y + F.linear(h * scaling, lora_B, None if of_low is None else cast(of_low, low_dtype))
         if g is not None and bias is not None:
             y = torch.addcmul(y, y - bias, g - 1.0)
     else:

@@ -48,10 +48,10 @@ def run_layer(
         return autograd.fused_linear(x, weights, divisor, form, backend != "auto")
     if magnitude is not None and (g is None or torch.is_grad_enabled()):
         g = magnitude / norm.divisor
-        if g.dtype != x.dtype:
-            g = cast(g, accumulation_dtype(x))
         if cache is not None:
             cache.unheard = True  # autograd runs the backward and will not say when
+    if g is not None and g.dtype != x.dtype:
+        g = cast(g, accumulation_dtype(x))
     return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.unmoved)
 
 

@@ -44,7 +44,10 @@ def caches(module: nn.Module) -> Iterator[NormCache]:
 
 
 def invalidate(module: nn.Module) -> None:
-    """Forget every kept norm in `module` and its children: for whoever writes weights in a way nothing can see.
+    """Forget every kept norm in `module` and its children, after a write to a weight that nothing can see.
+
+    Args:
+        module: a model, or a layer itself.
 
     Raises:
         TypeError: `module` is no `torch.nn.Module`.
@@ -88,9 +91,9 @@ class FrozenNorms:
 def frozen_norms(module: nn.Module) -> FrozenNorms:
     """Promise that no weight, factor or magnitude of an adapted layer in `module` is written until this is released.
 
-    Then no layer asks whether its norm still holds: a call costs what its products cost, and a CUDA graph or a compiled
-    model reads g as a constant. For serving, and wherever a model is called often and not trained. The layers are
-    this package's and those that `patch_peft` has patched, with their active adapters; others go on as before.
+    No layer then asks whether its norm still holds, so a call costs what its products cost, and a CUDA graph or a
+    compiled model reads g as a constant. Use it for serving, and wherever a model is called often and not trained. It
+    freezes the norms of this package's layers and of those that `patch_peft` has patched, with their active adapters.
 
     ```python
     with dora_kernels.frozen_norms(model):
@@ -98,10 +101,13 @@ def frozen_norms(module: nn.Module) -> FrozenNorms:
     ```
 
     or ``handle = frozen_norms(model)`` and, before anything is written again, ``handle.release()``.
-    What is written in spite of the promise is not seen. Devices and dtypes count as written too.
+    A write in spite of the promise is not noticed. A change of device or dtype is a write too.
 
     Args:
         module: a model, or a layer itself.
+
+    Returns:
+        The handle, a context manager that releases the norms at its end.
 
     Raises:
         TypeError: `module` is no `torch.nn.Module`.

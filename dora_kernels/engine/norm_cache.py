@@ -16,6 +16,7 @@ is kept by the same means. A norm handed out for a backward is never written aga
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,16 @@ class Norm:
             return False
         owned = writes.owned(weight, lora_A, lora_B)
         return owned or (owned is None and self.backwards == writes.backwards and not unheard)
+
+
+class _Answers(threading.local):
+    """The model's forward that this thread is in, and the norms found to hold at its start (`model_forward`)."""
+
+    asking: Any = None
+    norms: dict[NormCache, Norm] | None = None
+
+
+answers = _Answers()
 
 
 class NormCache:
@@ -146,6 +157,11 @@ class NormCache:
         norm = self.known(weights, form, training)
         if norm is not None:
             return norm
+        if not training and answers.norms is not None:
+            norm = answers.norms.get(self)
+            if norm is not None and all(now is then for now, then in zip(weights[:3], norm.tensors)):
+                self.reused += 1
+                return norm
         device = weights.weight.device
         try:
             key = _key(*weights[:3], form)
@@ -180,7 +196,7 @@ class NormCache:
 
         Where it is compared only; elsewhere `known` has to be asked.
         """
-        return (
+        held = (
             norm is self._last
             and _enabled
             and norm.held is not None
@@ -188,6 +204,8 @@ class NormCache:
             and norm.version == weight._version
             and norm.held.is_held_by(*norm.tensors[1:])
         )
+        self.reused += held
+        return held
 
     def _renewed(
         self,
@@ -201,7 +219,7 @@ class NormCache:
     ) -> Norm:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
-        answers = compute is None and _device_answers(weight, backend)
+        answers = compute is None and device_answers(weight, backend)
         # A graph asks at every replay; in training A and B change from one to the next.
         if not _enabled or (_capturing(device) and (training or not answers)):
             self.computed += 1
@@ -209,9 +227,7 @@ class NormCache:
         for_backward = training or torch.is_grad_enabled()
         writes.watch_optimizers()
         with torch.inference_mode(False), torch.no_grad():
-            owned = training and writes.owned(weight, lora_A, lora_B)
-            provable = owned or (owned is None and (known is None or known.backwards == writes.backwards))
-            if not provable and answers:
+            if answers and not self._provable(known, weights, training):
                 self.asked += 1
                 if not training:  # whose writes no proof for training speaks of
                     self._norms = {one: kept for one, kept in self._norms.items() if one != device}
@@ -231,6 +247,11 @@ class NormCache:
         self._last = norm
         return norm
 
+    def _provable(self, known: Norm | None, weights: Weights, training: bool) -> bool:
+        """True if a norm computed now can be proven fresh by the next call."""
+        owned = training and writes.owned(*weights[:3])
+        return bool(owned) or (owned is None and (known is None or known.backwards == writes.backwards))
+
     def _may_be_unmoved(self, device: torch.device) -> bool:
         """True if it is to be looked whether B is 0: on a GPU, where the host would wait, until it was seen to move."""
         return device.type == "cpu" or not (self.moved or _capturing(device))
@@ -241,7 +262,7 @@ class NormCache:
         axis = form.magnitude_axis
         if not ops.norm_module(backend).is_factored(*row_problem(weight, lora_A, lora_B, axis)):
             return None
-        if _device_answers(weight, backend):
+        if device_answers(weight, backend):
             nothing = weights._replace(lora_A=lora_A[:0].to(weight.dtype), lora_B=lora_B[:, :0].to(weight.dtype))
             divisor = self._ask_device(nothing, Form(0.0, axis))
             return torch.where(divisor == torch.inf, 0.0, divisor.square())
@@ -345,7 +366,7 @@ def compute_norm(
 def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[Any, ...]:
     return (
         weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), weight._version, lora_A._version, lora_B._version,
-        weight.shape, weight.stride(), lora_A.stride(), lora_B.stride(), form,
+        weight.shape, lora_A.shape, lora_B.shape, weight.stride(), lora_A.stride(), lora_B.stride(), form,
         _stream(weight.device) if weight.is_cuda else 0,
     )  # fmt: skip
 
@@ -353,7 +374,8 @@ def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[An
 def _is_zero(lora_B: Tensor) -> bool:
     if lora_B.is_meta or lora_B.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
-    return not (bool(lora_B[:1].any()) or bool(lora_B.any()))
+    first = lora_B[:1, :1]  # of a trained B, mostly all that has to be looked at
+    return not (bool(first.any()) or bool(lora_B.any()))
 
 
 def _snapped(norm: Tensor, magnitude: Tensor) -> Tensor:
@@ -375,6 +397,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _device_answers(weight: Tensor, backend: str) -> bool:
+def device_answers(weight: Tensor, backend: str) -> bool:
     """True if asking the device whether a norm has changed is possible, and cheaper than to compute it."""
     return backend == "triton" and dispatch.kernels().is_worth_keeping(weight)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, AdapterLayer, extract
-from dora_kernels.adapters.layers import problem_of
-from dora_kernels.files import as_path, check_tensor
+from dora_kernels.adapters.adapter import problem_of
+from dora_kernels.core.shown import name_problem, quoted, shown
+from dora_kernels.files.replacing import replacing
+from dora_kernels.files.storage import as_path, check_tensor
 from dora_kernels.functional import merge_dora
 from dora_kernels.gguf.header import check_header
 from dora_kernels.gguf.layout import ARCHITECTURES, Layout
-from dora_kernels.replacing import replacing
-from dora_kernels.shown import name_problem, quoted, shown
 
 # Values of this package's own, one a layer, in the order of the first.
 MODULES = "adapter.dora.modules"

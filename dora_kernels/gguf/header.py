@@ -11,7 +11,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from dora_kernels.shown import LONGEST
+from dora_kernels.core.shown import LONGEST
 
 # Bytes of a value by GGUF's number of its type; strings and arrays have lengths.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

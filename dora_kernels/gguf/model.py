@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.files import as_path
+from dora_kernels.files.replacing import replacing
+from dora_kernels.files.storage import as_path
 from dora_kernels.gguf.layout import INTERLEAVED, Layout
 from dora_kernels.gguf.tokenizer import add_tokenizer
-from dora_kernels.replacing import replacing
 
 # GGUF's types of files and tensors that the `gguf` package can write.
 DTYPES = {

@@ -12,26 +12,27 @@ Bytes: 2·M·N of base and y, plus h once per column block and B once per row bl
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import compose_config, products_for
+from dora_kernels.kernels.config import blocks, compose_config, products_for
 from dora_kernels.kernels.dot import cast, dot
-from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def compose_kernel(
     base_ptr, h_ptr, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr,
-    M, N, R,
-    stride_m, stride_hm, stride_bn, stride_br,
-    scaling,
+    N, R, stride_m, stride_hm, stride_bn, stride_br, stride_ym,
+    M, scaling,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; base and y are row-major with one stride. Programs that share a row block are neighbours."""
+    """One tile of y; base and y are row-major. Programs that share a row block are neighbours."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     offs_m = (pid // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -52,8 +53,8 @@ def compose_kernel(
         )
         acc = dot(h, cast(b, h.dtype, INTERPRETED), acc, PRODUCTS, INTERPRETED)
     mask = mask_m[:, None] & mask_n[None, :]
-    offs = offs_m[:, None] * stride_m + offs_n[None, :]
-    y = tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scaling * acc
+    base = tl.load(base_ptr + offs_m[:, None] * stride_m + offs_n[None, :], mask=mask, other=0.0)
+    y = base.to(tl.float32) + scaling * acc
     if g_ptr is not None:
         g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if divisor_ptr is not None:
@@ -61,7 +62,9 @@ def compose_kernel(
         y *= g[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs, cast(y, y_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(
+        y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], cast(y, y_ptr.dtype.element_ty, INTERPRETED), mask=mask
+    )
 
 
 def compose(
@@ -74,25 +77,37 @@ def compose(
     keep: bool,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """`torch_backend.compose`, but `base` stays as it is if `keep`.
+    """``y = g * (base + s h Bᵀ) + bias``, ``[M, N]`` in base's dtype; y takes base's memory unless `keep`.
 
-    base and h are row-major, as the products before leave them.
+    With a divisor g is the magnitude, still to be divided by it.
+
+    base and h are row-major, with gaps between rows or without.
     """
     y = torch.empty_like(base) if keep else base
     M, N = base.shape
     if M == 0:
         return y
-    R = h.shape[1]
-    products = products_for(h.dtype == torch.float32, base.dtype == torch.float32)
-    config = compose_config(M, R, products)
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
-    with on_device(base):
-        compose_kernel[grid](
-            base, h, lora_B, None if g is None else g.contiguous(), divisor,
-            None if bias is None else bias.contiguous(), y,
-            M, N, R,
-            base.stride(0), h.stride(0), *lora_B.stride(),
-            scaling,
-            PRODUCTS=products, INTERPRETED=INTERPRETED, **config._asdict(),
-        )  # fmt: skip
+    g = None if g is None else g.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    plan = _plan(
+        M <= 16, N, h.shape[1], base.dtype, h.dtype, base.stride()[0], h.stride()[0], lora_B.stride(), y.stride()[0]
+    )
+    grid = (blocks(M, plan.config.BLOCK_M) * blocks(N, plan.config.BLOCK_N),)
+    launch(compose_kernel, plan, grid, (base, h, lora_B, g, divisor, bias, y), (M, float(scaling)))
     return y
+
+
+@functools.lru_cache(PLANS)
+def _plan(
+    few: bool,
+    N: int,
+    R: int,
+    base: torch.dtype,
+    h: torch.dtype,
+    row: int,
+    row_h: int,
+    strides_b: tuple[int, ...],
+    row_y: int,
+) -> Plan:
+    products = products_for(h == torch.float32, base == torch.float32)
+    return Plan((N, R, row, row_h, *strides_b, row_y), (products, INTERPRETED), compose_config(few, R, products))

@@ -16,6 +16,8 @@ from torch import Tensor
 _FULL_GRID = 1024
 
 
+# A configuration ends in two options of the compiler; before them come the tiles, in the order of a kernel's last
+# arguments.
 class NormConfig(NamedTuple):
     BLOCK_N: int
     BLOCK_K: int
@@ -54,11 +56,20 @@ class VectorConfig(NamedTuple):
     num_stages: int
 
 
+class WatchConfig(NamedTuple):
+    """A program reads up to CHUNK elements, a multiple of BLOCK, which are read at once."""
+
+    CHUNK: int
+    BLOCK: int
+    num_warps: int
+    num_stages: int
+
+
 # The fingerprints are one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. By count; not timed.
 _KEPT_BYTES = 1 << 23
 
 # A row's square has lost digits where it is below this fraction of the squared terms it is summed from; a quarter costs
-# at most two bits (`torch_backend.CANCELLATION` is the same; nothing here imports the package).
+# at most two bits (`engine.blocked.CANCELLATION` is the same; nothing here imports the package).
 CANCELLATION = 0.25
 # The most programs that share a tensor's fingerprint.
 _FINGERPRINTS = 256
@@ -81,10 +92,12 @@ def products_for(operands_wide: bool, result_wide: bool) -> int:
     return 6 if result_wide else 3
 
 
-def norm_products(weight: Tensor, lora_A: Tensor, lora_B: Tensor, exact: bool = False) -> int:
-    """`products_for` a tile of ``B A``; `exact`: as if W were float32."""
-    wide = lora_A.dtype == torch.float32 or lora_A.dtype != lora_B.dtype
-    return products_for(wide, exact or weight.dtype == torch.float32 or weight.shape[1] < _FEW_FEATURES)
+def norm_products(
+    weight: torch.dtype, lora_A: torch.dtype, lora_B: torch.dtype, features: int, exact: bool = False
+) -> int:
+    """`products_for` a tile of ``B A``, that many columns wide in all; `exact`: as if W were float32."""
+    wide = lora_A == torch.float32 or lora_A != lora_B
+    return products_for(wide, exact or weight == torch.float32 or features < _FEW_FEATURES)
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -142,13 +155,17 @@ def fingerprint_config() -> VectorConfig:
     return VectorConfig(2048, 8, 1)
 
 
+def watch_config() -> WatchConfig:
+    return WatchConfig(16384, 1024, 4, 2)
+
+
 def fingerprints(elements: int) -> int:
     """How many programs share a tensor's fingerprint."""
-    return min(-(-elements // fingerprint_config().BLOCK), _FINGERPRINTS)
+    return min(blocks(elements, fingerprint_config().BLOCK), _FINGERPRINTS)
 
 
-def compose_config(tokens: int, rank: int, products: int) -> ComposeConfig:
-    few = tokens <= 16
+def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
+    """`few`: there are at most 16 tokens."""
     if products > 1:
         # BLOCK_R 32 spills a few registers with 3 products on sm_80.
         largest = 32 if products == 6 else 16
@@ -159,13 +176,24 @@ def compose_config(tokens: int, rank: int, products: int) -> ComposeConfig:
     return ComposeConfig(64, 128, _rank_block(rank, 64), 8, 1)
 
 
-def scale_reduce_config(tokens: int) -> ScaleReduceConfig:
-    return ScaleReduceConfig(4 if tokens <= 64 else 16, 128, 4, 2)
+def scale_reduce_config(few: bool) -> ScaleReduceConfig:
+    """`few`: there are at most 64 tokens."""
+    return ScaleReduceConfig(4 if few else 16, 128, 4, 2)
 
 
-def splits(blocks: int, steps: int) -> int:
-    """Into how many parts a loop of `steps` is cut, so that `blocks` programs become enough to fill a GPU."""
-    return max(1, min(steps, _FULL_GRID // max(blocks, 1)))
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`. `triton.cdiv` costs the host as much as a small torch operation."""
+    return -(-size // block)
+
+
+def full_grid() -> int:
+    """How many programs fill a GPU."""
+    return _FULL_GRID
+
+
+def splits(programs: int, steps: int, wanted: int) -> int:
+    """Into how many parts a loop of `steps` is cut, so that `programs` become about as many as `wanted`."""
+    return max(1, min(steps, wanted // max(programs, 1)))
 
 
 def _rank_block(rank: int, largest: int) -> int:

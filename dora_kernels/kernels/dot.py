@@ -65,7 +65,7 @@ def _dot(a, b, acc, INTERPRETED: tl.constexpr):
 @triton.jit
 def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in `dtype`, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+    if INTERPRETED and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.2 has no longer chains
         # The interpreter truncates where hardware rounds: round the bits before they are cut.
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)

@@ -8,22 +8,23 @@ Bytes: P and B once, dB once, and 4·N per strip.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import factor_grads_config
+from dora_kernels.kernels.config import blocks, factor_grads_config
 from dora_kernels.kernels.dot import cast
-from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def factor_grads_kernel(
     p_ptr, b_ptr, dot_ptr, g_ptr, divisor_ptr, db_ptr, dm_ptr,
-    N, R, strips,
-    stride_bn, stride_br, stride_dn, stride_dr,
-    scaling,
+    N, R, stride_bn, stride_br, stride_dn, stride_dr,
+    strips, scaling,
     INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows; `db_ptr` may be absent."""
@@ -54,14 +55,13 @@ def factor_grads(
     """``(dB, dm)``; dB in `dtype` and B's strides, None without one."""
     N, R = p.shape
     db = None if dtype is None else torch.empty_like(lora_B, dtype=dtype)
-    dm = torch.empty(N, dtype=torch.float32, device=p.device)
-    config = factor_grads_config()
-    with on_device(p):
-        factor_grads_kernel[(triton.cdiv(N, config.BLOCK_N),)](
-            p, lora_B, dot, g, divisor, db, dm,
-            N, R, dot.shape[0],
-            *lora_B.stride(), *(db.stride() if db is not None else (0, 0)),
-            scaling,
-            INTERPRETED=INTERPRETED, **config._asdict(),
-        )  # fmt: skip
+    dm = p.new_empty(N)
+    plan = _plan(N, R, lora_B.stride(), (0, 0) if db is None else db.stride())
+    tensors = p, lora_B, dot, g, divisor, db, dm
+    launch(factor_grads_kernel, plan, (blocks(N, plan.config.BLOCK_N),), tensors, (dot.shape[0], float(scaling)))
     return db, dm
+
+
+@functools.lru_cache(PLANS)
+def _plan(N: int, R: int, strides: tuple[int, ...], strides_d: tuple[int, ...]) -> Plan:
+    return Plan((N, R, *strides, *strides_d), (INTERPRETED,), factor_grads_config())

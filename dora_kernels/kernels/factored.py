@@ -11,14 +11,16 @@ Bytes: U once, B twice for every chunk of the rank, G once per block of rows (fr
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import CANCELLATION, factored_config
+from dora_kernels.kernels.config import CANCELLATION, blocks, factored_config
 from dora_kernels.kernels.dot import dot, dot_by_pieces
-from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 # A bound, not a measurement: tensor cores may truncate at each step of 16 features, which loses half a unit of 2**-24
 # on average, so 128 steps lose at most 4e-6 of G, and G's part of a norm half of that.
@@ -28,8 +30,7 @@ _GRAM_FEATURES = 2048
 @triton.jit
 def factored_norm_kernel(
     u_ptr, gram_ptr, b_ptr, square_ptr, norm_ptr,
-    N, R,
-    stride_un, stride_gr, stride_bn, stride_br,
+    N, R, stride_un, stride_gr, stride_bn, stride_br,
     scaling,
     PIECES: tl.constexpr, CANCELLATION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -81,16 +82,15 @@ def factored_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     if pieces == 2:
         gram = gram.view(2, R, 2, R).sum((0, 2))
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
-    config = factored_config()
-    with on_device(weight):
-        factored_norm_kernel[(triton.cdiv(N, config.BLOCK_N),)](
-            u, gram, lora_B, weight_square, norm,
-            N, R,
-            u.stride(0), gram.stride(0), *lora_B.stride(),
-            scaling,
-            PIECES=pieces, CANCELLATION=CANCELLATION, INTERPRETED=INTERPRETED, **config._asdict(),
-        )  # fmt: skip
+    plan = _plan(N, R, pieces, u.stride(0), gram.stride(0), lora_B.stride())
+    tensors = u, gram, lora_B, weight_square, norm
+    launch(factored_norm_kernel, plan, (blocks(N, plan.config.BLOCK_N),), tensors, (float(scaling),))
     return norm
+
+
+@functools.lru_cache(PLANS)
+def _plan(N: int, R: int, pieces: int, row_u: int, row_gram: int, strides_b: tuple[int, ...]) -> Plan:
+    return Plan((N, R, row_u, row_gram, *strides_b), (pieces, CANCELLATION, INTERPRETED), factored_config())
 
 
 def _in_two_pieces(lora_A: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,9 @@ Bytes: A and B once, where the norm itself reads W. Kept: the norm, the fingerpr
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import threading
 
 import torch
@@ -18,16 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_kernels.kernels.config import fingerprint_config, fingerprints
-from dora_kernels.kernels.launch import on_device
+from dora_kernels.kernels.fingerprint import bits_of, mixed, terms
+from dora_kernels.kernels.launch import PLANS, Plan, launch
 from dora_kernels.kernels.norm import renew_divisor
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["programs_a", "programs_b", "programs_w", "salt"])
 def fingerprint_kernel(
     a_ptr, b_ptr, w_ptr, seen_ptr, changed_ptr,
     size_a, size_b, size_w, width_a, width_b,
     stride_ar, stride_ak, stride_bn, stride_br, stride_w,
-    programs_a, programs_b, programs_w, salt,
+    salt, programs_a, programs_b, programs_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program's share of A, of B or of W's sample against what it has seen before."""
@@ -40,8 +43,8 @@ def fingerprint_kernel(
         first, second = _fingerprint(
             w_ptr, size_w, size_w, 0, stride_w, pid - programs_a - programs_b, programs_w, BLOCK
         )
-    first ^= _mixed(salt)
-    second ^= _mixed(salt)
+    first ^= mixed(salt)
+    second ^= mixed(salt)
     seen = seen_ptr + 2 * pid
     differs = (tl.load(seen) != first) | (tl.load(seen + 1) != second)
     if differs:
@@ -52,7 +55,7 @@ def fingerprint_kernel(
 
 @triton.jit
 def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, BLOCK: tl.constexpr):
-    """Two sums modulo 2**32 of well mixed bits of elements and positions, over every `shares`-th block of BLOCK."""
+    """Its two sums over every `shares`-th block of BLOCK elements."""
     first = tl.zeros((BLOCK,), tl.int32)
     second = tl.zeros((BLOCK,), tl.int32)
     for start in range(share * BLOCK, size, shares * BLOCK):
@@ -61,23 +64,23 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, B
         row = (offs // width).to(tl.int64)
         column = (offs % width).to(tl.int64)
         x = tl.load(x_ptr + row * stride_row + column * stride_column, mask=mask, other=0.0)
-        if x.dtype == tl.float32:
-            bits = x.to(tl.int32, bitcast=True)
-        else:
-            bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-        bits = _mixed(bits ^ _mixed(offs.to(tl.int32)))
-        first += tl.where(mask, bits, 0)
-        second += tl.where(mask, _mixed(bits ^ 0x5BD1E995), 0)
+        one, other = terms(bits_of(x), offs.to(tl.int32))
+        first += tl.where(mask, one, 0)
+        second += tl.where(mask, other, 0)
     return tl.sum(first, 0).to(tl.int32), tl.sum(second, 0).to(tl.int32)
 
 
-@triton.jit
-def _mixed(x):
-    """A bijection of 32 bits in which every bit of x reaches every bit of the result."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
+@functools.lru_cache(PLANS)
+def _plan(
+    shape_a: tuple[int, int],
+    shape_b: tuple[int, int],
+    size_w: int,
+    strides_a: tuple[int, ...],
+    strides_b: tuple[int, ...],
+    stride_w: tuple[int, ...],
+) -> Plan:
+    sizes = math.prod(shape_a), math.prod(shape_b), size_w, shape_a[1], shape_b[1]
+    return Plan((*sizes, *strides_a, *strides_b, *stride_w), (), fingerprint_config())
 
 
 _salts = itertools.count(1)
@@ -110,14 +113,11 @@ class KeptNorm:
                 self._seen = torch.empty(2 * sum(shares), dtype=torch.int32, device=weight.device)
                 self._salt = next(_salts)
             try:
-                with on_device(weight):
-                    fingerprint_kernel[(sum(shares),)](
-                        lora_A, lora_B, sample, self._seen, self._changed,
-                        lora_A.numel(), lora_B.numel(), sample.numel(), lora_A.shape[1], lora_B.shape[1],
-                        *lora_A.stride(), *lora_B.stride(), sample.stride(0),
-                        *shares, self._salt,
-                        **fingerprint_config()._asdict(),
-                    )  # fmt: skip
+                plan = _plan(
+                    lora_A.shape, lora_B.shape, sample.numel(), lora_A.stride(), lora_B.stride(), sample.stride()
+                )
+                tensors = lora_A, lora_B, sample, self._seen, self._changed
+                launch(fingerprint_kernel, plan, (sum(shares),), tensors, (self._salt, *shares))
                 renew_divisor(self._divisor, weight, lora_A, lora_B, self._scaling, self._changed)
             except BaseException:
                 self._salt = next(_salts)  # what was seen may not be what the kept norm is of

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import merge_config, norm_products
+from dora_kernels.kernels.config import blocks, merge_config, norm_products
 from dora_kernels.kernels.launch import INTERPRETED, on_device
 from dora_kernels.kernels.norm import sweep
 
@@ -66,14 +66,14 @@ def merge(
     seed: int | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """`torch_backend.merge`."""
+    """`engine.blocked.merge`."""
     N, K = weight.shape
     R = lora_A.shape[0]
     merged = torch.empty_like(weight)
-    products = norm_products(weight, lora_A, lora_B, exact=True)
+    products = norm_products(weight.dtype, lora_A.dtype, lora_B.dtype, K, exact=True)
     config = merge_config(R, products, stochastic=seed is not None)
     with on_device(weight):
-        merge_kernel[(triton.cdiv(N, config.BLOCK_N),)](
+        merge_kernel[(blocks(N, config.BLOCK_N),)](
             weight, lora_A, lora_B, None if magnitude is None else magnitude.contiguous(), merged,
             N, K, R,
             *weight.stride(), *lora_A.stride(), *lora_B.stride(), *merged.stride(),

@@ -14,6 +14,9 @@ Bytes: N·K of W, plus A once per block of rows and B once per split, or once pe
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +24,9 @@ from torch import Tensor
 
 from dora_kernels.kernels.config import (
     CANCELLATION,
-    NormConfig,
+    blocks,
     combine_config,
+    full_grid,
     is_factored,
     norm_config,
     norm_products,
@@ -30,7 +34,7 @@ from dora_kernels.kernels.config import (
 )
 from dora_kernels.kernels.dot import cast, dot
 from dora_kernels.kernels.factored import factored_rows
-from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 from dora_kernels.kernels.rounding import draw, round_by_words
 
 
@@ -109,15 +113,14 @@ def _low_rank_terms(b, a):
     return tl.sum(b * b * tl.sum(a * a, 1)[None, :], 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def weight_norm_kernel(
     w_ptr, a_ptr, b_ptr, norm_ptr, changed_ptr,
-    N, K, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    scaling, span, shares,
+    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, span,
+    shares, scaling,
     REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
-    PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
+    PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, HOLD_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows.
 
@@ -166,7 +169,7 @@ def weight_norm_kernel(
     tl.store(norm_ptrs, norm, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def combine_kernel(parts_ptr, norm_ptr, N, parts, BLOCK: tl.constexpr):
     """The norm of `parts` rows of partial norms."""
     offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -190,20 +193,15 @@ def weight_norm(
 
 def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The norm in one read of W."""
-    N, K = weight.shape
-    products = norm_products(weight, lora_A, lora_B)
-    config = norm_config(lora_A.shape[0], products)
-    steps = triton.cdiv(K, config.BLOCK_K)
-    span = triton.cdiv(steps, splits(triton.cdiv(N, config.BLOCK_N), steps)) * config.BLOCK_K
-    count = triton.cdiv(K, span)
-    parts = torch.empty(count, N, dtype=torch.float32, device=weight.device)
-    _launch(weight, lora_A, lora_B, parts, scaling, span, products, config)
-    if count == 1:
-        return parts.squeeze(0)
+    N = weight.shape[0]
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid())
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
-    vector = combine_config()
-    with on_device(weight):
-        combine_kernel[(triton.cdiv(N, vector.BLOCK),)](parts, norm, N, count, **vector._asdict())
+    count = grid[1]
+    parts = norm if count == 1 else torch.empty(count, N, dtype=torch.float32, device=weight.device)
+    launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, parts, None), (0, float(scaling)))
+    if count > 1:
+        vector = _combine_plan(N)
+        launch(combine_kernel, vector, (blocks(N, vector.config.BLOCK),), (parts, norm), (count,))
     return norm
 
 
@@ -220,9 +218,8 @@ def factored_norm(
 
 def repair_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
     """Compute the negative ones among the norms, in place, without the host knowing which."""
-    products = norm_products(weight, lora_A, lora_B, exact=True)
-    config = norm_config(lora_A.shape[0], products)
-    _launch(weight, lora_A, lora_B, norm, scaling, weight.shape[1], products, config, repair=True)
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), repair=True)
+    launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, norm, None), (0, float(scaling)))
 
 
 def renew_divisor(
@@ -232,9 +229,9 @@ def renew_divisor(
 
     In one launch, so with K in one part: it rarely has anything to do.
     """
-    products = norm_products(weight, lora_A, lora_B)
-    config = norm_config(lora_A.shape[0], products)
-    _launch(weight, lora_A, lora_B, divisor, scaling, weight.shape[1], products, config, changed=changed)
+    shares = changed.numel()
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), shares=1 << (shares - 1).bit_length())
+    launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -243,30 +240,39 @@ def row_square(weight: Tensor) -> Tensor:
     return direct_norm(weight, nothing.view(0, weight.shape[1]), nothing.view(weight.shape[0], 0), 0.0).square_()
 
 
-def _launch(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    norm: Tensor,
-    scaling: float,
-    span: int,
-    products: int,
-    config: NormConfig,
-    repair: bool = False,
-    changed: Tensor | None = None,
-) -> None:
-    """One program for every `span` columns, a multiple of BLOCK_K, of BLOCK_N rows."""
-    N, K = weight.shape
-    R = lora_A.shape[0]
-    shares = 0 if changed is None else changed.numel()
-    with on_device(weight):
-        weight_norm_kernel[(triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, span))](
-            weight, lora_A, lora_B, norm, changed,
-            N, K, R,
-            *weight.stride(), *lora_A.stride(), *lora_B.stride(),
-            scaling, span, shares,
-            REPAIR=repair, SHARES=triton.next_power_of_2(shares), CANCELLATION=CANCELLATION,
-            PRODUCTS=products, INTERPRETED=INTERPRETED,
-            HOLD_B=R <= config.BLOCK_R, **config._asdict(),
-        )  # fmt: skip
+def _described(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Any, ...]:
+    """What `_plan` is told of these tensors."""
+    return (
+        *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype, lora_B.dtype,
+        (*weight.stride(), *lora_A.stride(), *lora_B.stride()),
+    )  # fmt: skip
 
+
+@functools.lru_cache(PLANS)
+def _plan(
+    N: int,
+    K: int,
+    R: int,
+    weight: torch.dtype,
+    lora_A: torch.dtype,
+    lora_B: torch.dtype,
+    strides: tuple[int, ...],
+    programs: int = 1,
+    shares: int = 0,
+    repair: bool = False,
+) -> tuple[Plan, tuple[int, int]]:
+    """A plan and its grid: one program for a span of columns, a multiple of BLOCK_K, of BLOCK_N rows.
+
+    K is split where N alone gives fewer than `programs`. `shares`: how many flags a program looks at, at most.
+    """
+    products = norm_products(weight, lora_A, lora_B, K, exact=repair)
+    config = norm_config(R, products)
+    rows, steps = blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
+    span = blocks(steps, splits(rows, steps, programs)) * config.BLOCK_K
+    flags = repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
+    return Plan((N, K, R, *strides, span), flags, config), (rows, blocks(K, span))
+
+
+@functools.lru_cache(PLANS)
+def _combine_plan(N: int) -> Plan:
+    return Plan((N,), (), combine_config())

@@ -11,22 +11,23 @@ Bytes: 2 or 3 times M·F, plus 8·F per strip.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import scale_reduce_config, splits
+from dora_kernels.kernels.config import blocks, full_grid, scale_reduce_config, splits
 from dora_kernels.kernels.dot import cast
-from dora_kernels.kernels.launch import INTERPRETED, on_device
+from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "span"])
 def scale_reduce_kernel(
     grad_ptr, other_ptr, g_ptr, scaled_ptr, dot_ptr, sum_ptr,
-    M, F,
-    stride_gm, stride_om, stride_sm,
-    span,
+    F, stride_gm, stride_om,
+    M, span,
     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Rows ``[strip * span, (strip + 1) * span)`` of BLOCK_F columns; absent results are None pointers."""
@@ -48,7 +49,7 @@ def scale_reduce_kernel(
             total += grad
         if scaled_ptr is not None:
             scaled = cast(grad * g, scaled_ptr.dtype.element_ty, INTERPRETED)
-            tl.store(scaled_ptr + offs_m[:, None] * stride_sm + offs_f[None, :], scaled, mask=mask)
+            tl.store(scaled_ptr + offs_m[:, None] * F + offs_f[None, :], scaled, mask=mask)
     if dot_ptr is not None:
         tl.store(dot_ptr + strip * F + offs_f, tl.sum(dot, 0), mask=mask_f)
     if sum_ptr is not None:
@@ -58,7 +59,11 @@ def scale_reduce_kernel(
 def scale_reduce(
     grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`torch_backend.scale_reduce`. grad and other have adjacent columns; g is contiguous."""
+    """One pass over ``grad [M, F]``: ``(g * grad, Σ_t grad * other, Σ_t grad)``.
+
+    The scaled gradient is in grad's dtype, the sums over tokens are float32 ``[F]``; each is None where not wanted
+    (`other` None: no dot). grad and other have adjacent columns; g is contiguous.
+    """
     scaled, dot, total = scale_partials(grad, other, g, want_scaled, want_sum)
     return scaled, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
 
@@ -68,25 +73,21 @@ def scale_partials(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`scale_reduce`, its two sums still to be taken over strips: ``[strips, features]``."""
     M, F = grad.shape
-    config = scale_reduce_config(M)
-    blocks = triton.cdiv(F, config.BLOCK_F)
-    steps = max(1, triton.cdiv(M, config.BLOCK_M))
-    span = triton.cdiv(steps, splits(blocks, steps)) * config.BLOCK_M
-    strips = max(1, triton.cdiv(M, span))
-    scaled = torch.empty(M, F, dtype=grad.dtype, device=grad.device) if want_scaled else None
-    if other is not None and other.stride(1) != 1:
+    if other is not None and other.stride()[1] != 1:
         other = other.contiguous()
-
-    def partials(wanted: bool) -> Tensor | None:
-        return torch.empty(strips, F, dtype=torch.float32, device=grad.device) if wanted else None
-
-    dot, total = partials(other is not None), partials(want_sum)
-    with on_device(grad):
-        scale_reduce_kernel[(blocks, strips)](
-            grad, other, g, scaled, dot, total,
-            M, F,
-            grad.stride(0), 0 if other is None else other.stride(0), F,
-            span,
-            INTERPRETED=INTERPRETED, **config._asdict(),
-        )  # fmt: skip
+    plan = _plan(M <= 64, F, grad.stride()[0], 0 if other is None else other.stride()[0])
+    config = plan.config
+    columns = blocks(F, config.BLOCK_F)
+    steps = max(1, blocks(M, config.BLOCK_M))
+    span = blocks(steps, splits(columns, steps, full_grid())) * config.BLOCK_M
+    strips = max(1, blocks(M, span))
+    scaled = grad.new_empty(M, F) if want_scaled else None
+    dot = None if other is None else torch.empty(strips, F, dtype=torch.float32, device=grad.device)
+    total = torch.empty(strips, F, dtype=torch.float32, device=grad.device) if want_sum else None
+    launch(scale_reduce_kernel, plan, (columns, strips), (grad, other, g, scaled, dot, total), (M, span))
     return scaled, dot, total
+
+
+@functools.lru_cache(PLANS)
+def _plan(few: bool, F: int, row: int, row_other: int) -> Plan:
+    return Plan((F, row, row_other), (INTERPRETED,), scale_reduce_config(few))

@@ -31,20 +31,22 @@ _OPTIONS = frozenset({
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen `base_layer` and an adapter of its weight: the base class of every layer here.
-
-    A kind of layer says how its tensors are the linear problem of docs/math.md (`_problem`) and what its forward is
-    (`_adapted`); the rest is written once, for the problem.
+    """A frozen `base_layer` and an adapter of its weight: the base class of every adapted layer.
 
     Attributes:
         base_layer: the layer that is adapted, frozen.
-        rank, alpha, use_rslora, scaling: the low-rank product is scaled by ``alpha / rank`` or ``alpha / sqrt(rank)``.
-        dropout: on the input of the low-rank branch.
+        rank: of the factors.
+        alpha: what the scaling is made from.
+        use_rslora: True if alpha is divided by the root of the rank.
+        scaling: factor of the low-rank product, ``alpha / rank`` or ``alpha / sqrt(rank)``.
+        dropout: the dropout module on the input of the low-rank branch.
         backend: as `dora_linear`.
     """
 
     kind: ClassVar[Any]
     """The class of the base layer."""
+    # A kind of layer says how its tensors are the linear problem of docs/math.md (`_problem`) and what its forward is
+    # (`_adapted`); the rest is written once, for the problem.
     base_layer: Any
     dropout: nn.Dropout
     rank: int
@@ -118,7 +120,10 @@ class AdaptedLayer(nn.Module):
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
         """Adapt an existing layer, which becomes the base layer (shared, not copied) and is frozen.
 
-        `options` are the class's own.
+        Args:
+            base: the layer.
+            rank: of the factors, at least 1.
+            **options: keyword arguments of the class.
 
         Raises:
             TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
@@ -136,7 +141,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, without the adapter, as PEFT's layers have it: models ask it for its dtype."""
+        """The base layer's weight, without the adapter, as in PEFT's layers: models ask it for its dtype."""
         weight: Tensor = self.base_layer.weight
         return weight
 
@@ -208,12 +213,13 @@ class AdaptedLayer(nn.Module):
 
     @property
     def strength(self) -> float:
-        """``y = base + strength * (adapted - base)``: 0 is the base layer bit for bit, 1 the adapter as it is.
+        """The factor k of ``y = base + k * (adapted - base)``: 0 is the base layer to the bit, 1 the adapter as it is.
 
-        Merging takes it along; it is no part of the state.
+        A merge applies it. It is not part of the state dict.
 
         Raises:
-            TypeError, ValueError: when set to something that is no finite number, or while the layer is merged.
+            TypeError: it is set to something that is no number.
+            ValueError: it is set to a number that is not finite, or while the layer is merged.
         """
         return self._strength
 
@@ -239,9 +245,11 @@ class AdaptedLayer(nn.Module):
         """Write the adapted weight into the base layer, keeping the original on the CPU for `unmerge`.
 
         Args:
-            rounding, seed: as `merge_dora`.
+            rounding: "nearest" or "stochastic", as in `merge_dora`.
+            seed: of stochastic rounding, in ``[0, 2**63)``.
 
         Raises:
+            TypeError: `seed` is no int.
             ValueError: no weight of the base layer's can hold the adapter (a convolution with groups), or a value of
                 the adapter is not finite.
         """
@@ -281,10 +289,17 @@ class AdaptedLayer(nn.Module):
         """Before anything is computed; what the base layer checks itself needs no check here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the base layer's.
+        """The base layer's forward with the adapter.
+
+        Args:
+            x: as the base layer takes it.
+
+        Returns:
+            As the base layer returns it.
 
         Raises:
-            TypeError, ValueError: x is nothing that the base layer takes.
+            TypeError: x is of a type that the base layer does not take.
+            ValueError: x is of a shape that the base layer does not take.
         """
         self._check_input(x)
         if self.merged or self._strength == 0.0:

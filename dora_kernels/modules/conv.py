@@ -33,16 +33,25 @@ class _DoRAConv(DoRALayer):
     the low-rank branch only.
 
     Args:
-        *base_args, **options: of the `torch.nn` convolution, beside the following.
-        rank: at least 1, and a multiple of the groups.
-        alpha, dropout, use_rslora, backend, adapter_dtype: as `LoRALinear`.
-        magnitude_axis: "out", a magnitude per output channel, the norm over input channels and kernel (PEFT), or "in",
-            per input channel, the norm over output channels and kernel.
-        detach_norm, eps: as `DoRALinear`.
+        *base_args: positional arguments of a new `torch.nn` convolution.
+        rank: of the factors, at least 1, and a multiple of the groups.
         base_layer: an existing convolution to adapt, instead of a new one (`from_base`).
+        **options: the following, and keyword arguments of a new `torch.nn` convolution.
+
+    Keyword Args:
+        alpha (float | None): as `LoRALinear`.
+        dropout (float): as `LoRALinear`.
+        use_rslora (bool): as `LoRALinear`.
+        backend (str): as `dora_linear`.
+        adapter_dtype (torch.dtype | None): as `LoRALinear`.
+        magnitude_axis (str): "out", a magnitude per output channel, the norm over input channels and kernel (PEFT), or
+            "in", per input channel, the norm over output channels and kernel.
+        detach_norm (bool): no gradient through the norm.
+        eps (float): added to the norm.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range.
     """
 
     lora_A: Any

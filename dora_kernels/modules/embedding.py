@@ -26,16 +26,25 @@ class DoRAEmbedding(DoRALayer):
     the gradients are dense, also of a sparse embedding. `dropout` is not used, as in PEFT: indices cannot be dropped.
 
     Args:
-        *base_args, **options: of `nn.Embedding`, beside the following.
-        rank, alpha, use_rslora, backend, adapter_dtype: as `LoRALinear`.
-        magnitude_axis: "out", a magnitude per embedding dimension, the norm over the vocabulary (PEFT), or "in", one
-            per row of the table (MLX).
-        detach_norm, eps: as `DoRALinear`.
+        *base_args: positional arguments of a new `nn.Embedding`.
+        rank: of the factors, at least 1.
         base_layer: an existing embedding to adapt, instead of a new one (`from_base`).
+        **options: the following, and keyword arguments of a new `nn.Embedding`.
+
+    Keyword Args:
+        alpha (float | None): as `LoRALinear`.
+        use_rslora (bool): as `LoRALinear`.
+        backend (str): as `dora_linear`.
+        adapter_dtype (torch.dtype | None): as `LoRALinear`.
+        magnitude_axis (str): "out", a magnitude per embedding dimension, the norm over the vocabulary (PEFT), or "in",
+            one per row of the table (MLX).
+        detach_norm (bool): no gradient through the norm.
+        eps (float): added to the norm.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range; an embedding with `max_norm`, which
-            writes its table in every forward.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, or the embedding has `max_norm`, which writes its table in every
+            forward.
     """
 
     state_names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")

@@ -38,19 +38,27 @@ class LoRALinear(AdaptedLayer):
     code that multiplies by it, as `nn.TransformerEncoderLayer` in evaluation does, leaves out the adapter.
 
     Args:
-        in_features, out_features, bias: of the base layer; one that is given has its own.
-        rank: at least 1.
-        alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`.
-            None: scaling 1.
-        dropout: probability, on the input of the low-rank branch only, in training.
-        backend: as `dora_linear`.
-        device, dtype: of a new base layer.
+        in_features: of a new base layer.
+        out_features: of a new base layer.
+        bias: True if a new base layer has a bias.
+        rank: of the factors, at least 1.
+        device: of a new base layer.
+        dtype: of a new base layer.
         base_layer: an existing `nn.Linear` or GPT-2's `Conv1D` to adapt, instead of a new one (`from_linear`). Of a
             subclass the weight is adapted, and what its forward does beside is left out.
-        adapter_dtype: of the adapter; None takes float32 under a 16-bit base layer, as PEFT does, else `dtype`.
+
+    Keyword Args:
+        alpha (float | None): the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with
+            `use_rslora`. None: scaling 1.
+        dropout (float): probability, on the input of the low-rank branch only, in training.
+        use_rslora (bool): divide alpha by the root of the rank instead of the rank.
+        backend (str): as `dora_linear`.
+        adapter_dtype (torch.dtype | None): of the adapter; None takes float32 for a 16-bit base layer, as PEFT does,
+            else the base layer's dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range; a weight of `base_layer` not finite.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, or a weight of `base_layer` is not finite.
     """
 
     kind = nn.Linear
@@ -89,8 +97,13 @@ class LoRALinear(AdaptedLayer):
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
         """Adapt an `nn.Linear` or GPT-2's `Conv1D`, which becomes the base layer (shared, not copied) and is frozen.
 
-        `options` are the class's own: alpha, dropout, use_rslora, backend, adapter_dtype, and for `DoRALinear`
-        magnitude_axis, detach_norm and eps.
+        Args:
+            base: the layer.
+            rank: of the factors, at least 1.
+            **options: keyword arguments of the class.
+
+        Raises:
+            TypeError: `base` is neither, or a subclass, whose forward is not known.
         """
         if type(base) is not nn.Linear and not is_conv1d(base):
             kind = type(base).__name__
@@ -99,7 +112,13 @@ class LoRALinear(AdaptedLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *, rank: int, **options: Any) -> Self:
-        """`from_base`."""
+        """Adapt a layer, as `from_base` does.
+
+        Args:
+            linear: the layer.
+            rank: of the factors, at least 1.
+            **options: keyword arguments of the class.
+        """
         return cls.from_base(linear, rank=rank, **options)
 
     def _reset_factors(self) -> None:
@@ -167,10 +186,12 @@ class DoRALinear(DoRALayer, LoRALinear):
     Dropout is applied to the low-rank branch only, ``g * (W x + scaling * B A dropout(x)) + bias`` (torchtune's form;
     PEFT's also drops part of the base product).
 
-    Args:
-        magnitude_axis: "out", a magnitude per output feature, or "in", per input feature.
-        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
-        eps: added to the norm.
+    The arguments are those of `LoRALinear` and the following.
+
+    Keyword Args:
+        magnitude_axis (str): "out", a magnitude per output feature, or "in", per input feature.
+        detach_norm (bool): no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        eps (float): added to the norm.
     """
 
     def _adapted(self, x: Tensor) -> Tensor:

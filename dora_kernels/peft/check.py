@@ -17,12 +17,12 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from dora_kernels import files, pairs
-from dora_kernels.expressions import Expression, Steps
-from dora_kernels.patterns import bounded, by_pattern
+from dora_kernels.core.expressions import Expression, Steps
+from dora_kernels.core.patterns import bounded, by_pattern
+from dora_kernels.core.shown import quoted, shown
+from dora_kernels.files import pairs, storage
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
-from dora_kernels.shown import quoted, shown
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -82,14 +82,14 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         ValueError: the file is truncated or no safetensors file, a tensor is missing, of another rank or size, or has
             values that are not finite, or the model's layers are others; the message names the file and the tensor.
     """
-    folder = files.as_path(path)
+    folder = storage.as_path(path)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            hint = files.pickle_hint(folder) if name == _WEIGHTS else ""
+            hint = storage.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config_file = folder / _WEIGHTS, folder / _CONFIG
     tensors, _, config = pairs.read(file, config_file, wanted=_KEY.match)
@@ -118,7 +118,7 @@ def _parts(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor
     """The adapter's tensors by module."""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
-        files.check_tensor(file, key, tensor)
+        storage.check_tensor(file, key, tensor)
         found: Any = _KEY.match(key)
         modules[found["module"].removeprefix("base_model.model.")][found["part"].replace("embedding_", "")] = tensor
     if not modules:

@@ -72,7 +72,7 @@ def undo(rewritten: list[Rewritten]) -> None:
 
 
 def _norm(layer: Any, adapter: str, variant: Any, weights: Weights) -> Tensor:
-    divisor: Tensor = variant.divisor(layer, adapter, weights)("torch")
+    divisor: Tensor = variant.divisor(layer, adapter, weights)
     return divisor.masked_fill(torch.isinf(divisor), 0.0)
 
 

@@ -17,7 +17,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.other import _freeze_adapter
 from torch import nn
 
-from dora_kernels.peft import conv, embedding, linear, quantized, refused
+from dora_kernels.peft import conv, embedding, gptq, linear, quantized
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -44,7 +44,7 @@ _KINDS: dict[Any, Kind] = {
 
 def _kind(stock: type) -> Kind | None:
     kind = _KINDS.get(stock)
-    patched = None if kind is not None else quantized.patched_class(stock) or refused.patched_class(stock)
+    patched = None if kind is not None else quantized.patched_class(stock) or gptq.patched_class(stock)
     if patched is not None:
         kind = _KINDS[stock] = Kind(patched, lambda layer: None)
     return kind
@@ -183,7 +183,7 @@ def restore_layers(model: nn.Module) -> None:
     """
     layer: Any
     for layer in model.modules():
-        if dora_adapters(layer) and isinstance(layer, refused.DoraRefused):
+        if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused):
             continue
         if switch(layer) is not None and layer.merged_adapters:
             layer.unmerge()

@@ -290,7 +290,8 @@ class Plan:
         self.parameters = base._parameters, lora_A._parameters, lora_B._parameters, magnitude._parameters
         self.tensors = tuple(each["weight"] for each in self.parameters)
         self.bias = base._parameters.get("bias")
-        self.seen = tuple(t.data_ptr() for t in self.tensors), tuple(t.shape for t in self.tensors)
+        of_w = self.tensors[0]
+        self.seen = tuple(t.data_ptr() for t in self.tensors), tuple(t.shape for t in self.tensors), of_w.stride()
         self.norm: Any = None
         """Of the last call, found for these tensors."""
         weight = weights.weight
@@ -317,17 +318,20 @@ class Plan:
             and "forward" not in base.__dict__
             and "forward" not in lora_A.__dict__
             and "forward" not in lora_B.__dict__
+            and "forward" not in magnitude.__dict__
             and "forward" not in dropout.__dict__
             and of_base.get("weight") is weight
             and of_base.get("bias") is self.bias
             and of_a.get("weight") is a
             and of_b.get("weight") is b
+            and of_b.get("bias") is None
             and of_m.get("weight") is m
             and own["lora_variant"].get(self.adapter) is self.variant
             and own["scaling"].get(self.adapter) is self.scaling
             and (
                 (weight.data_ptr(), a.data_ptr(), b.data_ptr(), m.data_ptr()),
                 (weight.shape, a.shape, b.shape, m.shape),
+                weight.stride(),
             ) == self.seen
         )  # fmt: skip
 

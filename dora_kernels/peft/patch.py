@@ -22,7 +22,8 @@ if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
-from dora_kernels.peft import refused
+from dora_kernels.engine.model_forward import ask_once
+from dora_kernels.peft import gptq
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -49,8 +50,9 @@ class PatchHandle:
     """
 
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
-        self._models: list[weakref.ref[nn.Module]] = []
-        self._tuners: list[weakref.ref[nn.Module]] = []
+        self._models: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
+        """Each with what takes its hooks off again."""
+        self._tuners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = undo
         self._rewritten: list[Rewritten] = []
 
@@ -78,12 +80,13 @@ class PatchHandle:
         """Give every model back as it was, unmerged. Calling it again does nothing."""
         if self._undo is not None:
             self._undo()
-        for model in self._live_models():
+        for model, without_hooks in list(self._models.items()):
+            without_hooks()
             restore_layers(model)
             forget_grouped_norm(configs_of(model))
         undo(self._rewritten)
         self._rewritten = []
-        for tuner in [reference() for reference in self._tuners]:
+        for tuner in list(self._tuners):
             if type(tuner) is LoraModel:
                 tuner.__class__ = lora.LoraModel
                 forget_grouped_norm(tuner.peft_config)
@@ -92,8 +95,8 @@ class PatchHandle:
         return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
 
     def _add(self, model: nn.Module) -> None:
-        if not any(known is model for known in self._live_models()):
-            self._models.append(weakref.ref(model))
+        if model not in self._models:
+            self._models[model] = ask_once(model)
 
     def _rewrite(self, model: nn.Module) -> None:
         rewritten = rewrite_magnitudes(model)
@@ -104,16 +107,10 @@ class PatchHandle:
         if type(tuner) is lora.LoraModel:
             tuner.__class__ = LoraModel
         if type(tuner) is LoraModel:
-            self._tuners.append(weakref.ref(tuner))
-
-    def _live_models(self) -> Iterator[nn.Module]:
-        for reference in list(self._models):
-            model = reference()
-            if model is not None:
-                yield model
+            self._tuners.add(tuner)
 
     def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        models = list(self._live_models())
+        models = list(self._models)
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
@@ -131,23 +128,24 @@ def patch_peft(
 ) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
-    Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`. It
-    warns of a PEFT that it is not tested with (`TESTED`).
-    It is per model, and safe to call twice: the options are then those of the last call. What cannot be patched stays
-    with PEFT and is listed in `PatchHandle.skipped`.
+    Call it after `get_peft_model` or loading, and before a Trainer, ``accelerator.prepare`` or `torch.compile`. The
+    patch is per model. It is safe to call twice: the options of the last call count. What cannot be patched stays with
+    PEFT and is listed in `PatchHandle.skipped`. A version of PEFT outside `TESTED` is warned about.
 
     Args:
         model: a `PeftModel`, or any module with PEFT adapters injected.
-        dropout: "peft" takes PEFT's formula where dropout is active, which drops in the base product too and so makes
-            it twice; "lora" drops in the low-rank branch alone (torchtune's and axolotl's formula), one base product.
-            Without dropout, and in evaluation, they are the same. Embeddings have no dropout.
-        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing;
-            PEFT's, in the base's dtype, is up to 3.5e-3 off for a bfloat16 base. A magnitude is rewritten only if B is
-            0 and it is bit for bit PEFT's own initialisation; `PatchHandle.rewritten` lists them.
+        dropout: "peft" takes PEFT's formula where dropout is active. It applies dropout to part of the base product too
+            and needs a second base product. "lora" applies dropout to the low-rank branch only, as torchtune and
+            axolotl do, and needs one. Without dropout, and in evaluation, they are the same. Embeddings have no
+            dropout.
+        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing.
+            PEFT computes them in the base dtype, up to 3.5e-3 off in bfloat16. A magnitude is rewritten only if B is 0
+            and it is bit for bit PEFT's own start; `PatchHandle.rewritten` lists them.
         keep_unmerged: let ``merge_adapter`` keep a copy of each unmerged weight on the CPU, so that unmerging is exact.
-        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", that of what they compute. Saved adapters
-            record "exact"; `patch_peft_globally` reads it from their files, elsewhere it has to be given again, since
-            PEFT drops it with a warning. None: what an adapter's configuration says, PEFT's where it says nothing.
+        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", the norm of what they compute. Saved
+            adapters record "exact". `patch_peft_globally` reads it from their files; elsewhere give it again, since
+            PEFT drops it with a warning. None takes what an adapter's configuration says, and PEFT's norm if it says
+            nothing.
 
     Returns:
         A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
@@ -200,14 +198,25 @@ def patch_peft_globally(
 ) -> PatchHandle:
     """Do what `patch_peft` does for every PEFT model made afterwards, for frameworks that build the model themselves.
 
-    All of PEFT's entrances (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the integrations of
-    transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
-    left alone. `PatchHandle.restore` undoes every model that is still alive, and the wrapping. Called twice, the
-    options of the last call are those of the models made from then on, until it is restored.
+    All functions of PEFT that make an adapter (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the
+    integrations of transformers and diffusers) call ``BaseTuner.inject_adapter``, and this wraps it. Models without
+    DoRA layers are left alone. `PatchHandle.restore` restores every model that is still alive and ends the wrapping.
+    Called twice, the options of the last call count for models made from then on, until it is restored.
 
     While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
 
-    Args, Raises: as `patch_peft`.
+    Args:
+        dropout: as `patch_peft`.
+        exact_init: as `patch_peft`.
+        keep_unmerged: as `patch_peft`.
+        grouped_norm: as `patch_peft`.
+
+    Returns:
+        A `PatchHandle` of all models made while it is on.
+
+    Raises:
+        TypeError: `exact_init` or `keep_unmerged` is no bool.
+        ValueError: `dropout` or `grouped_norm` is no such choice.
     """
     options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
     _warn_of_version()
@@ -254,7 +263,7 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([refused.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
 
 

@@ -27,8 +27,8 @@ from dora_kernels.engine.layer import run_compose
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft import dequantize
 from dora_kernels.peft.layer import DoraLayer, NormSource, UnmergedBias
+from dora_kernels.peft.lazy_classes import OnDemand, Recipe
 from dora_kernels.peft.linear import DoraLinearVariant, factors_fit, single_dora_adapter
-from dora_kernels.peft.on_demand import OnDemand, Recipe
 from dora_kernels.peft.state import AdapterCache, active_dropout, hooked, norm_cache, read, switch
 
 

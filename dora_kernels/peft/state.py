@@ -61,6 +61,10 @@ class Switch(dict[str, AdapterCache]):
         self.plan: Any = None
         """Of a linear layer: what its last call found (`linear.Plan`)."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this layer's own tensors alone."""
+        return {**vars(self), "plan": None}
+
 
 def switch(layer: nn.Module) -> Switch | None:
     """The layer's state, None if it is switched off."""

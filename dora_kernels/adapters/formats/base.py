@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 
 Parts = dict[str, str]
 """The keys of one layer's tensors by part: "lora_A", "lora_B", "magnitude" and what a format has besides."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.components import (
     in_files,
     is_component,
@@ -32,11 +32,11 @@ from dora_kernels.adapters.components import (
 from dora_kernels.adapters.formats.base import Parts
 from dora_kernels.adapters.formats.lycoris import Lycoris, model_in
 from dora_kernels.adapters.formats.peft import check_configuration, configured_scaling
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.names import COMPONENTS
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
-from dora_kernels.shown import shown
+from dora_kernels.core.shown import shown
+from dora_kernels.files import storage
 
 HEADER = "lora_adapter_metadata"
 """The entry of the file's header that holds each model's `LoraConfig`."""
@@ -111,7 +111,7 @@ def _where(reading: Reading, component: str) -> str:
 @functools.lru_cache(maxsize=4)
 def _parsed(text: str, problem: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for key, value in files.json_object(text, problem).items():
+    for key, value in storage.json_object(text, problem).items():
         component, _, field = key.partition(".")
         found.setdefault(component, {})[field] = value
     return found

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
 from dora_kernels.adapters.components import (
     in_files,
     is_text_encoder,
@@ -35,10 +36,9 @@ from dora_kernels.adapters.components import (
     prefix_of,
 )
 from dora_kernels.adapters.formats.base import Format, Parts
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, some
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
 
 _EPS = torch.finfo(torch.float32).eps
 

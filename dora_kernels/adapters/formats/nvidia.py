@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-from dora_kernels.adapters.formats.linear import LinearFormat
+from dora_kernels.adapters.formats.linear_only import LinearFormat
 from dora_kernels.adapters.formats.names import targets
 
 

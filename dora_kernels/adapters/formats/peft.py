@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.formats.base import Format, Parts
 from dora_kernels.adapters.formats.names import targets, whole
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Layers, Writing
-from dora_kernels.shown import quoted, shown
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Layers, Writing
+from dora_kernels.core.shown import quoted, shown
 
 _PREFIX = "base_model.model."
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.formats.base import Parts
-from dora_kernels.adapters.formats.linear import LinearFormat
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
+from dora_kernels.adapters.formats.linear_only import LinearFormat
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 
 
 class QDoRA(LinearFormat):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-from dora_kernels.adapters.formats.linear import LinearFormat
+from dora_kernels.adapters.formats.linear_only import LinearFormat
 
 
 class Torchtune(LinearFormat):

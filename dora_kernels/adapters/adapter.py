@@ -23,8 +23,10 @@ class AdapterLayer:
 
     Attributes:
         kind: "linear", "embedding", "conv1d", "conv2d" or "conv3d".
-        lora_A, lora_B: as PEFT stores them. Linear ``[r, in]``, ``[out, r]``; convolution ``[r, in, *kernel]``,
-            ``[out, r / groups, 1, ...]``; embedding ``[r, num_embeddings]``, ``[embedding_dim, r]``.
+        lora_A: as PEFT stores it. Linear ``[r, in]``; convolution ``[r, in, *kernel]``; embedding
+            ``[r, num_embeddings]``.
+        lora_B: as PEFT stores it. Linear ``[out, r]``; convolution ``[out, r / groups, 1, ...]``; embedding
+            ``[embedding_dim, r]``.
         magnitude: ``[out]`` or ``[in]`` by the axis, always one-dimensional; None for plain LoRA.
         scaling: what the low-rank product is multiplied by.
         magnitude_axis: "out" or "in"; of an embedding "out" is the embedding dimension and "in" the vocabulary.
@@ -59,6 +61,7 @@ class AdapterLayer:
 
     @property
     def rank(self) -> int:
+        """Of the factors."""
         return self.lora_A.shape[0]
 
     @property
@@ -82,10 +85,10 @@ class Adapter:
     """An adapter of a whole model, wherever it came from.
 
     Attributes:
-        layers: by the base model's module names ("model.layers.0.self_attn.q_proj").
-        format: of the file that it was read from, or "model".
+        layers: the layers' adapters, by the base model's module names ("model.layers.0.self_attn.q_proj").
+        format: the format of the file that it was read from, or "model".
         notes: what was decided about it and why, a sentence each.
-        config: what the file's configuration said beside that.
+        config: the rest of the file's configuration.
 
     Raises:
         TypeError: a field is of the wrong type.

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dora_kernels.expressions import Expression, Steps
-from dora_kernels.shown import quoted, shown
+from dora_kernels.core.expressions import Expression, Steps
+from dora_kernels.core.shown import quoted, shown
 
 
 def compiled(expression: str, argument: str) -> re.Pattern[str]:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.formats.base import Format, Parts
 from dora_kernels.adapters.formats.names import whole
-from dora_kernels.adapters.layers import Adapter, AdapterLayer
-from dora_kernels.adapters.reading import Reading
-from dora_kernels.adapters.writing import Writing
+from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.writer import Writing
 
 
 class LinearFormat(Format):

@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from dora_kernels.adapt import adapted_layers
 from dora_kernels.core import validation
+from dora_kernels.model.apply import adapted_layers
 
 
 def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
     """Let every adapted layer of `model` compute ``base + strength * (adapted - base)``.
 
-    The layers of this package (`AdaptedLayer`), and the DoRA adapters of PEFT's layers that `patch_peft` has patched.
-    0 is the base model exactly, 1 the adapter as it was trained; between and beyond them the outputs of each layer are
-    interpolated. (PEFT's ``set_scale`` moves the norm too: even at 0 the magnitude remains, as ``m / ||W||``.) Where
-    several adapters are active each is interpolated from what the one before it gave. Merging takes the strength of
-    the moment along. It is no part of the adapter's file; `with_strength` makes an adapter of it that is.
+    This sets the layers of this package (`AdaptedLayer`) and the DoRA adapters of the PEFT layers that `patch_peft` has
+    patched. 0 is the base model exactly, 1 the adapter as it was trained. Other values interpolate and extrapolate the
+    output of each layer. (PEFT's ``set_scale`` changes the norm too: even at 0 the magnitude remains, as
+    ``m / ||W||``.) Where several adapters are active, each is interpolated from the result of the one before it.
+
+    A merge applies the strength. Files do not record it: `with_strength` makes an adapter with the strength in it.
 
     Args:
         model: the model, changed in place.

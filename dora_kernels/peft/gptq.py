@@ -15,7 +15,7 @@ from typing import Any
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from dora_kernels.peft.on_demand import OnDemand, Recipe
+from dora_kernels.peft.lazy_classes import OnDemand, Recipe
 from dora_kernels.peft.quantized import DoraQuantized, DoraQuantizedVariant, forward
 from dora_kernels.peft.state import SWITCH, Switch
 

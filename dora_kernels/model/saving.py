@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from dora_kernels.model.targets import submodule, unwrapped
 from dora_kernels.modules import AdaptedLayer
-from dora_kernels.targets import submodule, unwrapped
 
 _NAME = "save_pretrained"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.shown import name_problem, shown
+from dora_kernels.core.shown import name_problem, shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

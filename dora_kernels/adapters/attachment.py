@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from dora_kernels import modules
-from dora_kernels.adapt import adapted_layers
-from dora_kernels.adapters.bases import base_modules, bases_of, check_fit
-from dora_kernels.adapters.layers import Adapter, AdapterLayer, article, problem_of
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
+from dora_kernels.adapters.base_layers import base_modules, bases_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, own_layers
-from dora_kernels.saving import watch_saving
-from dora_kernels.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
-from dora_kernels.weight_readers import WeightReaders
+from dora_kernels.model.apply import adapted_layers
+from dora_kernels.model.saving import watch_saving
+from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
+from dora_kernels.model.weight_readers import WeightReaders
 
 Models = nn.Module | Mapping[str, nn.Module]
 """A model, or several of a pipeline's by its names for them: ``{"unet": ..., "text_encoder": ...}``."""
@@ -46,8 +46,11 @@ def extract(model: Models) -> Adapter:
     """The adapter of a model with adapted layers (`DoRALinear` and its like), copied.
 
     Args:
-        model: or several of a pipeline's models by its names for them, each of which may have adapted layers: the names
-            of the adapter's layers start with these names then.
+        model: a model, or several of a pipeline's models by its names for them, each of which may have adapted layers.
+            The names of the adapter's layers start with these names then.
+
+    Returns:
+        The adapter, of copies.
 
     Raises:
         TypeError: `model` is no module.
@@ -83,11 +86,13 @@ def extract(model: Models) -> Adapter:
 def attach(model: Models, adapter: Adapter) -> list[str]:
     """Give a model an adapter, in place: layers named by it are adapted, or take its values if they are already.
 
-    Several of a pipeline's models, by its names for them, take an adapter of all of them.
-
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
     adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers
     that the adapter does not name stay as they are.
+
+    Args:
+        model: changed in place; or several of a pipeline's models by its names for them, for an adapter of all of them.
+        adapter: from `read_adapter`, `extract` or `combine_adapters`.
 
     Returns:
         The names of the layers.

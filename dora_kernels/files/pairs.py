@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files
-from dora_kernels.replacing import leftovers
+from dora_kernels.files import storage
+from dora_kernels.files.replacing import leftovers
 
 _KEY = "dora_kernels.configuration"
 
@@ -47,15 +47,15 @@ def read(
     Args:
         weights, config_file: the two files.
         scaled: the caller knows the scaling: what the configuration says about it does not matter.
-        wanted: as `files.read_tensors`.
+        wanted: as `storage.read_tensors`.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: as `files.read_all` and `files.read_json`; or the two were not saved
+        FileNotFoundError, OSError, ValueError: as `storage.read_all` and `storage.read_json`; or the two were not saved
             together.
     """
     for time_left in reversed(range(_TIMES)):
-        config = files.read_json(config_file, "adapter configuration") if config_file is not None else {}
-        tensors, metadata = files.read_all(weights, wanted)
+        config = storage.read_json(config_file, "adapter configuration") if config_file is not None else {}
+        tensors, metadata = storage.read_all(weights, wanted)
         different = [] if config_file is None else _different(metadata, config, scaled)
         if not different:
             break

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files
-from dora_kernels.adapters.bases import Base, axis_by_norms
-from dora_kernels.adapters.layers import UNDECIDED, AdapterLayer, problem_of, some
-from dora_kernels.expressions import Steps
-from dora_kernels.patterns import ByName, by_pattern
-from dora_kernels.shown import quoted
+from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, problem_of, some
+from dora_kernels.adapters.base_layers import Base, axis_by_norms
+from dora_kernels.core.expressions import Steps
+from dora_kernels.core.patterns import ByName, by_pattern
+from dora_kernels.core.shown import quoted
+from dora_kernels.files import storage
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Reading:
             raise self.error(f"{label}: {problem}")
 
     def check_tensor(self, key: str) -> Tensor:
-        files.check_tensor(self.file, key, self.tensors[key])
+        storage.check_tensor(self.file, key, self.tensors[key])
         return self.tensors[key]
 
 

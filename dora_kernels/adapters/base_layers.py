@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.layers import AdapterLayer, article
+from dora_kernels.adapters.adapter import AdapterLayer, article
 from dora_kernels.adapters.names import proposal
+from dora_kernels.model.targets import named_modules
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.linear import is_conv1d
-from dora_kernels.targets import named_modules
 
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 """Their classes, by `AdapterLayer.kind`."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.adapters.layers import AdapterLayer, problem_of
+from dora_kernels.adapters.adapter import AdapterLayer, problem_of
 from dora_kernels.modules.conv import KEPT
 
 SMALL_EPS = 1e-6

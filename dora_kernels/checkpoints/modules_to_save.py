@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dora_kernels import files
 from dora_kernels.adapters import Adapter
 from dora_kernels.adapters.load import Contents
-from dora_kernels.checkpoints import Checkpoint, is_embedding, tied
-from dora_kernels.shown import quoted
+from dora_kernels.checkpoints.checkpoint import Checkpoint, is_embedding, tied
+from dora_kernels.core.shown import quoted
+from dora_kernels.files import storage
 
 _ROWS = ".trainable_tokens_delta"
 
@@ -64,9 +64,9 @@ def trained_beside(
             an embedding that is tied to the output layer; or nothing says which tokens the rows are of.
     """
     others, trained = set(found.others), Trained()
-    for key, tensor in files.read_tensors(found.file, others.__contains__).items():
+    for key, tensor in storage.read_tensors(found.file, others.__contains__).items():
         if tensor.is_floating_point():
-            files.check_tensor(found.file, key, tensor)
+            storage.check_tensor(found.file, key, tensor)
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         try:
             if name.endswith(_ROWS):

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from dora_kernels.core import validation
+from dora_kernels.core.patterns import compiled
+from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.modules import (
     AdaptedLayer,
     DoRAConv1d,
@@ -21,8 +23,6 @@ from dora_kernels.modules import (
 )
 from dora_kernels.modules.conv import CONFINED
 from dora_kernels.modules.linear import is_conv1d
-from dora_kernels.patterns import compiled
-from dora_kernels.weight_readers import WeightReaders
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels import files
 from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_adapter
-from dora_kernels.adapters.bases import CONVOLUTIONS
+from dora_kernels.adapters.base_layers import CONVOLUTIONS
 from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
 from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.core.shown import name_problem, quoted
+from dora_kernels.files import storage
 from dora_kernels.modules import AdaptedLayer, DoRALayer
-from dora_kernels.shown import name_problem, quoted
 
 # transformers' and diffusers' files; of several shards there is an index.
 _FILES, _INDEX, CONFIG = ("model", "diffusion_pytorch_model"), ".index.json", "config.json"
@@ -55,12 +55,12 @@ class Checkpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = files.as_path(folder)
+        self.folder = storage.as_path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder")
         self.shards, self.index = self._find()
         config = self.folder / CONFIG
-        self.config = files.read_json(config, "model's configuration") if config.is_file() else {}
+        self.config = storage.read_json(config, "model's configuration") if config.is_file() else {}
         self._places = {key: file for file, keys in self.shards.items() for key in keys}
         self._open: dict[str, dict[str, Tensor]] = {}
 
@@ -68,13 +68,13 @@ class Checkpoint(Mapping[str, Tensor]):
         names = [f"{name}.safetensors" for name in _FILES]
         for name in names:
             if (self.folder / name).is_file():
-                return {name: list(files.read_tensors(self.folder / name))}, None
+                return {name: list(storage.read_tensors(self.folder / name))}, None
         indices = (self.folder / f"{name}{_INDEX}" for name in names)
         index = next((each for each in indices if each.is_file()), None)
         if index is None:
-            hint = files.pickle_hint(self.folder)
+            hint = storage.pickle_hint(self.folder)
             raise FileNotFoundError(f"{self.folder}: neither {' nor '.join(names)}, nor their {_INDEX}, in it{hint}")
-        places = files.read_json(index, "index of shards").get("weight_map")
+        places = storage.read_json(index, "index of shards").get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{index}: no weight_map")
         shards: dict[str, list[str]] = {}
@@ -85,7 +85,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise ValueError(f"{index}: {key}: expected the name of a file beside it, got {quoted(file)}")
             shards.setdefault(file, []).append(key)
         for file, keys in shards.items():
-            missing = set(keys) - files.read_tensors(self.folder / file).keys()
+            missing = set(keys) - storage.read_tensors(self.folder / file).keys()
             if missing:
                 raise ValueError(f"{self.folder / file}: {min(missing)} is not in it, as the index says")
         return shards, index
@@ -93,7 +93,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         file = self._places[key]
         if file not in self._open:
-            self._open[file] = files.read_tensors(self.folder / file)
+            self._open[file] = storage.read_tensors(self.folder / file)
         return self._open[file][key]
 
     def __iter__(self) -> Iterator[str]:
@@ -248,7 +248,7 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
     for name, layer in adapter.layers.items():
         g = None
         if layer.magnitude is not None:
-            files.check_tensor(checkpoint.folder, keys[f"{name}.weight"], checkpoint[keys[f"{name}.weight"]])
+            storage.check_tensor(checkpoint.folder, keys[f"{name}.weight"], checkpoint[keys[f"{name}.weight"]])
             adapted = attached(checkpoint[keys[f"{name}.weight"]], layer, name in transposed)
             assert isinstance(adapted, DoRALayer)
             g = magnitude_scale(adapted.magnitude.detach().flatten(), adapted._weight_norm() + layer.eps)

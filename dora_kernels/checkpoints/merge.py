@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels import files
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
-from dora_kernels.checkpoints import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.checkpoints.checkpoint import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.checkpoints.modules_to_save import Trained, trained_beside
 from dora_kernels.core import validation
-from dora_kernels.replacing import leftovers, replacing_folder
+from dora_kernels.core.shown import shown
+from dora_kernels.files import storage
+from dora_kernels.files.replacing import leftovers, replacing_folder
 from dora_kernels.rounding import seed_for
-from dora_kernels.shown import shown
-from dora_kernels.trained import Trained, trained_beside
 
 # Files of weights beside the safetensors: they would stay unmerged.
-_WEIGHTS = (*files.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+_WEIGHTS = (*storage.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
 # Suffixes and names of the files of a model's folder, which may be replaced.
 _USUAL = (".safetensors", ".json", ".model", ".jinja", "merges.txt", "vocab.txt", "README.md", ".gitattributes")
@@ -66,9 +66,9 @@ def merge_checkpoint(
         OSError: a file cannot be read or written. `out` is as it was; should that fail, too, the message says where it
             lies.
     """
-    target = files.as_path(out)
+    target = storage.as_path(out)
     validation.check_rounding(rounding, seed)
-    _check_target(target, checkpoint.folder, files.as_path(path), force)
+    _check_target(target, checkpoint.folder, storage.as_path(path), force)
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
     adapter, keys = read_for(checkpoint, path, **options)
@@ -77,7 +77,7 @@ def merge_checkpoint(
     wanted = {}
     for name in adapter.layers:
         key = keys[f"{name}.weight"]
-        files.check_tensor(checkpoint.folder, key, checkpoint[key])
+        storage.check_tensor(checkpoint.folder, key, checkpoint[key])
         if adapter.layers[name].kind == "embedding" and tied(checkpoint, key):
             raise ValueError(
                 f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both; "
@@ -104,7 +104,7 @@ def merge_checkpoint(
             if not added and not {*wanted, *beside} & set(own):
                 _copy(checkpoint.folder / shard, folder / shard)
                 continue
-            tensors = files.read_tensors(checkpoint.folder / shard)
+            tensors = storage.read_tensors(checkpoint.folder / shard)
             beside.put(tensors)
             for key in (key for key in own if key in wanted):
                 name = wanted[key]
@@ -114,7 +114,7 @@ def merge_checkpoint(
                     raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
                 advance(name, len(wanted))
             _create(checkpoint.folder / shard, folder / shard)
-            files.save_tensors(folder / shard, {**tensors, **added})
+            storage.save_tensors(folder / shard, {**tensors, **added})
         for shard in checkpoint.shards:
             adapter.notes += _leading_out(checkpoint.folder / shard, checkpoint.folder)
         adapter.notes += _copy_others(checkpoint, folder)
@@ -124,12 +124,12 @@ def merge_checkpoint(
 
 
 def _add_to_index(index: Path, shard: str, added: Mapping[str, Tensor]) -> None:
-    content = files.read_json(index, "index of shards")
+    content = storage.read_json(index, "index of shards")
     content["weight_map"].update(dict.fromkeys(added, shard))
     metadata = content.get("metadata")
     if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
         metadata["total_size"] += sum(tensor.nbytes for tensor in added.values())
-    files.save_json(index, content)
+    storage.save_json(index, content)
 
 
 def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:

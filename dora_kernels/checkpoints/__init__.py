@@ -1,0 +1,1 @@
+"""A model's folder without the model: its tensors by key, an adapter merged into them, shard by shard."""

@@ -1,0 +1,108 @@
+"""One question for a whole model: in evaluation on a GPU, at the start of its forward, whether its norms still hold.
+
+Without it each layer asks the device itself: two launches for each layer and token (`kernels.KeptNorm`). Here it is one
+launch and one read by the host for all (`kernels.Watch`); the layers take the answers until the forward ends. A write
+in the middle of a model's forward counts from the next one. A CUDA graph's capture cannot wait: there layers ask.
+
+On a CPU layers ask for themselves: A and B are compared right before their products read them, from the cache then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.engine.dispatch import kernels, norm_backend
+from dora_kernels.engine.fingerprints import sample
+from dora_kernels.engine.model_norms import KeptNorm
+from dora_kernels.engine.norm_cache import Norm, NormCache, answers, compute_norm, device_answers
+
+
+class AskOnce:
+    """The hooks of a model's modules that all its adapted layers lie in: the outermost that is called asks."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = layers
+        self._watch: Any = None
+        self._keys: list[tuple[Any, ...]] = []
+        self._norms: list[Norm] = []
+        self._in_order = threading.Lock()
+
+    def __reduce__(self) -> tuple[Callable[..., AskOnce], tuple[Any, ...]]:
+        return type(self), (self._layers,)  # copies and pickles start anew
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Ask, if no module around this one has."""
+        if not torch.compiler.is_compiling() and not module.training and answers.norms is None:
+            norms = self._ask()
+            if norms:
+                answers.asking, answers.norms = module, norms
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The answers are of this forward alone."""
+        if not torch.compiler.is_compiling() and answers.asking is module:
+            answers.asking = answers.norms = None
+
+    @torch.no_grad()
+    def _ask(self) -> dict[NormCache, Norm]:
+        kept = [each for layer in self._layers for each in layer.kept_norms() if _is_asked(each)]
+        if not kept:
+            return {}
+        groups = [_watched(each) for each in kept]
+        stream = torch.cuda.current_stream().cuda_stream if kept[0].weights.weight.is_cuda else 0
+        keys = [(id(each.cache), each.weights.weight._version, each.form, stream) for each in kept]
+        with self._in_order, torch.inference_mode(False):
+            if self._watch is None or not self._watch.holds(groups):
+                self._watch, self._keys = kernels().Watch(groups), []
+            changed = set(self._watch.changed())
+            if len(keys) != len(self._keys):
+                changed, self._norms = set(range(len(keys))), [Norm(keys_of.weights.magnitude) for keys_of in kept]
+            changed |= {i for i, (now, then) in enumerate(zip(keys, self._keys)) if now != then}
+            norms = list(self._norms)  # another thread has those that it was given
+            for i in changed:
+                weights, form = kept[i].weights, kept[i].form
+                norms[i] = compute_norm(weights, form, "triton")
+                norms[i].tensors = weights[:3]
+            self._keys, self._norms = keys, norms
+        return {each.cache: norm for each, norm in zip(kept, norms)}
+
+
+def _is_asked(kept: KeptNorm) -> bool:
+    """True if the device can answer for it."""
+    weight = kept.weights.weight
+    if kept.compute is not None or kept.cache.frozen is not None or any(t.is_inference() for t in kept.weights[:3]):
+        return False
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return device_answers(weight, norm_backend(kept.backend, weight))
+
+
+def _watched(kept: KeptNorm) -> tuple[Tensor, ...]:
+    weight, lora_A, lora_B, _, _ = kept.weights
+    return lora_A.detach(), lora_B.detach(), sample(weight.detach())
+
+
+def ask_once(model: nn.Module) -> Callable[[], None]:
+    """Let `model` ask once in each of its forwards; what undoes that. The layers are those with `kept_norms`."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(type(layer), "kept_norms")}
+    around = [
+        module
+        for name, module in model.named_modules()
+        if name not in layers and all(not name or one.startswith(f"{name}.") for one in layers)
+    ]
+    hooks = AskOnce(list(layers.values()))
+    handles = []
+    for module in around if layers else ():
+        if not any(isinstance(getattr(hook, "__self__", None), AskOnce) for hook in module._forward_hooks.values()):
+            handles.append(module.register_forward_pre_hook(hooks.before))
+            handles.append(module.register_forward_hook(hooks.after, always_call=True))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo

@@ -1,0 +1,379 @@
+"""Small calls of every launcher of the kernels, each with a float64 reference, wherever kernels run.
+
+The interpreter and a GPU run them in test_kernel_cases.py; a tool that emulates compiled kernels can run them too. Only
+torch and the package are imported, and a call may be made several times: it gives the same every time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+BF, HF, F32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF: "bf16", HF: "fp16", F32: "fp32"}
+# A base layer's dtype and its adapter's.
+PAIRS = ((BF, BF), (HF, HF), (BF, F32), (HF, F32), (F32, F32), (F32, BF))
+SCALING = 0.5
+
+Results = tuple[Tensor | None, ...]
+Case = tuple[str, str, Callable[[], Results], Results]
+
+
+def cases(device: str = "cpu", kernel: str | None = None) -> Iterator[Case]:
+    """``(name, dtypes, call, reference)``: `call()` launches and gives tensors, or None for what is not asked for.
+
+    Those of one kernel's launchers, if it is named.
+    """
+    for one in KERNELS if kernel is None else (kernel,):
+        yield from KERNELS[one](_Make(device))
+
+
+class _Make:
+    """Random tensors of any layout."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype = F32, layout: str = "") -> Tensor:
+        """`layout`: "rows" leaves gaps between rows, "offset" starts at an odd element, "t" is stored transposed."""
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
+        if layout == "rows":
+            memory = torch.zeros(*shape[:-1], shape[-1] + 3, dtype=dtype, device=self.device)
+            return memory[..., : shape[-1]].copy_(values)
+        if layout == "offset":
+            memory = torch.zeros(values.numel() + 1, dtype=dtype, device=self.device)
+            return memory[1:].view(shape).copy_(values)
+        if layout == "t":
+            return torch.zeros(shape[::-1], dtype=dtype, device=self.device).t().copy_(values)
+        return values.to(self.device)
+
+    def positive(self, *shape: int) -> Tensor:
+        return self(*shape).abs_() + 0.5
+
+
+def _words(*said: object) -> str:
+    return " ".join(str(word) for word in said if word not in ("", None))
+
+
+def _labels(*dtypes: torch.dtype) -> str:
+    return "+".join(dict.fromkeys(SHORT[dtype] for dtype in dtypes))
+
+
+# --- scale_reduce ----------------------------------------------------------------------------------------------------
+
+
+def _scale_reduces(make: _Make) -> Iterator[Case]:
+    for dtype in (BF, HF, F32):
+        yield _scale_reduce(make, dtype, dtype, 64, 128)
+        yield _scale_reduce(make, dtype, dtype, 100, 131)
+    yield _scale_reduce(make, BF, F32, 37, 100)
+    yield _scale_reduce(make, BF, BF, 1, 128)
+    yield _scale_reduce(make, BF, BF, 70, 60, layout="rows")
+    yield _scale_reduce(make, BF, BF, 70, 64, layout="offset")
+    yield _scale_reduce(make, F32, F32, 70, 64, layout="t")  # of the partner, which is copied
+    for wanted in itertools.product((True, False), repeat=3):
+        if any(wanted) and not all(wanted):
+            yield _scale_reduce(make, BF, BF, 20, 128, *wanted)
+
+
+def _scale_reduce(
+    make: _Make,
+    dtype: torch.dtype,
+    other_dtype: torch.dtype,
+    M: int,
+    F: int,
+    scaled: bool = True,
+    dot: bool = True,
+    total: bool = True,
+    layout: str = "",
+) -> Case:
+    from dora_kernels import kernels
+
+    grad, other = make(M, F, dtype=dtype, layout=layout.strip("t")), make(M, F, dtype=other_dtype, layout=layout)
+    g = make(F)
+
+    def call() -> Results:
+        return kernels.scale_reduce(grad, other if dot else None, g if scaled else None, scaled, total)
+
+    wide = grad.double()
+    reference = g.double() * wide if scaled else None, (wide * other.double()).sum(0) if dot else None
+    absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there]
+    name = _words("scale_reduce", f"{M}x{F}", layout, *absent)
+    return name, _labels(dtype, other_dtype), call, (*reference, wide.sum(0) if total else None)
+
+
+# --- compose ---------------------------------------------------------------------------------------------------------
+
+
+def _composes(make: _Make) -> Iterator[Case]:
+    for base, adapter in PAIRS:
+        for h in dict.fromkeys((base, F32 if base == F32 else adapter)):
+            yield _compose(make, base, h, adapter, 64, 128, 16)
+            yield _compose(make, base, h, adapter, 7, 67, 19, divisor=True)
+    for M, N, R in ((1, 128, 64), (16, 64, 16), (17, 100, 150), (77, 131, 5), (130, 128, 64)):
+        yield _compose(make, BF, BF, BF, M, N, R)
+    for gain, bias, keep in ((False, False, True), (False, True, True), (True, False, False), (True, True, False)):
+        yield _compose(make, BF, BF, BF, 20, 100, 8, gain=gain, bias=bias, keep=keep)
+    for layout in ("rows", "offset", "t"):
+        yield _compose(make, BF, BF, BF, 20, 64, 16, layout=layout)
+    yield _compose(make, F32, F32, F32, 20, 64, 64, layout="offset")
+
+
+def _compose(
+    make: _Make,
+    base_dtype: torch.dtype,
+    h_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    M: int,
+    N: int,
+    R: int,
+    gain: bool = True,
+    bias: bool = True,
+    divisor: bool = False,
+    keep: bool = True,
+    layout: str = "",
+) -> Case:
+    """`layout`: of base and h, which stay row-major, and of B."""
+    from dora_kernels import kernels
+
+    base = make(M, N, dtype=base_dtype, layout=layout.strip("t"))
+    h, B = make(M, R, dtype=h_dtype, layout=layout.strip("t")), make(N, R, dtype=b_dtype, layout=layout)
+    g = make.positive(N) if gain else None
+    n = make.positive(N) if divisor else None
+    c = make(N, dtype=base_dtype) if bias else None
+
+    def call() -> Results:
+        given = base if keep else base.clone()
+        y = kernels.compose(given, h, B, g, c, SCALING, keep, n)
+        assert (y.data_ptr() == given.data_ptr()) != keep
+        return (y,)
+
+    reference = base.double() + SCALING * h.double() @ B.to(h_dtype).double().t()
+    if g is not None:
+        reference = reference * (g.double() if n is None else g.double() / n.double())
+    if c is not None:
+        reference = reference + c.double()
+    said = "" if gain else "no g", "" if bias else "no bias", "div" if divisor else "", "" if keep else "inplace"
+    name = _words("compose", f"{M}x{N}", f"r{R}", *said, "wide h" if h_dtype != base_dtype else "", layout)
+    return name, _labels(base_dtype, h_dtype, b_dtype), call, (reference,)
+
+
+# --- weight_norm, merge, KeptNorm ------------------------------------------------------------------------------------
+
+# A weight, and where it and its factors lie: "conv1d" is a weight stored transposed, "in" the transposed problem.
+_WAYS = ("", "conv1d", "in", "conv1d in", "rows", "offset")
+
+
+def _problem(
+    make: _Make,
+    w_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    N: int,
+    K: int,
+    R: int,
+    way: str = "",
+    cancels: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W, A and B; `cancels`: half of the rows are nearly ``-s B A``."""
+    layout = way if way in ("rows", "offset") else ""
+    W = make(N, K, dtype=w_dtype, layout="t" if "conv1d" in way else layout)
+    A, B = make(R, K, dtype=a_dtype, layout=layout), make(N, R, dtype=a_dtype, layout=layout)
+    if cancels:
+        W[: N // 2] = (-SCALING * (B.double() @ A.double()))[: N // 2].to(w_dtype)
+    return (W.t(), B.t(), A.t()) if "in" in way else (W, A, B)
+
+
+def _sum(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return W.double() + SCALING * B.double() @ A.double()
+
+
+def _norms(make: _Make) -> Iterator[Case]:
+    for w_dtype, a_dtype in PAIRS:
+        yield _norm(make, w_dtype, a_dtype, 64, 128, 16)
+        yield _norm(make, w_dtype, a_dtype, 70, 131, 5)
+    for way in _WAYS[1:]:
+        yield _norm(make, BF, BF, 70, 130, 16, way=way)
+    yield _norm(make, BF, F32, 70, 130, 40, way="offset")
+    yield _norm(make, BF, F32, 64, 128, 16, cancels=True)  # a second sweep
+    yield _norm(make, BF, BF, 128, 384, 16)  # K split, combined
+    yield _norm(make, BF, BF, 64, 128, 200, direct=True)  # the rank in chunks
+    yield _norm(make, F32, F32, 66, 70, 33)
+    yield _norm(make, BF, BF, 20, 7, 3)  # few features
+    for a_dtype in (BF, F32):
+        yield _norm(make, BF, a_dtype, 70, 130, 144, direct=False)
+        yield _norm(make, BF, a_dtype, 40, 130, 144, direct=False, cancels=True)  # rows computed directly
+
+
+def _norm(
+    make: _Make,
+    w_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    N: int,
+    K: int,
+    R: int,
+    way: str = "",
+    cancels: bool = False,
+    direct: bool | None = None,
+) -> Case:
+    from dora_kernels.kernels import norm
+
+    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way, cancels)
+    form = {None: norm.weight_norm, True: norm.direct_norm, False: norm.factored_norm}[direct]
+    said = {None: "", True: "direct", False: "factored"}[direct]
+    name = _words("weight_norm", f"{N}x{K}", f"r{R}", way, "cancels" if cancels else "", said)
+    return name, _labels(w_dtype, a_dtype), lambda: (form(W, A, B, SCALING),), (_sum(W, A, B).norm(dim=1),)
+
+
+def _merges(make: _Make) -> Iterator[Case]:
+    for w_dtype, a_dtype in PAIRS:
+        yield _merge(make, w_dtype, a_dtype, 64, 128, 16)
+    for way in _WAYS[1:]:
+        yield _merge(make, BF, F32, 70, 61, 5, way=way)
+    yield _merge(make, BF, BF, 66, 70, 70)
+    yield _merge(make, BF, BF, 66, 70, 7, magnitude=False)
+    yield _merge(make, BF, BF, 64, 128, 16, seed=1 << 40)
+    yield _merge(make, HF, HF, 66, 70, 7, seed=12345, way="in")
+
+
+def _merge(
+    make: _Make,
+    w_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    N: int,
+    K: int,
+    R: int,
+    way: str = "",
+    magnitude: bool = True,
+    seed: int | None = None,
+) -> Case:
+    from dora_kernels import kernels
+
+    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way)
+    W[1], B[1] = 0, 0  # stays a row of zeros
+    m = make(W.shape[0]) if magnitude else None
+    V = _sum(W, A, B)
+    norm = V.norm(dim=1)
+    reference = V if m is None else torch.where(norm == 0, 0, m.double() / norm.clamp_min(1e-300))[:, None] * V
+    said = way, "" if magnitude else "no m", "" if seed is None else "stochastic"
+    name = _words("merge", f"{N}x{K}", f"r{R}", *said)
+    return (
+        name,
+        _labels(w_dtype, a_dtype),
+        lambda: (kernels.merge(W, A, B, m, SCALING, seed, "in" in way),),
+        (reference,),
+    )
+
+
+def _kept_norms(make: _Make) -> Iterator[Case]:
+    yield _kept_norm(make, BF, BF, 64, 128, 16)
+    yield _kept_norm(make, BF, F32, 70, 100, 5, way="conv1d in")
+    yield _kept_norm(make, F32, F32, 70, 100, 5)
+    yield _kept_norm(make, HF, HF, 40, 100, 7, way="offset")
+    yield _kept_norm(make, BF, BF, 40, 300, 140)
+
+
+def _kept_norm(make: _Make, w_dtype: torch.dtype, a_dtype: torch.dtype, N: int, K: int, R: int, way: str = "") -> Case:
+    from dora_kernels import kernels
+    from dora_kernels.content import sample
+
+    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way)
+    first = A.clone(), _sum(W, A, B).norm(dim=1)
+    A[-1, -1] += 1
+    second = A.clone(), _sum(W, A, B).norm(dim=1)
+    untouched = torch.full_like(second[1], 7.0)
+
+    def call() -> Results:
+        kept = kernels.KeptNorm(W.shape[0], SCALING, W.device)
+
+        def ask() -> Tensor:
+            return kept.divisor(W, sample(W), A, B).clone()
+
+        A.copy_(first[0])
+        computed = ask()
+        kept._divisor.fill_(7.0)
+        unchanged = ask()
+        A.copy_(second[0])
+        return computed, unchanged, ask()
+
+    name = _words("kept_norm", f"{N}x{K}", f"r{R}", way)
+    return name, _labels(w_dtype, a_dtype), call, (first[1], untouched, second[1])
+
+
+# --- factor_grads ----------------------------------------------------------------------------------------------------
+
+
+def _factor_grads(make: _Make) -> Iterator[Case]:
+    for b_dtype, dtype in ((BF, BF), (HF, HF), (F32, F32), (BF, F32)):
+        yield _factor_grad(make, b_dtype, dtype, 128, 16, 3)
+    yield _factor_grad(make, F32, F32, 35, 70, 1)
+    yield _factor_grad(make, BF, None, 35, 5, 2)
+    yield _factor_grad(make, BF, BF, 35, 5, 33)
+    for layout in ("rows", "offset", "t"):
+        yield _factor_grad(make, BF, BF, 40, 16, 2, layout=layout)
+
+
+def _factor_grad(
+    make: _Make, b_dtype: torch.dtype, dtype: torch.dtype | None, N: int, R: int, strips: int, layout: str = ""
+) -> Case:
+    from dora_kernels import kernels
+
+    P, B, dot = make(N, R), make(N, R, dtype=b_dtype, layout=layout), make(strips, N)
+    g, n = make(N), make.positive(N)
+    n[3] = torch.inf  # a row of zeros
+    db = None if dtype is None else SCALING * g.double()[:, None] * P.double()
+    dm = (dot.double().sum(0) + SCALING * (B.double() * P.double()).sum(1)) / n.double()
+    name = _words("factor_grads", f"{N}", f"r{R}", f"strips {strips}", layout, "" if dtype else "no dB")
+    labels = _labels(b_dtype, *([] if dtype is None else [dtype]))
+    return name, labels, lambda: kernels.factor_grads(P, B, dot, g, n, SCALING, dtype), (db, dm)
+
+
+# --- Watch -----------------------------------------------------------------------------------------------------------
+
+
+def _watches(make: _Make) -> Iterator[Case]:
+    for dtype in (BF, HF, F32):
+        yield _watch(make, dtype)
+
+
+def _watch(make: _Make, dtype: torch.dtype) -> Case:
+    """The flags of groups at a first call, at one after nothing, and after an element of every other group."""
+    from dora_kernels import kernels
+
+    # The table lies beside what it has the addresses of: a tool that checks addresses knows the memory of arguments.
+    block = torch.zeros(4096 + 4 * 4200, dtype=torch.uint8, device=make.device)
+    memory = block[4096:].view(dtype)[:4200].copy_(make(4200, dtype=dtype))
+    parts = (
+        memory[:2048], memory[2049:2150], memory[2200:2233], memory[2300:2700].view(20, 20)[:, 3:10],
+        memory[2800:2900].view(5, 20).t(), memory[3000:4000:17],
+    )  # fmt: skip
+
+    def call() -> Results:
+        watch = kernels.Watch([[part] for part in parts])
+        watch._table = block[: 8 * watch._table.numel()].view(torch.int64).view_as(watch._table).copy_(watch._table)
+        found = [watch.changed(), watch.changed()]
+        for part in parts[::2]:
+            part[(-1,) * part.dim()] *= -1
+        found.append(watch.changed())
+        flags = torch.zeros(len(found), len(parts))
+        for row, groups in zip(flags, found):
+            row[groups] = 1
+        return (flags,)
+
+    reference = torch.zeros(3, len(parts), dtype=torch.float64)
+    reference[0], reference[2, ::2] = 1, 1
+    return "watch", SHORT[dtype], call, (reference,)
+
+
+KERNELS = {
+    "scale_reduce": _scale_reduces,
+    "compose": _composes,
+    "weight_norm": _norms,
+    "factor_grads": _factor_grads,
+    "merge": _merges,
+    "kept_norm": _kept_norms,
+    "watch": _watches,
+}
