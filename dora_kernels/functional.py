@@ -30,7 +30,7 @@ def dora_linear(
 ) -> Tensor:
     """Linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``.
 
-    ``V = weight + scaling * lora_B @ lora_A`` and ``g = magnitude / ||V||``; V is never formed.
+    ``V = weight + scaling * lora_B @ lora_A`` and ``g = magnitude / ||V||``.
     (DoRA, arXiv 2402.09353, equation 5; with the defaults, the computation of PEFT's ``use_dora=True``.)
 
     Args:
@@ -48,11 +48,11 @@ def dora_linear(
         backend: "auto", "torch" or "triton". A backend asked for by name never falls back.
 
     Returns:
-        ``[..., out_features]`` in the compute dtype: autocast's if it is on (and x not float64), else x's.
-        Parameters may have other dtypes; their gradients come in their own, unrounded from float32 accumulation
-        (float64 for float64). Without autocast and with `lora_A` of a wider dtype than x's, the low-rank product and
-        the gradients of lora_A and lora_B are computed in that dtype, as in PEFT's layer; all else is in x's. A row of
-        V with norm 0 has g = 0 without eps: the output there is the bias.
+        ``[..., out_features]`` in the compute dtype, which is autocast's if it is on (and x not float64), else x's.
+        Parameters may have other dtypes; their gradients have the parameter's dtype. Without autocast and with a
+        `lora_A` of a wider dtype than x's, the low-rank product and the gradients of lora_A and lora_B are computed in
+        that dtype, as in PEFT's layer; all else is in x's. Where V has a row of norm 0 and there is no eps, g is 0, and
+        the output is the bias.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

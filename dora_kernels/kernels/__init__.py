@@ -1,16 +1,16 @@
-"""The Triton kernels of the fused path, one file each; `weight_norm` and `merge` are those of `engine.blocked` too.
+"""The Triton kernels of the fused path, one per file. `engine.blocked` has `weight_norm` and `merge` in plain PyTorch.
 
 | primitive | file | reads and writes |
 |---|---|---|
 | `weight_norm` | norm.py; at high rank factored.py | W once |
-| `KeptNorm` | kept.py | A and B once; W once where they changed |
-| `Watch` | watch.py | all that it watches once |
+| `KeptNorm` | kept.py | A and B once; W once if they changed |
+| `Watch` | watch.py | everything it watches, once |
 | `merge` | merge.py | W twice, the second time from the cache; the merged weight once |
 | `compose` | compose.py | base result once, output once |
-| `factor_grads` | factor_grads.py | matrices of rank r: dB and dm where `compose` keeps the base product |
+| `factor_grads` | factor_grads.py | matrices of rank r: dB and dm if `compose` keeps the base product |
 | `scale_reduce` | scale_reduce.py | gradient and its partner once, scaled gradient once |
 
-This folder alone imports triton; it is imported on first use of the backend.
+Only this folder imports triton. It is imported on first use of the backend.
 """
 
 from dora_kernels.kernels.compose import compose

@@ -1,4 +1,4 @@
-"""A first look at a device: each kernel compiled, launched and checked once."""
+"""A first test of a device: each kernel is compiled, launched and checked once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dora_kernels.kernels.scale_reduce import scale_reduce
 
 
 def probe(device: torch.device) -> None:
-    """Compile, launch and check each kernel once; raises what the compiler, the driver or the check has to say."""
+    """Compile, launch and check each kernel once. Raises the compiler's or driver's error, or RuntimeError."""
     ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     g = torch.ones(16, device=device)
     scaled, _, _ = scale_reduce(ones, ones, g, True, True)

@@ -1,4 +1,4 @@
-"""Adapters in a model: `apply_dora` and what goes with it, for any `nn.Module`."""
+"""`apply_dora` and related functions: adapters in any `nn.Module`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dora_kernels.core.patterns import ByName
 from dora_kernels.model.saving import unwatch_saving, watch_saving
 from dora_kernels.model.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 from dora_kernels.modules import AdaptedLayer
-from dora_kernels.modules.conv import CONFINED
+from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.rounding import seed_for
 
 
@@ -47,8 +47,8 @@ def apply_dora(
     cannot read what it writes. `save_adapter` saves the adapter, and `merge_all` makes a plain model.
 
     Args:
-        model: changed in place. Inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model
-            within.
+        model: changed in place. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the
+            model in it.
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
             "all-linear", which is every linear layer but the model's output embeddings (``get_output_embeddings``) and
             the projections inside `nn.MultiheadAttention`, which reads their weights itself. "all-linear" leaves out
@@ -71,8 +71,8 @@ def apply_dora(
         adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
 
     Returns:
-        The names of the adapted layers, in the model's order. A warning says which of the patterns match nothing, and
-        which layers are convolutions with groups, whose adapters no file holds.
+        The names of the adapted layers, in the model's order. A warning names patterns that match nothing, and
+        convolutions with groups, whose adapters cannot be saved to a file.
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
@@ -98,9 +98,9 @@ def apply_dora(
             own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
             layers[module] = adapted_layer(module, name, use_dora, **own, **options)
         notes += ranks.unmatched(found.values()) + alphas.unmatched(found.values())
-        confined = [found[module] for module, layer in layers.items() if layer._confined]
-        if confined:
-            notes.append(f"{', '.join(confined)}: {CONFINED}")
+        unmergeable = [found[module] for module, layer in layers.items() if layer._cannot_be_merged]
+        if unmergeable:
+            notes.append(f"{', '.join(unmergeable)}: {CANNOT_BE_MERGED}")
         for note in notes:
             warnings.warn(note, stacklevel=2)
     except BaseException:
@@ -117,7 +117,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of `model` by name.
 
     Args:
-        model: inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model within.
+        model: any module. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the model
+            in it.
 
     Returns:
         The layers in the model's order; one that has several names by its first.
@@ -142,7 +143,7 @@ def remove_dora(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: `model` has no adapted layers, or is one itself.
+        ValueError: `model` has no adapted layers, or is an adapted layer itself.
     """
     layers = _layers(model)
     places = places_of(model)
@@ -178,9 +179,9 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     layers = _layers(model)
     places = places_of(model)
     for name, layer in layers.items():
-        refusal = None if layer.merged else layer._merge_refusal()
-        if refusal is not None:
-            raise ValueError(f"{name}: the layer cannot be merged: {refusal}")
+        reason = None if layer.merged else layer._unmergeable_reason()
+        if reason is not None:
+            raise ValueError(f"{name}: the layer cannot be merged: {reason}")
     _check_untied(model, layers)
     for name, layer in layers.items():
         if not layer.merged:
@@ -191,7 +192,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
 
 
 def mark_only_dora_trainable(model: nn.Module) -> None:
-    """Freeze every parameter of `model` but those of its adapters, which train.
+    """Freeze every parameter of `model` except those of its adapters, which train.
 
     Args:
         model: changed in place.
@@ -219,7 +220,7 @@ class TrainableSummary:
 
     @property
     def share(self) -> float:
-        """Trainable over all, 0 of a model without parameters."""
+        """Trainable over all parameters; 0 for a model without parameters."""
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -243,13 +244,14 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
 
 
 def dora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, ``<layer>.lora_A.weight`` and so on, as `AdaptedLayer.state_names` has them.
+    """Return the adapters' tensors only: ``<layer>.lora_A.weight`` and so on, named by `AdaptedLayer.state_names`.
 
     ``model.load_state_dict(..., strict=False)`` takes them; for a wrapped model call the inner one's
     (``compiled._orig_mod``, ``ddp.module``).
 
     Args:
-        model: inside `torch.compile`, `DataParallel` and `DistributedDataParallel` it is the model within.
+        model: any module. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the model
+            in it.
 
     Returns:
         The parameters by name, detached and not copied.
@@ -275,10 +277,10 @@ def _layers(model: nn.Module, itself: bool = False) -> dict[str, AdaptedLayer]:
 
 
 def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
-    """Whether nothing but its layer holds a weight that is to be written."""
+    """Raise ValueError if a weight that merging would write is also held outside its layer."""
     inside = tuple(f"{name}." for name, module in named_modules(model) if isinstance(module, AdaptedLayer))
     pairs = [(name, layer.base_layer.weight) for name, layer in layers.items()]
-    for module, names in places_of(model).items():  # a base layer may be held outside as well
+    for module, names in places_of(model).items():  # a base layer may also be held outside
         outside = next((name for name in names if not f"{name}.".startswith(inside)), None)
         if outside is not None:
             pairs += [(f"{outside}.{key}", p) for key, p in module.named_parameters(recurse=False)]

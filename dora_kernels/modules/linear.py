@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_conv1d(module: Any) -> bool:
-    """Whether it is GPT-2's layer, looked up by name: transformers need not be there."""
+    """True for GPT-2's `Conv1D`. It is found by name, so transformers need not be installed."""
     return _is_conv1d_class(type(module))
 
 
@@ -30,12 +30,12 @@ def _is_conv1d_class(cls: type) -> bool:
 class LoRALinear(AdaptedLayer):
     """``y = base_layer(x) + scaling * lora_B(lora_A(dropout(x)))``: a linear layer with a low-rank adapter.
 
-    The base layer is frozen; lora_A starts as PEFT's (Kaiming uniform), lora_B at zero. Parameters are named as in a
-    PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``; names with an
-    adapter's name in them (``lora_A.default.weight``) load as well.
+    The base layer is frozen. lora_A starts as in PEFT (Kaiming uniform), lora_B with zeros. Parameters are named as in
+    a PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``. Names with an
+    adapter's name in them (``lora_A.default.weight``) can be loaded too.
 
-    The layer runs as one function, so hooks on the modules inside it do not fire. Its `weight` is the base layer's:
-    code that multiplies by it, as `nn.TransformerEncoderLayer` in evaluation does, leaves out the adapter.
+    The layer runs as one function, so hooks on the modules inside it do not run. Its `weight` is the base layer's: code
+    that multiplies by it, as `nn.TransformerEncoderLayer` does in evaluation, leaves out the adapter.
 
     Args:
         in_features: of a new base layer.
@@ -108,7 +108,7 @@ class LoRALinear(AdaptedLayer):
         if type(base) is not nn.Linear and not is_conv1d(base):
             kind = type(base).__name__
             raise TypeError(f"base: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
-        return cls(0, 0, rank=rank, base_layer=base, **options).train(base.training)  # which has its own sizes
+        return cls(0, 0, rank=rank, base_layer=base, **options).train(base.training)  # base_layer has its own sizes
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *, rank: int, **options: Any) -> Self:
@@ -139,7 +139,7 @@ class LoRALinear(AdaptedLayer):
         return self.lora_A.weight, self.lora_B.weight
 
     def _weight(self) -> Tensor:
-        """``[out_features, in_features]``: Conv1D stores it transposed."""
+        """The weight as ``[out_features, in_features]``. Conv1D stores it transposed."""
         weight: Tensor = self.base_layer.weight
         return weight.t() if self._transposed else weight
 
@@ -153,13 +153,13 @@ class LoRALinear(AdaptedLayer):
         validation.check_features(x, self.in_features)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         if self._drops:
             return self._sum(x, self.dropout(x))
         return run_layer(x, self._weights(), Form(self.scaling), backend=self.backend)
 
     def _base(self, x: Tensor) -> Tensor:
-        """In x's dtype, where the base layer takes its own alone."""
+        """The base layer's output in x's dtype. x is cast if the base layer accepts only its own dtype."""
         if x.dtype == self.base_layer.weight.dtype:
             return super()._base(x)
         bias = self.base_layer.bias
@@ -181,10 +181,10 @@ class LoRALinear(AdaptedLayer):
 class DoRALinear(DoRALayer, LoRALinear):
     """A linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``, as `dora_linear`.
 
-    As `LoRALinear`, with a magnitude, ``lora_magnitude_vector`` (also under the name `magnitude`), that starts as the
-    norm of ``V = weight + scaling * lora_B @ lora_A``, exact to float32, so that a new layer equals its base layer.
-    Dropout is applied to the low-rank branch only, ``g * (W x + scaling * B A dropout(x)) + bias`` (torchtune's form;
-    PEFT's also drops part of the base product).
+    It is a `LoRALinear` with a magnitude, ``lora_magnitude_vector`` (also `magnitude`). The magnitude starts as the
+    norm of ``V = weight + scaling * lora_B @ lora_A``, exact to float32, so a new layer equals its base layer. Dropout
+    is applied to the low-rank branch only, ``g * (W x + scaling * B A dropout(x)) + bias`` (torchtune's form; PEFT's
+    also drops part of the base product).
 
     The arguments are those of `LoRALinear` and the following.
 
@@ -195,7 +195,7 @@ class DoRALinear(DoRALayer, LoRALinear):
     """
 
     def _adapted(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         if not self._drops:
             return run_layer(x, self._weights(), self._form, self._norm_cache, self.training, self.backend)
         g = layer_scale(self._weights(), self._form, self._norm_cache, self.training, self.backend)

@@ -48,9 +48,9 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
 
 def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
-    """Whether the modules are plain, and their tensors of fitting shapes."""
+    """True if the modules are plain ones and their tensors have fitting shapes."""
     base = layer._modules["base_layer"]
-    if "bias" not in base._parameters or weights.weight.dtype not in _DTYPES:  # a pruned bias is no parameter
+    if "bias" not in base._parameters or weights.weight.dtype not in _DTYPES:  # a pruned bias is not a parameter
         return False
     expected = (layer.out_features, layer.in_features)
     if tuple(weights.weight.shape) != (expected[::-1] if layer.fan_in_fan_out else expected):
@@ -59,7 +59,7 @@ def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
 
 
 def factors_fit(layer: Any, adapter: str, weights: Weights) -> bool:
-    """Whether the adapter's modules are plain ones, and their tensors of fitting shapes."""
+    """True if the adapter's modules are plain ones and their tensors have fitting shapes."""
     names = ("lora_A", "lora_B", "lora_magnitude_vector")
     lora_A, lora_B, magnitude = (layer._modules[name]._modules[adapter] for name in names)
     if not (type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None):
@@ -72,14 +72,14 @@ def factors_fit(layer: Any, adapter: str, weights: Weights) -> bool:
 
 
 class DoraMagnitude(DoraLinearLayer):
-    """PEFT's module of a magnitude, as which it calls lora_A and lora_B once.
+    """PEFT's magnitude module, but it calls lora_A and lora_B only once.
 
-    PEFT calls them twice, the first time with an identity for their weights, which may be whole during a call alone.
+    PEFT calls each twice, first with an identity matrix to get their weights, which may be whole only during a call.
     """
 
     def forward(self, x: Tensor, *, lora_A: Any, lora_B: Any, **kwargs: Any) -> Tensor:
-        """PEFT's, given what the calls have shown."""
-        cached = getattr(peft_dora, "ENABLE_DORA_CACHING", False)  # which leaves the identity out
+        """PEFT's forward, with the weights taken from the calls."""
+        cached = getattr(peft_dora, "ENABLE_DORA_CACHING", False)  # with PEFT's cache the identity is not used
         if not cached and not torch.compiler.is_compiling() and _inner_linear(lora_A) and _inner_linear(lora_B):
             lora_A = _Called(lora_A, x)
             lora_B = _Called(lora_B, lora_A.result)
@@ -88,7 +88,7 @@ class DoraMagnitude(DoraLinearLayer):
 
 
 class _Called:
-    """lora_A or lora_B after its call, to be called by PEFT: with what shows the weight, then for the result."""
+    """Stands in for lora_A or lora_B after its one call. The first call gives the weight, the second the result."""
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         seen: list[Tensor] = []
@@ -109,25 +109,28 @@ class _Called:
 
 
 def _inner_linear(module: nn.Module) -> nn.Linear | None:
-    """What a wrapper is around, if that shows its weight by what it makes of an identity."""
+    """Return the linear layer inside a wrapper, if the wrapper's output for an identity matrix shows its weight."""
     inner = next((one for one in module.modules() if isinstance(one, nn.Linear)), None)
     return inner if type(inner) is nn.Linear and inner.bias is None else None
 
 
 class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
-    """PEFT's DoRA variant where it calls the modules: hooks, several adapters, active dropout."""
+    """PEFT's DoRA variant for calls that go through the modules: with hooks, several adapters or active dropout."""
 
     stock = variants.DoraLinearVariant
     read = staticmethod(read_weights)
 
     @staticmethod
     def rows(layer: Any, weight: Tensor) -> Tensor:
-        """Conv1D's is stored transposed."""
+        """The weight as rows; Conv1D stores it transposed."""
         return weight.t() if layer.fan_in_fan_out else weight
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Options.dropout` says."""
+        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``.
+
+        `Options.dropout` says what active dropout applies to.
+        """
         weights = cls.read(module, active_adapter)
         if weights is None:
             return cls.pefts_forward(module, active_adapter, x, result, **kwargs)
@@ -155,20 +158,20 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
 
     @staticmethod
     def bias(module: Any, adapter: str, weights: Weights) -> Tensor | None:
-        """The base layer's."""
+        """The base layer's bias."""
         return weights.bias
 
     @classmethod
     def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights, result: Tensor) -> Tensor:
-        """``x Wᵀ`` of what dropout left, where `result` is that of all of x."""
+        """``x Wᵀ`` for the x that dropout left; `result` is the product for all of x."""
         return F.linear(x, weights.weight.to(x.dtype))
 
 
 class DoraLinear(DoraLayer, lora.Linear):
-    """PEFT's LoRA layer on an `nn.Linear` or `Conv1D` whose DoRA adapters run on this package.
+    """PEFT's LoRA layer on an `nn.Linear` or `Conv1D`, with DoRA adapters that run on this package.
 
-    With one active DoRA adapter and plain modules the whole layer is one function, so that the gradient of x is one
-    accumulation; otherwise PEFT's own forward calls the modules, and `DoraLinearVariant`.
+    With one active DoRA adapter and plain modules the whole layer is one function, so the gradient of x is accumulated
+    once. Otherwise PEFT's own forward calls the modules and `DoraLinearVariant`.
     """
 
     stock = lora.Linear
@@ -183,8 +186,8 @@ class DoraLinear(DoraLayer, lora.Linear):
             else:
                 plan, usual = ready(self, x)
                 if usual:
-                    g, unmoved = plan.scale(self.training)
-                    return formula.linear(x, plan.weights, g, plan.scaling, unmoved=unmoved)
+                    g, b_is_zero = plan.scale(self.training)
+                    return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
                 if plan is not None:
                     return run_layer(x, plan.weights, plan.form, plan.cache, self.training)
         # Not super(): a wrapper may call this after the layer's class has been restored.
@@ -192,7 +195,7 @@ class DoraLinear(DoraLayer, lora.Linear):
 
 
 def _single_function(layer: Any) -> tuple[str, Weights] | None:
-    """The active adapter and its tensors, if the modules need not be called; None where PEFT's forward has to run."""
+    """Return the active adapter and its tensors, or None if PEFT's forward has to call the modules."""
     name = single_dora_adapter(layer)
     weights = None if name is None else read_weights(layer, name)
     if name is None or weights is None or nn_module._has_any_global_hook():
@@ -207,22 +210,23 @@ def _single_function(layer: Any) -> tuple[str, Weights] | None:
     return None if hooked(children["base_layer"], *factors, dropout) else (name, weights)
 
 
-def _takes(x: Tensor, weight: Tensor, in_features: int) -> bool:
-    """True if stock's base product would run on x as it is."""
+def _accepts(x: Tensor, weight: Tensor, in_features: int) -> bool:
+    """True if PEFT's base product would accept x without a cast."""
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.device != weight.device:
         return False
-    if x.dim() == 0 or x.shape[-1] != in_features:  # PEFT's own error is the better one
+    if x.dim() == 0 or x.shape[-1] != in_features:  # PEFT's own error is clearer
         return False
     if torch.is_autocast_enabled(x.device.type):
-        return torch.float64 not in (x.dtype, weight.dtype)  # autocast leaves float64 alone
+        return torch.float64 not in (x.dtype, weight.dtype)  # autocast does not change float64
     return x.dtype == weight.dtype
 
 
 def _traced(layer: Any, x: Tensor) -> Tensor | None:
-    """The layer while torch.compile traces; None where PEFT's forward has to call the modules.
+    """Run the layer while torch.compile traces it; returns None if PEFT's forward has to call the modules.
 
-    What is looked at here the compiler guards, and asks again at each call: no more than has to be, and inline, since
-    each function, global and tuple is another guard. Of hooks it takes no notice, as is its default.
+    The compiler guards everything that is read here and checks it again at each call. So this reads as little as
+    possible, and inline, since each function, global and tuple adds a guard. It ignores hooks, as the compiler does by
+    default.
     """
     state, name = layer.__dict__.get(SWITCH), layer._active_adapter
     if type(name) is list and len(name) == 1:
@@ -266,10 +270,11 @@ def _traced(layer: Any, x: Tensor) -> Tensor | None:
 
 
 class Plan:
-    """What a call of a patched layer as one function needs; it holds while all that it was made from is the same.
+    """Everything that a call of a patched layer as one function needs. Valid as long as nothing it was made from
+    changes.
 
-    A new one has looked at everything (`_single_function`), and keeps what may change: dictionaries of modules and
-    hooks, which are compared as wholes, parameters, their addresses and shapes.
+    Making a plan runs all checks (`_single_function`). It records what may change: dictionaries of modules and hooks,
+    which are compared as wholes, and parameters with their addresses and shapes.
     """
 
     def __init__(self, layer: Any, adapter: str, weights: Weights) -> None:
@@ -293,16 +298,16 @@ class Plan:
         of_w = self.tensors[0]
         self.seen = tuple(t.data_ptr() for t in self.tensors), tuple(t.shape for t in self.tensors), of_w.stride()
         self.norm: Any = None
-        """Of the last call, found for these tensors."""
+        """The norm of the last call, for these tensors."""
         weight = weights.weight
         self.dtype, self.features, self.on_cpu = weight.dtype, (layer.in_features,), weight.is_cpu
-        # Of an identity to ask for `p` would take three microseconds.
+        # Only for a real dropout: reading `p` of an identity would take three microseconds.
         self.drops = None if isinstance(dropout, nn.Identity) else dropout.__dict__
         self.accumulates = accumulation_dtype(weight)
         self.hooks = *_GLOBAL_HOOKS, *(hooks for part in parts for hooks in _hooks(part))
 
     def holds(self, layer: Any) -> bool:
-        """True if the layer and its modules are as they were."""
+        """True if the layer and its modules have not changed."""
         own = layer.__dict__
         weight, a, b, m = self.tensors
         of_base, of_a, of_b, of_m = self.parameters
@@ -336,16 +341,16 @@ class Plan:
         )  # fmt: skip
 
     def scale(self, training: bool) -> tuple[Tensor, bool]:
-        """g on the CPU, where nothing but the norm's freshness is left to be asked, and whether B is known to be 0."""
+        """Return g, and True if B is known to be 0. For the CPU, where only the norm's freshness is left to check."""
         cache, weights, norm = self.cache, self.weights, self.norm
         if cache.frozen is not None:
             norm, g = cache.frozen
             if not torch.is_grad_enabled():
-                return g, norm.unmoved
-        elif norm is None or not cache.again(norm, weights.weight):
+                return g, norm.b_is_zero
+        elif norm is None or not cache.still_holds(norm, weights.weight):
             norm = self.norm = cache.norm(weights, self.form, training, "torch")
         g = weights.magnitude / norm.divisor
-        return g if g.dtype is self.accumulates else g.to(self.accumulates), norm.unmoved
+        return g if g.dtype is self.accumulates else g.to(self.accumulates), norm.b_is_zero
 
 
 _GLOBAL_HOOKS = (
@@ -362,9 +367,9 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
-    """The plan of a call on x, and whether x is plain and in the layer's dtype, on the CPU, without autocast.
+    """Return the plan of a call on x, or None if PEFT's forward has to call the modules.
 
-    None where PEFT's forward has to call the modules.
+    The second value is True if x is plain, in the layer's dtype and on the CPU, without autocast.
     """
     state = layer.__dict__.get(SWITCH)
     if state is None:
@@ -384,20 +389,20 @@ def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
     )
     weight = plan.tensors[0]
     if (
-        not (usual or _takes(x, weight, layer.in_features))
+        not (usual or _accepts(x, weight, layer.in_features))
         or (layer.training and plan.drops is not None and plan.drops["p"] != 0.0)
         or (state.strengths and state.strengths.get(plan.adapter, 1.0) != 1.0)
     ):
         return None, False
     if getattr(peft_dora, "ENABLE_DORA_CACHING", False) or plan.magnitude.__dict__.get("_dora_cache"):
         show_caching(plan.magnitude, plan.cache)
-    if weight.requires_grad and plan.weights.weight is not weight:  # a view made without autograd would show no history
+    if weight.requires_grad and plan.weights.weight is not weight:  # a view made without autograd has no history
         plan.weights = plan.weights._replace(weight=weight.t())
     return plan, usual and plan.on_cpu
 
 
 def unsupported(layer: Any) -> str | None:
-    """Why a `lora.Linear` cannot be patched; None where it can."""
+    """Return the reason why a `lora.Linear` cannot be patched, or None if it can."""
     base = layer.base_layer
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
         return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not an nn.Linear or Conv1D"
@@ -407,7 +412,7 @@ def unsupported(layer: Any) -> str | None:
 
 
 def single_dora_adapter(layer: Any) -> str | None:
-    """The one active adapter, if it is a DoRA adapter of this package at full strength, nothing merged or disabled."""
+    """Return the one active adapter if it is a DoRA adapter of this package, at full strength, unmerged; else None."""
     if layer.disable_adapters or layer.merged_adapters:
         return None
     factors = layer._modules["lora_A"]._modules

@@ -1,4 +1,4 @@
-"""`patch_peft` puts a PEFT model's DoRA layers on this package; `patch_peft_globally` those of every later model."""
+"""`patch_peft` runs the DoRA layers of one PEFT model on this package; `patch_peft_globally` those of later models."""
 
 from __future__ import annotations
 
@@ -44,40 +44,40 @@ TESTED = (0, 17), (0, 21)
 
 
 class PatchHandle:
-    """What a patch reached, and the way back. `patched` and `skipped` are read from the models at each access.
+    """Lists what a patch reached, and undoes it. `patched` and `skipped` are read from the models at each access.
 
-    Names are those of `named_modules`, after the model's class and number where there are several models.
+    Names are those of `named_modules`. If there are several models, each name starts with the model's class and number.
     """
 
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
-        """Each with what takes its hooks off again."""
+        """Each model, with a function that removes its hooks."""
         self._tuners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = undo
         self._rewritten: list[Rewritten] = []
 
     @property
     def rewritten(self) -> list[str]:
-        """The magnitudes that ``exact_init`` gave another value: layers' names, each with the adapter's."""
+        """The magnitudes that ``exact_init`` rewrote: names of layers, each with the adapter's."""
         return [each.name for each in self._rewritten]
 
     @property
     def patched(self) -> list[str]:
-        """Names of the DoRA layers whose calls run on this package, those of adapters added later included.
+        """Names of the DoRA layers whose calls run on this package, including those of adapters added later.
 
-        As things stand at this moment: FSDP2 gathers for a call what is out of reach between calls, so that the layers
-        it has sharded are listed in `skipped` although their calls run on this package.
+        The list shows this moment. FSDP2 gathers tensors only for the duration of a call, so layers that it has sharded
+        are listed in `skipped` although their calls run on this package.
         """
         return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Names of the DoRA layers left to PEFT, each with the reason."""
+        """Names of the DoRA layers that PEFT runs, each with the reason."""
         reasons = ((name, out_of_reach(layer)) for name, layer in self._dora_layers())
         return {name: reason for name, reason in reasons if reason is not None}
 
     def restore(self) -> None:
-        """Give every model back as it was, unmerged. Calling it again does nothing."""
+        """Restore every model, unmerged. Calling it twice does nothing."""
         if self._undo is not None:
             self._undo()
         for model, without_hooks in list(self._models.items()):
@@ -148,12 +148,13 @@ def patch_peft(
             nothing.
 
     Returns:
-        A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
+        The handle, with `patched`, `skipped`, `rewritten` and `restore()`.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` no bool.
-        ValueError: `dropout` or `grouped_norm` is neither, there is nothing to patch, or a layer is merged, on meta,
-            without its magnitude or not finite; the message says which and why. The model is unchanged.
+        TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
+        ValueError: `dropout` or `grouped_norm` has another value; there is nothing to patch; or a layer is merged, on
+            the meta device, without its magnitude, or not finite. The message names the layer and the reason. The model
+            is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -181,7 +182,7 @@ def patch_peft(
 
 
 class _Globally(NamedTuple):
-    """One `patch_peft_globally` that is on."""
+    """One active `patch_peft_globally`."""
 
     handle: PatchHandle
     options: Options
@@ -190,7 +191,7 @@ class _Globally(NamedTuple):
 
 
 _on: list[_Globally] = []
-"""The last one's options count."""
+"""The active ones; the options of the last are used."""
 
 
 def patch_peft_globally(
@@ -203,7 +204,8 @@ def patch_peft_globally(
     DoRA layers are left alone. `PatchHandle.restore` restores every model that is still alive and ends the wrapping.
     Called twice, the options of the last call count for models made from then on, until it is restored.
 
-    While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
+    While it is on, DoRA also works on GPTQ, AWQ, EETQ and AQLM layers, where PEFT does not allow it. These stay
+    patched.
 
     Args:
         dropout: as `patch_peft`.
@@ -212,7 +214,7 @@ def patch_peft_globally(
         grouped_norm: as `patch_peft`.
 
     Returns:
-        A `PatchHandle` of all models made while it is on.
+        The handle of all models made while it is on.
 
     Raises:
         TypeError: `exact_init` or `keep_unmerged` is no bool.
@@ -254,12 +256,12 @@ def _wrap_inject_adapter() -> None:
         handle._take(self)
         if exact_init:
             handle._rewrite(model)
-        # The weights themselves may still be on meta: what counts is which layers the patch is on.
+        # The weights themselves may still be on meta. Which layers are patched is what counts.
         count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     def unwrap() -> None:
-        # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
+        # If another wrapper was put on top, this one stays in the chain and does nothing from now on.
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import AdapterLayer, problem_of
-from dora_kernels.modules.conv import KEPT
+from dora_kernels.modules.conv import KEPT_BY
 
 SMALL_EPS = 1e-6
 """An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
@@ -68,7 +68,9 @@ class Writing:
                 raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for "
                                         f"{layer.kind} layers, and no factors turn one into the other")  # fmt: skip
             if layer.grouped and not (grouped and layer.magnitude is None):
-                raise self.refuse(name, f"a convolution with groups has another low-rank product or norm there; {KEPT}")
+                raise self.refuse(
+                    name, f"a convolution with groups has another low-rank product or norm there; {KEPT_BY}"
+                )
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         dora = {model_of(name) for name, layer in layers.items() if layer.magnitude is not None}
         if mixed := [name for name in without if model_of(name) in dora]:
