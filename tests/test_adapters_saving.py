@@ -114,7 +114,7 @@ def test_a_process_that_dies(old, moment):
         import os, sys
         sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
         from dora_kernels import save_adapter
-        from dora_kernels.files.storage import storage, replacing
+        from dora_kernels.files import replacing, storage
         from adapter_models import Model, adapter_for
         {module}.{name} = lambda *args: os._exit(9)
         save_adapter(adapter_for(Model(), {NAMES!r}, seed=2), {str(folder)!r}, force=True)

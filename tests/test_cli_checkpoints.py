@@ -21,7 +21,7 @@ from adapter_models import adapted64
 from cli_models import NAMES, adapter_file, gpt2, llama, plain_linears, rewrite, snapshot
 from safetensors.torch import load_file, save_file
 
-from dora_kernels.checkpoints.checkpoint import merge as merging
+from dora_kernels.checkpoints import merge as merging
 from dora_kernels.cli import convert, inspect, merge
 from dora_kernels.files import storage
 

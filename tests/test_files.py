@@ -38,7 +38,7 @@ PREAMBLE = f"""
 import os, sys
 sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
 from dora_kernels import read_adapter, save_adapter
-from dora_kernels.files.storage import storage, replacing
+from dora_kernels.files import replacing, storage
 from adapter_models import Model, adapter_for
 names = {NAMES!r}
 """

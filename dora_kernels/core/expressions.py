@@ -28,14 +28,18 @@ A thousand layers and ten expressions take about a tenth.
 
 
 class Steps:
-    """The steps that all expressions of one file may take together. `label` names the file in errors."""
+    """The steps that all expressions of one file may take together. `label` names the file in errors.
 
-    def __init__(self, label: str) -> None:
+    `beside` are the steps of other expressions of the same file, under another label.
+    """
+
+    def __init__(self, label: str, beside: Steps | None = None) -> None:
         self.label, self._left = label, STEPS
+        self._first: Steps = self if beside is None else beside._first
 
     def take(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
+        self._first._left -= count
+        if self._first._left < 0:
             raise ValueError(f"{self.label}: to match the regular expressions takes more than {STEPS} steps")
 
 

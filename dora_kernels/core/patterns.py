@@ -30,17 +30,19 @@ def bounded(expression: str, steps: Steps) -> Expression:
 class ByName:
     """Values for layers, as in `rank_pattern` or `alpha_pattern`: the first key that matches the end of a name counts.
 
+    `beside` are the steps that other expressions of the same file have.
+
     Raises:
         TypeError: `values` is not a mapping with strings as keys.
         ValueError: a key is not a valid regular expression, or `Expression` does not support it.
     """
 
-    def __init__(self, values: Any, argument: str) -> None:
+    def __init__(self, values: Any, argument: str, beside: Steps | None = None) -> None:
         values = {} if values is None else values
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             raise TypeError(f"{argument}: expected a mapping of regular expressions to values, got {quoted(values)}")
         self._argument = argument
-        steps = Steps(argument)
+        steps = Steps(argument, beside)
         self._entries = [(key, bounded(key, steps), value) for key, value in values.items()]
         # Programs write one name for each layer; such keys are looked up in a dict.
         self._names: dict[tuple[str, bool], int] = {}
@@ -71,12 +73,12 @@ def _matches(expression: Expression, name: str) -> bool:
     return len(name) in expression.ends(name, _starts(name))
 
 
-def by_pattern(patterns: Any, label: str) -> ByName:
+def by_pattern(patterns: Any, label: str, beside: Steps | None = None) -> ByName:
     """The values in a file's configuration, where they are called `label`.
 
     Raises ValueError if `ByName` rejects them.
     """
     try:
-        return ByName(patterns or None, label)
+        return ByName(patterns or None, label, beside)
     except TypeError as error:
         raise ValueError(str(error)) from error

@@ -171,8 +171,10 @@ def _named(file: Path, config: dict[str, Any]) -> Callable[[str], bool]:
     It asks PEFT itself, but evaluates regular expressions in bounded time.
     """
 
+    steps = Steps(str(file))
+
     def expression(field: str, text: str) -> Expression:
-        return bounded(text, Steps(f"{file}: {field}"))
+        return bounded(text, Steps(f"{file}: {field}", steps))
 
     modules, pattern = config.get("modules_to_save") or (), config.get("layers_pattern") or ()
     if not all(isinstance(one, str) for one in modules):

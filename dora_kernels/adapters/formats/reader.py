@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, problem_of, some
 from dora_kernels.adapters.base_layers import Base, axis_by_norms
+from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import ByName, by_pattern
 from dora_kernels.core.shown import quoted
 from dora_kernels.files import storage
@@ -39,6 +40,7 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     header: Mapping[str, str] = field(default_factory=dict)
     _patterns: dict[str, ByName] = field(default_factory=dict)
+    _steps: Steps = field(default_factory=lambda: Steps(""))
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")
@@ -68,7 +70,7 @@ class Reading:
         Each label is parsed once. Raises ValueError if they are invalid.
         """
         if label not in self._patterns:
-            self._patterns[label] = by_pattern(values, label)
+            self._patterns[label] = by_pattern(values, label, self._steps)
         return self._patterns[label]
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
