@@ -41,7 +41,7 @@ test: $(VENV)/.stamp-dev
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-oldest-peft \
-		ARGS='$(or $(ARGS),tests/test_peft_*.py)' test
+		ARGS='$(or $(ARGS),tests/peft)' test
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
