@@ -278,7 +278,7 @@ def _kept_norms(make: _Make) -> Iterator[Case]:
 
 def _kept_norm(make: _Make, w_dtype: torch.dtype, a_dtype: torch.dtype, N: int, K: int, R: int, way: str = "") -> Case:
     from dora_kernels import kernels
-    from dora_kernels.content import sample
+    from dora_kernels.engine.fingerprints import sample
 
     W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way)
     first = A.clone(), _sum(W, A, B).norm(dim=1)
