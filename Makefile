@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-oldest-peft demo bench bench-run lint types check clean
+.PHONY: help test test-oldest-peft demo bench bench-run lint types check docs clean
 
 help:
 	@echo "make test    run the tests               (ARGS='-k norm -x' goes to pytest)"
@@ -29,6 +29,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
 	@echo "make check   lint and types"
+	@echo "make docs    build the site of the documents into site/      (ARGS='--site-dir DIR' goes to mkdocs)"
 	@echo "make clean   remove $(VENV), caches and what the demo wrote"
 	@echo
 	@echo "The first of them sets up $(VENV) with pinned versions; later runs reuse it."
@@ -40,7 +41,7 @@ test: $(VENV)/.stamp-dev
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-oldest-peft \
-		ARGS='$(or $(ARGS),tests/test_peft_*.py)' test
+		ARGS='$(or $(ARGS),tests/peft)' test
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -59,8 +60,12 @@ types: $(VENV)/.stamp-dev
 
 check: lint types
 
+# Strict: a broken link, an unknown name or a parameter that a docstring names and the signature lacks is an error.
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-output bench-output .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.
@@ -106,6 +111,12 @@ $(VENV)/.stamp-bench: PKGS = -e '.[bench]' pytest pytest-timeout
 $(VENV)/.stamp-bench: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing whom the benchmarks compare: PyTorch, PEFT, torchtune, LyCORIS, Transformers"
 	@echo "    (once; 1 to 3 minutes, longer where pip takes PyTorch's CUDA build, about 3 GB)"
+	$(pip_install)
+	@touch $@
+
+$(VENV)/.stamp-docs: PKGS = -e '.[docs]'
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what the site needs: MkDocs, Material for MkDocs, mkdocstrings"
 	$(pip_install)
 	@touch $@
 

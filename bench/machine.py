@@ -22,8 +22,8 @@ _VERSIONED = ("torch", "triton", "peft", "transformers", "torchtune", "lycoris-l
 
 
 def from_tests(name: str) -> Any:
-    """A module of tests/: what the tests compute and a command here only prints."""
-    tests = str(REPOSITORY / "tests")
+    """A module of tests/support/: what the tests compute and a command here only prints."""
+    tests = str(REPOSITORY / "tests" / "support")
     if tests not in sys.path:
         sys.path.insert(0, tests)
     return importlib.import_module(name)

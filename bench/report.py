@@ -158,8 +158,8 @@ def providers_table(results: Sequence[Record]) -> str:
             rows.append([label, *cells, "" if peak is None else f"{peak['peak_bytes'] / 2**20:.1f} MiB"])
     cases = {row["suite"]: row["case"] for row in result["rows"]}
     note = (
-        "Times over those of PEFT's plain LoRA, and in brackets the times. Forward and backward finds the norm at "
-        "hand, as in all micro-batches of a step but the first; an optimizer step, one micro-batch, computes it. "
+        "Times over those of PEFT's plain LoRA; in brackets, the times. \"Forward and backward\" reuses a kept norm, "
+        "as the further micro-batches of a step do; \"optimizer step\" is one micro-batch and includes computing it. "
         f"Training: {cases['layer']}; one token: "
         f"{cases['decode']}; tiny layer, one call in evaluation: {cases['host']}; peak memory of an optimizer step: "
         f"{cases['memory']}. {place([result])}."

@@ -1,4 +1,4 @@
-"""Print docs/merging.md's table: how much of an update survives merging, as tests/survival.py computes it."""
+"""Print docs/merging.md's table: how much of an update survives merging, as tests/support/survival.py computes it."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ __all__ = [
     "with_strength",
 ]
 
-# PEFT is optional and slow to import: only who asks for the patch loads it, and the file formats likewise.
+# PEFT is optional and slow to import, so it is loaded only when the patch is used; the same holds for file formats.
 _LAZY = {
     "adapters": (
         "Adapter", "AdapterLayer", "attach", "combine_adapters", "extract", "load_adapter", "read_adapter",
@@ -93,7 +93,7 @@ _LAZY = {
     "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
 }
 
-if importlib.util.find_spec("peft") is None:  # for `from dora_kernels import *`
+if importlib.util.find_spec("peft") is None:  # keeps `from dora_kernels import *` working
     __all__ = [name for name in __all__ if name not in _LAZY["peft"]]
 
 

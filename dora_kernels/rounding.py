@@ -1,10 +1,10 @@
-"""Stochastic rounding to bfloat16 and float16: up or down, with the probabilities that keep the mean.
+"""Stochastic rounding to bfloat16 and float16: up or down, with probabilities that keep the mean.
 
-A value between two neighbouring numbers of the dtype becomes the one farther from zero with a probability equal to the
-fraction of the step that it has gone, so that the expected result is the value itself. Element i, by its row-major
-index in the logical ``[out, in]`` weight, draws word ``i % 4`` of Philox 4x32-10 (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011) with the seed as key and ``i // 4`` as counter: the same whatever the strides,
-the blocks, the device and the backend. `dora_kernels.kernels.rounding` is the same for tiles.
+A value between two neighbouring numbers of the dtype is rounded away from zero with a probability equal to its fraction
+of the step, so that the expected result is the value itself. Element i, by its row-major index in the logical
+``[out, in]`` weight, uses word ``i % 4`` of Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", SC 2011) with the seed as key and ``i // 4`` as counter. Strides, blocks, device and backend make no difference.
+`dora_kernels.kernels.rounding` does the same for tiles.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
-# Elements that the CPU rounds at once, so that what it draws for them stays in the cache.
+# Elements that the CPU rounds at once, so that their random words stay in the cache.
 _CHUNK = 1 << 17
 
 
 def is_coarse(dtype: torch.dtype) -> bool:
-    """Whether stochastic rounding to `dtype` differs from rounding to nearest: merging computes in float32 or wider."""
+    """True if stochastic rounding to `dtype` differs from rounding to nearest. Merging computes in float32 or wider."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
 def seed_for(seed: int, name: str) -> int:
-    """The seed of one of several weights, by its name: with one seed for all, elements at equal indices would draw the
-    same bits."""
+    """Return the seed for one of several weights, by its name.
+
+    With one seed for all weights, elements at equal indices would use the same random bits.
+    """
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, seed: int, start: int = 0) -> Tensor:
-    """x, one or more whole rows of a weight, in `dtype`, which `is_coarse`; `start`: the index of its first element."""
+    """Return x rounded to `dtype`, for which `is_coarse` is True.
+
+    Args:
+        x: one or more whole rows of a weight.
+        start: the index of x's first element in the weight.
+    """
     values = x.reshape(-1)
     chunked = x.device.type == "cpu" and not torch.compiler.is_compiling()
     step = min(_CHUNK, values.numel()) if chunked else values.numel()
@@ -49,24 +56,25 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, start: int = 0) -> Tens
 
 
 def round_by_words(x: Tensor, dtype: torch.dtype, drawn: Tensor) -> Tensor:
-    """x away from zero where its word, of 32 bits, is below 2**32 times the fraction of the step, else towards zero.
+    """Round x away from zero if its 32-bit word is below 2**32 times its fraction of the step, else towards zero.
 
-    The probability is the fraction itself where that has at most 32 bits, as for every float32 in bfloat16 and those
-    from 2**-33 in float16, and otherwise at most 2**-32 above it. What `dtype` has is kept, signed zeros, infinities
-    and NaN included, and beyond its largest number infinity comes out exactly where rounding to nearest gives it.
+    The probability is the fraction itself if that has at most 32 bits, as for every float32 in bfloat16, and in float16
+    for those from 2**-33; otherwise it is at most 2**-32 above the fraction. Numbers that `dtype` has stay unchanged,
+    including signed zeros, infinities and NaN. Beyond its largest number the result is infinity exactly where rounding
+    to nearest gives infinity.
     """
     nearest, size = x.to(dtype), x.abs()
     beyond = (nearest.abs().to(x.dtype) > size) & nearest.isfinite()
     towards_zero = nearest.view(torch.int16) - beyond.to(torch.int16)
     away = towards_zero + 1
     low, high = (bits.view(dtype).to(x.dtype).abs_() for bits in (towards_zero, away))
-    # Exact: low is within a step of x, and the step is a power of two. Infinity and NaN make it NaN, or 0 below them.
+    # Exact: low is within a step of x, and the step is a power of two. Infinity and NaN give NaN, or 0 below them.
     fraction = size.sub_(low).div_(high.sub_(low))
     return torch.where(drawn < fraction.to(torch.float64).mul_(2.0**32), away, towards_zero).view(dtype)
 
 
 def words(seed: int, start: int, count: int, device: torch.device) -> Tensor:
-    """What elements ``[start, start + count)`` draw: 32 bits each, as int64."""
+    """The random words of elements ``[start, start + count)``: 32 bits each, as int64."""
     first = start // 4
     counters = torch.arange(first, (start + count + 3) // 4, device=device)
     zero = torch.zeros_like(counters)
@@ -75,10 +83,10 @@ def words(seed: int, start: int, count: int, device: torch.device) -> Tensor:
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10: four words of 32 bits for each counter of four, all as int64; the key is the seed's 64 bits."""
+    """Philox 4x32-10: four 32-bit words for each counter of four words, all as int64. The key is the seed's 64 bits."""
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(_ROUNDS):
-        # int64 products wrap around, which leaves their bits as they are; c1 and c3 keep high bits that nobody reads.
+        # int64 products wrap around, which keeps their bits. c1 and c3 keep high bits that are never read.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)

@@ -1,11 +1,11 @@
-"""Run a training script as it is, with every PEFT model that it makes on this package.
+"""Run a training script unchanged, with every PEFT model that it makes patched by this package.
 
     python -m dora_kernels.run train.py --lr 1e-4
     python -m dora_kernels.run -m package.train --lr 1e-4
     accelerate launch -m dora_kernels.run train.py --lr 1e-4
     torchrun --nproc-per-node 8 -m dora_kernels.run train.py --lr 1e-4
 
-It calls `dora_kernels.patch_peft_globally` and then runs the script as ``python`` would. Options of its own come before
+It calls `dora_kernels.patch_peft_globally` and then runs the script as ``python`` would. Its own options come before
 the script.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Patch, then run."""
+    """Patch, then run the script."""
     parser = argparse.ArgumentParser(
         prog="python -m dora_kernels.run",
         usage="%(prog)s [--dropout {peft,lora}] [--exact-init] (SCRIPT | -m MODULE) ...",
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options of the launcher's own, and the rest as it is: argparse would take a ``--`` out of it."""
+    """Split the arguments into the launcher's own options and the rest, unchanged: argparse would drop a ``--``."""
     place = 0
     while place < len(arguments) and arguments[place].startswith("-") and not arguments[place].startswith("-m"):
         place += 2 if arguments[place] == "--dropout" else 1

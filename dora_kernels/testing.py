@@ -1,6 +1,6 @@
-"""Problems, a float64 oracle and error budgets, to test a DoRA layer or kernel against.
+"""Problems, a float64 reference and error budgets, to test a DoRA layer or kernel against.
 
-The tests of this package, ``dora-kernels parity`` and the benchmarks use this module, and so can a kernel of your own::
+The tests of this package, ``dora-kernels parity`` and the benchmarks use this module, and so can a kernel of your own:
 
     from dora_kernels import testing
 
@@ -8,24 +8,26 @@ The tests of this package, ``dora-kernels parity`` and the benchmarks use this m
     results = testing.solve(my_dora_linear, problem)     # the output and every gradient
     testing.check(results, problem)                      # AssertionError if one exceeds its budget
 
-The oracle is `dora_kernels.core.reference`, evaluated in float64 on the numbers as they are stored.
+The reference (`oracle`) is `dora_kernels.core.reference`, evaluated in float64 on the numbers as they are stored.
 
-**The budget** (`budgets`). The distance of a result from the oracle, in the Frobenius norm, may be twice the largest of
+**The budget** (`budgets`). The distance of a result from the reference, in the Frobenius norm, may be twice the largest
+of
 
-* that of a baseline, by default `eager`: the same layer in plain PyTorch operations, in the same dtypes, differentiated
-  by autograd;
-* the change of the oracle's answer when every input moves by a random relative amount of up to one eps of the compute
-  dtype: the inputs' own rounding (half an eps) and as much again for the intermediate results, which are rounded
-  too. The worst of several tries. This is what rounding does to the problem whatever the algorithm; it counts where
-  the baseline is exact by luck, as a result of a single number may be;
-* for the full gradient, which is the detached one less a part of it, the same change of the detached one: where
-  little is left of the difference, the errors are those of what was subtracted;
-* for a 16-bit weight, the change of the oracle's answer when the norm moves by its own bound (`norm_bound`).
+* the distance of a baseline, by default `eager`: the same layer in plain PyTorch operations, in the same dtypes,
+  differentiated by autograd;
+* the change of the reference's answer when every input moves by a random relative amount of up to one eps of the
+  compute dtype: half an eps for the inputs' own rounding, and as much again for the intermediate results, which are
+  rounded too. This is the worst of several tries. It is what rounding does to the problem whatever the algorithm, and
+  it matters if the baseline is exact by luck, as a result of a single number may be;
+* for the full gradient, which is the detached one minus a part of it, the same change of the detached one: if the
+  difference is small, the errors are those of the two terms;
+* for a 16-bit weight, the change of the reference's answer when the norm moves by its own bound (`norm_bound`).
 
 Twice, because two evaluations that round in different places have independent errors of about the same size, and a
-norm of a few elements scatters by nearly that factor. In float64 the oracle errs as much as either: twice again.
+norm of a few elements varies by nearly that factor. In float64 the reference's own error is as large as theirs: twice
+again.
 
-**For whole models** (`limits`), where only a baseline's results are at hand: four times the baseline's relative error,
+**For whole models** (`limits`), where only a baseline's results are known: four times the baseline's relative error,
 and sixteen times that of its worst row.
 """
 
@@ -59,17 +61,17 @@ DTYPES = {
     "bf16+fp32": (bf16, f32),
     "fp16+fp32": (f16, f32),
 }
-"""By name: the dtypes of the activations and the base layer, and of the adapter. PEFT keeps adapters in float32."""
+"""By name: the dtype of the activations and the base layer, and that of the adapter. PEFT keeps adapters in float32."""
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
 """The differentiable arguments of a DoRA layer, in the order of `dora_kernels.dora_linear`."""
 
 ROW = ", worst row"
-"""What follows a result's name in `errors` where the error is that of its worst row."""
+"""Suffix of a result's name in `errors` for the error of its worst row."""
 _ALLOWED, _ALLOWED_ROW = 4.0, 16.0
-"""A single row has fewer roundings that make up for each other; one that is wrong is off by about 1."""
+"""Factors for a result and its worst row. A row has fewer roundings that average out; a wrong row is off by about 1."""
 _FLOOR = 1e-6
-"""Relative errors below this pass anywhere: a baseline can be exact by luck."""
+"""Relative errors below this always pass, because a baseline can be exact by luck."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +116,18 @@ class Problem:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that are no tensors."""
+        """The arguments that are not tensors."""
         return {
             "scaling": self.scaling, "magnitude_axis": self.magnitude_axis, "detach_norm": self.detach_norm,
             "eps": self.eps,
         }  # fmt: skip
 
     def replace(self, **changes: Any) -> Problem:
-        """A copy with some fields changed."""
+        """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        """A copy with every tensor changed, `dy` too."""
+        """A copy with `change` applied to every tensor, including `dy`."""
         tensors = {**self.tensors, "dy": self.dy}
         return self.replace(**{name: None if t is None else change(t) for name, t in tensors.items()})
 
@@ -157,18 +159,18 @@ def make_problem(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """A random layer in training.
+    """Make a random layer in training.
 
-    The low-rank product is about as large as W, magnitudes are moved from the norm by up to half, and the bias is
-    larger than the output.
+    The low-rank product is about as large as W, magnitudes differ from the norm by up to half, and the bias is larger
+    than the output.
 
     Args:
         lead: Leading dimensions of x.
-        dtypes: Of x and `dy`, of the base layer, and of the adapter.
-        bias: False for a layer without one.
+        dtypes: Dtypes of x and `dy`, of the base layer, and of the adapter.
+        bias: False for a layer without bias.
         magnitude: False for plain LoRA.
-        device: Where the tensors go; they are drawn there on a CUDA device, and on the CPU otherwise.
-        seed: The same numbers for the same seed.
+        device: The tensors' device. Random numbers are drawn there on a CUDA device, and on the CPU otherwise.
+        seed: The same seed gives the same numbers.
     """
     device = torch.device(device)
     drawn = device if device.type == "cuda" else torch.device("cpu")
@@ -301,8 +303,8 @@ def eager(
 def norm_bound(*tensors: Tensor | torch.dtype) -> float:
     """The relative error that the package allows itself for a norm that does not suffer from cancellation.
 
-    float64 is of the same kind as float32, 1e-6 being 17 eps. A 16-bit weight has less to lose, and with float32
-    adapters the kernels multiply in pieces of 16 bits each: two of them, 2**-16 per product.
+    For float64 it is in proportion to that for float32, where 1e-6 is 17 eps. A 16-bit weight has fewer digits to lose,
+    and with float32 adapters the kernels multiply in 16-bit pieces: two of them, 2**-16 per product.
 
     Args:
         tensors: W, A and B, or their dtypes.
@@ -322,12 +324,12 @@ def distance(result: Tensor, wanted: Tensor) -> float:
 
 
 def error(result: Tensor, wanted: Tensor) -> float:
-    """The distance relative to the norm of what is wanted; NaN where the result has one."""
+    """The distance relative to the norm of `wanted`; NaN if the result has one."""
     return distance(result, wanted) / wanted.to(f64).norm().item()
 
 
 def norm_error(norm: Tensor, exact: Tensor) -> float:
-    """The largest relative error of an element: one bad row is one bad output feature."""
+    """The largest relative error of an element, because one bad row is one bad output feature."""
     return ((norm.to(exact.device).to(f64) - exact) / exact).abs().max().item()
 
 
@@ -340,15 +342,15 @@ def budgets(
     tries: int = 8,
     seed: int = 1,
 ) -> dict[str, float]:
-    """The distance from the oracle allowed to "y" and each gradient; see the module's docstring.
+    """The distance from the reference allowed for "y" and each gradient; see the module's docstring.
 
     Args:
         needs: The inputs whose gradients are wanted.
         dtype: The compute dtype, by default x's.
-        baseline: Results of another implementation, by default those of `eager`. Those that are not finite grant
+        baseline: Results of another implementation, by default those of `eager`. Results that are not finite allow
             nothing.
-        tries: How often the inputs are moved by a random amount.
-        seed: Of these amounts.
+        tries: How often the inputs are moved by random amounts.
+        seed: Seed of these amounts.
     """
     dtype = dtype or problem.x.dtype
     wide, wanted = widened(problem), oracle(problem, needs)
@@ -385,10 +387,11 @@ def budgets(
 def check(
     results: dict[str, Tensor], problem: Problem, needs: Iterable[str] = NAMES, dtype: torch.dtype | None = None
 ) -> None:
-    """Assert that every result is within its budget of the oracle, and in the right dtype.
+    """Assert that every result is within its budget of the reference, and in the right dtype.
 
     Raises:
-        AssertionError: which results are off and by how much, or a result is missing or has another dtype.
+        AssertionError: a result exceeds its budget, is missing or has another dtype. The message says which, and by how
+            much.
     """
     wanted, allowed = oracle(problem, needs), budgets(problem, needs, dtype)
     assert set(results) == set(wanted), f"results {sorted(results)}, expected {sorted(wanted)}"
@@ -404,9 +407,10 @@ def check(
 
 
 def errors(results: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """The relative error of each result, and under ``name + ROW`` that of its worst row; of a list, the largest.
+    """The relative error of each result, and under ``name + ROW`` that of its worst row. For a list of results, the
+    largest.
 
-    The worst row's error is relative to the root mean square of the rows: a fault in one place shows.
+    The worst row's error is relative to the root mean square of the rows, so that a fault in one place shows.
     """
     found = {}
     for name, right in wanted.items():
@@ -424,18 +428,18 @@ def _row_error(result: Tensor, wanted: Tensor) -> float:
 
 
 def limits(baseline: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """What `errors` may be, given a baseline's results; no limit where these are not finite."""
+    """The limits of `errors`, given a baseline's results; infinite if these are not finite."""
     found = errors(baseline, wanted)
     allowed = {name: _ALLOWED_ROW if name.endswith(ROW) else _ALLOWED for name in found}
     return {name: max(_FLOOR, allowed[name] * off) for name, off in found.items() if math.isfinite(off)}
 
 
 def beyond(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
-    """Words for each error that exceeds its limit; NaN exceeds any."""
+    """Describe each error that exceeds its limit. NaN exceeds any limit."""
     wrong = [name for name in found if name in allowed and not found[name] <= allowed[name]]
     return [f"{name} off by {found[name]:.1e}, allowed {allowed[name]:.1e}" for name in wrong]
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """True if both have the same names and every tensor the same numbers."""
+    """True if both have the same names, and equal values in every tensor."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

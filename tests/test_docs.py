@@ -1,4 +1,4 @@
-"""The Python blocks of documents whose examples are whole: run in order, in one namespace, as a reader would."""
+"""The documents: whole examples run in order, in one namespace, as a reader would; every name has its place."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def test_examples_run(name, tmp_path, monkeypatch):
     for block in blocks:
         first = text[: block.start(1)].count("\n")  # so that a traceback has the document's lines
         exec(compile("\n" * first + block[1], f"docs/{name}.md", "exec"), namespace)
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+    public = {f"dora_kernels.{name}" for name in dora_kernels.__all__}
+    assert public <= set(shown) and len(shown) == len(set(shown))
+
+
+def test_every_document_is_a_page_of_the_site():
+    named = set(re.findall(r": (\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.M))
+    assert named == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}

@@ -1,4 +1,4 @@
-"""Adapter files of every published form, and what is in them."""
+"""Read, write, attach and combine adapter files of every published format."""
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.attachment import attach, extract

@@ -1,4 +1,4 @@
-"""What an adapter is apart from any file: factors, magnitude, scaling and axis of each layer."""
+"""An adapter independent of any file: factors, magnitude, scaling and axis of each layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dora_kernels.core import validation
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 
 UNDECIDED = "undecided"
-"""The axis of a magnitude while a file is read."""
+"""The axis of a magnitude that is not known yet, while a file is read."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,19 @@ class AdapterLayer:
 
     Attributes:
         kind: "linear", "embedding", "conv1d", "conv2d" or "conv3d".
-        lora_A, lora_B: as PEFT stores them. Linear ``[r, in]``, ``[out, r]``; convolution ``[r, in, *kernel]``,
-            ``[out, r / groups, 1, ...]``; embedding ``[r, num_embeddings]``, ``[embedding_dim, r]``.
+        lora_A: as PEFT stores it. Linear ``[r, in]``; convolution ``[r, in, *kernel]``; embedding
+            ``[r, num_embeddings]``.
+        lora_B: as PEFT stores it. Linear ``[out, r]``; convolution ``[out, r / groups, 1, ...]``; embedding
+            ``[embedding_dim, r]``.
         magnitude: ``[out]`` or ``[in]`` by the axis, always one-dimensional; None for plain LoRA.
         scaling: what the low-rank product is multiplied by.
         magnitude_axis: "out" or "in"; of an embedding "out" is the embedding dimension and "in" the vocabulary.
         eps: added to the norm.
 
     Raises:
-        TypeError: a field is of the wrong type, or a tensor is not dense, or not of float16, bfloat16, float32 or
-            float64. Shapes and ranges are looked at where the layer is used.
-        ValueError: `kind` or `magnitude_axis` is none of these, or a number is beyond the range of float64.
+        TypeError: a field has a wrong type, or a tensor is not dense, or not float16, bfloat16, float32 or float64.
+            Shapes and ranks are checked where the layer is used.
+        ValueError: `kind` or `magnitude_axis` has another value, or a number is beyond the range of float64.
     """
 
     kind: str
@@ -59,36 +61,37 @@ class AdapterLayer:
 
     @property
     def rank(self) -> int:
+        """Of the factors."""
         return self.lora_A.shape[0]
 
     @property
     def features(self) -> tuple[int, int]:
-        """Inputs and outputs: features, channels, or vocabulary and embedding dimension."""
+        """Input and output size: features, channels, or vocabulary and embedding dimension."""
         return self.lora_A.shape[1], self.lora_B.shape[0]
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """A convolution's, empty otherwise."""
+        """A convolution's kernel size; empty for other kinds."""
         return tuple(self.lora_A.shape[2:])
 
     @property
     def grouped(self) -> bool:
-        """Whether it is of a convolution with groups: B has a group's share of the rank."""
+        """True for a convolution with groups: B has only one group's share of the rank."""
         return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
 
 
 @dataclass
 class Adapter:
-    """An adapter of a whole model, wherever it came from.
+    """An adapter of a whole model, from a file of any format or from a model.
 
     Attributes:
-        layers: by the base model's module names ("model.layers.0.self_attn.q_proj").
-        format: of the file that it was read from, or "model".
+        layers: the layers' adapters, by the base model's module names ("model.layers.0.self_attn.q_proj").
+        format: the format of the file that it was read from, or "model".
         notes: what was decided about it and why, a sentence each.
-        config: what the file's configuration said beside that.
+        config: the rest of the file's configuration.
 
     Raises:
-        TypeError: a field is of the wrong type.
+        TypeError: a field has a wrong type.
     """
 
     layers: dict[str, AdapterLayer]
@@ -107,7 +110,7 @@ class Adapter:
                 raise TypeError(f"layers: expected names (str) and layers (AdapterLayer), got {got}")
 
     def __repr__(self) -> str:
-        """Short; the tensors are in `layers`."""
+        """A short description; the tensors are in `layers`."""
         ranks = sorted({layer.rank for layer in self.layers.values()})
         kinds = sorted({f"DoRA along {layer.magnitude_axis!r}" if layer.magnitude is not None else "plain LoRA"
                         for layer in self.layers.values()})  # fmt: skip
@@ -118,18 +121,18 @@ class Adapter:
 
 
 def article(kind: str) -> str:
-    """A kind with its article."""
+    """A kind with its article, e.g. "an embedding"."""
     return f"an {kind}" if kind == "embedding" else f"a {kind}"
 
 
 def some(names: Iterable[str], shown: int = 1) -> str:
-    """The first names and how many more there are."""
+    """The first names, and how many more there are."""
     first, others = (listed := list(names))[:shown], listed[shown:]
     return ", ".join(first) + (f" and {len(others)} more" if others else "")
 
 
 def problem_of(layer: AdapterLayer) -> str | None:
-    """What is wrong with a layer's shapes and numbers, None if nothing is; its tensors' values are not looked at."""
+    """Return what is wrong with a layer's shapes and numbers, or None. The tensors' values are not checked."""
     a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
     dims = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}.get(layer.kind)
     if a.dim() != dims or not a.numel():

@@ -1,4 +1,4 @@
-"""From a model's adapted layers to an adapter, and back."""
+"""Convert a model's adapted layers to an adapter (`extract`), and attach an adapter to a model (`attach`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded,
 from dora_kernels.model.weight_readers import WeightReaders
 
 Models = nn.Module | Mapping[str, nn.Module]
-"""A model, or several of a pipeline's by its names for them: ``{"unet": ..., "text_encoder": ...}``."""
+"""A model, or several models of a pipeline by the names it has for them: ``{"unet": ..., "text_encoder": ...}``."""
 
 
 def joined(models: Any) -> nn.Module:
-    """A model as it is, several as one whose layers' names start with the pipeline's name of their model.
+    """Return one model as it is; several as one model, whose layer names start with the pipeline's name of their model.
 
     Raises:
-        TypeError: it is none of `Models`.
-        ValueError: a name with a dot, or a layer, is among them.
+        TypeError: `model` is not one of `Models`.
+        ValueError: a name contains a dot, or one of the models is an adapted layer itself.
     """
     if not isinstance(models, Mapping) or not models:
         return unwrapped(models)
@@ -43,15 +43,18 @@ def joined(models: Any) -> nn.Module:
 
 
 def extract(model: Models) -> Adapter:
-    """The adapter of a model with adapted layers (`DoRALinear` and its like), copied.
+    """Copy the adapter of a model with adapted layers (`DoRALinear` and the others).
 
     Args:
-        model: or several of a pipeline's models by its names for them, each of which may have adapted layers: the names
-            of the adapter's layers start with these names then.
+        model: a model, or several of a pipeline's models by its names for them, each of which may have adapted layers.
+            The names of the adapter's layers start with these names then.
+
+    Returns:
+        The adapter, of copies.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: it has no adapted layer, or one with a strength that is not 1, which an adapter does not hold.
+        TypeError: `model` is not a module.
+        ValueError: it has no adapted layer, or one whose strength is not 1, which an adapter cannot hold.
     """
     layers: dict[str, AdapterLayer] = {}
     several = isinstance(model, Mapping)
@@ -81,22 +84,26 @@ def extract(model: Models) -> Adapter:
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:
-    """Give a model an adapter, in place: layers named by it are adapted, or take its values if they are already.
-
-    Several of a pipeline's models, by its names for them, take an adapter of all of them.
+    """Attach an adapter to a model, in place. Layers that are not adapted yet are adapted; adapted layers get its
+    values.
 
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
     adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers
     that the adapter does not name stay as they are.
 
+    Args:
+        model: changed in place; or several of a pipeline's models by its names for them, for an adapter of all of them.
+        adapter: from `read_adapter`, `extract` or `combine_adapters`.
+
     Returns:
         The names of the layers.
 
     Raises:
-        TypeError: an argument of the wrong type, a layer that `apply_dora` cannot adapt, or plain LoRA of a convolution
-            or an embedding.
-        ValueError: the model has not one of the layers, or of another size, merged, with hooks, or on the meta device,
-            or a value is not finite, of the adapter or of a layer that is adapted for it. The model is unchanged.
+        TypeError: an argument has a wrong type, `apply_dora` cannot adapt a layer, or the adapter is plain LoRA of a
+            convolution or an embedding.
+        ValueError: one of the layers is missing in the model, has another size, is merged, has hooks or is on the meta
+            device; or a value of the adapter, or of a layer that is adapted for it, is not finite. The model is
+            unchanged.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
@@ -132,7 +139,7 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
 
 
 def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
-    """TypeError for plain LoRA of what no layer of this package adapts without a magnitude."""
+    """Raise TypeError for plain LoRA on layers that this package adapts only with a magnitude."""
     for name, layer in layers.items():
         if layer.magnitude is None and layer.kind != "linear":
             raise TypeError(
@@ -146,7 +153,7 @@ def _error(text: str) -> ValueError:
 
 
 def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> Any:
-    """The adapted layer that takes the values: `present`, still unchanged, or a new one that holds them."""
+    """Return the adapted layer that takes the values: `present`, still unchanged, or a new one that holds them."""
     adapted, dora = isinstance(present, modules.AdaptedLayer), layer.magnitude is not None
     if problem := problem_of(layer):
         raise _error(f"{name}: {problem}")
@@ -189,7 +196,7 @@ def _check_values(name: str, tensors: list[torch.Tensor], dtype: torch.dtype) ->
 
 
 def _check_shapes(name: str, layer: AdapterLayer, target: Any) -> None:
-    """No factor may be broadcast: those of a convolution depend on its groups, too."""
+    """Check the factors' shapes, which must not broadcast. Those of a convolution also depend on its groups."""
     for part, came, expected in zip("AB", (layer.lora_A, layer.lora_B), target.factors, strict=True):
         if came.shape != expected.shape:
             raise _error(f"{name}: lora_{part} {list(came.shape)}: expected {list(expected.shape)}")
@@ -203,4 +210,4 @@ def _copy(layer: AdapterLayer, target: Any) -> None:
     if layer.magnitude is not None:
         target.lora_magnitude_vector.copy_(layer.magnitude.view(target.lora_magnitude_vector.shape))
     target.use_rslora, target.alpha = False, layer.scaling * layer.rank
-    target.scaling = layer.scaling  # alpha / rank rounds
+    target.scaling = layer.scaling  # alpha / rank would round

@@ -1,4 +1,4 @@
-"""The base model's layers by name: what an adapter's names and axes are compared with."""
+"""The base model's layers by name, to compare an adapter's names, sizes and axes with."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.linear import is_conv1d
 
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
-"""Their classes, by `AdapterLayer.kind`."""
+"""Convolution classes by `AdapterLayer.kind`."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A layer without adapter.
+    """A layer without its adapter.
 
     Attributes:
-        kind: as `AdapterLayer.kind`; None for a tensor of two dimensions in a state dict, which may be a linear
-            layer's, an embedding's, or a linear layer's stored transposed.
-        features: inputs and outputs, as `AdapterLayer.features`; of unknown kind they are a linear layer's.
-        weight: as it is stored.
+        kind: as `AdapterLayer.kind`; None for a two-dimensional tensor in a state dict, which may belong to a linear
+            layer, an embedding, or a linear layer that is stored transposed.
+        features: input and output size, as `AdapterLayer.features`; if the kind is unknown, those of a linear layer.
+        weight: the weight as it is stored.
     """
 
     kind: str | None
@@ -34,7 +34,7 @@ class Base:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """A convolution's, empty otherwise."""
+        """A convolution's kernel size; empty for other kinds."""
         return tuple(self.weight.shape[2:])
 
     def fits(self, layer: AdapterLayer) -> bool:
@@ -45,12 +45,12 @@ class Base:
         return layer.kind == self.kind and layer.features == self.features
 
     def norms(self, layer: AdapterLayer) -> tuple[Tensor, Tensor] | None:
-        """Norms of the adapted weight along "out" and "in" in float64, None where they cannot be computed."""
+        """Norms of the adapted weight along "out" and "in" in float64; None if they cannot be computed."""
         delta = layer.scaling * (layer.lora_B.double().flatten(1) @ layer.lora_A.double().flatten(1))
         weight = self.weight.detach().cpu()
         if weight.is_meta or not weight.is_floating_point() or weight.numel() != delta.numel():
             return None
-        # a square weight of a state dict may be transposed: never decided by it
+        # A square weight of a state dict may be transposed, so it never decides.
         if self.kind == "embedding" or (weight.dim() == 2 and weight.shape != delta.shape):
             weight = weight.transpose(0, 1)
         adapted = weight.double() + delta.view(weight.shape)
@@ -58,7 +58,7 @@ class Base:
 
 
 def bases_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Base]:
-    """The layers of a model, adapted or not, or of a state dict, that an adapter can be of."""
+    """The layers of a model, adapted or not, or of a state dict, that can have an adapter."""
     if isinstance(model, nn.Module):
         found = {name: _base(module) for name, module in base_modules(model).items()}
     else:
@@ -70,7 +70,7 @@ def bases_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Base]:
 def check_fit(
     layers: Mapping[str, AdapterLayer], bases: Mapping[str, Base], error: Callable[[str], ValueError]
 ) -> None:
-    """Raise ``error(text)`` where the base model has not a layer of an adapter, or one of other sizes."""
+    """Raise ``error(text)`` if a layer of the adapter is missing in the base model or has another size there."""
     for name, layer in layers.items():
         base = bases.get(name)
         if base is None:
@@ -85,7 +85,10 @@ def check_fit(
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name, an adapted layer's base layer under the layer's own name; a shared one under each of its."""
+    """Modules by name.
+
+    An adapted layer's base layer has the layer's own name; a shared module is listed under each name.
+    """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in named_modules(model):
@@ -122,10 +125,11 @@ def _base_of_weight(weight: Tensor) -> Base | None:
 
 
 def axis_by_norms(layer: AdapterLayer, base: Base) -> tuple[str, float, float] | None:
-    """Which of the adapted weight's norms the magnitude follows, and its mean relative distance to that and the other.
+    """Return the axis whose norm the magnitude follows, and its mean relative distance to that norm and to the other
+    one.
 
-    A magnitude starts as one of the two norms and training moves it by a few percent. None where neither is clearly
-    nearer (by a factor of two), or the weight cannot be read.
+    A magnitude starts as one of the two norms, and training changes it by a few percent. None if neither is clearly
+    nearer (by a factor of two), or if the weight cannot be read.
     """
     norms = base.norms(layer)
     if norms is None or layer.magnitude is None or base.kind is None:

@@ -1,4 +1,7 @@
-"""Weighted sums of adapters as one, and an adapter at another strength. Formulas: `dora_kernels.core.weighted_sum`."""
+"""Combine adapters into one by a weighted sum, or change an adapter's strength.
+
+See `dora_kernels.core.weighted_sum`.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ from dora_kernels.model.targets import check_loaded
 
 @dataclass(frozen=True)
 class CombinedLayer:
-    """What became of one layer.
+    """The result for one layer.
 
     Attributes:
         rank: of the new adapter.
-        error: Frobenius norm of what the rank cuts off from the merged weight, over that of what the sum changes in it.
-        replaced: magnitudes (rows, or columns for axis "in") whose weight cancels in the sum while an update is left.
-            The base weight keeps a share of them that is as small as rounding.
+        error: Frobenius norm of what the rank cuts off from the merged weight, relative to that of the sum's change.
+        replaced: number of magnitudes (rows, or columns for axis "in") whose weight cancels in the sum while an update
+            remains. They keep a share of the base weight that is as small as rounding.
     """
 
     rank: int
@@ -38,13 +41,13 @@ class CombinedLayer:
 
 @dataclass(frozen=True)
 class CombineReport:
-    """What `combine_adapters` did, by layer."""
+    """The result of `combine_adapters`, by layer."""
 
     layers: dict[str, CombinedLayer]
 
     @property
     def error(self) -> float:
-        """The largest of a layer."""
+        """The largest error of a layer."""
         return max((layer.error for layer in self.layers.values()), default=0.0)
 
     def __str__(self) -> str:
@@ -59,30 +62,31 @@ class CombineReport:
 def combine_adapters(
     model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int | None = None
 ) -> tuple[Adapter, CombineReport]:
-    """The weighted sum ``W + Σ w_i (merged_i - W)`` of what adapters do to a model's weights, as one adapter.
+    """Combine the changes that several adapters make to a model's weights: ``W + Σ w_i (merged_i - W)``, as one
+    adapter.
 
-    Of DoRA adapters along one axis, and plain LoRA, the sum is a DoRA adapter again, of the sum of the ranks: exact, in
-    float32 (float64 for float64). An adapter without a layer leaves it as it is. The result has a scaling of 1. Where
-    some layers are DoRA, those of plain LoRA alone get the magnitude at which they stay as they are: files hold one or
-    the other.
+    The sum of DoRA adapters along one axis, and of plain LoRA, is again a DoRA adapter, whose rank is the sum of the
+    ranks. It is exact, in float32 (float64 for float64). A layer that an adapter does not have counts as unchanged by
+    it. The result has a scaling of 1. If some layers are DoRA, layers with plain LoRA only get a magnitude that leaves
+    them unchanged, because a file has either DoRA or plain LoRA.
 
     Args:
-        model: the base model, adapted or not; it is not changed. Its weights decide about the norms.
-        adapters: at least one; the same one may come several times.
+        model: the base model, adapted or not; it is not changed. The norms are computed from its weights.
+        adapters: at least one; an adapter may occur several times.
         weights: a finite number for each adapter, of any sign.
-        rank: None for the sum of the ranks, or the largest that a layer may have: then the update is cut by its
-            singular values, which leaves the merged weight nearest to the sum among those with the sum's own factor of
-            the base weight. The report says how near.
+        rank: None for the sum of the ranks, or the largest rank that a layer may have. The update is then cut by its
+            singular values, which gives the merged weight nearest to the sum for the sum's own factor of the base
+            weight. The report says how near.
 
     Returns:
-        the adapter, and a `CombineReport`.
+        The adapter, and a `CombineReport`.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a base weight no floating-point tensor (quantised).
-        ValueError: as many weights as adapters are not given, one of them, of the model's or of the adapters' values is
-            not finite, `rank` is below 1, the model has no such layer or one of another shape or on the meta device, a
-            convolution has groups, whose update is no product of two factors, or a layer's adapters have magnitudes
-            along both axes, whose sum no factor of rows or columns can express: it is exact only as a dense weight.
+        TypeError: an argument has a wrong type, or a base weight is not a floating-point tensor (quantised).
+        ValueError: there is not one weight for each adapter; a weight, or a value of the model or of an adapter, is not
+            finite; `rank` is below 1; a layer is missing in the model, has another shape or is on the meta device; a
+            convolution has groups, so that its update is not a product of two factors; or a layer's adapters have
+            magnitudes along both axes, whose sum is exact only as a dense weight.
     """
     _check(model, adapters, weights, rank)
     return _weighted_sum(model, adapters, weights, None if rank is None else int(rank), "adapters")
@@ -92,7 +96,7 @@ def combine_adapters(
 def _weighted_sum(
     model: nn.Module, adapters: Collection[Adapter], weights: Collection[float], rank: int | None, argument: str
 ) -> tuple[Adapter, CombineReport]:
-    """`combine_adapters`; `argument` is what the caller calls the adapters."""
+    """`combine_adapters`; `argument` is the caller's name for the adapters."""
     bases = bases_of(model)
     found: dict[str, list[tuple[float, AdapterLayer]]] = {}
     for weight, adapter in zip(weights, adapters, strict=True):
@@ -112,13 +116,22 @@ def _weighted_sum(
 
 
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
-    """The adapter whose merged weight is ``W + strength * (merged - W)``: exact, of the same ranks.
+    """Return the adapter whose merged weight is ``W + strength * (merged - W)``: exact, with the same ranks.
 
-    0 is, merged, the base model bit for bit (unmerged, m over the norm is 1 up to rounding; a layer's own ``strength``
-    is exact there, too), 1 the adapter itself; numbers beyond 1 and below 0 extrapolate.
+    Strength 1 is the adapter itself. Strength 0, merged, is the base model bit for bit. (Unmerged, m over the norm is 1
+    up to rounding; a layer's own ``strength`` is exact there too.) Numbers beyond 1 and below 0 extrapolate.
+
+    Args:
+        model: the base model, adapted or not; it is not changed.
+        adapter: the adapter at strength 1; it is not changed.
+        strength: any finite number.
+
+    Returns:
+        A new adapter; at strength 1 `adapter` itself.
 
     Raises:
-        TypeError, ValueError: as `combine_adapters`, of `model`, `adapter` and `strength`.
+        TypeError: as `combine_adapters`, of `model`, `adapter` and `strength`.
+        ValueError: as `combine_adapters`.
     """
     _check_model(model)
     _check_adapter(adapter, "adapter", "an Adapter")
@@ -164,7 +177,7 @@ def _check_adapter(adapter: Any, argument: str, what: str) -> None:
 
 
 def _layers(adapter: Adapter, bases: dict[str, Base], argument: str) -> dict[str, AdapterLayer]:
-    """An adapter's layers by the model's names, which has them all."""
+    """An adapter's layers by the model's names. The model must have all of them."""
 
     def error(text: str) -> ValueError:
         return ValueError(f"{argument}: {text}")
@@ -175,7 +188,7 @@ def _layers(adapter: Adapter, bases: dict[str, Base], argument: str) -> dict[str
 
 
 class _Problem:
-    """A layer's base weight as the linear problem, its axis, and how factors and magnitudes are laid out in it."""
+    """A layer's base weight as the linear problem, its axis, and the layout of factors and magnitudes in it."""
 
     def __init__(
         self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None, argument: str
@@ -210,7 +223,7 @@ class _Problem:
         return a.flatten(1), b.flatten(1)
 
     def norm(self, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-        """Of the adapted weight, one for each magnitude."""
+        """The norm of the adapted weight, one value per magnitude."""
         norm = dora_weight_norm(self.weight, a, b, scaling=scaling, magnitude_axis=self.axis)
         return norm if norm.numel() == self.length else norm.view(self.length, -1).norm(dim=1)
 

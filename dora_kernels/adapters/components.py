@@ -1,14 +1,14 @@
-"""The models of a pipeline that one file may hold adapters of: what files call them, and how they spell their layers.
+"""The models of a pipeline whose adapters one file may hold: their names in files, and the spelling of their layers.
 
 diffusers' pipelines call their models ``unet``, ``transformer``, ``prior``, ``text_encoder``, ``text_encoder_2``, ...
 (loaders/lora_pipeline.py). kohya's sd-scripts (networks/lora.py, lora_flux.py, lora_sd3.py) and musubi-tuner write
-``lora_unet`` for whatever denoises, ``lora_te`` for the text encoder of SD 1 and 2, ``lora_te1`` and ``lora_te2`` for
+``lora_unet`` for any denoiser, ``lora_te`` for the text encoder of SD 1 and 2, ``lora_te1`` and ``lora_te2`` for
 the CLIPs of SDXL and SD 3, ``lora_te1`` and ``lora_te3`` for CLIP and T5 of Flux, ``lora_te3`` for T5 of SD 3.
 OneTrainer (modules/util/convert_lora_util.py) numbers text encoders as the pipeline does, and has ``lora_transformer``.
 ComfyUI (comfy/lora.py) reads all of these, and its own ``diffusion_model.`` and ``text_encoders.<which>.transformer.``.
 
-Files have ``text_model.`` in the names of a CLIP's layers; `CLIPTextModel` of transformers 5 has not. sd-scripts' files
-of SDXL have Stability's names of the U-Net's layers (`ldm`).
+Files have ``text_model.`` in the names of a CLIP's layers; transformers 5 does not in `CLIPTextModel`. For SDXL,
+sd-scripts' files have Stability's names of the U-Net's layers (`ldm`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COMPONENTS = {
     "lora_te": ("text_encoder",),
     "lora_te1": ("text_encoder",),
     "lora_te2": ("text_encoder_2",),
-    "lora_te3": ("text_encoder_3", "text_encoder_2"),  # Flux has its T5 second
+    "lora_te3": ("text_encoder_3", "text_encoder_2"),  # T5 is Flux's second text encoder
     "lora_te4": ("text_encoder_4",),
     "diffusion_model": _DENOISERS,
     "text_encoders.clip_l.transformer": ("text_encoder",),
@@ -48,15 +48,15 @@ _T5 = re.compile(r"encoder[._]block[._]\d+[._]layer[._]\d+[._].+|shared")
 
 _UNET = re.compile(r"(?:down|up|mid|input|output|middle)_blocks?\.")
 
-# SDXL's U-Net, which alone has more than one block in a transformer.
+# SDXL's U-Net: the only one with more than one block in a transformer.
 _SDXL = re.compile(r"unet\.(?:add_embedding\.|.+\.transformer_blocks\.[1-9])")
 
 
 def prefix_of(name: str, asked: str = "") -> str:
-    """What says which model a name in a file is of: `asked`, "lora_te1", "text_encoder_2", ...; empty without."""
+    """The part of a name that says which model it belongs to: `asked`, "lora_te1", "text_encoder_2", ...; or ""."""
     found = _UNDERSCORED.match(name) or _DOTTED.match(name)
     own = found[1] if found else ""
-    # text_encoder_2 does not start with text_encoder
+    # a layer of text_encoder_2 is not one of text_encoder
     return asked if asked and len(asked) >= len(own) and name.startswith((f"{asked}_", f"{asked}.")) else own
 
 
@@ -66,17 +66,17 @@ def is_underscored(prefix: str) -> bool:
 
 
 def is_component(prefix: str) -> bool:
-    """True if the prefix says which model of a pipeline a name is of."""
+    """True if the prefix says which model of a pipeline a name belongs to."""
     return prefix not in ("", "lycoris", "lora", "base_model.model")
 
 
 def components_of(prefix: str) -> tuple[str, ...]:
-    """What a pipeline may call the model that a prefix in a file is of."""
+    """The names that a pipeline may have for the model with this prefix in a file."""
     return _COMPONENTS.get(prefix, (prefix,) if is_component(prefix) else ())
 
 
 def spellings(prefix: str, name: str) -> Iterator[str]:
-    """A layer's name, without its prefix, and the others that the same layer may have in a model."""
+    """Yield a layer's name, without its prefix, and then the other names that the same layer may have in a model."""
     yield name
     if name.startswith(("text_model.", "text_model_")):
         yield name[len("text_model.") :]
@@ -87,21 +87,21 @@ def spellings(prefix: str, name: str) -> Iterator[str]:
 
 
 def is_text_encoder(prefix: str) -> bool:
-    """True if a prefix, or a pipeline's name of a model, is a text encoder's."""
+    """True if a prefix, or a pipeline's name of a model, is that of a text encoder."""
     return prefix.startswith(("lora_te", "lora_prior_te", "text_encoder"))
 
 
 def in_files(name: str) -> str:
-    """A text encoder's layer as files name it: CLIP's with ``text_model.``."""
+    """A text encoder's layer name as files have it: a CLIP's with ``text_model.``."""
     return f"text_model.{name}" if _CLIP.fullmatch(name) else name
 
 
 def kohya_prefixes(components: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """kohya's prefix for each of a pipeline's models; without one that kohya's files have no prefix for.
+    """kohya's prefix for each of a pipeline's models. Models for which kohya's files have no prefix are left out.
 
     Args:
-        components: which models.
-        names: of their layers, ``<component>.<name>``.
+        components: the pipeline's names of the models.
+        names: names of their layers, ``<component>.<name>``.
     """
     single = set(components) <= {"unet", "text_encoder"} and not any(map(_SDXL.match, names))
     found: dict[str, str] = {}
@@ -118,11 +118,11 @@ def kohya_prefixes(components: Collection[str], names: Collection[str]) -> dict[
 
 
 def model_of(names: Collection[str], known: Collection[str] = ()) -> str:
-    """What a pipeline calls a model with layers of these names: "text_encoder", "text_encoder_3", "unet", ...
+    """The pipeline's name for a model with layers of these names: "text_encoder", "text_encoder_3", "unet", ...
 
     Args:
-        names: the adapted layers'.
-        known: all of the model's, where there is a model.
+        names: names of the adapted layers.
+        known: names of all of the model's layers, if there is a model.
     """
     tokens = not known or any(name.endswith("token_embedding") for name in known)
     if all(name.startswith("text_model.") or _CLIP.fullmatch(name) for name in names) and tokens:

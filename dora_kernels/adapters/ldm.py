@@ -1,7 +1,7 @@
-"""Names of a U-Net's layers in Stability's code, which sd-scripts trains SDXL on, and diffusers' names of the same.
+"""Convert names of a U-Net's layers in Stability's code, on which sd-scripts trains SDXL, to diffusers' names.
 
-Both have two residual blocks in each block going down and three going up (ldm/modules/diffusionmodules/openaimodel.py;
-diffusers: loaders/single_file_utils.py).
+Both have two residual blocks in each down block and three in each up block
+(ldm/modules/diffusionmodules/openaimodel.py; diffusers: loaders/single_file_utils.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"(input_blocks|output_blocks|middle_block)_(\d+)_(?:(\d+)_)
 
 
 def from_ldm(name: str) -> str | None:
-    """diffusers' name, with underscores for some dots, of a layer with one of Stability's; None for any other."""
+    """Return diffusers' name, with underscores for some dots, for a layer's name in Stability's code; else None."""
     flat = name.replace(".", "_")
     if flat in _WHOLE:
         return _WHOLE[flat]

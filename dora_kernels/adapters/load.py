@@ -1,4 +1,4 @@
-"""`load_adapter`: a file of any format, read, checked and, with a model, attached."""
+"""`load_adapter`: read a file of any format, check it and, with a model, attach it."""
 
 from __future__ import annotations
 
@@ -37,10 +37,25 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter file of any format and, with a model, attach it.
 
-    ``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}`` attaches the adapters of both in one file.
-    The arguments are `read_adapter`'s and `attach`'s, whose errors it raises; the model is unchanged by any of them.
     Layers that were adapted before and are not in the file stay adapted, which is warned of; `remove_dora` before takes
     them off. Layers keep their strength, which a note names where it is not 1.
+
+    Args:
+        path: the safetensors file, or the folder that holds it.
+        model: the model to attach the adapter to, or several of a pipeline's models by its names for them
+            (``{"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}``). None only reads the file.
+        format: as `read_adapter`.
+        magnitude_axis: as `read_adapter`.
+        scaling: as `read_adapter`.
+        prefix: as `read_adapter`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TypeError: as `read_adapter` and `attach`. The model is unchanged by any of these errors.
+        FileNotFoundError: as `read_adapter`.
+        ValueError: as `read_adapter` and `attach`.
     """
     if model is not None:
         joined(model)
@@ -68,9 +83,9 @@ def read_adapter(
     scaling: float | None = None,
     prefix: str | None = None,
 ) -> Adapter:
-    """Read an adapter file of any format; docs/formats.md has them all.
+    """Read an adapter file of any format; docs/formats.md describes all of them.
 
-    Only safetensors are read: a pickle may run anything.
+    Only safetensors are read: loading a pickle can run any code.
 
     Args:
         path: the safetensors file, or the folder that holds it; a configuration is looked for beside it.
@@ -78,18 +93,21 @@ def read_adapter(
             (``{"unet": ..., "text_encoder": ...}``). Names with underscores become its names, and where shapes leave
             open which axis a magnitude is along, its weights decide.
         format: one of `FORMATS`, or "auto", which takes it from the keys.
-        magnitude_axis: "out" or "in" insist; "auto" takes the format's, or decides as `Adapter.notes` says.
-        scaling: instead of the one that the file or its configuration says.
-        prefix: of a LyCORIS, kohya or diffusers file read only the layers whose names start with it: "lora_te1" or
-            "text_encoder" the first text encoder's, where a file has layers of several models with the same names.
+        magnitude_axis: "out" or "in", or "auto", which takes the format's, or decides as `Adapter.notes` says.
+        scaling: replaces the one that the file or its configuration gives.
+        prefix: read only the layers of a LyCORIS, kohya or diffusers file whose names start with it. "lora_te1" and
+            "text_encoder" are the first text encoder's, where a file has layers of several models with the same names.
+
+    Returns:
+        The adapter. `Adapter.notes` says what was decided about it.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        FileNotFoundError: there is no such file, or no safetensors in the folder.
-        OSError: it cannot be read.
-        ValueError: the file is truncated, oversized, of another format, or a pickle; its configuration is of another
-            save; a tensor is missing, there twice, of the wrong size or not finite; names or axis are ambiguous; or
-            `base` has not its layers. The message names the file and the key.
+        TypeError: an argument has a wrong type.
+        FileNotFoundError: there is no such file, or no safetensors file in the folder.
+        OSError: the file cannot be read.
+        ValueError: the file is truncated, oversized, a pickle or of another format; its configuration was saved with
+            another file; a tensor is missing, duplicated, of a wrong size or not finite; names or axis are ambiguous;
+            or layers are missing in `base`. The message names the file and the key.
     """
     place = storage.as_path(path)
     check_format(format, "auto")
@@ -131,7 +149,7 @@ def read_adapter(
 
 
 def _is_state_dict(base: Any) -> bool:
-    """True if `base` maps names to tensors; what else a module keeps in one may be there, too."""
+    """True if `base` maps names to tensors. A module's state dict may also hold other objects."""
     if not isinstance(base, Mapping) or not all(isinstance(key, str) for key in base):
         return False
     return all(isinstance(value, Tensor) for key, value in base.items() if key.endswith(".weight"))
@@ -140,7 +158,7 @@ def _is_state_dict(base: Any) -> bool:
 def _named(
     reading: Reading, layers: dict[str, AdapterLayer], config: dict[str, Any], asked: str
 ) -> dict[str, AdapterLayer]:
-    """The layers with the prefix that was asked for, under the model's names; `config` says what came of them."""
+    """Return the layers with the requested prefix, under the model's names. What was found is recorded in `config`."""
     names = {name: name for name in layers if not asked or prefix_of(name, asked) == asked}
     if not names:
         there = shown(", ".join(sorted({prefix_of(name) or name for name in layers})), 1000)
@@ -163,12 +181,12 @@ def _named(
 
 @dataclass(frozen=True)
 class Contents:
-    """What the keys of an adapter's file say.
+    """The layers of an adapter file, from its keys.
 
     Attributes:
-        file, format: which.
-        layers: the adapter's layers, by the file's own names.
-        others: the keys of what is no adapter.
+        file, format: the file and its format.
+        layers: names of the adapter's layers, as in the file.
+        others: keys that belong to no adapter.
     """
 
     file: Path
@@ -178,10 +196,13 @@ class Contents:
 
 
 def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = False) -> Contents:
-    """The keys of the file that `read_adapter` reads, without its values; `scaled` says that it is with a scaling.
+    """Return the keys of the file that `read_adapter` would read, without its values.
+
+    Args:
+        scaled: True if `read_adapter` is to be called with a scaling.
 
     Raises:
-        TypeError, FileNotFoundError, ValueError: as `read_adapter`, where no value is needed for it.
+        TypeError, FileNotFoundError, ValueError: as `read_adapter`, as far as no values are needed.
     """
     check_format(format, "auto")
     file, config_file = _find(storage.as_path(path), format)
@@ -193,7 +214,7 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
 
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:
-    """The file of tensors and, if there is one, the configuration beside it."""
+    """Return the file with the tensors and, if there is one, the configuration beside it."""
     if place.suffix in storage.PICKLES:
         raise ValueError(f"{place}: a pickle, which may run anything, is not read: save it as safetensors")
     if not place.is_dir():

@@ -1,4 +1,4 @@
-"""Names in files, with prefixes or underscores for dots, and the model's names that they stand for."""
+"""Map names in files, with prefixes or underscores for dots, to the model's names."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from dora_kernels.adapters.components import components_of, is_component, prefix
 from dora_kernels.core.shown import shown
 
 UNDERSCORED = "underscored"
-"""The entry of `Adapter.config` that says that names are still those of the file, with underscores for dots."""
+"""Entry of `Adapter.config`: the names are still the file's, with underscores for dots."""
 
 COMPONENTS = "components"
-"""The entry of `Adapter.config` that says that names start with the pipeline's name of their model."""
+"""Entry of `Adapter.config`: the names start with the pipeline's name of their model."""
 
 PREFIX = "prefix"
-"""The entry of `Adapter.config` that says which prefix the file's names have, if it is one for all."""
+"""Entry of `Adapter.config`: the prefix of the file's names, if all have the same."""
 
-# Vision-language models, whose files keep names of before transformers 4.52 (conversion_mapping.py): what becomes what.
+# Vision-language models. Their files keep the names from before transformers 4.52 (conversion_mapping.py). Old and new:
 _TOWERS = "vision_tower|multi_modal_projector|image_newline"
 _RENAMED = (
-    # LLaVA and its kin
+    # LLaVA and related models
     ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
      (r"vision_tower\.vision_model\.", "model.vision_tower."), (rf"({_TOWERS})\b", r"model.\1")),
     ((r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
      (rf"({_TOWERS})\b", r"model.\1")),
-    # Qwen2-VL and its kin
+    # Qwen2-VL and related models
     ((r"model\.(?!language_model\.|visual\.)", "model.language_model."), (r"visual\.", "model.visual.")),
-    # the reverse, for adapters of before
+    # the reverse, for older adapters
     ((r"model\.language_model\.", "language_model.model."), (r"lm_head\.", "language_model.lm_head."),
      (rf"model\.({_TOWERS})\b", r"\1")),
     ((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
 )  # fmt: skip
 
-# A name that is longer, or of a model with more layers, gets no proposal.
+# For a longer name, or a model with more layers, no similar name is proposed.
 _LONGEST, _MOST = 200, 500
 
 
 def _changed(rules: tuple[tuple[str, str], ...], key: str) -> str:
-    """By the first of the rules that fits its start."""
+    """Rename a key by the first rule that matches its start."""
     for pattern, new in rules:
         if match := re.match(pattern, key):
             return match.expand(new) + key[match.end() :]
@@ -50,11 +50,14 @@ def _changed(rules: tuple[tuple[str, str], ...], key: str) -> str:
 
 
 RENAMINGS: tuple[Callable[[str], str], ...] = tuple(functools.partial(_changed, rules) for rules in _RENAMED)
-"""Of keys of a model's tensors, from one release of transformers to another."""
+"""Renamings of a model's keys from one release of transformers to another."""
 
 
 def check_prefix(prefix: object) -> str:
-    """`prefix` without an underscore or dot at its end; TypeError or ValueError for what no name starts with."""
+    """Return `prefix` without a trailing underscore or dot.
+
+    Raises TypeError or ValueError if no name can start with it.
+    """
     if not isinstance(prefix, str):
         raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
     if not prefix.strip("_.") or ("." in prefix.rstrip(".") and not is_component(prefix_of(f"{prefix}."))):
@@ -63,7 +66,7 @@ def check_prefix(prefix: object) -> str:
 
 
 def readings(name: str, asked: str = "") -> Iterator[str]:
-    """What a name in a file may be in a model, or in a pipeline's models, ``<component>.<name>``."""
+    """Yield the model names that a file's name may stand for; in a pipeline, ``<component>.<name>``."""
     yield name
     prefix = prefix_of(name, asked)
     rest = name[len(prefix) + 1 :] if prefix else name
@@ -80,13 +83,16 @@ def resolve(
     notes: list[str],
     asked: str = "",
 ) -> dict[str, str]:
-    """The model's name (of `known`) that each of a file's names stands for. `asked` is a prefix that they may have.
+    """Map each of a file's names to the model's name (one of `known`) that it stands for.
 
-    A file may be of several models, told apart by the prefix (``lora_unet``, ``lora_te1``, ``unet``): prefixes of which
-    no layer is the model's are left out, with a note, if another's all are.
+    A file may hold layers of several models, distinguished by the prefix (``lora_unet``, ``lora_te1``, ``unet``). If
+    all layers with one prefix are the model's, prefixes without any layer of the model are left out, with a note.
+
+    Args:
+        asked: a prefix that the names may have.
 
     Raises:
-        ValueError: a name stands for none of the model's, or for several, or two for the same.
+        ValueError: a name stands for no layer of the model or for several, or two names stand for the same.
     """
     candidates: dict[str, list[str]] = defaultdict(list)
     for name in known:
@@ -117,7 +123,7 @@ def resolve(
 
 
 def respelled(names: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """The names of one way to spell them, in which the model has them all; as they are where there is none."""
+    """Return the names in the spelling with which the model has them all; unchanged if there is none."""
     for way in (_with_text_model, _without_text_model, *RENAMINGS):
         found = {name: way(f"{name}.weight").removesuffix(".weight") for name in names}
         if len(set(found.values())) == len(found) and all(own in known for own in found.values()):
@@ -136,7 +142,7 @@ def _without_text_model(key: str) -> str:
 def own_layers(
     adapter: Adapter, known: Collection[str], error: Callable[[str], ValueError], notes: list[str]
 ) -> dict[str, AdapterLayer]:
-    """An adapter's layers by the names of a model, of which `known` has all.
+    """Return an adapter's layers by a model's names; `known` are all of these.
 
     Raises:
         ValueError: as `resolve`.
@@ -151,7 +157,7 @@ def own_layers(
 
 
 def proposal(name: str, known: Collection[str]) -> str:
-    """The rest of a sentence that misses a layer: the nearest that there is, and what differs before it, or nothing."""
+    """The end of the sentence about a missing layer: the nearest existing name and the differing prefix, or nothing."""
     if len(name) > _LONGEST or not known:
         return ""
     flat = name.replace(".", "_")

@@ -1,4 +1,4 @@
-"""`save_adapter`: a model's adapter, or one that was read, in a file of any format."""
+"""`save_adapter`: write a model's adapter, or one that was read, to a file of any format."""
 
 from __future__ import annotations
 
@@ -32,34 +32,35 @@ def save_adapter(
     prefix: str | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Write an adapter in a format of `FORMATS`; docs/formats.md says what each can hold.
+    """Write an adapter in one of `FORMATS`; docs/formats.md says what each can hold.
 
-    What a format has no place for is folded into the factors where the mathematics allows: scalings into lora_B, ranks
-    filled up with zeros. Files are written beside their places and moved there when all are complete, so that a crash
-    leaves old ones whole; `read_adapter` refuses tensors whose configuration is of another save. A link is replaced,
-    not the file that it leads to. Dtypes stay, but a lora_B that a scaling is folded into becomes float32 unless that
-    is exact.
+    What a format has no place for is folded into the factors if that is mathematically possible: scalings into lora_B,
+    lower ranks are padded with zeros. Files are written under temporary names and moved into place when all are
+    complete, so a crash leaves old files whole. `read_adapter` rejects tensors whose configuration was saved with
+    another file. A link is replaced, not the file it points to. Dtypes stay the same, except that a lora_B with a
+    folded scaling becomes float32 unless the result is exact.
 
     Args:
-        source: a model with adapted layers, or an `Adapter`; or several of a pipeline's by its names for the models,
-            for one file of the formats kohya and diffusers: ``{"unet": unet, "text_encoder": text_encoder}``.
-        path: a folder; the formats without configuration (lycoris, kohya, diffusers, qdora) take a ``.safetensors``
-            file, too.
-        format: which.
-        prefix: of the names of one model in a LyCORIS, kohya or diffusers file, "lora_te1" or "text_encoder" for a
-            first text encoder's. None: the one that the adapter was read with, if it was of the same format, else
-            "lycoris", or what the names of the layers tell: kohya's "lora_te" for CLIP, "lora_te3" for T5 and
-            "lora_unet" for others, diffusers' "text_encoder", "text_encoder_3", "unet" and "transformer".
-        force: overwrite files that are there.
+        source: a model with adapted layers, an `Adapter`, or several of them by a pipeline's names for its models, for
+            one file in the formats kohya and diffusers: ``{"unet": unet, "text_encoder": text_encoder}``.
+        path: a folder. The formats without configuration (lycoris, kohya, diffusers, qdora) also accept a
+            ``.safetensors`` file.
+        format: the format's name.
+        prefix: for one model in a LyCORIS, kohya or diffusers file: the prefix of the names, e.g. "lora_te1" or
+            "text_encoder" for a first text encoder. None: the prefix that the adapter was read with, if it had the same
+            format; else "lycoris", or what the layer names suggest: for kohya "lora_te" for CLIP, "lora_te3" for T5 and
+            "lora_unet" for others; for diffusers "text_encoder", "text_encoder_3", "unet" and "transformer".
+        force: overwrite existing files.
 
     Returns:
-        What was folded or left out, and which files a killed run has left there, a sentence each.
+        Notes, one sentence each: what was folded or left out, and files that a killed process has left there.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: the format cannot express the adapter, a value is not finite, or the path is no name for it.
-        FileExistsError: a file is there, and not `force`; or the folder holds another format's adapter, of which this
-            would exchange one half or be the second.
+        TypeError: an argument has a wrong type.
+        ValueError: the format cannot express the adapter, a value is not finite, or the path is not a valid name for
+        it.
+        FileExistsError: a file exists and `force` is False; or the folder holds an adapter of another format, which
+            this would half replace or sit beside.
         OSError: a file cannot be written.
     """
     place = storage.as_path(path)
@@ -99,7 +100,7 @@ def save_adapter(
 
 
 def _source(source: Any) -> tuple[Adapter, Collection[str]]:
-    """The adapter to write, of one model or of several, and the names of the models' layers where there are models."""
+    """The adapter to write, of one model or of several, and the names of the models' layers if there are models."""
     if isinstance(source, Adapter):
         return source, ()
     if isinstance(source, nn.Module):
@@ -124,7 +125,7 @@ def _source(source: Any) -> tuple[Adapter, Collection[str]]:
 
 
 def _parted(adapter: Adapter, chosen: Format, prefix: str | None) -> Adapter:
-    """An adapter of a pipeline's models as the format can have it: of several, or without the model's name of one."""
+    """Return a pipeline's adapter as the format can hold it: of several models, or of one without its name."""
     components = sorted({name.partition(".")[0] for name in adapter.layers})
     if chosen.pipelines and prefix is None:
         return adapter
@@ -138,7 +139,7 @@ def _parted(adapter: Adapter, chosen: Format, prefix: str | None) -> Adapter:
 
 
 def _check_place(weights: Path, chosen: Format) -> None:
-    """FileExistsError where the folder holds files that belong to another format's adapter and would stay."""
+    """Raise FileExistsError if files of another format's adapter in the folder would remain beside the new ones."""
     if weights.name not in {format.weights for format in FORMATS.values()}:
         return
     others = {format.weights for format in FORMATS.values()} - {weights.name}

@@ -1,1 +1,1 @@
-"""A model's folder without the model: its tensors by key, an adapter merged into them, shard by shard."""
+"""A model's folder without the model: read its tensors by key, and merge an adapter into them, shard by shard."""

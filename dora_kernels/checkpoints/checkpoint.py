@@ -1,4 +1,4 @@
-"""Folders of safetensors that hold a model: read without the model, layer by layer."""
+"""Read a model's folder of safetensors, layer by layer, without loading the model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 
-# transformers' and diffusers' files; of several shards there is an index.
+# Files of transformers and diffusers. Several shards have an index.
 _FILES, _INDEX, CONFIG = ("model", "diffusion_pytorch_model"), ".index.json", "config.json"
 
-# What a model's name of a layer may have before the name in its file, or the file before the model's.
+# Prefixes that a layer's name may have in the model but not in its file, or the other way round.
 _PREFIXES = ("model.", "transformer.", "language_model.", "model.language_model.", "base_model.", "text_model.")
 
-# What output layers are called, what embeddings are called, and models without output layer.
+# Names of output layers, names of embeddings, and models without an output layer.
 _OUTPUTS = ("lm_head", "embed_out", "output", "decoder", "proj_out")
 _EMBEDDING = re.compile(r"^(?!embed_out$).*(embed|shared|wte|wpe)")
 _HEADLESS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
-# Models with linear layers that are stored transposed (transformers' Conv1D), and what these are called.
+# Models whose linear layers are stored transposed (transformers' Conv1D), and the names of these layers.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 
@@ -40,17 +40,17 @@ _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a model's folder, ``model.safetensors`` or the shards of ``model.safetensors.index.json``, by key.
 
-    Of a model of diffusers they are ``diffusion_pytorch_model.safetensors`` and its index.
-    They are mapped into memory, and read when they are used.
+    For a diffusers model the files are ``diffusion_pytorch_model.safetensors`` and its index.
+    Files are memory-mapped; a tensor is read when it is used.
 
     Attributes:
-        folder: where.
+        folder: the folder.
         shards: the keys in each file.
-        index: the file that says so, None of one file.
-        config: what ``config.json`` says, empty without one.
+        index: the index file; None if there is only one shard.
+        config: the content of ``config.json``; empty without one.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing of these in it.
+        FileNotFoundError: the folder does not exist, or has none of these files.
         ValueError: a file is damaged, or does not hold what the index says.
     """
 
@@ -104,14 +104,16 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, dict[str, str]]:
-    """An adapter for a checkpoint's model, under the adapter's own names, and the checkpoint's key of each such name.
+    """Return an adapter for a checkpoint's model, under the adapter's own names, and the checkpoint's keys of its
+    layers.
 
-    The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight is at
+    The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight has the key
     ``keys[f"{name}.weight"]``.
 
     Args:
-        checkpoint, path: which.
-        options: as `read_adapter`.
+        checkpoint: the model's folder.
+        path: the adapter.
+        options: as in `read_adapter`.
 
     Raises:
         TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; or the layer's weight is
@@ -129,9 +131,11 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
 
 
 def _keys(checkpoint: Checkpoint, adapter: Contents, asked: str) -> dict[str, str]:
-    """The checkpoint's keys by what the adapter calls them: the renaming that most of its layers are found with.
+    """The checkpoint's keys by the adapter's names for them, using the renaming that finds most of the adapter's
+    layers.
 
-    `asked` is a prefix of the adapter's names, of which the layers with it are asked for alone; empty for all.
+    Args:
+        asked: only layers whose names in the adapter have this prefix; empty for all.
     """
     prefixed = FORMATS[adapter.format].prefixed
     names = [name for name in adapter.layers if not asked or prefix_of(name, asked) == asked]
@@ -163,7 +167,7 @@ def _keys(checkpoint: Checkpoint, adapter: Contents, asked: str) -> dict[str, st
 
 
 def _renamings() -> Iterator[Callable[[str], str]]:
-    """Of a key in a model's files, to what an adapter may call it."""
+    """Yield functions that map a key in a model's files to a name that an adapter may have for it."""
     for prefix in _PREFIXES:
         yield prefix.__add__
         yield functools.partial(_without, prefix)
@@ -175,12 +179,13 @@ def _without(prefix: str, key: str) -> str:
 
 
 def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> set[str]:
-    """Linear layers stored as ``[in, out]``: by their shapes, square ones by the kind of model, or what PEFT saw of it.
+    """Return the linear layers stored as ``[in, out]``.
 
-    PEFT's ``fan_in_fan_out`` is that of the last layer it adapted: true of a Conv1D, false of anything.
+    Shapes decide; for square weights the kind of model, or what PEFT recorded. PEFT's ``fan_in_fan_out`` is that of the
+    last layer it adapted: True means a Conv1D, False may be any layer.
 
     Raises:
-        ValueError: whether a square one is stored transposed is open.
+        ValueError: it cannot be decided for a square weight.
     """
     linear = {name: layer for name, layer in adapter.layers.items() if layer.kind == "linear"}
     shapes = {name: tuple(checkpoint[keys[f"{name}.weight"]].shape) for name in linear}
@@ -192,7 +197,7 @@ def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[st
     if kinds & set(_TRANSPOSED):
         return found | {name for name in square if name.rpartition(".")[2] in _CONV1D}
     if "_diffusers_version" in checkpoint.config:
-        kinds.add("diffusers'")  # none of which has a Conv1D
+        kinds.add("diffusers'")  # no diffusers model has a Conv1D
     others = linear.keys() - square
     if found == others and adapter.config.get("fan_in_fan_out") is True:
         return found | square
@@ -207,16 +212,16 @@ def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[st
 
 
 def is_embedding(key: str) -> bool:
-    """Whether a weight is called as embeddings are."""
+    """True if the weight has an embedding's name."""
     module = key.removesuffix(".weight").rpartition(".")[2]
     return key.endswith(".weight") and bool(_EMBEDDING.search(module))
 
 
 def tied(checkpoint: Checkpoint, key: str) -> bool:
-    """Whether a table of embeddings is the output layer's weight, too, so that a change of it would be in both.
+    """True if an embedding's table is also the output layer's weight, so that changing it would change both.
 
-    It is where the file has no output layer of its size, unless the configuration says that it is not, or that there is
-    none. A smaller table than the vocabulary's is none of tokens.
+    That is so if the file has no output layer of its size, unless the configuration says that the two are not tied, or
+    that there is no output layer. A table smaller than the vocabulary is not one of tokens.
     """
     shape = checkpoint[key].shape
     if any(isinstance(size, int) and shape[0] < size for size in settings(checkpoint.config, "vocab_size")):
@@ -233,16 +238,18 @@ def tied(checkpoint: Checkpoint, key: str) -> bool:
 
 
 def settings(config: Mapping[str, Any], name: str) -> list[Any]:
-    """What a model's configuration says under a name, and those of its parts, such as ``text_config``."""
+    """The values that a model's configuration, and its parts such as ``text_config``, have under a name."""
     found = [config[name]] if name in config else []
     return [*found, *(value for part in config.values() if isinstance(part, Mapping) for value in settings(part, name))]
 
 
 def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor | None]]:
-    """Each layer's name and g, the magnitude over the adapted weight's norm; None for plain LoRA. As `read_for` gives.
+    """Yield each layer's name and g, the magnitude over the adapted weight's norm (None for plain LoRA).
+
+    The arguments are the results of `read_for`.
 
     Raises:
-        ValueError: a weight is quantised or not finite, or whether it is stored transposed is open.
+        ValueError: a weight is quantised or not finite, or it cannot be decided whether it is stored transposed.
     """
     transposed = stored_transposed(checkpoint, adapter, keys)
     for name, layer in adapter.layers.items():
@@ -256,7 +263,7 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
 
 
 def attached(stored: Tensor, layer: AdapterLayer, transposed: bool) -> AdaptedLayer:
-    """The layer of a model with that weight and adapter."""
+    """Make the adapted layer with that weight and adapter."""
     holder = nn.ModuleDict({"layer": _module(layer, stored.t() if transposed else stored)})
     attach(holder, Adapter({"layer": layer}))
     adapted = holder["layer"]
@@ -265,7 +272,7 @@ def attached(stored: Tensor, layer: AdapterLayer, transposed: bool) -> AdaptedLa
 
 
 def _module(layer: AdapterLayer, weight: Tensor) -> nn.Module:
-    """A layer of torch's with that weight."""
+    """Make a torch layer with that weight."""
     module: nn.Module
     if layer.kind == "embedding":
         module = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")

@@ -1,4 +1,4 @@
-"""An adapter merged into a model's folder of safetensors, shard by shard, in a new folder."""
+"""Merge an adapter into a model's folder of safetensors, shard by shard, in a new folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dora_kernels.files import storage
 from dora_kernels.files.replacing import leftovers, replacing_folder
 from dora_kernels.rounding import seed_for
 
-# Files of weights beside the safetensors: they would stay unmerged.
+# Files with weights other than safetensors. They are not copied, since they would stay unmerged.
 _WEIGHTS = (*storage.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
-# Suffixes and names of the files of a model's folder, which may be replaced.
+# Suffixes and names of files that a model's folder has, and that may therefore be replaced.
 _USUAL = (".safetensors", ".json", ".model", ".jinja", "merges.txt", "vocab.txt", "README.md", ".gitattributes")
 
 
@@ -43,28 +43,29 @@ def merge_checkpoint(
 ) -> Adapter:
     """Merge an adapter into a checkpoint's weights, in a new folder with the same files.
 
-    What is trained beside the adapter (`trained`) is written, too, as PEFT's merge_and_unload does. A shard at a time
-    is in memory. The folder is made under another name beside `out`, and takes its place when it is complete. Files
-    keep their modes, less the umask; a link is copied as the file that it leads to, which a note names if it lies
-    outside; what is no file is left out, with a note. Notes also name what a killed run has left beside `out`.
+    Tensors that were trained beside the adapter (`modules_to_save`) are written too, as PEFT's merge_and_unload does.
+    Only one shard is in memory at a time. The folder is made under another name beside `out`, and moved into place when
+    it is complete. Files keep their modes, less the umask. A link is copied as the file it points to; a note names it
+    if that lies outside the folder. Anything that is not a file is left out, with a note. Notes also name what a killed
+    process has left beside `out`.
 
     Args:
         checkpoint: the base model.
         path: the adapter.
         out: the new folder.
-        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
-        strength: as `set_dora_strength`.
-        force: replace `out` if it is there, and a model's folder.
-        adapter_only: leave out what is trained beside the adapter.
-        advance: called with each layer's name, when it is merged, and with how many there are.
-        options: as `read_adapter`.
+        rounding, seed: as in `merge_dora`. Each layer's random numbers depend on its name (`rounding.seed_for`).
+        strength: as in `set_dora_strength`.
+        force: replace `out` if it exists and is a model's folder.
+        adapter_only: leave out tensors that were trained beside the adapter.
+        advance: called after each merged layer with its name and the number of layers.
+        options: as in `read_adapter`.
 
     Raises:
-        FileExistsError: `out` is there, and not `force`, or holds what is no model's.
+        FileExistsError: `out` exists and `force` is False, or it holds files that do not belong to a model.
         TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised, tied to another, or not finite
-            when it is merged; or whether one is stored transposed is open. Nothing is written.
-        OSError: a file cannot be read or written. `out` is as it was; should that fail, too, the message says where it
-            lies.
+            when merged; or it cannot be decided whether one is stored transposed. Nothing is written then.
+        OSError: a file cannot be read or written. `out` is unchanged; if it cannot be restored, the message says where
+            its content is.
     """
     target = storage.as_path(out)
     validation.check_rounding(rounding, seed)
@@ -153,7 +154,7 @@ def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:
 
 
 def _of_model(place: Path, target: Path, base: Path) -> bool:
-    """Whether a file or folder in `target` is such as a model's folder has, or the base model's."""
+    """True if a file or folder in `target` belongs to a model's folder, or exists in the base model's."""
     usual = place.parent == target and (place.suffix in _USUAL or place.name in _USUAL)
     return (usual and place.is_file()) or (base / place.relative_to(target)).exists()
 
@@ -161,7 +162,7 @@ def _of_model(place: Path, target: Path, base: Path) -> bool:
 def _merged(
     stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int
 ) -> Tensor:
-    """The weight as it was stored, merged by the layer that would run it."""
+    """The merged weight, as it is stored, computed by the layer that would run it."""
     adapted = attached(stored.clone(), layer, transposed)
     adapted.strength = strength
     adapted.merge(rounding, seed)
@@ -170,10 +171,10 @@ def _merged(
 
 
 def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """Copy every file that holds no weights, folders included, but no adapter's configuration.
+    """Copy every file that holds no weights, including those in subfolders, but no adapter's configuration.
 
     Returns:
-        A sentence for each link that leads out of the folder, and for what is no file.
+        A sentence for each link that points out of the folder, and for anything that is not a file.
     """
     notes: list[str] = []
     folders = [Path()]
@@ -201,12 +202,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _create(source: Path, target: Path) -> None:
-    """An empty file with the mode of `source`, so that nobody may read it who may not read that."""
+    """Create an empty file with the mode of `source`, so that only those who may read `source` may read it."""
     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, source.stat().st_mode & 0o777 | 0o200))
 
 
 def _leading_out(place: Path, folder: Path) -> list[str]:
-    """A sentence where a file of `folder` is a link out of it, and not to a blob of Hugging Face's cache."""
+    """Return a sentence if a file of `folder` is a link out of it, but not to a blob of Hugging Face's cache."""
     real, root = place.resolve(), folder.resolve()
     homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     if any(real.is_relative_to(home) for home in homes):

@@ -1,8 +1,8 @@
-"""What an adapter's file holds beside the adapter: PEFT's ``modules_to_save``, biases and ``trainable_token_indices``.
+"""Tensors in an adapter's file beside the adapter: PEFT's ``modules_to_save``, biases and ``trainable_token_indices``.
 
-PEFT (utils/save_and_load.py, utils/other.py, tuners/trainable_tokens/layer.py) saves a trained module whole, under the
-model's name of it, and of trained tokens the rows, ``<embedding>.token_adapter.trainable_tokens_delta``, which replace
-those of the embedding. Where an embedding is adapted, it saves that, too, as ``<embedding>.base_layer.weight``.
+PEFT (utils/save_and_load.py, utils/other.py, tuners/trainable_tokens/layer.py) saves a trained module as a whole, under
+its name in the model. For trained tokens it saves the rows, ``<embedding>.token_adapter.trainable_tokens_delta``, which
+replace those of the embedding. If an embedding is adapted, PEFT also saves it as ``<embedding>.base_layer.weight``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _ROWS = ".trainable_tokens_delta"
 
 @dataclass
 class Trained:
-    """What replaces a checkpoint's tensors, in their dtypes.
+    """The tensors that replace a checkpoint's, in their dtypes.
 
     Attributes:
-        whole: tensors by their keys.
-        rows: indices and rows by the tensor's key.
-        added: tensors of trained modules that the checkpoint lacks, in their own dtypes.
+        whole: tensors by key.
+        rows: indices and rows, by the tensor's key.
+        added: tensors of trained modules that the checkpoint does not have, in their own dtypes.
     """
 
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Trained:
         return iter((*self.whole, *self.rows, *self.added))
 
     def put(self, tensors: dict[str, Tensor]) -> None:
-        """Put them in the place of a shard's."""
+        """Put them in the place of a shard's tensors."""
         tensors.update({key: tensor for key, tensor in self.whole.items() if key in tensors})
         for key in self.rows.keys() & tensors.keys():
             tensors[key] = tensors[key].index_copy(0, *self.rows[key])
@@ -52,16 +52,17 @@ class Trained:
 def trained_beside(
     checkpoint: Checkpoint, found: Contents, adapter: Adapter, keys: Mapping[str, str]
 ) -> Trained:
-    """What is trained beside an adapter, for a checkpoint; nothing of what the checkpoint has bit for bit.
+    """Return the tensors trained beside an adapter, except those that the checkpoint has bit for bit.
 
     Args:
         checkpoint: the base model.
         found: the keys of the adapter's file.
-        adapter, keys: what `read_for` gave of it.
+        adapter, keys: the results of `read_for`.
 
     Raises:
-        ValueError: a tensor is none of the checkpoint's nor of ``modules_to_save``, of another size, not finite, or of
-            an embedding that is tied to the output layer; or nothing says which tokens the rows are of.
+        ValueError: a tensor is neither in the checkpoint nor in ``modules_to_save``, has another size, is not finite,
+            or belongs to an embedding that is tied to the output layer; or nothing says which tokens the rows belong
+            to.
     """
     others, trained = set(found.others), Trained()
     for key, tensor in storage.read_tensors(found.file, others.__contains__).items():

@@ -1,6 +1,6 @@
-"""The typer application: what is there beside the commands."""
+"""The typer application that holds the commands."""
 
-# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+# Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
 import errno
 import io
@@ -26,18 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dora-kernels: the command line needs {missing}: pip install 'dora-kernels[cli]'", file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, where it is ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files, if it is ASCII
     try:
         status = int(build_app()(args=arguments, standalone_mode=False, prog_name="dora-kernels") or 0)
         sys.stdout.flush()
         return status
-    except (OSError, SystemExit) as error:  # a full device, a closed pipe; of that rich and click only exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it fails again when Python ends
+    except (OSError, SystemExit) as error:  # a full device or a closed pipe; for these rich and click only exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise it fails again when Python ends
         reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.EPIPE)
         print(f"error: standard output: {reason}", file=sys.stderr)
         return 2
     except Exception as error:
-        # Usage errors come from click, or from the copy of it that newer releases of typer carry.
+        # Usage errors come from click, or from the copy of it that newer releases of typer contain.
         if type(error).__name__ == "Abort":
             return 130
         if not hasattr(error, "format_message"):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_app() -> "typer.Typer":
-    """The typer application."""
+    """Build the typer application."""
     import typer
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -1,6 +1,6 @@
 """`dora-kernels convert`: an adapter file in another format."""
 
-# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+# Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
 import functools
 from pathlib import Path
@@ -48,8 +48,8 @@ def add(app: "typer.Typer") -> None:
     ) -> None:
         """Write an adapter in another format: the same function, to float32 accuracy.
 
-        With --component and --join, the adapters of several models of a pipeline become one file (kohya, diffusers).
-        Prints what had to be decided or folded. Exit status 2 if the format cannot express the adapter.
+        With --component and --join, the adapters of several models of a pipeline go into one file (kohya, diffusers).
+        Prints what was decided or folded. Exit status 2 if the format cannot express the adapter.
         """
         with errors(), progress() as advance:
             options = read_options(source_format, axis, scaling, prefix)
@@ -71,7 +71,7 @@ def add(app: "typer.Typer") -> None:
 
 
 def _joined(component: str, join: list[str]) -> dict[str, Adapter]:
-    """The adapters of ``--join`` by the names of their models; ValueError where names are missing or come twice."""
+    """The adapters of ``--join`` by the names of their models. Raises ValueError if names are missing or repeated."""
     if bool(component) != bool(join):
         raise ValueError("--component names IN's model beside those of --join NAME=ADAPTER; expected both or none")
     names = [component, *(each.partition("=")[0] for each in join)]

@@ -1,6 +1,6 @@
-"""`dora-kernels doctor`: versions, devices, and whether what `auto` takes on each computes the right numbers."""
+"""`dora-kernels doctor`: versions, devices, and a check of the numbers that `auto`'s backend computes on each."""
 
-# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+# Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
 import importlib.metadata
 import importlib.util
@@ -38,9 +38,10 @@ def add(app: "typer.Typer") -> None:
     def doctor_command(
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
-        """Versions, devices, the backend 'auto' takes on each and why, and a small real call on each.
+        """Show versions, devices, the backend that 'auto' chooses on each and why, and the result of a small real call
+        on each.
 
-        Exit status 1 if a backend that 'auto' takes fails.
+        Exit status 1 if a backend that 'auto' chooses fails.
         """
         found = doctor()
         print(json.dumps(found, indent=2)) if as_json else _print_doctor(found, console())
@@ -48,7 +49,7 @@ def add(app: "typer.Typer") -> None:
 
 
 def doctor() -> dict[str, Any]:
-    """What `dora-kernels doctor` finds, ready for JSON."""
+    """Return the report of `dora-kernels doctor`, ready for JSON."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         for category in (UserWarning, RuntimeWarning):
@@ -91,7 +92,7 @@ def _triton_version() -> str | None:
 
 
 def _toolkit() -> dict[str, str | None]:
-    """The toolkit that torch was built with and the driver, as far as they exist."""
+    """The toolkit that torch was built with and the driver, if they exist."""
     if torch.version.hip is not None:
         return {"rocm": torch.version.hip}
     if torch.version.cuda is None:
@@ -108,7 +109,7 @@ def _toolkit() -> dict[str, str | None]:
 
 
 def _c_compiler() -> str | None:
-    """The compiler that triton takes for its launchers: CC, else gcc or clang. None where there is none."""
+    """The compiler that triton uses for its launchers: CC, else gcc or clang; None if there is none."""
     named = os.environ.get("CC")
     if named:
         return shutil.which(named)
@@ -120,7 +121,7 @@ def _interpreted() -> bool:
         return False
     try:
         from dora_kernels import kernels
-    except Exception:  # a triton that cannot be imported is told about where it is missed
+    except Exception:  # a broken triton is reported elsewhere
         return False
     return bool(kernels.INTERPRETED)
 
@@ -135,7 +136,7 @@ def _devices() -> list[torch.device]:
 
 
 def _examine(device: torch.device) -> dict[str, Any]:
-    """A device: what `auto` takes there, why, and whether that computes the right numbers."""
+    """Report on a device: the backend that `auto` chooses, the reason, and whether it computes the right numbers."""
     found: dict[str, Any] = {"device": str(device), "name": _device_name(device)}
     try:
         problem = triton_problem(device)
@@ -157,7 +158,10 @@ def _examine(device: torch.device) -> dict[str, Any]:
 
 
 def _check(device: torch.device, backend: str) -> list[str]:
-    """What is wrong with a forward and backward of a small layer, per dtype. By name, so that nothing falls back."""
+    """Return what is wrong with a forward and backward of a small layer, per dtype.
+
+    The backend is named: no fallback.
+    """
     problems = []
     for dtype in _CHECKED_DTYPES:
         case = Case((9, 40, 24), 4, dtype, "out")

@@ -1,6 +1,6 @@
-"""`dora-kernels inspect`: what an adapter file holds, and what looks wrong about it."""
+"""`dora-kernels inspect`: show the content of an adapter file and suspicious values in it."""
 
-# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+# Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import typer
     from rich.console import Console
 
-# A g beyond these is no fine-tuning's: DoRA moves magnitudes by a few percent.
+# A g outside this range is not from fine-tuning: DoRA changes magnitudes by a few percent.
 _FAR = 0.5, 2.0
 _BINS = 16
 _BAR = 40
@@ -43,9 +43,9 @@ def add(app: "typer.Typer") -> None:
         prefix: Annotated[str, typer.Option(metavar="NAME", show_default=False, help=PREFIX)] = "",
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     ) -> None:
-        """Rank, axis, scaling and norms of an adapter, and its suspicious values.
+        """Show rank, axis, scaling and norms of an adapter, and suspicious values in it.
 
-        Exit status 2 for a damaged file; what is only suspicious is named, with status 0.
+        Exit status 2 for a damaged file. Suspicious values are only reported, with status 0.
         """
         with errors():
             found = inspect(path, base, **read_options(source_format, axis, scaling, prefix))
@@ -53,7 +53,7 @@ def add(app: "typer.Typer") -> None:
 
 
 def inspect(path: str | Path, base: str | Path = "", **options: Any) -> dict[str, Any]:
-    """What `dora-kernels inspect` finds, ready for JSON; the options are `read_adapter`'s.
+    """Return the report of `dora-kernels inspect`, ready for JSON. The options are those of `read_adapter`.
 
     Raises:
         TypeError, FileNotFoundError, ValueError: as `read_adapter` and `Checkpoint`.
@@ -118,7 +118,7 @@ def _suspicious(layer: AdapterLayer, g: Tensor | None) -> list[str]:
         zero, negative = int((layer.magnitude == 0).sum()), int((layer.magnitude < 0).sum())
         found += [f"{count} of {layer.magnitude.numel()} magnitudes are {what}"
                   for count, what in ((zero, "zero"), (negative, "negative")) if count]  # fmt: skip
-    far = 0 if g is None else int((~((g.abs() >= _FAR[0]) & (g.abs() <= _FAR[1]))).sum())  # NaN is far, too
+    far = 0 if g is None else int((~((g.abs() >= _FAR[0]) & (g.abs() <= _FAR[1]))).sum())  # counts NaN too
     if far:
         found.append(f"{far} magnitudes are not within {_FAR[0]:g} to {_FAR[1]:g} times the adapted weight's norm")
     if len(_dtypes(layer)) > 1:
@@ -127,7 +127,7 @@ def _suspicious(layer: AdapterLayer, g: Tensor | None) -> list[str]:
 
 
 def _of_all(adapter: Adapter) -> list[str]:
-    """Layers of different dtypes, and ranks that are not the configuration's where reading does not need that (MLX)."""
+    """Report mixed dtypes, and ranks that differ from the configuration's if the format does not check them (MLX)."""
     parameters = adapter.config.get("lora_parameters")
     rank = parameters.get("rank") if isinstance(parameters, Mapping) else None
     found = [f"{name}: rank {layer.rank}, the configuration says {quoted(rank)}"
@@ -139,7 +139,7 @@ def _of_all(adapter: Adapter) -> list[str]:
 
 
 def _norm(values: Tensor) -> float | None:
-    """The norm in float64, of values that it holds but not their squares; None beyond float64."""
+    """The norm in float64, even if the squares of the values overflow; None if the norm itself does."""
     largest = values.double().abs().max()
     return _finite(largest * (values.double() / largest).norm()) if largest > 0 else 0.0
 
@@ -150,12 +150,12 @@ def _spread(values: Tensor) -> dict[str, float | None]:
 
 
 def _finite(value: Tensor) -> float | None:
-    """None for what JSON has not."""
+    """The value, or None if JSON cannot hold it."""
     return float(value) if bool(value.isfinite()) else None
 
 
 def _histogram(values: list[Tensor]) -> dict[str, Any] | None:
-    """Of the finite values, counted as shares of the largest, whose range float64 holds whatever it is."""
+    """A histogram of the finite values, as shares of the largest, so that float64 holds any range."""
     every = torch.cat([part.double().flatten().cpu() for part in values]) if values else torch.zeros(0)
     every = every[every.isfinite()]
     if not len(every):
@@ -202,5 +202,5 @@ def _short(value: float | None) -> str:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return [(int(part) if part.isdecimal() else -1, part) for part in name.split(".")]

@@ -1,6 +1,6 @@
-"""`dora-kernels merge`: a model's files with an adapter merged into them."""
+"""`dora-kernels merge`: merge an adapter into a model's files."""
 
-# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+# Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,7 +40,7 @@ def add(app: "typer.Typer") -> None:
     ) -> None:
         """Merge an adapter into a model, file by file, without holding the model in memory.
 
-        OUT has BASE's files, its configuration and tokenizer among them, and takes its place when it is complete.
+        OUT has BASE's files, including its configuration and tokenizer. It is moved into place when it is complete.
         """
         with errors():
             options = read_options(source_format, axis, scaling, prefix)

@@ -1,4 +1,4 @@
-"""What the commands that read an adapter let the caller say about it."""
+"""Options shared by the commands that read an adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ PREFIX = "Of the adapter's names: read the layers of one model, lora_te1 or text
 
 
 def read_options(source_format: str, axis: str, scaling: str, prefix: str) -> dict[str, Any]:
-    """The arguments of `read_adapter` for ``--from``, ``--axis``, ``--scaling`` and ``--prefix``, which may be "".
+    """Return the arguments of `read_adapter` for ``--from``, ``--axis``, ``--scaling`` and ``--prefix``, which may be
+    "".
 
     Raises:
-        ValueError: the scaling is no number.
+        ValueError: the scaling is not a number.
     """
-    # a text, for the oldest typer supported knows no `float | None`
+    # A string, because the oldest supported typer does not know `float | None`.
     try:
         number = float(scaling) if scaling else None
     except ValueError:

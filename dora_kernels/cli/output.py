@@ -1,4 +1,4 @@
-"""Where the commands print: consoles, and progress on standard error while somebody watches."""
+"""The commands' output: consoles, and progress on standard error if it is a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# What the errors of the Python functions call arguments, and the options that the commands have for them.
+# Arguments of the Python functions, as their errors name them, and the commands' options for them.
 _OPTIONS = {
     "force=True": "--force",
     "adapter_only=True": "--adapter-only",
@@ -27,21 +27,21 @@ _OPTIONS = {
 
 _ENDLESS = 1 << 20
 
-# Characters of a line, and lines of a kind.
+# Limits: characters per line, and lines of one kind.
 _LONGEST, _LINES = 4000, 200
 
 
 def console(stderr: bool = False) -> Console:
-    """Standard output, or error, as text is: without markup."""
+    """Standard output, or error, for plain text without markup."""
     from rich.console import Console
 
-    # Where nobody watches, rich takes 80 columns, and cuts and breaks what a search should find.
+    # Without a terminal, rich would assume 80 columns, and cut and wrap text that should be searchable.
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else _ENDLESS)
 
 
 def say(output: Console, text: str) -> None:
-    """Print a line, without what a terminal obeys."""
+    """Print a line, without terminal control characters."""
     output.print(shown(text, _LONGEST), soft_wrap=True)
 
 
@@ -55,7 +55,7 @@ def say_each(output: Console, what: str, texts: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int], None]]:
-    """A bar on standard error, if that is a terminal. What it gives is called after each step, of how many."""
+    """Show a progress bar on standard error if that is a terminal. Yields a function to call after each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -67,7 +67,7 @@ def progress() -> Iterator[Callable[[str, int], None]]:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """What is wrong with files and arguments as one line on standard error, and exit status 2."""
+    """Print errors about files and arguments as one line on standard error, and exit with status 2."""
     import typer
 
     try:

@@ -1,12 +1,12 @@
-"""`dora-kernels parity`: errors of `dora_linear` against a float64 oracle, beside those of PEFT's formula.
+"""`dora-kernels parity`: errors of `dora_linear` against a float64 reference, beside those of PEFT's formula.
 
-Problems, oracle and budgets are those of `dora_kernels.testing`; the baseline is PEFT's formula in the same dtypes.
-The error of a result a is ``||a - exact|| / ||exact||``, taken in float64; that of the norm is the largest relative
+Problems, reference and budgets are those of `dora_kernels.testing`. The baseline is PEFT's formula in the same dtypes.
+The error of a result a is ``||a - exact|| / ||exact||``, computed in float64; that of the norm is the largest relative
 error of an element. The norm, always in float32 accuracy, has a bound of its own (`testing.norm_bound`), or twice the
-error of PEFT's where PEFT computes it in float32 too.
+error of PEFT's norm if PEFT computes it in float32 too.
 """
 
-# Annotations are not postponed here: typer reads those of the commands, which are made once it is known to be there.
+# Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import typer
     from rich.console import Console
 
-# Of x and the base layer, and of the adapter; "mixed" is what PEFT makes of a bfloat16 model by default.
+# Dtypes of x and the base layer, and of the adapter. PEFT turns a bfloat16 model into "mixed" by default.
 DTYPES = {
     name: testing.DTYPES[short]
     for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("mixed", "bf16+fp32"))
@@ -47,19 +47,19 @@ RULE = (
     + ", or twice PEFT's error where its norm is in float32."
 )
 
-DEFAULT_SHAPES = ("128,512,384", "37,131,257")  # one of whole tiles, one of none
+DEFAULT_SHAPES = ("128,512,384", "37,131,257")  # the first has whole tiles only, the second none
 INTERPRETED_SHAPES = ("37,131,257",)  # Triton's interpreter takes half a minute for the other
 DEFAULT_RANKS = (16,)
 
-# Multiply-adds of a product below which a case is small. With several threads the default cases, all small, took 27 s
-# on two busy cores, where one thread took 2.6 s: the threads wait for one another.
+# A case is small if its products have fewer multiply-adds than this. With several threads the default cases, all small,
+# took 27 s on two busy cores, with one thread 2.6 s: the threads wait for one another.
 _SMALL = 10**8
 
 _GRADIENTS = {"x": "dX", "lora_A": "dA", "lora_B": "dB", "magnitude": "dm", "bias": "db", "weight": "dW"}
 
 
 class OptionError(ValueError):
-    """An option that cannot be served; the message is one line that begins with the option's name."""
+    """An option that cannot be used. The message is one line that begins with the option's name."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured error. Where the call itself failed there is one cell, "call", with the message as its note."""
+    """One measured error. If the call itself failed there is one cell, "call", with the message as its note."""
 
     case: Case
     backend: str
@@ -111,7 +111,7 @@ class Cell:
 
 
 class Yardstick(NamedTuple):
-    """A case's problem, its exact results, and by how much PEFT's formula misses and ours may miss them."""
+    """A case's problem, its exact results, the errors of PEFT's formula, and the errors allowed to ours."""
 
     case: Case
     problem: testing.Problem
@@ -145,10 +145,10 @@ def settings(
     seed: int = 0,
     weight_gradient: bool = False,
 ) -> Settings:
-    """The options as the command line takes them, checked; None or nothing takes the defaults.
+    """Check the options of the command line. None or an empty list means the default.
 
     Raises:
-        OptionError: a value that is not known or not possible here.
+        OptionError: a value is unknown, or not possible here.
     """
     for rank in ranks or ():
         if rank < 1:
@@ -167,7 +167,7 @@ def settings(
 
 
 def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, backend: None) -> list[Cell]:
-    """Every cell, case by case; `advance` hears of each case and backend once it is done."""
+    """Return every cell, case by case. `advance` is called after each case and backend."""
     cells = []
     for case in options.cases:
         with threads_for(case):
@@ -183,7 +183,7 @@ def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, b
 
 @contextlib.contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread for a small case."""
+    """Use one thread for a small case."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if _is_small(case) else before)
     try:
@@ -193,7 +193,7 @@ def threads_for(case: Case) -> Iterator[None]:
 
 
 def prepare(case: Case, device: torch.device, seed: int = 0, weight_gradient: bool = False) -> Yardstick:
-    """The exact results of a case, the errors of PEFT's formula and the budgets."""
+    """Compute the exact results of a case, the errors of PEFT's formula and the budgets."""
     tokens, out_features, in_features = case.shape
     base, adapter = DTYPES[case.dtype]
     problem = testing.make_problem(
@@ -203,8 +203,8 @@ def prepare(case: Case, device: torch.device, seed: int = 0, weight_gradient: bo
     wanted = _wanted(weight_gradient)
     exact = testing.oracle(problem, wanted)
     plain = testing.solve(peft_formula, problem, wanted)
-    # Results of a few numbers, as those of one token and rank 1, scatter: in 19 200 results of small layers four tries
-    # gave ten false alarms, sixteen gave one.
+    # Results of a few numbers, e.g. with one token and rank 1, vary widely: in 19 200 results of small layers four
+    # tries gave ten false alarms, sixteen gave one.
     tries = 16 if _is_small(case) else 4
     allowed = testing.budgets(problem, wanted, baseline=plain, tries=tries, seed=seed + 1)
     peft = {_short(name): testing.error(result, exact[name]) for name, result in plain.items()}
@@ -218,7 +218,7 @@ def prepare(case: Case, device: torch.device, seed: int = 0, weight_gradient: bo
 
 
 def measure(yardstick: Yardstick, backend: str) -> list[Cell]:
-    """Our errors; a call that raises is a cell of its own."""
+    """Return our errors. A call that raises gives one cell of its own."""
     case, problem, exact = yardstick.case, yardstick.problem, yardstick.exact
     try:
         results = testing.solve(dora_linear, problem, yardstick.gradients, backend=backend)
@@ -227,7 +227,7 @@ def measure(yardstick: Yardstick, backend: str) -> list[Cell]:
         )  # fmt: skip
         errors = {_short(name): testing.error(result, exact[_short(name)]) for name, result in results.items()}
         errors["norm"] = testing.norm_error(norm, exact["norm"])
-    except Exception as error:  # a compiler's, a driver's or our own: the table goes on and says so
+    except Exception as error:  # a compiler's, a driver's or our own: the table goes on and reports it
         return [Cell(case, backend, "call", math.inf, note=f"{type(error).__name__}: {first_line(error)}")]
     peft, budget = yardstick.peft, yardstick.budget
     return [Cell(case, backend, name, off, peft[name], budget[name]) for name, off in errors.items()]
@@ -271,14 +271,14 @@ def _find_device(name: str | None) -> torch.device:
             name = str(torch.accelerator.current_accelerator())
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # also refuses "meta"
+        torch.zeros(1, device=device).item()  # also fails for "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"--device: {name!r} is not available: {first_line(error)}") from None
     return device
 
 
 def _choose_backends(named: tuple[str, ...], device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Those to run, and why others are not; one asked for by name has to be available."""
+    """Return the backends to run, and why others are not run. A backend asked for by name has to be available."""
     chosen = named or ("torch", "triton")
     problem = triton_problem(device) if "triton" in chosen else None
     if problem is None:
@@ -300,10 +300,10 @@ def peft_formula(
     detach_norm: bool = True,
     eps: float = 0.0,
 ) -> Tensor:
-    """What PEFT's DoRA layer computes, operation by operation and dtype by dtype, without dropout.
+    """PEFT's DoRA layer, operation by operation and dtype by dtype, without dropout.
 
-    PEFT's norm is always detached and has no eps. PEFT has no axis "in"; there this is the same formula with g on the
-    other side of the product, so that the base product for ``(g - 1) * x`` is a second one.
+    PEFT's norm is always detached and has no eps. PEFT has no axis "in". There this is the same formula with g on the
+    other side of the product, so that ``(g - 1) * x`` needs a second base product.
     """
     result = F.linear(x, weight, bias)
     dtype = result.dtype
@@ -319,7 +319,7 @@ def peft_formula(
 
 
 def peft_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str) -> Tensor:
-    """PEFT's norm: of a dense sum in the adapter's dtype, returned in it."""
+    """PEFT's norm: computed from a dense sum in the adapter's dtype, and returned in that dtype."""
     with torch.no_grad():
         direction = weight.to(lora_A.dtype) + scaling * (lora_B @ lora_A)
         return torch.linalg.norm(direction, dim=1 if magnitude_axis == "out" else 0).to(direction.dtype)
@@ -329,7 +329,7 @@ def add(app: "typer.Typer") -> None:
     """Add the command."""
     import typer
 
-    # With empty lists as defaults: the oldest typer supported knows no `list[str] | None`.
+    # Empty lists as defaults, because the oldest supported typer does not know `list[str] | None`.
     several = functools.partial(typer.Option, default_factory=list, show_default=False)
 
     @app.command("parity")
@@ -355,9 +355,9 @@ def add(app: "typer.Typer") -> None:
         weight: Annotated[bool, typer.Option("--weight", help="The base weight's gradient too.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
-        """A table of errors against a float64 oracle, forward and every gradient, beside those of PEFT's formula.
+        """Show errors against a float64 reference, forward and every gradient, beside those of PEFT's formula.
 
-        Options of a name may be given several times. Exit status 1 if an error exceeds its budget.
+        Options may be repeated. Exit status 1 if an error exceeds its budget.
         """
         try:
             options = settings(shape, dtype, rank, axis, backend, device or None, seed, weight)

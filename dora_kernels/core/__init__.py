@@ -1,1 +1,1 @@
-"""What everything else stands on: a layer's tensors, dtypes, products of matrices, checks of arguments, the oracle."""
+"""Shared by all other folders: a layer's tensors, dtypes, matrix products, checks of arguments, the reference."""

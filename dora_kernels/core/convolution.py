@@ -1,4 +1,5 @@
-"""What DoRA on a convolution is as a linear problem, its norms with groups, and its sum: docs/math.md, "Convolutions".
+"""DoRA on a convolution: its form as a linear problem, its norms with groups, its output. See docs/math.md,
+"Convolutions".
 
 As a linear problem the weight is ``[out, in * kernel]``, A ``[r, in * kernel]`` and B, a convolution of kernel 1,
 ``[out, r]``. With g groups the weight is ``[out, in / g * kernel]``, while A reads all channels, as PEFT's does.
@@ -13,26 +14,27 @@ from dora_kernels.core.precision import accumulation_dtype
 
 
 def rows(weight: Tensor, channels_last: bool) -> Tensor:
-    """``[out, in * kernel]``, the latter in the order in which it lies in memory."""
+    """The weight as ``[out, in * kernel]``. The second dimension is in the order in which it lies in memory."""
     return (weight.movedim(1, -1) if channels_last else weight).flatten(1)
 
 
 def is_view(weight: Tensor, channels_last: bool) -> bool:
-    """Whether `rows` is a view."""
+    """True if `rows` returns a view."""
     return (weight.movedim(1, -1) if channels_last else weight).is_contiguous()
 
 
 def from_rows(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """A weight of that shape from its `rows`."""
+    """A weight of the given shape, from its `rows`."""
     if not channels_last:
         return rows.reshape(shape)
     return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def pefts_grouped_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """PEFT's norm of a grouped convolution: it cuts ``B A``, taken as ``[out / g, in * kernel]``, into W's rows.
+    """PEFT's norm of a grouped convolution: it reshapes ``B A``, taken as ``[out / g, in * kernel]``, to W's rows.
 
-    That is no norm of what the layer computes (25 % off at rank 4 and 2 groups), but adapters were trained with it.
+    This is not the norm of what the layer computes (25 % off at rank 4 and 2 groups), but adapters were trained with
+    it.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     low = lora_B.to(dtype).reshape(-1, lora_A.shape[0]) @ lora_A.to(dtype)
@@ -42,9 +44,9 @@ def pefts_grouped_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 def exact_grouped_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, groups: int, magnitude_axis: str = "out"
 ) -> Tensor:
-    """Of what the layer computes: a group's weight in its own channels, and its share of B and A in all of them.
+    """The norm of what the layer computes: a group's weight on its own channels, plus its share of B A on all channels.
 
-    ``[out]``, or ``[in * kernel]`` along "in"; differentiable.
+    Shape ``[out]``, or ``[in * kernel]`` along "in". Differentiable.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     dim = 1 if magnitude_axis == "out" else 0
@@ -65,7 +67,7 @@ def over_kernel(norm: Tensor, shape: torch.Size, groups: int, channels_last: boo
 
 
 def compose(result: Tensor, low: Tensor, g: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """``g * (result - bias + scaling * low) + bias``; g and bias are shaped to be broadcast over the channels."""
+    """``g * (result - bias + scaling * low) + bias``; g and bias have shapes that broadcast over the channels."""
     if bias is None:
         return g * torch.add(result, low, alpha=scaling)
     return torch.addcmul(bias, g, torch.add(result - bias, low, alpha=scaling))

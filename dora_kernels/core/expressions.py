@@ -1,9 +1,10 @@
-"""Regular expressions of others, matched in bounded time.
+"""Match regular expressions from untrusted files in bounded time.
 
-Python's `re` tries one way after another, of which ``(a+)+$`` has 2^n and ``.*.*.*x`` n^3: a file could stop a program
-for ever. Here all ways go on at once, as the set of the positions that the text can be matched up to, so that nothing
-is looked at twice. What that leaves, nested counts and many expressions, has a limit of steps. Without groups to
-remember it gives what `re` does; back references, conditions, atomic groups and flags are refused.
+Python's `re` tries one alternative after another: ``(a+)+$`` takes 2^n steps and ``.*.*.*x`` n^3, so a file could stop
+a program for ever. Here all alternatives advance together, as the set of positions that the text can be matched up to,
+so no position is visited twice. Nested counts and many expressions can still take long, so there is a limit of steps.
+For expressions without groups to remember the result is that of `re`. Back references, conditions, atomic groups and
+flags are errors.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from typing import Any
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 _Node = Callable[[str, "set[int]"], "set[int]"]
-"""From positions in a text to those after what the node matches."""
+"""Maps positions in a text to the positions after a match of the node."""
 
 STEPS = 10_000_000
-"""Positions at nodes: a few seconds. A thousand layers and ten expressions take about a tenth."""
+"""Limit of steps (one step is one position at one node): a few seconds.
+
+A thousand layers and ten expressions take about a tenth.
+"""
 
 
 class Steps:
-    """How many steps the expressions of one file may take, all together; `label` is what errors call them."""
+    """The steps that all expressions of one file may take together. `label` names the file in errors.
 
-    def __init__(self, label: str) -> None:
+    `beside` are the steps of other expressions of the same file, under another label.
+    """
+
+    def __init__(self, label: str, beside: Steps | None = None) -> None:
         self.label, self._left = label, STEPS
+        self._first: Steps = self if beside is None else beside._first
 
     def take(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
+        self._first._left -= count
+        if self._first._left < 0:
             raise ValueError(f"{self.label}: to match the regular expressions takes more than {STEPS} steps")
 
 
@@ -39,11 +47,11 @@ class Expression:
     """A regular expression.
 
     Attributes:
-        literal: the text, where it matches just one; None otherwise.
-        anchored: whether it starts with ``^``, which `literal` leaves out.
+        literal: the text, if the expression matches only one text; else None.
+        anchored: True if it starts with ``^``, which `literal` leaves out.
 
     Raises:
-        ValueError: it is none, or of the kinds that are refused.
+        ValueError: it is not a valid expression, or it uses a feature that is not supported.
     """
 
     def __init__(self, pattern: str, steps: Steps) -> None:
@@ -60,11 +68,11 @@ class Expression:
         self.literal = _literal(items[self.anchored :])
 
     def fullmatch(self, text: str) -> bool:
-        """Whether it matches the whole text, as `re.fullmatch`."""
+        """True if it matches the whole text, as `re.fullmatch`."""
         return len(text) in self.ends(text, {0})
 
     def ends(self, text: str, starts: set[int]) -> set[int]:
-        """Where matches end that start at one of `starts`."""
+        """The positions where matches end that start at one of `starts`."""
         try:
             return self._run(text, starts)
         except RecursionError as error:
@@ -124,7 +132,7 @@ class Expression:
         def repeat(text: str, starts: set[int]) -> set[int]:
             for _ in range(least):
                 before, starts = starts, node(text, starts)
-                if not starts or starts == before:  # then further turns change nothing
+                if not starts or starts == before:  # further repetitions change nothing
                     break
             found, latest, turns = set(starts), starts, least
             while latest and turns < most:
@@ -149,7 +157,7 @@ class Expression:
 
 
 def _literal(items: list[Any]) -> str | None:
-    """The one text that a sequence matches, None if it is more than literals."""
+    """The one text that a sequence matches; None if it contains more than literals."""
     if not all(kind is _parser.LITERAL for kind, _ in items):
         return None
     return "".join(chr(value) for _, value in items)
@@ -160,7 +168,7 @@ def _text(literal: str) -> _Node:
 
 
 def _character(kind: Any, value: Any) -> Callable[[str], bool]:
-    """Whether a character is one that the node matches."""
+    """A function that returns True if the node matches a character."""
     if kind is _parser.LITERAL:
         return lambda c: ord(c) == value
     if kind is _parser.NOT_LITERAL:

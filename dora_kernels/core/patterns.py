@@ -1,4 +1,4 @@
-"""Values for some layers by patterns of their names: PEFT's ``rank_pattern`` and ``alpha_pattern``."""
+"""Values for layers whose names match a pattern: PEFT's ``rank_pattern`` and ``alpha_pattern``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dora_kernels.core.shown import quoted, shown
 
 
 def compiled(expression: str, argument: str) -> re.Pattern[str]:
-    """A regular expression of the caller's own; ValueError, as it was given and for what, where it is none."""
+    """Compile the caller's own regular expression. A ValueError shows it and names the argument."""
     try:
         return re.compile(expression)
     except re.error as error:
@@ -19,7 +19,7 @@ def compiled(expression: str, argument: str) -> re.Pattern[str]:
 
 
 def bounded(expression: str, steps: Steps) -> Expression:
-    """A regular expression of others; ValueError, as it is written and for what, where it is none that is matched."""
+    """Compile a regular expression from a file (see `Expression`). A ValueError shows it and names the file."""
     try:
         return Expression(expression, steps)
     except ValueError as error:
@@ -28,21 +28,23 @@ def bounded(expression: str, steps: Steps) -> Expression:
 
 
 class ByName:
-    """Values for some layers, `rank_pattern` or `alpha_pattern`: the first whose key matches the end of a name counts.
+    """Values for layers, as in `rank_pattern` or `alpha_pattern`: the first key that matches the end of a name counts.
+
+    `beside` are the steps that other expressions of the same file have.
 
     Raises:
-        TypeError: `values` is no mapping with strings as keys.
-        ValueError: a key is no regular expression, or of the kinds that `Expression` refuses.
+        TypeError: `values` is not a mapping with strings as keys.
+        ValueError: a key is not a valid regular expression, or `Expression` does not support it.
     """
 
-    def __init__(self, values: Any, argument: str) -> None:
+    def __init__(self, values: Any, argument: str, beside: Steps | None = None) -> None:
         values = {} if values is None else values
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             raise TypeError(f"{argument}: expected a mapping of regular expressions to values, got {quoted(values)}")
         self._argument = argument
-        steps = Steps(argument)
+        steps = Steps(argument, beside)
         self._entries = [(key, bounded(key, steps), value) for key, value in values.items()]
-        # Programs write a name for each layer: these are looked up.
+        # Programs write one name for each layer; such keys are looked up in a dict.
         self._names: dict[tuple[str, bool], int] = {}
         for i, (_, expression, _) in enumerate(self._entries):
             if expression.literal is not None:
@@ -56,14 +58,14 @@ class ByName:
         return default if first == len(self._entries) else self._entries[first][2]
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
-        """A sentence where a key matches none of the adapted layers."""
+        """Return a sentence for each key that matches none of the adapted layers."""
         missed = [repr(key) for key, expression, _ in self._entries
                   if not any(_matches(expression, name) for name in names)]  # fmt: skip
         return [f"{self._argument}: no adapted layer is {', '.join(missed)}"] if missed else []
 
 
 def _starts(name: str) -> set[int]:
-    """Where PEFT lets a key begin: at the name's start, and after each dot."""
+    """The positions where PEFT lets a key begin: the name's start, and after each dot."""
     return {0, *(i + 1 for i, character in enumerate(name) if character == ".")}
 
 
@@ -71,9 +73,12 @@ def _matches(expression: Expression, name: str) -> bool:
     return len(name) in expression.ends(name, _starts(name))
 
 
-def by_pattern(patterns: Any, label: str) -> ByName:
-    """The values in a file's configuration, which calls them `label`; ValueError for any that `ByName` refuses."""
+def by_pattern(patterns: Any, label: str, beside: Steps | None = None) -> ByName:
+    """The values in a file's configuration, where they are called `label`.
+
+    Raises ValueError if `ByName` rejects them.
+    """
     try:
-        return ByName(patterns or None, label)
+        return ByName(patterns or None, label, beside)
     except TypeError as error:
         raise ValueError(str(error)) from error

@@ -1,4 +1,4 @@
-"""In which dtype what is computed: PEFT's rules for mixed dtypes and autocast."""
+"""The dtypes of the computation: PEFT's rules for mixed dtypes and autocast."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes a microsecond to do nothing."""
+    """``tensor.to(dtype)``, but faster if there is nothing to convert, which takes `to` a microsecond."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a layer's output: x's, or autocast's, which leaves float64 alone."""
+    """The dtype of a layer's output: x's, or under autocast that of autocast, which does not change float64."""
     dtype, kind = x.dtype, x.device.type
     if dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return dtype
@@ -32,9 +32,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def low_rank_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
-    """The dtype of the low-rank branch beside an x in the compute dtype: the factor's where that is wider.
+    """The dtype of the low-rank branch for an x in the compute dtype: the factor's dtype if that is wider, else x's.
 
-    As in PEFT's layer, which casts x to it. Under autocast, as there, all products are in the compute dtype.
+    PEFT's layer casts x to the factor's dtype in the same way. Under autocast all products are in the compute dtype.
     """
     if factor.dtype == x.dtype:
         return x.dtype
@@ -48,7 +48,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 class no_autocast:
-    """Turn autocast off inside, at no cost where it is off already."""
+    """Context manager that turns autocast off. It costs nothing if autocast is already off."""
 
     __slots__ = ("_context",)
 
@@ -66,10 +66,10 @@ class no_autocast:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Keep float32 products in float32, whatever the user's setting: TF32 on CUDA, bfloat16 on the CPU."""
+    """Keep float32 products in float32, whatever the user's setting (TF32 on CUDA, bfloat16 on the CPU)."""
     matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else None
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = exact if matmul is None else getattr(matmul, name)
     if before == exact or (before == "none" and device.type == "cpu"):

@@ -1,4 +1,4 @@
-"""Products of matrices in the dtype of their sums, a block of rows at a time: no temporary has W's size."""
+"""Matrix products with float32 (float64) sums, one block of rows at a time: no temporary is as large as W."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of one block: 4 MB in float32. Blocks of half and a quarter of it took the direct norm of 576x576 to
-# 4096x4096 weights, ranks 16 to 384, on two cores up to 1.2 times as long.
+# Elements of one block: 4 MB in float32. With blocks of half or a quarter of this size the direct norm took up to 1.2
+# times as long (weights of 576x576 to 4096x4096, ranks 16 to 384, two cores).
 BLOCK_ELEMENTS = 1 << 20
 
 
 class _Kept(threading.local):
-    """A thread's block of float32 on the CPU.
+    """A thread's float32 block on the CPU, kept between calls.
 
-    A new one at every call costs its pages whenever the allocator has given them back: the norm of 2048x2048 float32
-    elements at rank 16 takes 2.3 ms or 2.9 ms.
+    A new block has to fault its pages in whenever the allocator has returned them: the norm of 2048x2048 float32
+    elements at rank 16 takes 2.3 ms with the kept block, 2.9 ms without.
     """
 
     block: Tensor | None = None
@@ -28,7 +28,7 @@ _kept = _Kept()
 
 
 def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``rows * matrix``, a factor per row, rounded once to `dtype`."""
+    """``rows * matrix`` with one factor per row, rounded once to `dtype`."""
     rows = rows.unsqueeze(1)
     if matrix.dtype == dtype == rows.dtype:
         return matrix * rows
@@ -38,8 +38,8 @@ def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in `dtype`, rounded at most once from its float32 accumulation.
 
-    A bfloat16 product rounds its output, so a float32 result of bfloat16 operands needs either the BLAS's mixed
-    output (CUDA) or operands that are upcast, block by block. Where one operand is narrower, `dtype` is the other's.
+    A bfloat16 product rounds its output. A float32 result of bfloat16 operands therefore needs the BLAS's mixed output
+    (CUDA) or operands that are upcast, block by block. If one operand is narrower, `dtype` is the other's.
     """
     if left.dtype != right.dtype:
         return mm_mixed(left, right) if right.dtype == dtype else mm_mixed(right.t(), left.t()).t()
@@ -63,10 +63,10 @@ _MM_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def mm_mixed(narrow: Tensor, wide: Tensor) -> Tensor:
-    """``narrow @ wide`` in wide's dtype, to which nothing is rounded and of `narrow` no copy is ever whole.
+    """``narrow @ wide`` in wide's dtype, without rounding `wide` and without a full copy of `narrow`.
 
-    A large bfloat16 matrix on CUDA goes to the tensor cores with bfloat16 pieces of `wide`; a block of it costs fewer
-    launches upcast. float16 has not the exponents for pieces.
+    On CUDA a large bfloat16 matrix is multiplied on the tensor cores by bfloat16 pieces of `wide`; a small one, of a
+    single block, is upcast, which needs fewer launches. float16 has too few exponent bits for pieces.
     """
     pieces = narrow.device.type == "cuda" and _MM_OUT_DTYPE and narrow.numel() > BLOCK_ELEMENTS
     if pieces and narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32:
@@ -75,7 +75,7 @@ def mm_mixed(narrow: Tensor, wide: Tensor) -> Tensor:
 
 
 def _mm_pieces(narrow: Tensor, wide: Tensor) -> Tensor:
-    """Of a bfloat16 and a float32 matrix, with three bfloat16 pieces side by side, which hold all of a float32."""
+    """Product of a bfloat16 and a float32 matrix, by three bfloat16 pieces that hold every bit of the float32 one."""
     rows, columns = wide.shape
     pieces = narrow.new_empty(rows, 3, columns)
     rest = wide
@@ -87,13 +87,13 @@ def _mm_pieces(narrow: Tensor, wide: Tensor) -> Tensor:
 
 
 def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
-    """``weight @ other`` in other's dtype, upcasting `weight` block by block: no copy of it is ever whole."""
+    """``weight @ other`` in other's dtype. `weight` is upcast block by block, so no full copy of it is made."""
     if weight.dtype == other.dtype:
         return weight @ other
     if row_major(weight):
         out = other.new_empty(weight.shape[0], other.shape[1])
-        # `other` as it lies: with a copied Aᵀ of four columns the BLAS adds up one long sum, with twice the error and
-        # in five times the time.
+        # `other` is not copied: with a copied Aᵀ of four columns the BLAS adds up one long sum, with twice the error
+        # and in five times the time.
         step = block_rows(*weight.shape)
         buffer = scratch(step, weight.shape[1], other.dtype, other.device)
         for rows, target in blocks(step, weight, out):
@@ -112,7 +112,7 @@ def row_major(weight: Tensor) -> bool:
 
 
 def blocks(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors in blocks of so many of the rows they share; at least one block."""
+    """Yield the tensors in blocks of `step` of the rows they share; at least one block."""
     if first.shape[0] <= step:
         return iter(((first, *others),))
     starts = range(0, first.shape[0], step)
@@ -120,12 +120,12 @@ def blocks(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[A
 
 
 def block_rows(rows: int, width: int) -> int:
-    """How many of these rows make a block, at least one."""
+    """How many rows of this width make a block; at least 1."""
     return max(1, min(rows, max(16, BLOCK_ELEMENTS // max(width, 1))))
 
 
 def scratch(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Unwritten memory for a block, to be used before the next is asked for."""
+    """Uninitialized memory for a block, valid until the next call."""
     size = rows * width
     if size > BLOCK_ELEMENTS or dtype != torch.float32 or device.type != "cpu" or _recorded():
         return torch.empty(rows, width, dtype=dtype, device=device)
@@ -136,5 +136,5 @@ def scratch(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _recorded() -> bool:
-    """Whether a tensor made elsewhere would end up in a graph, or one made here is a fake one."""
+    """True if a tensor made elsewhere would be recorded in a graph, or a tensor made here would be a fake one."""
     return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0

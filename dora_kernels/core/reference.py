@@ -1,7 +1,7 @@
-"""The dense form of DoRA in plain PyTorch: the specification, and the oracle of every test.
+"""DoRA in its dense form, in plain PyTorch: the specification, and the reference of every test.
 
 ``V = W + scaling * B @ A`` is formed whole, in float32 (float64 for float64 input), and autograd does the rest.
-What runs has to agree with this; nothing that runs imports it.
+All other implementations have to agree with this one, and none of them imports it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, 
 def merge(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float, magnitude_axis: str
 ) -> Tensor:
-    """``g * (W + scaling * B @ A)`` as computed, to be rounded once to weight's dtype."""
+    """``g * (W + scaling * B @ A)`` in the dtype it is computed in; the caller rounds it once to weight's dtype."""
     with no_autocast(weight.device), full_precision(weight.device):
         adapted = _direction(weight, lora_A, lora_B, scaling, accumulation_dtype(weight, lora_A, lora_B))
         if magnitude is not None:
@@ -50,10 +50,10 @@ def dora_linear(
     compute_dtype: torch.dtype,
     eps: float = 0.0,
 ) -> Tensor:
-    """``x @ (g * V).T + bias`` for x of any number of leading dimensions, rounded once to `compute_dtype`.
+    """``x @ (g * V).T + bias`` for x with any number of leading dimensions, rounded once to `compute_dtype`.
 
-    A norm handed in stands for the true one: its value is used, and with ``detach_norm=False`` the gradient
-    through the norm is the true norm's.
+    If `weight_norm` is given, its value replaces the computed norm; with ``detach_norm=False`` the gradient through the
+    norm is still that of the computed norm.
     """
     dtype = accumulation_dtype(x, weight, lora_A, lora_B)
     with no_autocast(x.device), full_precision(x.device):

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments: every message names the argument, what came and what was expected."""
+"""Checks of the public functions' arguments. Every message names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDINGS = ("nearest", "stochastic")
 
 _LARGEST = sys.float_info.max
 
-# No dimension has as many, and torch's own ints end not far beyond.
+# No dimension is this large, and torch's own integers end not far beyond.
 _SIZES = 1 << 31
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_layer(
     x: Any, weights: Weights, scaling: Any, magnitude_axis: Any, weight_norm: Any, backend: Any
 ) -> None:
-    """The arguments of `dora_linear`."""
+    """Check the arguments of `dora_linear`."""
     weight, lora_A, lora_B, magnitude, bias = weights
     check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     check_features(x, weight.shape[1])
@@ -48,14 +48,14 @@ def check_layer(
 
 
 def check_features(x: Any, in_features: int) -> None:
-    """The input of a layer."""
+    """Check the input of a layer: a tensor ``[..., in_features]``."""
     _check_tensor(x, "x")
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected [..., {in_features}], got {_shape(x)}")
 
 
 def check_adapter(weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude_axis: Any, backend: Any) -> None:
-    """The arguments that describe the adapted weight."""
+    """Check the arguments that describe the adapted weight."""
     for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         _check_tensor(tensor, name)
         if tensor.dim() != 2:
@@ -83,7 +83,7 @@ def check_adapter(weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude
 
 
 def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: str) -> None:
-    """A vector along `magnitude_axis`, or None."""
+    """Check that the magnitude is None or a vector along `magnitude_axis`."""
     if magnitude is None:
         return
     _check_tensor(magnitude, name)
@@ -97,14 +97,14 @@ def check_magnitude(magnitude: Any, weight: Tensor, magnitude_axis: str, name: s
 
 
 def check_real(value: Any, name: str) -> None:
-    """A number that a float holds, infinities and NaN among them."""
+    """Check for a number that a float can hold, infinities and NaN included."""
     _check_real(value, name, "a number")
-    if _beyond(value):
-        raise ValueError(f"{name}: expected a number, got {_said(value)}")
+    if _overflows_float(value):
+        raise ValueError(f"{name}: expected a number, got {_as_text(value)}")
 
 
 def check_dense(tensor: Any, name: str) -> None:
-    """A tensor of floating-point values with strides: no sparse, nested or mkldnn one."""
+    """Check for a floating-point tensor with strides: not a sparse, nested or mkldnn one."""
     _check_tensor(tensor, name)
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -112,19 +112,19 @@ def check_dense(tensor: Any, name: str) -> None:
 
 
 def check_number(value: Any, name: str, expected: str = "a number") -> None:
-    """A finite number that a float holds: no int or fraction beyond its range."""
+    """Check for a finite number that a float can hold: no int or fraction beyond its range."""
     _check_real(value, name, expected)
     if not -_LARGEST <= value <= _LARGEST:  # unlike math.isfinite, torch.compile can trace this with a symbolic float
-        raise ValueError(f"{name}: expected a finite number, got {_said(value)}")
+        raise ValueError(f"{name}: expected a finite number, got {_as_text(value)}")
 
 
 def check_rank(rank: Any, expected: str = "an int") -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise TypeError(f"rank: expected {expected}, got {type(rank).__name__}")
     if int(rank) < 1:
-        raise ValueError(f"rank: expected at least 1, got {_said(rank)}")
+        raise ValueError(f"rank: expected at least 1, got {_as_text(rank)}")
     if int(rank) >= _SIZES:
-        raise ValueError(f"rank: expected less than {_SIZES}, got {_said(rank)}")
+        raise ValueError(f"rank: expected less than {_SIZES}, got {_as_text(rank)}")
 
 
 def check_scaling(scaling: Any) -> None:
@@ -132,13 +132,13 @@ def check_scaling(scaling: Any) -> None:
 
 
 def check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dtype: Any) -> None:
-    """What every adapted layer is made with."""
+    """Check the options that every adapted layer is made with."""
     check_rank(rank)
     if alpha is not None:
         check_number(alpha, "alpha")
     _check_real(dropout, "dropout", "a probability in [0, 1)")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {_said(dropout)}")
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {_as_text(dropout)}")
     check_backend(backend)
     if adapter_dtype is not None and adapter_dtype not in DTYPES:
         raise TypeError(f"adapter_dtype: expected float32, bfloat16, float16 or float64, got {adapter_dtype!r}")
@@ -151,7 +151,7 @@ def check_strength(strength: Any) -> None:
 def check_eps(eps: Any) -> None:
     _check_real(eps, "eps", "a number")
     if not 0.0 <= eps <= _LARGEST:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {_said(eps)}")
+        raise ValueError(f"eps: expected a finite number of at least 0, got {_as_text(eps)}")
 
 
 def check_axis(magnitude_axis: Any) -> None:
@@ -170,7 +170,7 @@ def check_rounding(rounding: Any, seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int in [0, 2**63), got {type(seed).__name__}")
     if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: expected an int in [0, 2**63), got {_said(seed)}")
+        raise ValueError(f"seed: expected an int in [0, 2**63), got {_as_text(seed)}")
 
 
 def _check_real(value: Any, name: str, expected: str) -> None:
@@ -178,14 +178,14 @@ def _check_real(value: Any, name: str, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
-def _said(value: Any) -> str:
-    """A number as text; Python writes no int of more than some thousand digits."""
-    return "one beyond the range of float64" if _beyond(value) else str(value)
+def _as_text(value: Any) -> str:
+    """The number as text. Python refuses to write ints of more than some thousand digits."""
+    return "one beyond the range of float64" if _overflows_float(value) else str(value)
 
 
-def _beyond(value: Any) -> bool:
-    """True if a number is an int or a fraction that no float holds."""
-    number: Any = value  # whose type the next question would narrow to one without an order
+def _overflows_float(value: Any) -> bool:
+    """True if the number is an int or a fraction too large for a float."""
+    number: Any = value  # Any: isinstance would narrow it to a type without an order
     return isinstance(value, numbers.Rational) and not -_LARGEST <= number <= _LARGEST
 
 

@@ -1,15 +1,16 @@
 """Weighted sums of low-rank adapters of one weight: the mathematics, on tensors alone.
 
-The sum ``W + Σ w_i (g_i V_i - W)`` of merged weights, ``V_i = W + s_i B_i A_i`` and g a factor per row, is ``c W + U``
-with ``c = 1 + Σ w_i (g_i - 1)`` and ``U = Σ w_i s_i g_i B_i A_i``: a DoRA adapter again, ``c (W + U / c)``, of the sum
-of the ranks, whose magnitude is c times the norm of ``W + U / c``. Plain LoRA has g = 1. Cutting U to a rank by its
-singular values leaves the merged weight nearest to the sum, in the Frobenius norm, among those with this c.
+The sum ``W + Σ w_i (g_i V_i - W)`` of merged weights, with ``V_i = W + s_i B_i A_i`` and one factor g per row, equals
+``c W + U`` with ``c = 1 + Σ w_i (g_i - 1)`` and ``U = Σ w_i s_i g_i B_i A_i``. That is again a DoRA adapter,
+``c (W + U / c)``: its rank is the sum of the ranks, its magnitude c times the norm of ``W + U / c``. Plain LoRA has
+g = 1. Truncating U to a lower rank by its singular values gives, for this c, the merged weight nearest to the sum in
+the Frobenius norm.
 
-Here the factor is per row; a magnitude per column is the transposed problem, ``(Wᵀ, Bᵀ, Aᵀ)``. A magnitude may have
-several consecutive rows (a convolution's input channel has one for each element of its kernel).
+Here the factor is per row; a magnitude per column is the transposed problem, ``(Wᵀ, Bᵀ, Aᵀ)``. One magnitude may cover
+several consecutive rows (a convolution's input channel has one row for each element of its kernel).
 
-A row with c = 0 has no direction left to scale. If its U is 0 too the row is 0, exactly. If not, W keeps a share of it
-that disappears in rounding: of `_LEAST` relative to the row itself.
+A row with c = 0 has no direction left to scale. If its U is 0 too, the row is exactly 0. If not, W keeps a share that
+disappears in rounding: `_LEAST`, relative to the row itself.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from torch import Tensor
 
 from dora_kernels.core.precision import full_precision, no_autocast
 
-# Of a row of the sum; eight roundings, and so as much as its other terms lose by themselves.
+# In units of the rounding of a row of the sum: eight, about what its other terms lose by themselves.
 _LEAST = 8.0
 
-# Elements of a block in which a weight is read: 4 MB in float32.
+# Elements of one block in which a weight is read: 4 MB in float32.
 _BLOCK_ELEMENTS = 1 << 20
 
 
 class Part(NamedTuple):
-    """A summand: ``w s B A = left @ right``, ``[n, r]`` and ``[r, k]``, left on the scaled side; and g, None for 1."""
+    """A term of the sum: ``w s B A = left @ right``, ``[n, r]`` and ``[r, k]``, left being on the scaled side."""
 
     weight: float
     left: Tensor
     right: Tensor
     scale: Tensor | None
+    """g; None for 1."""
 
 
 class Sum(NamedTuple):
-    """``factor W + left @ right``, the factor per magnitude. `replaced` counts those that were 0, or nearly."""
+    """``factor W + left @ right``, with one factor per magnitude. `replaced` counts factors that were (nearly) 0."""
 
     factor: Tensor
     left: Tensor
@@ -49,17 +51,17 @@ class Sum(NamedTuple):
 
 
 def weighted_sum(parts: Sequence[Part], base_norm: Callable[[], Tensor], dtype: torch.dtype, length: int) -> Sum:
-    """The sum of the summed rank, in `dtype`.
+    """The sum, with the ranks added up, in `dtype`.
 
     Args:
         parts: at least one, all of one weight.
-        base_norm: gives the norm of W along the magnitude; called only where a c is nearly 0.
+        base_norm: returns the norm of W along the magnitude; called only if some c is nearly 0.
         dtype: float32 or float64.
-        length: how many magnitudes there are.
+        length: the number of magnitudes.
     """
     device = parts[0].left.device
     scaled = [part for part in parts if part.scale is not None]
-    # Not 1 + Σ w (g - 1): where the weights add up to 1 nothing cancels.
+    # Not 1 + Σ w (g - 1): if the weights add up to 1, nothing cancels here.
     factor = torch.full((length,), 1.0 - math.fsum(part.weight for part in scaled), dtype=dtype, device=device)
     left = []
     for part in parts:
@@ -91,14 +93,14 @@ def _without_zeros(
 
 
 def divided(total: Sum) -> Tensor:
-    """The left factor of the new adapter, ``left / c``; 0 where c is."""
+    """The left factor of the new adapter, ``left / c``; 0 where c is 0."""
     factor = total.factor
     inverse = torch.where(factor == 0, torch.zeros_like(factor), 1.0 / factor.masked_fill(factor == 0, 1.0))
     return _scaled(total.left, inverse)
 
 
 def of_rank(total: Sum, rank: int) -> tuple[Sum, float]:
-    """The sum with an update of at most that rank, and the Frobenius norm of what is cut off from the merged weight."""
+    """The sum with its update cut to at most `rank`, and the Frobenius norm of what the merged weight loses by that."""
     if total.right.shape[0] <= rank:
         return total, 0.0
     with no_autocast(total.left.device), full_precision(total.left.device):
@@ -118,7 +120,7 @@ def size(total: Sum) -> float:
 
 
 def change(total: Sum, weight: Tensor) -> float:
-    """Frobenius norm of what the sum changes in ``weight [n, k]``, ``(c - 1) W + U``, from blocks of rows."""
+    """Frobenius norm of the sum's change to ``weight [n, k]``, ``(c - 1) W + U``, from blocks of rows."""
     rows = (total.factor - 1.0).repeat_interleave(weight.shape[0] // total.factor.shape[0])
     step = max(1, _BLOCK_ELEMENTS // weight.shape[1])
     norms = []

@@ -1,1 +1,1 @@
-"""How a layer runs: the formula or the fused kernels, and the norm that is kept between calls."""
+"""The layer's computation: the formula or the fused kernels, and the norm kept between calls."""

@@ -1,8 +1,8 @@
-"""The fused path and the undetached norm as `autograd.Function`s: what is saved, and where the backward stands.
+"""The fused path and the undetached norm as `autograd.Function`s: what the forward saves, and the backward.
 
-Saved beside the parameters: x, h ``[M, r]``, the base product ``[M, N]`` where the magnitude's gradient needs it, and
-this call's own g and norm. The output is never saved: consumers may overwrite it in place. A second derivative
-(``create_graph=True``) is the formula's.
+Saved beside the parameters: x, h ``[M, r]``, this call's own g and norm, and the base product ``[M, N]`` if the
+magnitude's gradient needs it. The output is never saved, because consumers may overwrite it in place. Second
+derivatives (``create_graph=True``) come from the formula.
 """
 
 from __future__ import annotations
@@ -70,9 +70,12 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def fused_linear(x: Tensor, weights: Weights, divisor: Tensor | None, form: Form, named: bool) -> Tensor:
-    """The layer on ``x [..., K]``, already in the compute dtype; `divisor` is what the magnitude is divided by.
+    """The layer on ``x [..., K]``, which is already in the compute dtype.
 
-    `named`: the backend was asked for by name, so a second differentiation raises instead of using the formula.
+    Args:
+        divisor: what the magnitude is divided by; None for plain LoRA.
+        named: True if the caller asked for this backend by name; a second derivative then raises instead of using the
+            formula.
     """
     if torch.is_grad_enabled():
         return _FusedLinear.apply(x, *weights, divisor, form, named)
@@ -86,7 +89,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _unflat(y: Tensor, x: Tensor) -> Tensor:
-    """y with x's leading dimensions, and no view to autograd: consumers may overwrite it in place."""
+    """y with x's leading dimensions. Autograd does not see it as a view, so consumers may overwrite it in place."""
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
@@ -105,7 +108,10 @@ def _check_second(named: bool) -> None:
 def _differentiable(
     x: Tensor, weights: Weights, divisor: Tensor | None, form: Form, needed: tuple[bool, ...], dy: Tensor
 ) -> list[Tensor | None]:
-    """First derivatives that can be differentiated again: the formula's. The norm that was used stands for its own."""
+    """The formula's first derivatives, which can be differentiated again.
+
+    They use the value of the norm that the forward used; with an undetached norm, the formula gives its gradient.
+    """
 
     def layer(x: Tensor, *tensors: Any) -> Tensor:
         weights, g = Weights(*tensors), None
@@ -123,7 +129,7 @@ def _differentiable(
 def _gradients(
     inputs: list[Tensor | None], needed: tuple[bool, ...], function: Callable[..., Tensor], dy: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of `function` at `inputs` that can be differentiated again, None where not needed."""
+    """Return gradients of `function` at `inputs` that can be differentiated again; None for those not needed."""
     needed = needed[: len(inputs)]
     aliases = [t.view_as(t) if need and t is not None else t for t, need in zip(inputs, needed, strict=True)]
     wanted = [t for t, need in zip(aliases, needed, strict=True) if need and t is not None]
@@ -156,7 +162,7 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(weights: Weights, divisor: Tensor, form: Form) -> Tensor:
-    """The divisor, computed already, as a function of the weight, A and B, whose backward forms no V."""
+    """Return the computed `divisor` as a differentiable function of W, A and B. The backward does not form V."""
     return _Norm.apply(*weights[:3], divisor, form) if torch.is_grad_enabled() else divisor
 
 
@@ -211,7 +217,7 @@ class _FusedCompose(torch.autograd.Function):
 def fused_compose(
     result: Tensor, h: Tensor, weights: Weights, divisor: Tensor, scaling: float, named: bool
 ) -> Tensor:
-    """``g * (result - bias + s h Bᵀ) + bias`` for ``result [..., N]`` and ``h [..., r]``, whose dtype may be wider."""
+    """``g * (result - bias + s h Bᵀ) + bias`` for ``result [..., N]`` and ``h [..., r]``. h may have a wider dtype."""
     if torch.is_grad_enabled():
         return _FusedCompose.apply(result, h, *weights[2:], divisor, scaling, named)
     with no_autocast(result.device):
@@ -220,7 +226,7 @@ def fused_compose(
 
 
 def _differentiable_compose(ctx: Any, dy: Tensor) -> list[Tensor | None]:
-    """As `_differentiable`, where the base result is a constant: what is kept of it has no history."""
+    """The same as `_differentiable`, with the base result as a constant: the kept base product has no history."""
     h, lora_B, magnitude, bias, _, divisor, base = ctx.saved_tensors
     _check_second(ctx.named)
     if ctx.needs_input_grad[0]:
@@ -228,7 +234,7 @@ def _differentiable_compose(ctx: Any, dy: Tensor) -> list[Tensor | None]:
             "create_graph=True: a DoRA layer whose product another module makes has no second derivative here"
         )
     result = torch.zeros_like(dy)
-    if base is not None:  # the magnitude's gradient alone reads it
+    if base is not None:  # only the magnitude's gradient reads it
         with torch.no_grad():
             result = base.view(dy.shape)
             if bias is not None and not fused.holds_bias(dy):

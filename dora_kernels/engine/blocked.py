@@ -1,7 +1,7 @@
-"""The norm and the merged weight in plain PyTorch operations, a block of W at a time: the `torch` backend's.
+"""The norm and the merged weight in plain PyTorch operations, one block of W at a time, for ``backend="torch"``.
 
-`dora_kernels.kernels` has the same two functions as Triton kernels, under the same names. No temporary holds more of
-the weight than a block of 4 MB; on the CPU each thread keeps one such block.
+`dora_kernels.kernels` has the same two functions, under the same names, as Triton kernels. No temporary holds more
+than a 4 MB block of the weight. On the CPU each thread keeps one such block.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from dora_kernels.rounding import stochastic
 
 _GRAM_FEATURES = 1024
 
-# Rows whose squared norm is below this fraction of the squared terms it is summed from have lost digits to
-# cancellation in the factored form and are recomputed directly; a quarter costs at most two bits.
+# If a row's squared norm is below this fraction of the terms it is summed from, the factored form has lost digits to
+# cancellation, and the row is computed directly. A quarter costs at most two bits.
 CANCELLATION = 0.25
 
-# Weights of fewer elements, or of fewer features for each of the rank, take the direct norm. Two cores, times of the
-# factored form over the direct one: 1.1 to 1.3 for 576x576 to 1536x576 in a model's training, rank 16; at 2048x2048 0.7
-# to 1.0 for rank 16, 1.0 to 1.1 for 64, 1.3 to 1.5 for 384, and at 4096x4096 0.5 to 0.9, 0.9 to 1.0 and 1.1 to 1.2
+# Weights with fewer elements, or with fewer features per rank, use the direct norm. Time of the factored form over
+# that of the direct one, on two cores: 1.1 to 1.3 for 576x576 to 1536x576 in a model's training, rank 16; at 2048x2048
+# 0.7 to 1.0 for rank 16, 1.0 to 1.1 for 64, 1.3 to 1.5 for 384; at 4096x4096 0.5 to 0.9, 0.9 to 1.0 and 1.1 to 1.2
 # (bench/results).
 _FACTORED_ELEMENTS = 1 << 21
 _FACTORED_FEATURES = 64
+
 
 def weight_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
@@ -34,10 +35,13 @@ def weight_norm(
 
     Column norms are the row norms of the transposed problem ``(W.T, B.T, A.T)``.
 
-    A large weight on the CPU takes the factored form at low rank, from matrices of rank r only:
-    ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)`` with ``U = W Aᵀ`` and ``G = A Aᵀ``; `weight_square` is ``|w|²`` per row
-    (`row_square`), which is constant for a frozen weight. Rows that suffer from cancellation are computed directly:
-    in blocks of ``W + s B A``, as all rows elsewhere: on other devices the host would have to wait.
+    For a large weight on the CPU and a low rank, the norm is computed in factored form, from matrices of rank r only:
+    ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)`` with ``U = W Aᵀ`` and ``G = A Aᵀ``. Rows that suffer from cancellation are
+    computed directly, from blocks of ``W + s B A``. On other devices every row is computed directly, because finding
+    the cancelled rows would make the host wait.
+
+    Args:
+        weight_square: ``|w|²`` per row (`row_square`), which is constant for a frozen weight; computed if None.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
@@ -50,7 +54,7 @@ def weight_norm(
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether `weight_norm` takes the factored form, and so has a use for `row_square`."""
+    """True if `weight_norm` uses the factored form, which needs `row_square`."""
     wide = weight.shape[1] >= _FACTORED_FEATURES * lora_A.shape[0]
     return wide and weight.numel() >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
 
@@ -59,7 +63,7 @@ def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_s
     gram = _gram(a)
     u = mm_wide(weight, a.t()).addmm_(b, gram, alpha=0.5 * scaling)
     square = torch.add(weight_square, u.mul_(b).sum(1), alpha=2.0 * scaling)
-    # The size of what was summed, whatever cancels among it, duplicate rows of A included.
+    # The size of the summed terms, whatever cancels among them, even if A has duplicate rows.
     terms = CANCELLATION * scaling * scaling
     kept = square >= torch.addmv(weight_square, b.square(), gram.diagonal(), beta=CANCELLATION, alpha=terms)
     if bool(kept.all()):
@@ -71,8 +75,8 @@ def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_s
 
 
 def _gram(a: Tensor) -> Tensor:
-    """``a aᵀ``, in parts: over a long row the BLAS's float32 sums of squares drift, by 8e-6 at 20 000 features."""
-    a = a.contiguous()  # of a transposed one the BLAS adds up one long sum again, whatever the parts
+    """``a aᵀ``, summed in parts: over a long row the BLAS's float32 sums drift, by 8e-6 at 20 000 features."""
+    a = a.contiguous()  # for a transposed matrix the BLAS would again add up one long sum, even of the parts
     gram = torch.mm(a[:, :_GRAM_FEATURES], a[:, :_GRAM_FEATURES].t())
     for start in range(_GRAM_FEATURES, a.shape[1], _GRAM_FEATURES):
         part = a[:, start : start + _GRAM_FEATURES]
@@ -81,7 +85,7 @@ def _gram(a: Tensor) -> Tensor:
 
 
 def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``W + s B A`` formed a block at a time, along the rows of W as it lies in memory."""
+    """Row norms of ``W + s B A``, which is formed one block at a time, in the order in which W lies in memory."""
     along_rows = row_major(weight)
     rows, left, right = (weight, b, a) if along_rows else (weight.t(), a.t(), b.t())
     length, width = rows.shape
@@ -116,9 +120,12 @@ def merge(
 ) -> Tensor:
     """``g * (W + s B A)`` with ``g = magnitude / norm`` per row, 0 where the norm is 0; without a magnitude g is 1.
 
-    Computed in float32 (float64 for float64 input) and rounded once to weight's dtype, with a seed stochastically.
-    Along "in" the problem is the `transposed` one, whose columns are the rows of the weight that the elements' indices
-    count along.
+    Computed in float32 (float64 for float64 input) and rounded once to weight's dtype: to nearest, or stochastically if
+    a seed is given.
+
+    Args:
+        transposed: True if this is the transposed problem (``magnitude_axis="in"``). Its columns are then the rows of
+            the original weight; stochastic rounding numbers the elements along those.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)

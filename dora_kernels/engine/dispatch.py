@@ -1,4 +1,4 @@
-"""What runs a call: the formula (`torch`) or the fused kernels (`triton`). One rule; the errors of a named backend."""
+"""Choose the backend of a call: the formula ("torch") or the fused kernels ("triton")."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Output elements from which the fused path wins on a GPU, with gradients and without. By count: with gradients it saves
-# about four passes over [tokens, out_features] and costs as many launches more than the formula, of about 5 us of host
-# time each, in which a GPU of 4 TB/s moves 20 MB; without, one pass for no launch more. Not timed on a GPU yet.
+# Output elements from which the fused path is faster on a GPU, with and without gradients. These are estimates, not yet
+# timed on a GPU. With gradients the fused path saves about four passes over [tokens, out_features] and needs about four
+# launches more than the formula. A launch takes about 5 us of host time, in which a GPU of 4 TB/s moves 20 MB. Without
+# gradients it saves one pass and needs no more launches.
 FUSED_ELEMENTS = 1 << 21
 FUSED_ELEMENTS_INFERENCE = 1 << 18
 
 
 class UnsupportedError(RuntimeError):
-    """A backend that was asked for by name cannot do what the call needs."""
+    """Raised if a backend asked for by name cannot do what the call needs."""
 
 
 class Call(NamedTuple):
-    """What the rule looks at."""
+    """The properties of a call that `prefers_fused` decides by."""
 
     device: str
     dtypes: frozenset[torch.dtype]
@@ -43,16 +44,17 @@ class Call(NamedTuple):
 
 
 def prefers_fused(call: Call) -> bool:
-    """The rule: True if `auto` takes the fused kernels where they run."""
+    """True if ``backend="auto"`` should use the fused kernels, given that they can run."""
     if call.device != "cuda" or not call.dtypes <= set(KERNEL_DTYPES):
         return False
     return call.tokens * call.out_features >= (FUSED_ELEMENTS if call.gradients else FUSED_ELEMENTS_INFERENCE)
 
 
 def resolve(backend: str, x: Tensor, weights: Weights) -> str:
-    """The backend that runs a call on `x [..., K]` (or another module's product): "torch" or "triton".
+    """Return the backend, "torch" or "triton", for a call on `x [..., K]` or on another module's product.
 
-    A backend asked for by name is taken, or `UnsupportedError` says why it cannot be.
+    Raises:
+        UnsupportedError: `backend` is "triton", and it cannot run this call.
     """
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return "torch"
@@ -75,7 +77,11 @@ def resolve(backend: str, x: Tensor, weights: Weights) -> str:
 
 
 def norm_backend(backend: str, weight: Tensor) -> str:
-    """The backend that computes a norm or merges: the kernels wherever they run, whatever the number of tokens."""
+    """Return the backend for a norm or a merge: the kernels wherever they can run, whatever the number of tokens.
+
+    Raises:
+        UnsupportedError: `backend` is "triton", and it cannot run here.
+    """
     if backend == "torch" or (backend == "auto" and weight.device.type != "cuda"):
         return "torch"
     reason = _unfit((weight,)) or triton_problem(weight.device)
@@ -88,7 +94,7 @@ def norm_backend(backend: str, weight: Tensor) -> str:
 
 
 def _unfit(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why the kernels cannot take these tensors; None where they can."""
+    """Return the reason why the kernels cannot take these tensors, or None if they can."""
     for tensor in tensors:
         if type(tensor) not in PLAIN and not torch.compiler.is_compiling():
             return f"it has no kernels for tensors of type {type(tensor).__name__}"
@@ -100,7 +106,7 @@ def _unfit(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def kernels() -> ModuleType:
-    """`dora_kernels.kernels`, imported on first use, since it imports triton."""
+    """Return `dora_kernels.kernels`. It is imported on first use because it imports triton."""
     from dora_kernels import kernels
 
     return kernels
@@ -110,19 +116,19 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn the first time this process meets `message`."""
+    """Issue `message` as a RuntimeWarning, once per process."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def triton_problem(device: torch.device) -> str | None:
-    """Why the triton backend cannot run on `device`, or None where it can. The answer is kept per device."""
+    """Return the reason why the triton backend cannot run on `device`, or None if it can. Cached per device."""
     return _triton_problem(device)
 
 
-# torch.compile takes the answer and does not trace how it was found. This is what
-# torch.compiler.assume_constant_result sets, which cannot be called here: it imports the compiler.
+# torch.compile must use the answer without tracing how it was found. torch.compiler.assume_constant_result would set
+# this attribute, but calling it imports the compiler.
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -132,7 +138,7 @@ def _triton_problem(device: torch.device) -> str | None:
         return "triton is not installed"
     try:
         from dora_kernels import kernels
-    except Exception as error:  # a triton of another platform, or broken
+    except Exception as error:  # a broken triton, or one built for another platform
         return f"triton cannot be imported: {type(error).__name__}: {first_line(error)}"
     if kernels.INTERPRETED:
         return None
@@ -143,11 +149,11 @@ def _triton_problem(device: torch.device) -> str | None:
         return f"it needs compute capability 8.0 or later, and {device} has {major}.{minor}"
     try:
         kernels.probe(device)
-    except Exception as error:  # whatever stops a compiler or a driver: no C compiler, a full disk, an old driver
+    except Exception as error:  # anything that stops a compiler or driver: no C compiler, a full disk, an old driver
         return f"a first kernel failed: {type(error).__name__}: {first_line(error)}"
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or ["no message"])[0]

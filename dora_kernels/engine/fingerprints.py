@@ -1,6 +1,6 @@
-"""Whether a weight still holds what it held: what the norm cache compares, since versions do not tell.
+"""Detect whether tensors have changed, for the norm cache. Tensor versions do not show every write.
 
-Of lora_A and lora_B everything is compared, of W a sample.
+lora_A and lora_B are compared in full, W by a sample.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Whoever writes more than 1/64 of W in one piece is seen. 256 took 16 to 22 us where a product had emptied the caches,
-# 3 to 5 % of a token's whole call at 2048x2048 in bf16 (1.21 of LoRA's, 1.15 with 64), for a weight that is frozen.
+# A contiguous write to more than 1/64 of W is always detected. 256 samples took 16 to 22 us when a product had emptied
+# the caches, 3 to 5 % of a one-token call at 2048x2048 in bf16 (1.21 of LoRA's time; 1.15 with 64), for a frozen
+# weight.
 _SAMPLES = 64
 
 
 def sample(weight: Tensor) -> Tensor:
-    """About `_SAMPLES` elements of W, or all, evenly spread over memory and over both dimensions: a strided vector."""
-    if weight.dim() != 2:  # a convolution's, or something packed: as it lies in memory
+    """Return about `_SAMPLES` elements of W (all if it has fewer) as a strided vector.
+
+    They are evenly spread over memory and over both dimensions.
+    """
+    if weight.dim() != 2:  # a convolution's weight, or a packed one: sampled as it lies in memory
         weight = weight.as_strided((weight.numel(), 1), (1, 1))
     rows, columns = weight.shape
     if weight.stride() not in ((columns, 1), (1, rows)):
@@ -38,7 +42,7 @@ def _sample_layout(elements: int, width: int) -> tuple[tuple[int], tuple[int]]:
 
 
 class Sample:
-    """What a weight's `sample` held: a view of the elements, and a copy of them."""
+    """A weight's `sample` at one point in time: a view of the elements, and a copy of them."""
 
     __slots__ = ("kept", "view")
 
@@ -47,7 +51,7 @@ class Sample:
         self.kept = self.view.clone()
 
     def is_held_by(self, weight: Tensor) -> bool:
-        """True if a tensor of the same shape and strides holds the same there."""
+        """True if a tensor of the same shape and strides holds the same values at the sampled places."""
         view = self.view
         if weight.data_ptr() != view.data_ptr():
             view = weight.as_strided(view.size(), view.stride(), weight.storage_offset())
@@ -55,23 +59,26 @@ class Sample:
 
 
 def _memory(tensor: Tensor) -> Any:
-    """The bytes of a contiguous CPU tensor, as they are whenever this is read. It does not keep them alive."""
+    """Return the memory of a contiguous CPU tensor as ctypes bytes: reads show its current content.
+
+    This does not keep the tensor alive.
+    """
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
-# Larger tensors are compared by sums, half the reading: lora_A and lora_B at rank 384 (2048x2048, float32, two cores,
-# caches emptied by a product) 193 us for 327, a token's whole call 1.32 of LoRA's for 1.38, at 4096x4096 in bf16 1.12
-# for 1.29. At rank 64 they are 48 us for 59.
+# Larger tensors are compared by sums, which read half as much. lora_A and lora_B at rank 384 (2048x2048, float32, two
+# cores, caches emptied by a product) take 193 us instead of 327; a one-token call takes 1.32 of LoRA's time instead of
+# 1.38, and at 4096x4096 in bf16 1.12 instead of 1.29. At rank 64 comparing takes 48 us instead of 59.
 _COPIED_BYTES = 1 << 20
 _WORDS = 32
 
 
 class Record:
-    """What a tensor held: a copy, or of a large one the sum of each line of 64-bit words.
+    """The content of a tensor at one point in time: a copy or, if it is large, the sum of each line of 64-bit words.
 
-    A sum does not see words that change places within their line, 256 bytes, nor an even number of flips of their
-    highest bits. A copy on the CPU is bytes, which the C library compares with memory several times as fast as
-    `torch.equal` compares large tensors.
+    A sum does not change if words swap places within their line of 256 bytes, or if an even number of them flip their
+    highest bit. On the CPU a copy is kept as bytes: the C library compares these several times as fast as `torch.equal`
+    compares large tensors.
     """
 
     __slots__ = ("_kept", "_tensor", "kept_bytes", "memory")
@@ -90,7 +97,7 @@ class Record:
             self._kept = tensor.clone()
 
     def is_held_by(self, tensor: Tensor) -> bool:
-        """True if a tensor of the same dtype and shape holds the same."""
+        """True if a tensor of the same dtype and shape holds the same values."""
         if self.kept_bytes is not None:
             if tensor.data_ptr() == self._tensor.data_ptr() and tensor.is_contiguous():
                 return self.kept_bytes == self.memory
@@ -102,7 +109,10 @@ class Record:
 
 
 def _words(tensor: Tensor) -> Tensor | None:
-    """The lines of a large tensor; None where it is to be copied, as those of float64, whose signs are highest bits."""
+    """Return a large tensor as lines of 64-bit words, or None if it should be copied instead.
+
+    float64 tensors are copied, because their signs are the highest bits of the words.
+    """
     size = tensor.nbytes
     if size <= _COPIED_BYTES or size % (8 * _WORDS) or not tensor.is_contiguous() or tensor.element_size() > 4:
         return None
@@ -112,7 +122,7 @@ def _words(tensor: Tensor) -> Tensor | None:
 
 
 class Held:
-    """What W (a sample), A and B held."""
+    """The content of W (a sample), A and B at one point in time."""
 
     __slots__ = ("_bytes", "_factors", "_kept", "_view")
 
@@ -124,7 +134,7 @@ class Held:
         self._bytes = (of_a.kept_bytes, of_a.memory, of_b.kept_bytes, of_b.memory) if whole else None
 
     def is_held_by(self, lora_A: Tensor, lora_B: Tensor) -> bool:
-        """True if these tensors, at their old addresses and strides, and W's sample hold the same."""
+        """True if these tensors, at unchanged addresses and strides, and W's sample still hold the same values."""
         if self._bytes is not None:
             of_a, a, of_b, b = self._bytes
             if of_a != a or of_b != b:
@@ -135,7 +145,10 @@ class Held:
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """64 bits of every million elements, each mixed with its place: for whoever keeps no copy to compare with."""
+    """Return a 64-bit hash of every 2**20 elements, for callers that keep no copy to compare with.
+
+    Each element is mixed with its position.
+    """
     flat = tensor.detach().reshape(-1)
     if flat.dtype not in (torch.int64, torch.float64):
         flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()])

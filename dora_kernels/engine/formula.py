@@ -1,11 +1,11 @@
-"""DoRA, given its scale g, in plain differentiable operations: the formula, recorded by PyTorch's own autograd.
+"""The forward of DoRA from its scale g, in plain differentiable operations that PyTorch's autograd records.
 
     axis "out":  y = g ⊙ z + b              z = x Wᵀ + s (x Aᵀ) Bᵀ
-    axis "in":   y = z + b, from x ⊙ g in place of x
+    axis "in":   y = z + b, with x ⊙ g instead of x
 
 It runs on CPUs, for small problems on any device, under `torch.compile`, `torch.func`, forward mode and second
-derivatives, and on tensor subclasses. On two cores it costs what PEFT's LoRA costs (bench/results); the fused kernels
-(`engine.fused`) take over for large problems on a GPU.
+derivatives, and on tensor subclasses. On two cores it takes as long as PEFT's LoRA (bench/results). The fused kernels
+(`engine.fused`) run large problems on a GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from dora_kernels.core.problem import Form, Weights
 
 
 def linear(
-    x: Tensor, weights: Weights, g: Tensor | None, scaling: float, magnitude_axis: str = "out", unmoved: bool = False
+    x: Tensor, weights: Weights, g: Tensor | None, scaling: float, magnitude_axis: str = "out", b_is_zero: bool = False
 ) -> Tensor:
-    """The layer on ``x [..., K]``, already in the compute dtype: ``[..., N]`` in x's dtype.
+    """The layer on ``x [..., K]``, which is already in the compute dtype. Returns ``[..., N]`` in x's dtype.
 
-    `g` is the magnitude over the norm, None for plain LoRA. `unmoved`: B is known to be 0. Then the bias is added by
-    the base product itself, as the base layer does, so that g = 1 gives the base layer's output to the bit.
+    Args:
+        g: the magnitude over the norm; None for plain LoRA.
+        b_is_zero: True if B is known to be 0. The base product then adds the bias itself, as the base layer does, so
+            that g = 1 gives the base layer's output to the bit.
     """
     weight, lora_A, lora_B, _, bias = weights
     dtype = x.dtype
@@ -42,9 +44,9 @@ def linear(
         read, g = scaled(read, g), None
         rows = cast(read, dtype)
     h = F.linear(read, lora_A)
-    if g is None or (unmoved and bias is not None):
-        # A 16-bit base product without the bias is rounded less: the wider low-rank product takes it along.
-        of_base, of_low = (bias, None) if low_dtype == dtype or unmoved else (None, bias)
+    if g is None or (b_is_zero and bias is not None):
+        # A 16-bit base product is rounded less without the bias, so the wider low-rank product adds it.
+        of_base, of_low = (bias, None) if low_dtype == dtype or b_is_zero else (None, bias)
         y = F.linear(rows, weight, None if of_base is None else cast(of_base, dtype))
         if low_dtype == dtype:
             y = _addmm(y, h, lora_B, scaling)
@@ -57,7 +59,7 @@ def linear(
             z = F.linear(rows, weight) + F.linear(h * scaling, lora_B)
         elif dtype == g.dtype:
             z = _addmm(F.linear(rows, weight), h, lora_B, scaling)
-        else:  # in 16 bits the base product is added inside its own float32 sum, so that z is rounded once
+        else:  # in 16 bits the base product is added inside its own float32 sum, so z is rounded once
             z = _addmm(F.linear(h * scaling, lora_B), rows, weight)
         y = scaled(z, g, bias)
     if y.dtype != dtype:
@@ -66,7 +68,7 @@ def linear(
 
 
 def _addmm(product: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """``product + alpha * left @ right.T``, in place of the product, which no backward reads.
+    """``product + alpha * left @ right.T``, written into `product`, which no backward reads.
 
     A copy would cost 2 % of a layer's training (SmolLM2's shapes, 128 and 256 tokens, two cores).
     """
@@ -76,12 +78,13 @@ def _addmm(product: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> 
 
 
 def scaled(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``g * z + bias`` for ``z [M, N]`` and ``[N]``, in z's dtype, rounded once.
+    """``g * z + bias`` for ``z [M, N]`` and vectors ``[N]``, in z's dtype, rounded once.
 
-    16-bit elements meet float32 factors in an evaluated batch normalization of mean 0 and variance 1: PyTorch's one
-    operation that reads 16 bits, computes in 32 and keeps float32 sums over tokens in its backward. As elementwise
-    operations they take a float32 copy of z each way: forward and backward at 512 tokens, 2048², bfloat16, 1.03 of
-    PEFT's LoRA so and 1.05 that way; one token 0.99 and 1.03 (two cores).
+    16-bit elements are multiplied by float32 factors through batch normalization in evaluation mode, with mean 0 and
+    variance 1. It is PyTorch's one operation that reads 16 bits, computes in 32, and keeps float32 sums over tokens in
+    its backward. Elementwise operations would make a float32 copy of z in the forward and in the backward. Relative to
+    PEFT's LoRA, at 2048² in bfloat16 on two cores: forward and backward at 512 tokens 1.03, elementwise 1.05; one token
+    0.99, elementwise 1.03.
     """
     if z.dtype == g.dtype:
         return z * g if bias is None else torch.addcmul(cast(bias, g.dtype), z, g)
@@ -100,7 +103,7 @@ def _normalizes(z: Tensor, g: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _standard(features: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1."""
+    """Mean 0 and variance 1 for `torch.batch_norm`."""
     with torch.inference_mode(False):
         return torch.zeros(features, device=device), torch.ones(features, device=device)
 
@@ -115,8 +118,9 @@ def transformed() -> bool:
 
 
 def compose(result: Tensor, h: Tensor, weights: Weights, g: Tensor, scaling: float) -> Tensor:
-    """``g * (result - bias + scaling * h @ B.T) + bias``, rounded once: a layer whose ``result = x Wᵀ + bias`` and
-    ``h = x Aᵀ`` other modules make, in result's dtype.
+    """``g * (result - bias + scaling * h @ B.T) + bias`` in result's dtype, rounded once.
+
+    For layers whose ``result = x Wᵀ + bias`` and ``h = x Aᵀ`` are computed by other modules.
     """
     dtype = accumulation_dtype(result, h)
     bias = None if weights.bias is None else cast(weights.bias, dtype)
@@ -129,7 +133,10 @@ def compose(result: Tensor, h: Tensor, weights: Weights, g: Tensor, scaling: flo
 
 
 def weight_norm(weights: Weights, form: Form) -> Tensor:
-    """The norm of every row or column of ``W + s B A``, formed whole: where the other ways cannot be differentiated."""
+    """The norm of every row or column of ``W + s B A``, which is formed whole.
+
+    It is used where the other ways to compute the norm cannot be differentiated.
+    """
     weight, lora_A, lora_B, _, _ = weights
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     v = cast(weight, dtype) + form.scaling * (cast(lora_B, dtype) @ cast(lora_A, dtype))

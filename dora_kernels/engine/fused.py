@@ -1,8 +1,8 @@
 """The fused path: forward and hand-written backward of the DoRA linear layer around the Triton kernels.
 
-It is for large problems on a GPU: the products with W go to the vendor's BLAS, and what the formula does in passes of
-its own over ``[M, N]`` is one kernel forward (`compose`) and one backward (`scale_reduce`); dX is accumulated in
-place. The derivation is in docs/math.md. The products of rank r are in h's dtype (`low_rank_dtype`).
+It is made for large problems on a GPU. The vendor's BLAS computes the products with W. Where the formula makes several
+passes over ``[M, N]``, one kernel runs in the forward (`compose`) and one in the backward (`scale_reduce`). dX is
+accumulated in place. The products of rank r are in h's dtype (`low_rank_dtype`). docs/math.md has the derivation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dora_kernels.engine.dispatch import kernels
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asked for."""
+    """Flags: which gradients are wanted."""
 
     x: bool
     weight: bool
@@ -32,12 +32,15 @@ class Needs(NamedTuple):
 
     @property
     def norm(self) -> bool:
-        """True if a gradient is wanted of what the norm depends on."""
+        """True if the gradient of W, A or B is wanted, the tensors that the norm depends on."""
         return self.weight or self.lora_A or self.lora_B
 
 
 class ComposeNeeds(NamedTuple):
-    """Which gradients of `compose` are wanted; the magnitude's is where a base product was kept for it."""
+    """Flags: which gradients of `compose` are wanted.
+
+    The magnitude's gradient has no flag: it is computed if the base product was kept.
+    """
 
     base: bool
     h: bool
@@ -46,7 +49,7 @@ class ComposeNeeds(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients by input, None where not wanted."""
+    """Gradients by input; None if not wanted."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -57,14 +60,17 @@ class Grads(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """g ``[N]`` (or ``[K]``) in float32, and what the magnitude was divided by for it. Both None: plain LoRA."""
+    """g ``[N]`` (or ``[K]``) in float32, and the divisor of the magnitude that gave it.
+
+    Both are None for plain LoRA.
+    """
 
     g: Tensor | None
     divisor: Tensor | None
 
 
 class Saved(NamedTuple):
-    """What the backward reads beside the parameters."""
+    """Tensors that the backward reads beside the parameters."""
 
     x: Tensor
     h: Tensor
@@ -73,22 +79,22 @@ class Saved(NamedTuple):
 
 
 def keeps_base(form: Form, has_magnitude: bool, needs: Needs) -> bool:
-    """True if the backward reads the base product: for the magnitude's gradient along "out", and nothing else."""
+    """True if the backward reads the base product. Only the magnitude's gradient along "out" needs it."""
     return has_magnitude and form.magnitude_axis == "out" and _needs_dm(form, needs)
 
 
 def _needs_dm(form: Form, needs: Needs) -> bool:
-    """dm is also the factor of the gradient through an undetached norm, even where the magnitude is frozen."""
+    """True if dm is wanted: for the magnitude, or as a factor of the gradient through an undetached norm."""
     return needs.magnitude or (not form.detach_norm and needs.norm)
 
 
 def forward(
     x: Tensor, weights: Weights, scale: Scale, form: Form, keep_base: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(y [M, N], h = x Aᵀ [M, r], the base product [M, N] or None)``, in x's dtype, h in `low_rank_dtype`.
+    """Return ``(y [M, N], h = x Aᵀ [M, r], base product [M, N] or None)``, in x's dtype; h is in `low_rank_dtype`.
 
-    Without a gradient in sight g may still be missing: `compose` divides the magnitude itself.
-    Along "in", h is taken from ``x * g``, and the scaled x is dropped again.
+    Without gradients g may be None although a divisor is given: `compose` then divides the magnitude itself.
+    Along "in", h is computed from ``x * g``; the scaled x is not kept.
     """
     weight, lora_A, lora_B, magnitude, bias = weights
     dtype, low_dtype = x.dtype, low_rank_dtype(x, lora_A)
@@ -101,7 +107,7 @@ def forward(
         g_in, g = g if divisor is None else quotient(g, divisor, x), None
         divisor = None
     h = None
-    if low_dtype != dtype:  # not of the scaled x, which is rounded
+    if low_dtype != dtype:  # the scaled x is rounded, so A is scaled instead
         h = mm_mixed(x, (lora_A if g_in is None else lora_A * g_in).t())
     if g_in is not None:
         x = torch.mul(x, g_in, out=torch.empty_like(x))
@@ -113,7 +119,7 @@ def forward(
 
 
 def backward(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Needs) -> Grads:
-    """Gradients of `forward`, each in its parameter's dtype (dm and db in float32), None where not needed.
+    """Return the gradients of `forward`, each in its parameter's dtype (dm and db in float32); None if not needed.
 
     The divisor is infinite where the norm is 0, so that a zero row has g = dm = 0.
     """
@@ -138,7 +144,7 @@ def backward(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Need
 
 
 def _backward_out(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Needs) -> Grads:
-    """Rows scaled by g; plain LoRA is g = 1."""
+    """The backward with g per row. Plain LoRA is g = 1."""
     weight, lora_A, lora_B, _, _ = weights
     wanted = ComposeNeeds(needs.x or needs.weight, needs.x or needs.lora_A, needs.lora_B, needs.bias)
     dg, d_low, d_b, dm, total = compose_backward(dy, lora_B, saved, form, wanted)
@@ -146,7 +152,7 @@ def _backward_out(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs:
     if needs.x:
         dx = torch.mm(cast(d_low, dy.dtype), cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
     dw = mm_accumulate(dg.t(), saved.x, _grad_dtype(weight, dy, form.detach_norm)) if needs.weight else None
-    del dg  # before the last gradient takes its memory
+    del dg  # frees the memory before the last gradient is allocated
     d_a = mm_accumulate(d_low.t(), saved.x, _grad_dtype(lora_A, dy, form.detach_norm)) if needs.lora_A else None
     return Grads(dx, dw, d_a, d_b, dm, total)
 
@@ -154,9 +160,9 @@ def _backward_out(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs:
 def compose(
     result: Tensor, h: Tensor, weights: Weights, scale: Scale, scaling: float, keep_base: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``(y, base)``: the kernel on another module's ``result [M, N]``, bias included, left as it is.
+    """Return ``(y, base)`` from another module's ``result [M, N]``, which includes the bias and is not modified.
 
-    The base that is kept holds the bias too where `holds_bias`.
+    The kept base includes the bias if `holds_bias`.
     """
     (g, divisor), bias, base = scale, weights.bias, result
     if g is None:
@@ -174,10 +180,11 @@ def compose(
 
 
 def holds_bias(result: Tensor) -> bool:
-    """True if a bias is taken out of the magnitude's gradient, where its sums in float32 lose nothing by that.
+    """True if the kept base product still contains the bias, so that the magnitude's gradient is corrected afterwards.
 
-    Out of a 16-bit result it would be rounded once more. Out of a float32 one it has to be: with a bias 60 times the
-    output the magnitude's gradient would be six times as far off as PEFT's.
+    Subtracting the bias from a 16-bit result would round it once more, and the float32 sums of the gradient lose
+    nothing by the correction. From a float32 result the bias has to be subtracted first: with a bias 60 times the
+    output, the magnitude's gradient would otherwise be six times as far off as PEFT's.
     """
     return result.dtype != accumulation_dtype(result)
 
@@ -185,9 +192,11 @@ def holds_bias(result: Tensor) -> bool:
 def compose_backward(
     dy: Tensor, lora_B: Tensor, saved: Saved, form: Form, needs: ComposeNeeds, base_bias: Tensor | None = None
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """Gradients of ``g * (base + s h Bᵀ)`` for base, h, B and the magnitude, and ``Σ_t dy``; None where not wanted.
+    """Return the gradients of ``g * (base + s h Bᵀ)`` for base, h, B and the magnitude, and ``Σ_t dy``; None if not
+    wanted.
 
-    `base_bias`: what the kept base product holds beside the product, to be left out of the magnitude's gradient.
+    Args:
+        base_bias: the bias that the kept base product contains; it is removed from the magnitude's gradient.
     """
     _, h, base, (g, divisor) = saved
     scaling, detach_norm = form.scaling, form.detach_norm
@@ -203,7 +212,7 @@ def compose_backward(
         if base is not None and total is not None:
             total = total.sum(0)
 
-    # Ĝ may stand for dy in the products of rank r too where that rounds no more often than B scaled by g would.
+    # g * dy may replace dy in the products of rank r too, if that rounds no more often than scaling B by g would.
     rounds_once = detach_norm or dy.dtype == accumulation_dtype(dy)
     uses_scaled = scaled and lora_B.dtype == dy.dtype == h.dtype and rounds_once
     left: Any = dg if uses_scaled else dy
@@ -225,7 +234,7 @@ def compose_backward(
 
 
 def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Needs) -> Grads:
-    """Columns scaled by g: plain LoRA on ``x * g``, whose gradient is scaled once more on its way out."""
+    """The backward with g per column: plain LoRA on ``x * g``; the gradient of that is scaled by g again."""
     weight, lora_A, lora_B, _, _ = weights
     x, h, _, (g, divisor) = saved
     assert g is not None and divisor is not None
@@ -236,7 +245,8 @@ def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: 
     dx, dm = None, None
     q: Any = mm_accumulate(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
     if mixed and (needs.x or need_dm):
-        # The transposed problem's forward: the base product rounded once, its sum with the low-rank one once more.
+        # As in the forward of the transposed problem: the base product is rounded once, its sum with the low-rank
+        # product again.
         base = torch.mm(dy, cast(weight, dy.dtype))
         if need_dm:
             dot = kernels().scale_reduce(base, x, None, False, False)[1]
@@ -266,9 +276,9 @@ def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Te
 def norm_gradient(
     weights: Weights, c: Tensor, form: Form, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradient through an undetached norm, ``c * V`` with respect to V, for W, A and B: without forming V.
+    """Return the gradients of W, A and B through an undetached norm. The gradient of V is ``c * V``; V is not formed.
 
-    Only where W itself trains is V formed, as its gradient has that size anyway. Along "in" this is the transposed
+    Only if W itself trains is V formed, because W's gradient has that size anyway. Along "in" this is the transposed
     problem: W.T with lora_B.T in the place of lora_A.
     """
     weight, lora_A, lora_B, _, _ = weights
@@ -298,12 +308,12 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def _grad_dtype(parameter: Tensor, x: Tensor, final: bool) -> torch.dtype:
-    """What a product for this parameter's gradient comes out as: unrounded where more is added to it."""
+    """The dtype in which a product for this parameter's gradient is computed: wide if more is added to it."""
     return parameter.dtype if final and parameter.dtype == x.dtype else accumulation_dtype(parameter, x)
 
 
 def as_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """In the parameter's dtype and strides, so that the gradient is accumulated without another copy."""
+    """Return the gradient in the parameter's dtype and strides, so autograd accumulates it without another copy."""
     if grad is None:
         return None
     grad = cast(grad, parameter.dtype)

@@ -1,4 +1,4 @@
-"""How a layer runs: which backend, which norm, then the formula or the fused kernels."""
+"""Run a layer: choose its backend and its norm, then call the formula or the fused kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient, safe_divisor
 from dora_kernels.engine import autograd, formula, ops
 from dora_kernels.engine.dispatch import PLAIN, norm_backend, resolve
-from dora_kernels.engine.norm_cache import Norm, NormCache, compute_norm, kept_divisor
+from dora_kernels.engine.kept_divisor import kept_divisor
+from dora_kernels.engine.norm import Norm, compute_norm
+from dora_kernels.engine.norm_cache import NormCache
 
 
 def run_layer(
@@ -24,9 +26,11 @@ def run_layer(
     backend: str = "auto",
     norm: Norm | None = None,
 ) -> Tensor:
-    """`dora_linear` without its checks: ``x [..., K]`` to ``[..., N]``; `cache` keeps the norm between calls.
+    """`dora_linear` without its checks: ``x [..., K]`` to ``[..., N]``.
 
-    `norm`: one that is at hand.
+    Args:
+        cache: keeps the norm between calls.
+        norm: the norm, if the caller already has it.
     """
     kind, magnitude, g = x.device.type, weights.magnitude, None
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -49,10 +53,10 @@ def run_layer(
     if magnitude is not None and (g is None or torch.is_grad_enabled()):
         g = magnitude / norm.divisor
         if cache is not None:
-            cache.unheard = True  # autograd runs the backward and will not say when
+            cache.unnoticed_backward = True  # autograd runs the backward, without note_backward
     if g is not None and g.dtype != x.dtype:
         g = cast(g, accumulation_dtype(x))
-    return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.unmoved)
+    return formula.linear(x, weights, g, form.scaling, form.magnitude_axis, norm.b_is_zero)
 
 
 is_compiling = torch.compiler.is_compiling
@@ -70,8 +74,10 @@ def run_compose(
 ) -> Tensor:
     """A DoRA layer from another module's ``result = x Wᵀ + bias`` and ``h = x Aᵀ``, in result's dtype.
 
-    An h of a wider dtype is taken unrounded, except under autocast. Of `weights` B, magnitude and bias are read.
-    `divisor` gives what the magnitude is divided by.
+    If h has a wider dtype it is not rounded, except under autocast. Of `weights` only B, magnitude and bias are read.
+
+    Args:
+        divisor: called to get what the magnitude is divided by.
     """
     chosen = resolve(backend, result, weights)
     h = cast(h, low_rank_dtype(result, h))
@@ -89,9 +95,10 @@ def layer_norm(
     backend: str,
     compute: Callable[[], Tensor] | None = None,
 ) -> Norm:
-    """A layer's norm, kept in `cache`, differentiable unless ``form.detach_norm``.
+    """Return a layer's norm from `cache`, or compute it. It is differentiable unless ``form.detach_norm``.
 
-    `compute` gives it where it is not the norm of a matrix ``W + s B A`` (`NormCache.norm`), differentiably.
+    Args:
+        compute: computes the norm, differentiably, if it is not that of a matrix ``W + s B A`` (see `NormCache.norm`).
     """
     compiling = is_compiling()
     if cache is not None and not compiling:
@@ -115,21 +122,21 @@ def layer_norm(
 
 
 def _needs_plain_operations(weights: Weights, form: Form, compiling: bool) -> bool:
-    """True where autograd, a transform or a tensor subclass has to see every step of the norm."""
+    """True if autograd, a transform or a tensor subclass has to see every step of the norm."""
     if compiling:
         return not form.detach_norm
     return not PLAIN.issuperset(map(type, weights)) or formula.transformed()
 
 
 def _differentiable(norm: Norm, weights: Weights, form: Form) -> Norm:
-    """The norm with a history where its gradient is wanted."""
+    """The norm with an autograd history, if its gradient is wanted."""
     if form.detach_norm or not torch.is_grad_enabled():
         return norm
     if _needs_plain_operations(weights, form, is_compiling()):
         dense = formula.weight_norm(weights, form)
         return Norm(norm.divisor + (dense - dense.detach()))
     dtype = accumulation_dtype(*weights[:3])
-    return Norm(autograd.norm(weights, cast(norm.divisor, dtype), form), norm.unmoved)
+    return Norm(autograd.norm(weights, cast(norm.divisor, dtype), form), norm.b_is_zero)
 
 
 def layer_scale(
@@ -140,15 +147,18 @@ def layer_scale(
     backend: str,
     compute: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules; `layer_norm`."""
+    """``g = magnitude / (||V|| + eps)`` as a differentiable vector, for layers composed of modules.
+
+    See `layer_norm`.
+    """
     assert weights.magnitude is not None
     if torch.is_grad_enabled() and not is_compiling():
-        cache.unheard = True  # autograd runs the backward here and will not say when
+        cache.unnoticed_backward = True  # autograd runs the backward, without note_backward
     return weights.magnitude / layer_norm(weights, form, cache, training, backend, compute).divisor
 
 
 def norm_now(weights: Weights, form: Form, backend: str) -> Tensor:
-    """The norm itself, computed now; eps is left out. Differentiable only where plain operations are needed."""
+    """Compute the norm itself, without eps. Differentiable only if plain operations are needed."""
     if _needs_plain_operations(weights, form, is_compiling()):
         with no_autocast(weights.weight.device):
             return formula.weight_norm(weights, form)
@@ -157,6 +167,6 @@ def norm_now(weights: Weights, form: Form, backend: str) -> Tensor:
 
 
 def merged_weight(weights: Weights, form: Form, backend: str, seed: int | None) -> Tensor:
-    """``g * V`` in weight's dtype, rounded to nearest or, with a seed, stochastically."""
+    """Return ``g * V`` in weight's dtype, rounded to nearest or, with a seed, stochastically."""
     chosen = norm_backend(backend, weights.weight)
     return ops.merge(*weights[:4], form.scaling, form.magnitude_axis, chosen, seed)

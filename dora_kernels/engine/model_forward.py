@@ -1,10 +1,12 @@
-"""One question for a whole model: in evaluation on a GPU, at the start of its forward, whether its norms still hold.
+"""Check once per model forward, in evaluation on a GPU, which kept norms are still valid.
 
-Without it each layer asks the device itself: two launches for each layer and token (`kernels.KeptNorm`). Here it is one
-launch and one read by the host for all (`kernels.Watch`); the layers take the answers until the forward ends. A write
-in the middle of a model's forward counts from the next one. A CUDA graph's capture cannot wait: there layers ask.
+Without this each layer asks the device itself: two launches per layer and token (`kernels.KeptNorm`). Here one launch
+and one read by the host serve all layers (`kernels.Watch`); the answers hold until the forward ends. A write in the
+middle of a model's forward takes effect in the next one. While a CUDA graph is captured the host cannot wait, so each
+layer asks the device itself.
 
-On a CPU layers ask for themselves: A and B are compared right before their products read them, from the cache then.
+On a CPU each layer checks for itself: A and B are compared right before their products read them, and are then in the
+cache.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from torch import Tensor, nn
 from dora_kernels.engine.dispatch import kernels, norm_backend
 from dora_kernels.engine.fingerprints import sample
 from dora_kernels.engine.model_norms import KeptNorm
-from dora_kernels.engine.norm_cache import Norm, NormCache, answers, compute_norm, device_answers
+from dora_kernels.engine.norm import Norm, compute_norm
+from dora_kernels.engine.norm_cache import NormCache, answers, device_answers
 
 
 class AskOnce:
-    """The hooks of a model's modules that all its adapted layers lie in: the outermost that is called asks."""
+    """Forward hooks for every module that contains all adapted layers of a model.
+
+    The outermost module called does the check.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers
@@ -33,17 +39,17 @@ class AskOnce:
         self._in_order = threading.Lock()
 
     def __reduce__(self) -> tuple[Callable[..., AskOnce], tuple[Any, ...]]:
-        return type(self), (self._layers,)  # copies and pickles start anew
+        return type(self), (self._layers,)  # copies and pickles start without a watch
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Ask, if no module around this one has."""
+        """Do the check, unless a module around this one has done it."""
         if not torch.compiler.is_compiling() and not module.training and answers.norms is None:
             norms = self._ask()
             if norms:
                 answers.asking, answers.norms = module, norms
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The answers are of this forward alone."""
+        """Drop the answers at the end of the forward they were made for."""
         if not torch.compiler.is_compiling() and answers.asking is module:
             answers.asking = answers.norms = None
 
@@ -62,7 +68,7 @@ class AskOnce:
             if len(keys) != len(self._keys):
                 changed, self._norms = set(range(len(keys))), [Norm(keys_of.weights.magnitude) for keys_of in kept]
             changed |= {i for i, (now, then) in enumerate(zip(keys, self._keys)) if now != then}
-            norms = list(self._norms)  # another thread has those that it was given
+            norms = list(self._norms)  # another thread may still use the old list
             for i in changed:
                 weights, form = kept[i].weights, kept[i].form
                 norms[i] = compute_norm(weights, form, "triton")
@@ -72,7 +78,7 @@ class AskOnce:
 
 
 def _is_asked(kept: KeptNorm) -> bool:
-    """True if the device can answer for it."""
+    """True if the device can tell whether this norm is still valid."""
     weight = kept.weights.weight
     if kept.compute is not None or kept.cache.frozen is not None or any(t.is_inference() for t in kept.weights[:3]):
         return False
@@ -87,7 +93,10 @@ def _watched(kept: KeptNorm) -> tuple[Tensor, ...]:
 
 
 def ask_once(model: nn.Module) -> Callable[[], None]:
-    """Let `model` ask once in each of its forwards; what undoes that. The layers are those with `kept_norms`."""
+    """Make `model` check its norms once in each forward. Returns a function that removes the hooks.
+
+    The layers are the modules that have a `kept_norms` method.
+    """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(type(layer), "kept_norms")}
     around = [
         module

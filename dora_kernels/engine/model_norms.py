@@ -1,4 +1,4 @@
-"""The kept norms of all layers of a model: forgotten, frozen, or asked for once in each of its forwards."""
+"""The kept norms of all layers of a model: find, forget or freeze them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient
 from dora_kernels.engine.dispatch import norm_backend
-from dora_kernels.engine.norm_cache import Norm, NormCache, compute_norm
+from dora_kernels.engine.norm import Norm, compute_norm
+from dora_kernels.engine.norm_cache import NormCache
 
 
 class KeptNorm(NamedTuple):
-    """A norm that a layer keeps; what layers answer to `kept_norms`."""
+    """A norm that a layer keeps. A layer's `kept_norms` method yields these."""
 
     cache: NormCache
     weights: Weights
     form: Form
     backend: str
     compute: Callable[[], Tensor] | None = None
-    """What computes it where it is not the norm of a dense matrix ``W + s B A``."""
+    """Computes the norm if it is not that of a dense matrix ``W + s B A``."""
 
 
 def kept_norms(module: nn.Module) -> Iterator[KeptNorm]:
-    """Those of `module` and its children."""
+    """Yield the kept norms of `module` and its children."""
     for child in module.modules():
         own = getattr(type(child), "kept_norms", None)
         if own is not None:
@@ -35,7 +36,7 @@ def kept_norms(module: nn.Module) -> Iterator[KeptNorm]:
 
 
 def caches(module: nn.Module) -> Iterator[NormCache]:
-    """Every norm cache in `module` and its children."""
+    """Yield every norm cache in `module` and its children."""
     for child in module.modules():
         for value in vars(child).values():
             for cache in value.values() if isinstance(value, dict) else (value,):
@@ -44,10 +45,13 @@ def caches(module: nn.Module) -> Iterator[NormCache]:
 
 
 def invalidate(module: nn.Module) -> None:
-    """Forget every kept norm in `module` and its children: for whoever writes weights in a way nothing can see.
+    """Forget every kept norm in `module` and its children, after a write to a weight that nothing can see.
+
+    Args:
+        module: a model, or a layer itself.
 
     Raises:
-        TypeError: `module` is no `torch.nn.Module`.
+        TypeError: `module` is not a `torch.nn.Module`.
         ValueError: its norms are frozen.
     """
     if not isinstance(module, nn.Module):
@@ -60,17 +64,17 @@ def invalidate(module: nn.Module) -> None:
 
 
 class FrozenNorms:
-    """The handle of `frozen_norms`: a context manager; `release` ends it too."""
+    """The handle of `frozen_norms`. Leaving its `with` block, or calling `release`, ends the freeze."""
 
     def __init__(self, caches: list[NormCache]) -> None:
         self._caches = caches
 
     def __len__(self) -> int:
-        """How many norms are frozen."""
+        """Return how many norms are frozen."""
         return len(self._caches)
 
     def release(self) -> None:
-        """Ask again, from the next call on, whether the norms still hold. Calling it again does nothing."""
+        """Unfreeze the norms: from the next call on, layers check their norms again. Calling it twice does nothing."""
         for cache in self._caches:
             cache.frozen = None
         self._caches = []
@@ -86,11 +90,12 @@ class FrozenNorms:
 
 @torch.no_grad()
 def frozen_norms(module: nn.Module) -> FrozenNorms:
-    """Promise that no weight, factor or magnitude of an adapted layer in `module` is written until this is released.
+    """Freeze the norms of `module`: promise that no weight, factor or magnitude of its adapted layers changes until
+    release.
 
-    Then no layer asks whether its norm still holds: a call costs what its products cost, and a CUDA graph or a compiled
-    model reads g as a constant. For serving, and wherever a model is called often and not trained. The layers are
-    this package's and those that `patch_peft` has patched, with their active adapters; others go on as before.
+    No layer then asks whether its norm still holds, so a call costs what its products cost, and a CUDA graph or a
+    compiled model reads g as a constant. Use it for serving, and wherever a model is called often and not trained. It
+    freezes the norms of this package's layers and of those that `patch_peft` has patched, with their active adapters.
 
     ```python
     with dora_kernels.frozen_norms(model):
@@ -98,14 +103,17 @@ def frozen_norms(module: nn.Module) -> FrozenNorms:
     ```
 
     or ``handle = frozen_norms(model)`` and, before anything is written again, ``handle.release()``.
-    What is written in spite of the promise is not seen. Devices and dtypes count as written too.
+    A write in spite of the promise is not noticed. A change of device or dtype is a write too.
 
     Args:
-        module: a model, or a layer itself.
+        module: a model or a single layer.
+
+    Returns:
+        The handle, a context manager that releases the norms at its end.
 
     Raises:
-        TypeError: `module` is no `torch.nn.Module`.
-        ValueError: there is no norm to freeze, or one is frozen already. Nothing is frozen then.
+        TypeError: `module` is not a `torch.nn.Module`.
+        ValueError: there is no norm to freeze, or one is already frozen. Nothing is frozen then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")

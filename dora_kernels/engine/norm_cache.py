@@ -1,17 +1,18 @@
-"""Reusing a layer's weight norm while nothing it depends on has changed. docs/design.md, "Reusing the norm".
+"""Reuse a layer's weight norm while nothing it depends on has changed. See docs/design.md, "Reusing the norm".
 
-Tensor versions alone are no safe key: fused and 8-bit optimizers, EMA swaps and writes through ``.data`` do not move
-them. A kept norm is used only if one key (addresses, versions, strides, the layer's form) is what it was, and either
+Tensor versions alone are not a safe key: fused and 8-bit optimizers, EMA swaps and writes through ``.data`` do not
+change them. A kept norm is used only if its key (addresses, versions, strides, the layer's form) is unchanged and one
+of these holds:
 
-* *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W hold what they held then
-  (`fingerprints`); or
-* *proof* (elsewhere): the layer is training, no optimizer has stepped since, no captured step may be replayed unseen,
-  and no layer has produced a gradient of lora_A, lora_B or W since, or all that train are known to belong to a live
-  optimizer whose steps are seen (`writes`).
+* *comparison* (torch backend on the CPU, W frozen): lora_A, lora_B and a sample of W hold the same values as then
+  (`fingerprints`);
+* *proof* (elsewhere): the layer is training; no optimizer has stepped since; no captured step may be replayed unseen;
+  and either no layer has produced a gradient of lora_A, lora_B or W since, or all that train are known to belong to a
+  live optimizer whose steps are seen (`writes`).
 
-Where no proof is to be had, the triton backend asks the device (`kernels.KeptNorm`), which compares fingerprints and
-computes the norm only if they differ. Everything else is a recomputation, in the factored form from a |W|² per row that
-is kept by the same means. A norm handed out for a backward is never written again: it is a snapshot.
+Without a proof, the triton backend asks the device (`kernels.KeptNorm`), which compares fingerprints and computes the
+norm only if they differ. In all other cases the norm is recomputed, in factored form if possible, from a |W|² per row
+that is kept by the same rules. A norm handed out for a backward is a snapshot: it is never written again.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.core.precision import accumulation_dtype, full_precision, no_autocast
+from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine import blocked, dispatch, ops, writes
 from dora_kernels.engine.fingerprints import Held, Sample, sample
+from dora_kernels.engine.norm import Norm, compute_norm
 
 _enabled = True
 
@@ -42,7 +43,7 @@ def set_norm_reuse(enabled: bool) -> None:
     """Turn the reuse of weight norms on (the default) or off in this process.
 
     Raises:
-        TypeError: `enabled` is no bool.
+        TypeError: `enabled` is not a bool.
     """
     global _enabled
     if not isinstance(enabled, bool):
@@ -50,39 +51,8 @@ def set_norm_reuse(enabled: bool) -> None:
     _enabled = enabled
 
 
-class Norm:
-    """What a layer's magnitude is divided by, and what that was computed from.
-
-    It keeps these tensors alive, so that nothing else can have their addresses.
-    """
-
-    __slots__ = ("backwards", "divisor", "held", "key", "steps", "tensors", "training", "unmoved", "version")
-
-    def __init__(self, divisor: Tensor, unmoved: bool = False) -> None:
-        self.divisor = divisor
-        """`core.scale.safe_divisor` of the norm: for a backward a snapshot, else to be used at once."""
-        self.unmoved = unmoved
-        """True if B is known to be 0: then ``m / n`` is 1 wherever m is the norm to float32's rounding."""
-
-    def remember(self, weights: Weights, key: tuple[Any, ...], training: bool, held: Held | None) -> None:
-        """Note what it was computed from."""
-        self.tensors, self.key, self.training, self.held = weights[:3], key, training, held
-        self.version = weights.weight._version
-        self.steps, self.backwards = writes.steps, writes.backwards
-
-    def is_fresh(self, weights: Weights, training: bool, unheard: bool) -> bool:
-        """True if these tensors, whose key is the same, are known to be what it was computed from."""
-        weight, lora_A, lora_B, _, _ = weights
-        if self.held is not None and not self.held.is_held_by(lora_A, lora_B):
-            return False
-        if not (training and self.training) or self.steps != writes.steps:
-            return False
-        owned = writes.owned(weight, lora_A, lora_B)
-        return owned or (owned is None and self.backwards == writes.backwards and not unheard)
-
-
 class _Answers(threading.local):
-    """The model's forward that this thread is in, and the norms found to hold at its start (`model_forward`)."""
+    """The model forward that this thread runs, and the norms found valid at its start (`model_forward`)."""
 
     asking: Any = None
     norms: dict[NormCache, Norm] | None = None
@@ -91,55 +61,66 @@ class _Answers(threading.local):
 answers = _Answers()
 
 
+_by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
+
+
+def cache_of(slot: Tensor) -> NormCache | None:
+    """The cache with this slot, if it is of this process and alive."""
+    return _by_slot.get(slot.data_ptr())
+
+
 class NormCache:
-    """The kept norm of one layer and adapter, at most one per device. Copied and pickled empty.
+    """The kept norm of one layer and adapter, at most one per device. A copy or pickle of it is empty.
 
     Args:
-        form: what is fixed of it; the scaling is given at each call.
-        backend: as `dora_linear`.
+        form: the layer's options; the scaling is passed to each call instead.
+        backend: as in `dora_linear`.
     """
 
     def __init__(self, form: Form = Form(), backend: str = "auto") -> None:  # noqa: B008 (immutable)
-        self.form, self._backend = form, backend
+        self.form, self.backend = form, backend
         self._norms: dict[torch.device, Norm] = {}
         self._last: Norm | None = None
         self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None
         self._on_device: dict[tuple[torch.device, int], tuple[Tensor, tuple[Any, ...], Any]] = {}
         self._captured: list[Any] = []
         self.frozen: tuple[Norm, Tensor] | None = None
-        """What `frozen_norms` has fixed: the norm, and g."""
-        self.unheard = False
-        """True if a backward runs through this norm that will not say so."""
-        self.moved = False
-        """True if B was seen not to be 0, on a device that is not asked twice."""
+        """The norm and g, if `frozen_norms` has frozen them."""
+        self.unnoticed_backward = False
+        """True if autograd may run a backward through this norm without `note_backward`."""
+        self.b_was_nonzero = False
+        """True if B was seen to be nonzero, on a device that is not checked twice."""
         self.computed = 0
         self.reused = 0
         self.asked = 0
-        """Calls in which the device decides; only it knows which way."""
+        """Calls in which the device decided whether to compute the norm; the host does not learn the answer."""
         self.slot = torch.empty(0)
-        """By whose address a compiled graph finds this cache. It holds eps, and has two dimensions along "in"."""
+        """A tensor whose address identifies this cache to compiled graphs.
+
+        It holds eps, and is two-dimensional along "in".
+        """
         self.move(torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        return type(self)(self.form, self._backend)
+        return type(self)(self.form, self.backend)
 
     def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
-        return type(self), (self.form, self._backend)
+        return type(self), (self.form, self.backend)
 
     def move(self, device: torch.device) -> None:
-        """Keep `slot` where the layer is: a CUDA graph takes no input from the CPU."""
+        """Move `slot` to the layer's device, because a CUDA graph takes no input from the CPU."""
         if (self.slot.device != device or not self.slot.numel()) and device.type != "meta":
             eps = torch.tensor([self.form.eps], dtype=torch.float64, device=device)
             self.slot = eps if self.form.magnitude_axis == "out" else eps.view(1, 1)
             _by_slot[self.slot.data_ptr()] = self
 
     def invalidate(self) -> None:
-        """Forget everything. What a graph was captured with stays: its replays write there."""
+        """Forget everything, except what a CUDA graph was captured with: its replays write there."""
         self._norms = {}
         self._last = None
         self._weight_square = None
         self._on_device = {}
-        self.moved = False
+        self.b_was_nonzero = False
 
     def norm(
         self,
@@ -149,10 +130,11 @@ class NormCache:
         backend: str,
         compute: Callable[[], Tensor] | None = None,
     ) -> Norm:
-        """The layer's norm, computed anew only where it has to be.
+        """Return the layer's norm; compute it only if the kept one may be stale.
 
-        `compute` gives it where it is not the norm of a dense matrix ``W + s B A``; the tensors are then those that it
-        depends on, of any shapes, and what is compared is compared on a GPU too, by the host.
+        Args:
+            compute: computes the norm if it is not that of a dense matrix ``W + s B A``. `weights` are then the tensors
+                it depends on, of any shapes, and the host compares them on a GPU too.
         """
         norm = self.known(weights, form, training)
         if norm is not None:
@@ -171,7 +153,7 @@ class NormCache:
         return self._renewed(self._norms.get(device), key, weights, form, training, backend, compute)
 
     def known(self, weights: Weights, form: Form, training: bool) -> Norm | None:
-        """The kept norm, if it is known still to be the layer's."""
+        """Return the kept norm if it is known to be still valid, else None."""
         norm = self._last
         if norm is None or not _enabled:
             return None
@@ -187,14 +169,14 @@ class NormCache:
         if norm.held is not None and not weight.requires_grad:
             fresh = norm.held.is_held_by(lora_A, lora_B)
         else:
-            fresh = norm.is_fresh(weights, training, self.unheard)
+            fresh = norm.is_fresh(weights, training, self.unnoticed_backward)
         self.reused += fresh
         return norm if fresh else None
 
-    def again(self, norm: Norm, weight: Tensor) -> bool:
-        """True if `norm`, the last one, still holds, for tensors that are known to be those that it was computed for.
+    def still_holds(self, norm: Norm, weight: Tensor) -> bool:
+        """True if `norm` is the last one and still valid, for the same tensors that it was computed for.
 
-        Where it is compared only; elsewhere `known` has to be asked.
+        Works only where tensors are compared; elsewhere it returns False, and `known` decides.
         """
         held = (
             norm is self._last
@@ -220,7 +202,7 @@ class NormCache:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
         answers = compute is None and device_answers(weight, backend)
-        # A graph asks at every replay; in training A and B change from one to the next.
+        # A CUDA graph asks the device at every replay; in training A and B change between replays.
         if not _enabled or (_capturing(device) and (training or not answers)):
             self.computed += 1
             return compute_norm(weights, form, backend, compute=compute)
@@ -229,7 +211,7 @@ class NormCache:
         with torch.inference_mode(False), torch.no_grad():
             if answers and not self._provable(known, weights, training):
                 self.asked += 1
-                if not training:  # whose writes no proof for training speaks of
+                if not training:  # the proof for training does not cover its writes
                     self._norms = {one: kept for one, kept in self._norms.items() if one != device}
                     self._last = None
                 divisor = self._ask_device(weights, form)
@@ -240,24 +222,24 @@ class NormCache:
                 held = Held(weight, lora_A, lora_B)
             if compute is None and not weight.requires_grad:
                 square = self._row_square(weights, form, backend, held)
-            norm = compute_norm(weights, form, backend, square, compute, self._may_be_unmoved(device))
-            self.moved = self.moved or not norm.unmoved
+            norm = compute_norm(weights, form, backend, square, compute, self._should_check_b(device))
+            self.b_was_nonzero = self.b_was_nonzero or not norm.b_is_zero
             norm.remember(weights, key, training, held)
         self._norms = {**self._norms, device: norm}
         self._last = norm
         return norm
 
     def _provable(self, known: Norm | None, weights: Weights, training: bool) -> bool:
-        """True if a norm computed now can be proven fresh by the next call."""
+        """True if the next call can prove that a norm computed now is still valid."""
         owned = training and writes.owned(*weights[:3])
         return bool(owned) or (owned is None and (known is None or known.backwards == writes.backwards))
 
-    def _may_be_unmoved(self, device: torch.device) -> bool:
-        """True if it is to be looked whether B is 0: on a GPU, where the host would wait, until it was seen to move."""
-        return device.type == "cpu" or not (self.moved or _capturing(device))
+    def _should_check_b(self, device: torch.device) -> bool:
+        """True if B should be checked for 0: always on the CPU; on a GPU, where the host waits, until it is nonzero."""
+        return device.type == "cpu" or not (self.b_was_nonzero or _capturing(device))
 
     def _row_square(self, weights: Weights, form: Form, backend: str, held: Held | None) -> Tensor | None:
-        """|W|² per row or column where the norm is factored, kept while W is the same and its sample equal."""
+        """Return |W|² per row or column if the norm is factored, kept while W's key and sample are unchanged."""
         weight, lora_A, lora_B, _, _ = weights
         axis = form.magnitude_axis
         if not ops.norm_module(backend).is_factored(*row_problem(weight, lora_A, lora_B, axis)):
@@ -274,15 +256,15 @@ class NormCache:
         if kept is None or kept[0] != key or not kept[1].is_held_by(weight):
             rows = weight if axis == "out" else weight.t()
             square = blocked.row_square(rows, dtype)
-            kept = self._weight_square = (key, Sample(weight), square)  # whose view keeps the address W's
+            kept = self._weight_square = (key, Sample(weight), square)  # its view keeps W's address from being reused
         return kept[2]
 
     def _ask_device(self, weights: Weights, form: Form) -> Tensor:
-        """The divisor, computed again if the device finds that A, B or W's sample have changed."""
+        """Return the divisor; the device computes it again if it finds that A, B or W's sample have changed."""
         weight, lora_A, lora_B, _, _ = weights
         rows = row_problem(weight, lora_A, lora_B, form.magnitude_axis)
         device, rank = weight.device, lora_A.shape[0]
-        # Of A and B the device sees every bit, of W only the sample.
+        # The device compares every bit of A and B, but only a sample of W.
         key = (
             weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype,
             lora_A.dtype, lora_B.dtype, form, _stream(device),
@@ -296,71 +278,9 @@ class NormCache:
             else:
                 self._on_device = {**self._on_device, (device, rank): known}
         divisor: Tensor = known[2].divisor(rows[0], sample(weight), *rows[1:])
-        if form.eps:  # the kernel's own has infinity for 0
+        if form.eps:  # the kernel returns infinity for 0
             divisor = torch.nan_to_num(divisor, nan=torch.nan, posinf=0.0) + form.eps
         return divisor
-
-
-_by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
-
-
-def _kept_divisor(
-    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
-) -> Tensor:
-    """`NormCache.norm` of the cache with that slot, for compiled graphs."""
-    weights, cache = Weights(weight, lora_A, lora_B, magnitude), _by_slot.get(slot.data_ptr())
-    if cache is None:  # a graph that was saved, and loaded by another process
-        form = Form(scaling, _axis(slot), True, float(slot.view(())))
-        return compute_norm(weights, form, dispatch.norm_backend("auto", weight)).divisor
-    form = cache.form
-    if form.scaling != scaling:
-        form = cache.form = form._replace(scaling=scaling)
-    norm = cache.known(weights, form, training)
-    if norm is None:
-        norm = cache.norm(weights, form, training, dispatch.norm_backend(cache._backend, weight))
-    return norm.divisor.clone()  # the graph may reuse its memory
-
-
-def _divisor_like(
-    slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
-) -> Tensor:
-    length = weight.shape[0 if _axis(slot) == "out" else 1]
-    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
-
-
-def _axis(slot: Tensor) -> str:
-    return "out" if slot.dim() == 1 else "in"
-
-
-# Not `custom_op`, whose checks at each call cost a small layer more than its arithmetic.
-_library = torch.library.Library("dora_kernels", "FRAGMENT")
-_library.define(
-    "kept_divisor(Tensor slot, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling,"
-    " bool training) -> Tensor"
-)
-_library.impl("kept_divisor", _kept_divisor, "CompositeExplicitAutograd")
-torch.library.register_fake("dora_kernels::kept_divisor", _divisor_like, lib=_library)
-kept_divisor = torch.ops.dora_kernels.kept_divisor.default
-
-
-def compute_norm(
-    weights: Weights,
-    form: Form,
-    backend: str,
-    weight_square: Tensor | None = None,
-    compute: Callable[[], Tensor] | None = None,
-    look: bool = True,
-) -> Norm:
-    """A norm computed now; `compute` as in `NormCache.norm`. `look`: whether B is 0 may be asked."""
-    weight, lora_A, lora_B, magnitude, _ = weights
-    with torch.no_grad():
-        if compute is not None:
-            with no_autocast(weight.device), full_precision(weight.device):
-                return Norm(safe_divisor(compute(), form.eps))
-        norm = ops.weight_norm(weight, lora_A, lora_B, form.scaling, form.magnitude_axis, backend, weight_square)
-        if look and not form.eps and magnitude is not None and not torch.compiler.is_compiling() and _is_zero(lora_B):
-            return Norm(safe_divisor(_snapped(norm, magnitude)), unmoved=True)
-        return Norm(safe_divisor(norm, form.eps))
 
 
 def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[Any, ...]:
@@ -371,25 +291,8 @@ def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[An
     )  # fmt: skip
 
 
-def _is_zero(lora_B: Tensor) -> bool:
-    if lora_B.is_meta or lora_B.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False
-    first = lora_B[:1, :1]  # of a trained B, mostly all that has to be looked at
-    return not (bool(first.any()) or bool(lora_B.any()))
-
-
-def _snapped(norm: Tensor, magnitude: Tensor) -> Tensor:
-    """The norm of W where B is 0: the magnitude where that is the norm to float32's rounding, however it was added up.
-
-    PEFT's first magnitude is such a norm; so g = 1 exactly, and a fresh adapter changes nothing.
-    """
-    m = magnitude.detach().to(norm.dtype)
-    close = (m - norm).abs() <= 4.0 * torch.finfo(norm.dtype).eps * norm
-    return torch.where(close, m, norm)
-
-
 def _stream(device: torch.device) -> int:
-    """A norm computed on one stream is not there yet for another."""
+    """Return the current CUDA stream. A norm computed on one stream may not be ready on another."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -398,5 +301,5 @@ def _capturing(device: torch.device) -> bool:
 
 
 def device_answers(weight: Tensor, backend: str) -> bool:
-    """True if asking the device whether a norm has changed is possible, and cheaper than to compute it."""
+    """True if the device can check whether a norm has changed, and if that is cheaper than computing it."""
     return backend == "triton" and dispatch.kernels().is_worth_keeping(weight)

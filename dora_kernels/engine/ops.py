@@ -1,14 +1,15 @@
-"""The norm and the merge as `torch.library` ops, opaque to tracing; outside of it their backends are called directly.
+"""The norm and the merge as `torch.library` ops for compiled graphs. Outside of tracing the backends are called
+directly.
 
 | op | result |
 |---|---|
 | `dora_kernels::weight_norm` | norm of every row or column of ``W + s B A`` |
-| `dora_kernels::kept_divisor` | the same with 0 as infinity, or plus eps; computed only where something changed |
+| `dora_kernels::kept_divisor` | the same with 0 as infinity, or plus eps; computed only if something changed |
 | `dora_kernels::merge` | ``g * (W + s B A)`` |
 
-All are pure: `kept_divisor` returns a new tensor that depends on nothing but its inputs. That it remembers the last
-one is seen by nobody, since it compares what they hold. The products around them are plain operations that a compiler
-fuses.
+A compiler does not look inside these ops. All are pure: `kept_divisor` returns a new tensor that depends on nothing
+but its inputs, since it compares their values before it reuses a result. The products around them are plain operations
+that the compiler fuses.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dora_kernels.engine import blocked, dispatch
 
 
 def norm_module(backend: str) -> ModuleType:
-    """The module with `weight_norm` and `merge` of a backend."""
+    """Return the module that has a backend's `weight_norm` and `merge`."""
     return blocked if backend == "torch" else dispatch.kernels()
 
 
@@ -37,7 +38,10 @@ def weight_norm(
     backend: str,
     weight_square: Tensor | None = None,
 ) -> Tensor:
-    """Norms in float32 (float64 for float64 input), no gradient. `weight_square`: ``|W|²`` where somebody keeps it."""
+    """Norms in float32 (float64 for float64 input), without gradient.
+
+    `weight_square` is ``|W|²`` per row, if it is kept.
+    """
     if torch.compiler.is_compiling():
         return weight_norm_op(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
     rows = row_problem(weight, lora_A, lora_B, magnitude_axis)
@@ -69,7 +73,7 @@ def merge(
     backend: str,
     seed: int | None = None,
 ) -> Tensor:
-    """``g * (W + s B A)`` in weight's dtype, rounded to nearest or, with a seed, stochastically; no gradient."""
+    """Return ``g * (W + s B A)`` in weight's dtype, rounded to nearest or, with a seed, stochastically. No gradient."""
     if torch.compiler.is_compiling():
         return merge_op(weight, lora_A, lora_B, magnitude, scaling, magnitude_axis, backend, seed)
     rows = row_problem(weight, lora_A, lora_B, magnitude_axis)

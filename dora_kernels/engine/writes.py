@@ -1,6 +1,6 @@
-"""Who may have written the parameters: optimizers that were seen to step, and backwards that made gradients for them.
+"""Track who may have written the parameters: optimizers seen to step, and backwards that produced gradients for them.
 
-Counters are read as attributes of this module.
+Read the counters as attributes of this module: imported names do not change.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 steps = 0
-"""Half-steps of all optimizers; a step that is interrupted half-way has written too."""
+"""Counts the start and the end of every optimizer step: an interrupted step may have written too."""
 
 backwards = 0
-"""Backwards that produced gradients of what a norm depends on: an optimizer nobody has seen may write it afterwards."""
+"""Backwards that produced gradients for W, A or B; afterwards an unseen optimizer may change them."""
 
 _watching = False
 
 
 def note_backward(of_norm: bool) -> None:
-    """Count a backward, if it produced gradients of what a norm depends on."""
+    """Count a backward if it produced a gradient of W, A or B."""
     global backwards
     backwards += of_norm
 
 
 def watch_optimizers() -> None:
-    """Register the hooks that count steps: on first use, not at import."""
+    """Register the hooks that count optimizer steps: on first use, not at import."""
     global _watching
     if not _watching:
         _watching = True
@@ -58,7 +58,7 @@ def _forget(key: int, _: Any) -> None:
 
 
 class _Stepped:
-    """A live optimizer that was seen to step, and whether in a graph's capture: a replay runs nothing in Python."""
+    """A live optimizer that was seen to step. `captured`: in a CUDA graph's capture, whose replays run no Python."""
 
     def __init__(self, optimizer: weakref.ref[torch.optim.Optimizer], captured: bool) -> None:
         self.optimizer, self.captured = optimizer, captured
@@ -66,7 +66,7 @@ class _Stepped:
         self._ids: frozenset[int] = frozenset()
 
     def owns(self, parameter: Tensor) -> bool:
-        """True if the parameter is among the optimizer's, as they are now."""
+        """True if the parameter is in the optimizer's current parameter groups."""
         optimizer = self.optimizer()
         if optimizer is None:
             return False
@@ -83,10 +83,10 @@ _stepped: dict[int, _Stepped] = {}
 
 
 def owned(*tensors: Tensor) -> bool | None:
-    """True if every write to those that train is an optimizer's step that is seen; None: some have no optimizer yet.
+    """True if only optimizers whose steps are seen write those that train; None if some have no optimizer yet.
 
-    An optimizer owns the sharded parameter, not the one that is gathered from it for a call (FSDP2): where there are
-    other processes, a parameter without an owner may be gathered anew at the same address, and the answer is False.
+    With FSDP2 the optimizer owns the sharded parameter, not the one gathered from it for a call. In a distributed
+    process a parameter without an owner may be gathered again at the same address, so the answer is then False.
     """
     owners = [[one for one in list(_stepped.values()) if one.owns(t)] for t in tensors if t.requires_grad]
     if any(owner.captured for each in owners for owner in each):

@@ -1,1 +1,1 @@
-"""Reading and writing files so that nothing is lost: tensors, replacement in one step, two files as one."""
+"""Read and write files without losing any: tensors, replacement in one step, two files as one."""

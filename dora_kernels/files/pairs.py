@@ -1,8 +1,9 @@
-"""An adapter's two files, tensors and configuration: read together, and whether they were saved together.
+"""An adapter's two files, tensors and configuration: read both, and check that they were saved together.
 
-Two files cannot take their places in one step. A process that is killed between them, or two that write at once without
-locks, leave the tensors of one adapter with the scaling of another, which reads as a good adapter. So the tensors' file
-carries digests of the configuration's fields that decide about the function. Files of others have none.
+Two files cannot be replaced in one step. If a process is killed between them, or two write at once without locks, the
+tensors of one adapter end up beside the scaling of another, and together they look like a valid adapter. So the
+tensors' file stores digests of the configuration's fields that affect the result. Files from other programs have no
+digests.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _KEY = "dora_kernels.configuration"
 _SCALES = ("lora_alpha", "use_rslora", "alpha_pattern", "lora_parameters")
 _FIELDS = ("peft_type", "r", "rank_pattern", "use_dora", "target_modules", "fine_tune_type", *_SCALES)
 
-# A writer may be between its two files: so often, and with so many seconds between, is it looked again.
+# A writer may be between its two files, so a mismatch is checked again this many times, with this wait in seconds.
 _TIMES, _SECONDS = 25, 0.01
 
 
 def seal(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """Metadata for the tensors' file that say which configuration belongs to it; none without configuration."""
+    """Return metadata for the tensors' file that identifies its configuration; empty without a configuration."""
     if config is None:
         return {}
     return {_KEY: json.dumps({name: _digest(config.get(name)) for name in _FIELDS})}
@@ -42,12 +43,12 @@ def read(
     scaled: bool = False,
     wanted: Callable[[str], object] = lambda key: True,
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """The tensors whose keys are `wanted`, their file's metadata, and what the configuration says; empty without one.
+    """Return the tensors whose keys are `wanted`, their file's metadata, and the configuration (empty without one).
 
     Args:
         weights, config_file: the two files.
-        scaled: the caller knows the scaling: what the configuration says about it does not matter.
-        wanted: as `storage.read_tensors`.
+        scaled: True if the caller knows the scaling, so that what the configuration says about it does not matter.
+        wanted: as in `storage.read_tensors`.
 
     Raises:
         FileNotFoundError, OSError, ValueError: as `storage.read_all` and `storage.read_json`; or the two were not saved
@@ -66,7 +67,7 @@ def read(
 
 
 def _different(metadata: Mapping[str, str], config: Mapping[str, Any], scaled: bool) -> list[str]:
-    """The configuration's fields that are not those that the tensors were saved with."""
+    """The configuration's fields that differ from those that the tensors were saved with."""
     if _KEY not in metadata:
         return []
     try:
@@ -90,7 +91,10 @@ def _mixture(weights: Path, config_file: Path | None, different: list[str]) -> V
 
 
 def _digest(value: Any) -> str:
-    """The same for what configurations write in several ways: 16 and 16.0, a set's items in any order, None and not."""
+    """A digest that is the same for values that configurations write in several ways.
+
+    16 and 16.0 are the same, and so are a set's items in any order, and None and a missing entry.
+    """
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 

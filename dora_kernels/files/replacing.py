@@ -1,4 +1,4 @@
-"""New files and folders that take the place of old ones: all of them or none, and no old one lost on the way."""
+"""Replace files and folders by new ones: all of them or none, without losing an old one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from pathlib import Path
 # renameat2's arguments: relative to the working directory; exchange.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-# For how long another writer is waited for. It takes two renames.
+# How long to wait for another writer, which needs only two renames.
 _SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
-    """Temporary names beside `files`, which take their places when the block ends without an exception.
+    """Yield temporary names beside `files`. The temporary files replace `files` when the block ends without an
+    exception.
 
-    Until then, and if it fails, the old files are untouched and nothing is left behind; a process that is killed leaves
-    `leftovers`. Of several files all are exchanged or none, but for a process that is killed between two of them. A
-    link among `files` is replaced, not what it leads to. Missing folders are made. Modes are those of the old files, or
-    of any new file.
+    Until then, and if it fails, the old files are unchanged and nothing is left behind. A killed process leaves
+    `leftovers`. Several files are replaced all or none, unless the process is killed between two of them. A link among
+    `files` is replaced, not the file it points to. Missing folders are created. Modes are those of the old files, or of
+    any new file.
 
     Raises:
-        FileExistsError: one of the files exists, and not `force`; or is no regular file.
-        OSError: one cannot be written; it names the file.
+        FileExistsError: one of the files exists and `force` is False; or it is not a regular file.
+        OSError: a file cannot be written; the error names it.
     """
 
     def check() -> None:
@@ -61,7 +62,7 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
         with contextlib.ExitStack() as stack:
             for folder in sorted({file.parent for file in files}):
                 stack.enter_context(_alone(folder))
-            check()  # again: another may have written them
+            check()  # once more: another writer may have created them
             _take_places(places)
     except OSError as error:
         _rename(error, places)
@@ -73,13 +74,13 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, mode: int = 0o777, force: bool = False) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when the block ends without an exception.
+    """Yield a new folder beside `folder`. It replaces `folder` when the block ends without an exception.
 
-    The old one is removed then. Where the two cannot be exchanged in one step, and the old one cannot be put back after
-    a failure, the exception says where it lies. Nobody gets a permission that `mode` does not give.
+    The old folder is then removed. If the two cannot be exchanged in one step, and the old one cannot be restored after
+    a failure, the exception says where it is. The new folder gives nobody a permission that `mode` does not.
 
     Raises:
-        FileExistsError: `folder` exists when the block ends, and not `force`.
+        FileExistsError: `folder` exists when the block ends and `force` is False.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = _beside(folder)
@@ -94,14 +95,14 @@ def replacing_folder(folder: Path, mode: int = 0o777, force: bool = False) -> It
     except BaseException as error:
         if isinstance(error, OSError):
             _rename(error, {new: folder})
-        if _is(new, made):  # else it is the old one, and all there is
+        if _is(new, made):  # otherwise it is the old folder, and the only copy
             _remove(new)
         raise
     _remove(new)
 
 
 def leftovers(place: Path) -> list[str]:
-    """A sentence for each file or folder beside `place` that a process which was killed has left."""
+    """Return a sentence for each file or folder beside `place` that a killed process has left."""
     start = f".{place.name[:40]}."
     if not place.parent.is_dir():
         return []
@@ -112,12 +113,12 @@ def leftovers(place: Path) -> list[str]:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchange two files or folders of one file system: in one step where the system can, else by renaming.
+    """Exchange two files or folders of one file system: in one step if the system can, else by renaming.
 
-    An exception leaves both as they were.
+    An exception leaves both unchanged.
 
     Raises:
-        OSError: they cannot be exchanged; if `other` could not be put back either, it says where it lies.
+        OSError: they cannot be exchanged. If `other` could not be restored, the message says where it is.
     """
     if _exchanged_at_once(one, other):
         return
@@ -125,7 +126,7 @@ def exchange(one: Path, other: Path) -> None:
     try:
         if not other.is_dir():
             with contextlib.suppress(OSError, NotImplementedError):
-                os.link(other, spare, follow_symlinks=False)  # so that there is always a file
+                os.link(other, spare, follow_symlinks=False)  # so that the file exists at every moment
         if not os.path.lexists(spare):
             os.replace(other, spare)
         os.replace(one, other)
@@ -137,7 +138,7 @@ def exchange(one: Path, other: Path) -> None:
                     os.replace(other, one)
                 os.replace(spare, other)
             if os.path.lexists(spare) and os.path.samestat(os.lstat(spare), os.lstat(other)):
-                spare.unlink()  # two names of one file are no rename's business
+                spare.unlink()  # a rename leaves both if they are two names of one file
         except OSError as second:
             reason = f"{error or type(error).__name__}; then {second}"
             raise OSError(f"{other}: could not be put back ({reason}); what it was lies in {spare}") from error
@@ -145,7 +146,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _exchanged_at_once(one: Path, other: Path) -> bool:
-    """Whether the system has exchanged them; nothing has happened otherwise."""
+    """True if the system has exchanged them in one step. If False, nothing has changed."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -154,7 +155,7 @@ def _exchanged_at_once(one: Path, other: Path) -> bool:
 
 
 def _take_places(places: dict[Path, Path]) -> None:
-    """Put each temporary file or folder in its place, and what was there under the temporary name: all or none."""
+    """Move each temporary file or folder into place, and the old one to the temporary name: all or none."""
     made = [(temporary, place, os.lstat(temporary)) for temporary, place in places.items()]
     try:
         for temporary, place, _ in made:
@@ -184,7 +185,7 @@ def _remove(folder: Path) -> None:
 
 
 def _beside(place: Path) -> Path:
-    """A new name in the same folder, of which `leftovers` knows, no longer than a name may be."""
+    """A new name in the same folder that `leftovers` recognises and that is not too long for the file system."""
     return place.with_name(f".{place.name[:40]}.{secrets.token_hex(4)}.tmp")
 
 
@@ -199,7 +200,7 @@ def _to_disk(written: Iterable[Path]) -> None:
 
 
 def _rename(error: OSError, places: dict[Path, Path]) -> None:
-    """Let an error name the file that was to be written, not the temporary one."""
+    """Make an error name the file that was to be written, not the temporary one."""
     for temporary, place in places.items():
         for attribute in ("filename", "filename2"):
             name = getattr(error, attribute)
@@ -212,7 +213,7 @@ def _rename(error: OSError, places: dict[Path, Path]) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other writers of this package out of a folder, where the system has locks and the folder can be read."""
+    """Keep other writers of this package out of a folder, if the system has locks and the folder can be read."""
     try:
         import fcntl
 

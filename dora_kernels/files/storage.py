@@ -1,4 +1,4 @@
-"""Reading and writing files: safetensors alone, never a pickle."""
+"""Read and write files: safetensors only, never a pickle."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# torch computes with no more.
+# The most dimensions that torch supports.
 _MOST_DIMENSIONS = 64
 
-# Levels of a JSON file: configurations have about ten, and what walks through them may be recursive.
+# Levels of a JSON file. Configurations have about ten, and code that walks through them may be recursive.
 _DEEPEST = 100
 
 
 def as_path(path: Any) -> Path:
-    """`path` as a Path; TypeError for what is none."""
+    """Return `path` as a Path. Raises TypeError if it is not a path."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected a str or os.PathLike, got {type(path).__name__}")
     return Path(path)
 
 
 def pickle_hint(folder: Path) -> str:
-    """The rest of a sentence that misses a safetensors file in `folder`: what to do with a pickle there, or nothing."""
+    """The end of the sentence about a missing safetensors file: what to do with a pickle in `folder`, or nothing."""
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     return f", only {shown(pickles[0])}, a pickle, which is not read: save it as safetensors" if pickles else ""
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file; ValueError, calling the file no `what`, for anything else."""
+    """Return the object in a JSON file. Raises ValueError, which says that the file is no `what`, for anything else."""
     try:
         text = file.read_text(encoding="utf-8")
     except ValueError as error:
@@ -50,7 +50,7 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 def json_object(text: str, problem: str) -> dict[str, Any]:
-    """The object in JSON text; ValueError, which begins with `problem`, for anything else."""
+    """Return the object in JSON text. Raises ValueError, which begins with `problem`, for anything else."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -67,22 +67,22 @@ def json_object(text: str, problem: str) -> dict[str, Any]:
 
 
 def read_tensors(file: Path, wanted: Callable[[str], object] = lambda key: True) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose keys are `wanted`, in the file's order; errors as `read_all`."""
+    """Return the tensors of a safetensors file whose keys are `wanted`, in the file's order. Errors as `read_all`."""
     return read_all(file, wanted)[0]
 
 
 def read_all(
     file: Path, wanted: Callable[[str], object] = lambda key: True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file whose keys are `wanted`, in the file's order, and its metadata.
+    """Return the tensors of a safetensors file whose keys are `wanted`, in the file's order, and its metadata.
 
-    Both are of one file, also where another takes its place in between.
+    Both come from one file, even if another file replaces it in between.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it cannot be read.
-        ValueError: it is no safetensors file, is shorter than its header says, or longer; or a name or a shape in it is
-            none that a tensor can have.
+        OSError: the file cannot be read.
+        ValueError: it is not a safetensors file, is shorter or longer than its header says, or has a name or a shape
+            that no tensor can have.
     """
     _check_installed()
     from safetensors import SafetensorError, safe_open
@@ -97,7 +97,7 @@ def read_all(
                 tensors = {key: opened.get_tensor(key) for key in keys if wanted(key)}
                 metadata = dict(opened.metadata() or {})
         except (SafetensorError, OverflowError, RuntimeError, AttributeError, TypeError) as error:
-            # all but the first: sizes and dtypes that torch has not
+            # Other problems: sizes and dtypes that torch does not have.
             reason = shown(str(error).partition("\n")[0])
             raise ValueError(f"{file}: truncated, or no safetensors file: {reason}") from error
     for key, tensor in tensors.items():
@@ -108,7 +108,7 @@ def read_all(
 
 @contextlib.contextmanager
 def _held(file: Path) -> Iterator[str]:
-    """A name for a regular file that stays this file's, whatever happens to its own, where the system has one."""
+    """Yield a name that, if the system has such names, keeps pointing to this file even if another takes its name."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -123,7 +123,7 @@ def _held(file: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Put the file's name into an OSError that has none, or that of an open file."""
+    """Put the file's name into an OSError that has none, or that has the name of an open file descriptor."""
     try:
         yield
     except OSError as error:
@@ -141,7 +141,7 @@ def _check_installed() -> None:
 
 
 def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
-    """ValueError, naming file and key, for a tensor that holds no finite floating-point numbers."""
+    """Raise ValueError, naming file and key, unless the tensor holds finite floating-point numbers."""
     if tensor.dtype not in _DTYPES:
         kind = "of a type that torch does not compute with" if tensor.is_floating_point() else "no floating-point type"
         raise ValueError(f"{file}: {key} is of {tensor.dtype}, which is {kind}")
@@ -150,19 +150,19 @@ def check_tensor(file: Path, key: str, tensor: Tensor) -> None:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, in place: call it with a name that `replacing` gives.
+    """Write a safetensors file, in place: call it with a name from `replacing`.
 
     Raises:
-        OSError: it cannot be written, as on a full disk.
+        OSError: it cannot be written, e.g. because the disk is full.
     """
     _check_installed()
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # a file of its own, that only its owner may read, takes the place of what is there
+    # safetensors would replace the file by one that only its owner may read
     os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o666))
     mode = file.stat().st_mode & 0o777
-    # a clone of what shares memory, which the format cannot hold
+    # clones, because the format cannot hold tensors that share memory
     whole = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
              for key, tensor in tensors.items()}  # fmt: skip
     with _naming(file):
@@ -177,7 +177,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def save_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, in place: call it with a name that `replacing` gives."""
+    """Write a JSON file, in place: call it with a name from `replacing`."""
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
     with _naming(file):
         file.write_text(f"{text}\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""An adapter as a GGUF file, and back.
+"""Write an adapter as a GGUF file, and read it back.
 
-llama.cpp knows LoRA: pairs of tensors ``<name>.lora_a`` and ``<name>.lora_b`` and one ``adapter.lora.alpha``. A
-magnitude rescales W, which no low-rank pair can, so a DoRA adapter carries it as ``<name>.dora_magnitude`` and names
-itself "dora" in ``adapter.type``: llama.cpp refuses either. Merge it, or take `as_lora`, for llama.cpp.
+llama.cpp supports LoRA: pairs of tensors ``<name>.lora_a`` and ``<name>.lora_b`` and one ``adapter.lora.alpha``. A
+magnitude rescales W, which no low-rank pair can do. So a DoRA adapter stores it as ``<name>.dora_magnitude`` and has
+the ``adapter.type`` "dora"; llama.cpp rejects both. For llama.cpp, merge the adapter or use `as_lora`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dora_kernels.functional import merge_dora
 from dora_kernels.gguf.header import check_header
 from dora_kernels.gguf.layout import ARCHITECTURES, Layout
 
-# Values of this package's own, one a layer, in the order of the first.
+# Values of this package's own: one per layer, in the order of the first.
 MODULES = "adapter.dora.modules"
 SCALING = "adapter.dora.scaling"
 AXES = "adapter.dora.magnitude_axis"
 EPS = "adapter.dora.eps"
 
-# A model's layers, or heads: names are made for each.
+# Limit for a model's layers, or heads, because names are made for each.
 _MOST_BLOCKS = 10_000
 
 PARTS = (".lora_a", ".lora_b", ".dora_magnitude")
 
-# GGUF's type of each: written as they are, bit for bit.
+# GGUF's types. Tensors are written as they are, bit for bit.
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -44,22 +44,22 @@ def export_adapter(
 ) -> None:
     """Write an adapter as a GGUF file.
 
-    `read_adapter` gives it back bit for bit; llama.cpp loads it if it is plain LoRA.
+    `read_adapter` returns it bit for bit. llama.cpp can load it if it is plain LoRA.
 
     Args:
-        source: an adapter, or a transformers model with this package's layers in it (of PEFT's model, `load_adapter` of
-            what it saves).
-        path: the file; written under a temporary name beside it first.
-        base: the base model or its configuration; needed for an `Adapter`, which does not say whose it is.
+        source: an adapter, or a transformers model with this package's layers in it (for PEFT's model: `load_adapter`
+            of what it saves).
+        path: the file. It is first written under a temporary name beside it.
+        base: the base model or its configuration; required for an `Adapter`, which does not know its base model.
         force: replace an existing file.
 
     Raises:
-        FileExistsError: `path` exists, and not `force`.
+        FileExistsError: `path` exists and `force` is False.
         ImportError: the package `gguf` is missing.
-        TypeError: no `base` for an `Adapter`.
-        ValueError: a model type that GGUF files cannot hold here; a layer that has no name in GGUF, is neither linear
-            nor an embedding, or has factors of another dtype than `TYPES`; plain LoRA whose layers need different
-            alphas, of which the file has one.
+        TypeError: `base` is missing for an `Adapter`.
+        ValueError: the model type is not supported; a layer has no name in GGUF, is neither linear nor an embedding, or
+            has factors of a dtype that is not in `TYPES`; or layers of a plain LoRA need different alphas, while the
+            file has one.
     """
     import gguf
 
@@ -99,13 +99,13 @@ def export_adapter(
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """The adapter in a file that `export_adapter` wrote.
+    """Return the adapter in a file that `export_adapter` wrote.
 
     Raises:
         ImportError: the package `gguf` is missing.
         FileNotFoundError: there is no such file.
-        ValueError: not a GGUF file, cut short, without the values that `export_adapter` writes, or with tensors that
-            are missing, left over, of shapes that do not fit, not finite, or of another dtype than `TYPES`.
+        ValueError: it is not a GGUF file, is truncated, lacks the values that `export_adapter` writes, or has tensors
+            that are missing, left over, of wrong shapes, not finite, or of a dtype that is not in `TYPES`.
     """
     import gguf
 
@@ -117,7 +117,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         reader = gguf.GGUFReader(file)
     except OSError:
         raise
-    except Exception as error:  # whatever the bytes make of the package's reader
+    except Exception as error:  # damaged bytes can raise anything in the package's reader
         raise ValueError(f"{file}: truncated, or no GGUF file: {shown(str(error))}") from error
 
     def value(key: str) -> Any:
@@ -169,23 +169,23 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def as_lora(adapter: Adapter, base: nn.Module, rank: int) -> tuple[Adapter, dict[str, float]]:
-    """The nearest plain LoRA of that rank, which llama.cpp loads, and how much of the update it misses.
+    """Return the nearest plain LoRA of the given rank, which llama.cpp can load, and how much of the update it misses.
 
-    A DoRA layer changes W by ``(g - 1) * W + g * s * B @ A``, of full rank in general; its best approximation in the
+    A DoRA layer changes W by ``(g - 1) * W + g * s * B @ A``, of full rank in general. The best approximation in the
     Frobenius norm keeps the largest `rank` singular values (Eckart and Young). Linear layers only.
 
     Args:
-        adapter: for `base`.
-        base: the model without adapters, or with them unmerged.
-        rank: of the result, in every layer.
+        adapter: an adapter for `base`.
+        base: the model without adapters, or with unmerged ones.
+        rank: the rank of every layer of the result.
 
     Returns:
-        The adapter, in float32 with a scaling of 1; by module, ``‖update - B @ A‖ / ‖update‖``, 0 where nothing is
+        The adapter, in float32 with a scaling of 1; and by module ``‖update - B @ A‖ / ‖update‖``, 0 if nothing is
         changed.
 
     Raises:
-        AttributeError: `base` has no module of a layer's name.
-        ValueError: a layer that is not linear, or smaller than the rank.
+        AttributeError: `base` has no module with a layer's name.
+        ValueError: a layer is not linear, or smaller than the rank.
     """
     layers, errors = {}, {}
     for name, layer in adapter.layers.items():
@@ -208,7 +208,7 @@ def as_lora(adapter: Adapter, base: nn.Module, rank: int) -> tuple[Adapter, dict
 
 
 def _weight_names(layout: Layout, modules: Any) -> dict[str, str]:
-    """GGUF's names of these modules' weights."""
+    """The GGUF names of these modules' weights."""
     known = layout.names()
     names = {}
     for module in modules:
@@ -222,7 +222,7 @@ def _weight_names(layout: Layout, modules: Any) -> dict[str, str]:
 def _to_file(layout: Layout, module: str, name: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if layer.kind not in ("linear", "embedding"):
         raise ValueError(f"adapter: layer {module} is of kind {layer.kind}; GGUF adapters have linear and embedding")
-    # llama.cpp takes rows of an embedding's A by token.
+    # llama.cpp reads rows of an embedding's A by token.
     a = layer.lora_A.t() if layer.kind == "embedding" else layer.lora_A
     tensors = [a, layout.to_file(name, layer.lora_B), layer.magnitude]
     if tensors[2] is not None and layer.magnitude_axis == "out":
@@ -257,7 +257,7 @@ def _from_file(
 
 
 def _common_alpha(layers: dict[str, AdapterLayer]) -> float:
-    """What llama.cpp divides by the rank, in float32, to get every layer's scaling."""
+    """The alpha that gives every layer's scaling when llama.cpp divides it by the rank, in float32."""
     alphas = {round(layer.scaling * layer.rank, 6): name for name, layer in layers.items()}
     if len(alphas) > 1:
         some = ", ".join(f"{alpha:g} in {name}" for alpha, name in list(alphas.items())[:2])

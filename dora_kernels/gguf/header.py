@@ -1,7 +1,7 @@
-"""What a GGUF file says before its tensors: whether it is whole, in bounded time.
+"""Check that the header of a GGUF file is complete, in bounded time.
 
-The package `gguf` believes the counts of a file: of a damaged one it reads beyond the end without end. Here the header
-is walked through first, by its lengths alone. Layout: ggml's docs/gguf.md.
+The package `gguf` trusts the counts in a file, and on a damaged file it keeps reading beyond the end. So the header is
+first walked through here, by its lengths alone. Layout: ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 
 from dora_kernels.core.shown import LONGEST
 
-# Bytes of a value by GGUF's number of its type; strings and arrays have lengths.
+# Bytes of a value by GGUF's type number. Strings and arrays have lengths instead.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 
 MOST = 100_000
-"""Values, elements of arrays and tensors, each: an adapter has an element and three tensors for each of its layers."""
+"""Limit for values, elements of arrays and tensors, each. An adapter has one element and three tensors per layer."""
 
 _DIMENSIONS = 4
 
 
 def check_header(file: Path) -> None:
-    """ValueError, naming the file, where its header is not whole, or larger than an adapter's."""
+    """Raise ValueError, naming the file, if its header is incomplete or larger than an adapter's."""
     with file.open("rb") as opened:
         if file.stat().st_size < 24:
             raise ValueError(f"{file}: truncated, or no GGUF file: it has {file.stat().st_size} bytes")
@@ -36,7 +36,7 @@ def check_header(file: Path) -> None:
 
 
 class _Walk:
-    """A place in the header, that only goes on."""
+    """A position in the header that only moves forward."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._at, self._elements = content, 4, 0
@@ -58,7 +58,7 @@ class _Walk:
             sizes = [self._number("Q") for _ in range(dimensions)]
             if math.prod(max(1, size) for size in sizes) > 8 * len(self._content):
                 raise ValueError(f"a tensor of shape {sizes[::-1]}, which is larger than the file")
-            self._skip(4 + 8)  # type and place
+            self._skip(4 + 8)  # type and offset
 
     def _value(self, kind: int) -> None:
         if kind in _SIZES:

@@ -1,4 +1,4 @@
-"""Where a transformers model's tensors go in a GGUF file, and in which order their rows."""
+"""The names of a transformers model's tensors in a GGUF file, and the order of their rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 # transformers' model type -> GGUF's architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 
-# llama.cpp rotates neighbouring elements of a head in a model of this architecture, transformers the two halves.
+# For this architecture llama.cpp rotates neighbouring elements of a head, while transformers rotates its two halves.
 INTERLEAVED = "llama"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The names and the order of rows of one model; `to_file` and `from_file` take a tensor by its GGUF name."""
+    """The names and the order of rows of one model. `to_file` and `from_file` take a tensor by its GGUF name."""
 
     architecture: str
     blocks: int
@@ -26,10 +26,10 @@ class Layout:
 
     @classmethod
     def of(cls, config: Any) -> Layout:
-        """The layout of a model with this transformers configuration.
+        """Return the layout of a model with this transformers configuration.
 
         Raises:
-            ValueError: a model type without an entry in `ARCHITECTURES`.
+            ValueError: the model type is not in `ARCHITECTURES`.
         """
         kind = getattr(config, "model_type", None)
         if kind not in ARCHITECTURES:
@@ -48,7 +48,7 @@ class Layout:
         return gguf.get_tensor_name_map(architecture, self.blocks)
 
     def to_file(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor`, whose first dimension is the output's, with its rows as the file wants them."""
+        """Return `tensor`, whose first dimension is the output's, with its rows in the file's order."""
         heads = self._rotated_heads(name)
         return tensor if heads is None else tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 

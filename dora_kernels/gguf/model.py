@@ -1,4 +1,4 @@
-"""A merged model as a GGUF file."""
+"""Write a merged model as a GGUF file."""
 
 from __future__ import annotations
 
@@ -38,24 +38,25 @@ def export_model(
     dtype: str = "f32",
     force: bool = False,
 ) -> None:
-    """Write a transformers model (Llama, Mistral or Qwen 2) as a GGUF file, as llama.cpp's own converter lays it out.
+    """Write a transformers model (Llama, Mistral or Qwen 2) as a GGUF file, in the layout of llama.cpp's own converter.
 
-    Matrices are stored as `dtype` (of a quantized one those as float16 whose rows are no multiple of its blocks of 32),
-    vectors as float32. One tensor at a time is converted. A scaled rotary embedding ("llama3", "linear") is written as
-    llama.cpp reads it; transformers' GGUF loader knows none.
+    Matrices are stored as `dtype`, vectors as float32. With a quantized dtype, matrices whose rows are not a multiple
+    of its blocks of 32 are stored as float16. One tensor is converted at a time. A scaled rotary embedding ("llama3",
+    "linear") is written as llama.cpp reads it; transformers' GGUF loader does not read it.
 
     Args:
-        model: without adapters; what is frozen or tied does not matter.
-        path: the file; written under a temporary name beside it first.
-        tokenizer: a fast tokenizer of byte-level BPE; without one the file has no vocabulary and takes token ids only.
+        model: a model without adapters. Frozen or tied parameters make no difference.
+        path: the file. It is first written under a temporary name beside it.
+        tokenizer: a fast tokenizer of byte-level BPE. Without one the file has no vocabulary and accepts token ids
+        only.
         dtype: a key of `DTYPES`.
         force: replace an existing file.
 
     Raises:
-        FileExistsError: `path` exists, and not `force`.
+        FileExistsError: `path` exists and `force` is False.
         ImportError: the package `gguf` is missing.
-        ValueError: a model type, a setting of it or a tokenizer that the file cannot hold;
-            adapters in the model; a tensor without a name in GGUF, not of floats, or beyond the dtype's range.
+        ValueError: the file cannot hold the model type, one of its settings or the tokenizer; the model has adapters;
+            or a tensor has no name in GGUF, is not floating-point, or is beyond the dtype's range.
     """
     import gguf
 
@@ -91,7 +92,7 @@ def _named_tensors(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     for key, tensor in model.state_dict(keep_vars=True).items():
         if tensor is embedding and key.startswith("lm_head."):
-            continue  # tied: readers take the embedding where the file has no output matrix
+            continue  # tied: readers use the embedding if the file has no output matrix
         name = names.get_name(key, (".weight", ".bias"))
         if name is None:
             raise ValueError(f"model: tensor {key} has no name in GGUF's architecture {layout.architecture!r}")
@@ -118,7 +119,7 @@ def _check_supported(config: Any) -> None:
 
 
 def _rope(config: Any) -> tuple[str, float]:
-    """Kind and base of the rotary embedding, from the configuration of transformers 4 or 5."""
+    """Type and base of the rotary embedding, from the configuration of transformers 4 or 5."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = settings.get("rope_type", settings.get("type", "default"))
     return kind, float(settings.get("rope_theta", None) or config.rope_theta)
@@ -129,7 +130,7 @@ def _head_size(config: Any) -> int:
 
 
 def _rope_factors(model: Any, layout: Layout) -> Tensor | None:
-    """What llama.cpp divides the rotary frequencies by, ``[head_size / 2]``; None for plain ones."""
+    """The factors by which llama.cpp divides the rotary frequencies, ``[head_size / 2]``; None if there are none."""
     kind, base = _rope(model.config)
     if kind == "default":
         return None
@@ -143,7 +144,7 @@ def _rope_factors(model: Any, layout: Layout) -> Tensor | None:
 def _add_metadata(writer: Any, config: Any, layout: Layout, rows: int) -> None:
     writer.add_type("model")
     writer.add_name(Path(str(getattr(config, "_name_or_path", "") or layout.architecture)).name)
-    # llama.cpp's Llama has no sliding window: up to its length the two agree.
+    # llama.cpp's Llama has no sliding window. Up to the window's length the two agree.
     context = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf)
     writer.add_context_length(int(context))
     writer.add_embedding_length(config.hidden_size)

@@ -1,16 +1,17 @@
-"""A tokenizer's metadata in a GGUF file: vocabulary, merges, special tokens, and how text is cut before merging."""
+"""A tokenizer's metadata in a GGUF file: vocabulary, merges, special tokens, and how text is split before merging."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# How Llama 3 and Qwen 2 cut text; they differ in how many digits stay together.
+# How Llama 3 and Qwen 2 split text. They differ in how many digits stay together.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# GGUF files name the way; llama.cpp has it built in. Keys: the steps, and whether whole words skip the merges.
+# GGUF files name the way text is split; llama.cpp has it built in. Keys: the steps, and True if whole words skip the
+# merges.
 PRE_TOKENIZERS = {
     (("gpt-2",), False): "gpt-2",
     (("digits", "gpt-2"), False): "smollm",
@@ -22,12 +23,11 @@ PRE_TOKENIZERS = {
 def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     """Add a fast transformers tokenizer to a `gguf.GGUFWriter`, for an embedding of `rows` rows.
 
-    Byte-level BPE only, and of it the ways of cutting text that `PRE_TOKENIZERS` names. Unicode normalization (Qwen's
-    NFC) has no place in the file: llama.cpp does none.
+    Only byte-level BPE with one of the ways of splitting in `PRE_TOKENIZERS`. Unicode normalization (Qwen's NFC) cannot
+    be stored: llama.cpp does none.
 
     Raises:
-        ValueError: another kind of tokenizer.
-        ValueError: a token beyond the embedding.
+        ValueError: another kind of tokenizer, or a token beyond the embedding.
     """
     import gguf
 
@@ -63,7 +63,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
 
 
 def _pre_tokenizer(state: dict[str, Any]) -> str:
-    """GGUF's name of how this tokenizer.json cuts text."""
+    """GGUF's name for the way in which this tokenizer.json splits text."""
     model = state["model"]
     kind = model["type"]
     if kind != "BPE" or model.get("byte_fallback"):

@@ -1,13 +1,13 @@
 """Compose: ``y = g * (base + s h Bᵀ) + bias`` in one read of base and one write of y, at every rank.
 
-Shapes: base and y ``[M, N]``, h ``[M, R]``, B ``[N, R]``, g and bias ``[N]``; g and bias may be absent. g may come as
-magnitude and divisor, so that a call in evaluation needs no launch for the quotient. B is taken in h's dtype, which is
-base's, or float32 above a 16-bit base.
+Shapes: base and y ``[M, N]``, h ``[M, R]``, B ``[N, R]``, g and bias ``[N]``. g and bias may be None. g may be passed
+as magnitude and divisor, so that a call in evaluation needs no launch for the quotient. B is used in h's dtype, which
+is base's, or float32 for a 16-bit base.
 
-A program makes one BLOCK_M x BLOCK_N tile: the low-rank product in chunks of the rank, accumulated in float32, then
+A program computes one BLOCK_M x BLOCK_N tile: the low-rank product in chunks of the rank, accumulated in float32, then
 base, g and bias in registers, and one rounding at the store. y may be base itself.
 
-Bytes: 2·M·N of base and y, plus h once per column block and B once per row block (from the L2 cache).
+Bytes: 2·M·N elements of base and y, plus h once per column block and B once per row block (from the L2 cache).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def compose_kernel(
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; base and y are row-major. Programs that share a row block are neighbours."""
+    """One tile of y. base and y are row-major. Programs of the same row block are neighbours."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     offs_m = (pid // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -77,9 +77,11 @@ def compose(
     keep: bool,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """`torch_backend.compose`, but `base` stays as it is if `keep`.
+    """Return ``y = g * (base + s h Bᵀ) + bias``, ``[M, N]`` in base's dtype. y uses base's memory unless `keep`.
 
-    base and h are row-major, with gaps between rows or without.
+    Args:
+        base, h: row-major, with or without gaps between rows.
+        divisor: if given, `g` is the magnitude, and the kernel divides it by this.
     """
     y = torch.empty_like(base) if keep else base
     M, N = base.shape

@@ -1,7 +1,7 @@
-"""Tile sizes and thresholds: frozen data, chosen by a pure function of shapes and dtypes, the same on every target.
+"""Tile sizes and thresholds: frozen data, chosen by pure functions of shapes and dtypes, the same on every target.
 
 Each choice fits the smallest shared memory among the targets (64 KiB, gfx942 and gfx1100) and does not spill on the
-CUDA targets in bfloat16 and float16; tests/test_aot.py compiles all of them for all targets. None has been timed on a
+CUDA targets in bfloat16 and float16. tests/test_aot.py compiles all of them for all targets. None has been timed on a
 GPU yet.
 """
 
@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Programs that fill a large GPU a few times over (132 multiprocessors on an H100, 304 compute units on an MI300X).
+# Programs that fill a large GPU several times over (132 multiprocessors on an H100, 304 compute units on an MI300X).
 _FULL_GRID = 1024
 
 
-# A configuration ends in two options of the compiler; before them come the tiles, in the order of a kernel's last
-# arguments.
+# A configuration lists the tile sizes, in the order of the kernel's last arguments, and then two compiler options.
 class NormConfig(NamedTuple):
     BLOCK_N: int
     BLOCK_K: int
@@ -49,7 +48,7 @@ class FactoredConfig(NamedTuple):
 
 
 class VectorConfig(NamedTuple):
-    """Of kernels that walk along a vector."""
+    """For kernels that walk along a vector."""
 
     BLOCK: int
     num_warps: int
@@ -57,7 +56,7 @@ class VectorConfig(NamedTuple):
 
 
 class WatchConfig(NamedTuple):
-    """A program reads up to CHUNK elements, a multiple of BLOCK, which are read at once."""
+    """A program reads up to CHUNK elements, in blocks of BLOCK elements. CHUNK is a multiple of BLOCK."""
 
     CHUNK: int
     BLOCK: int
@@ -65,23 +64,23 @@ class WatchConfig(NamedTuple):
     num_stages: int
 
 
-# The fingerprints are one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. By count; not timed.
+# The fingerprints need one more launch, about 2 us, in which a GPU of 4 TB/s reads 8 MB. An estimate, not timed.
 _KEPT_BYTES = 1 << 23
 
-# A row's square has lost digits where it is below this fraction of the squared terms it is summed from; a quarter costs
-# at most two bits (`torch_backend.CANCELLATION` is the same; nothing here imports the package).
+# If a row's squared norm is below this fraction of the terms it is summed from, it has lost digits. A quarter costs at
+# most two bits. The same as `engine.blocked.CANCELLATION`, which this folder may not import.
 CANCELLATION = 0.25
 # The most programs that share a tensor's fingerprint.
 _FINGERPRINTS = 256
 
-# Over fewer features the errors of three products do not average out: up to 2.8e-5 of a norm of 1, 1.1e-5 of 4, 6e-6 of
-# 16 (random float16 weights, float32 adapters).
+# With fewer features the errors of three products do not average out: up to 2.8e-5 of a norm of 1 feature, 1.1e-5 of 4,
+# 6e-6 of 16 (random float16 weights, float32 adapters).
 _FEW_FEATURES = 16
 
-# The largest rank for which a bfloat16 weight's norm is direct. By count (bench/static/traffic.py), for 8192x8192 and
-# bfloat16 adapters: the direct form asks L2 for 285 MB of factors at rank 128 and, with the largest tiles that do not
-# spill, for 1610 MB at rank 384; the factored form for 183 MB at rank 384, besides the vendor's product of W and A. Not
-# timed.
+# The largest rank at which a bfloat16 weight's norm is computed directly. Counted (bench/static/traffic.py), not timed,
+# for 8192x8192 and bfloat16 adapters: the direct form reads 285 MB of factors from L2 at rank 128 and, with the largest
+# tiles that do not spill, 1610 MB at rank 384. The factored form reads 183 MB at rank 384, besides the vendor's product
+# of W and A.
 _DIRECT_RANK = 128
 
 
@@ -95,16 +94,16 @@ def products_for(operands_wide: bool, result_wide: bool) -> int:
 def norm_products(
     weight: torch.dtype, lora_A: torch.dtype, lora_B: torch.dtype, features: int, exact: bool = False
 ) -> int:
-    """`products_for` a tile of ``B A``, that many columns wide in all; `exact`: as if W were float32."""
+    """`products_for` a tile of ``B A`` with `features` columns in total. `exact`: as if W were float32."""
     wide = lora_A == torch.float32 or lora_A != lora_B
     return products_for(wide, exact or weight == torch.float32 or features < _FEW_FEATURES)
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether the norm is taken in the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
+    """True if the norm uses the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
 
-    float16 has not the exponents for the pieces of float32 adapters. torch 2.8 brought products with a wider result to
-    CUDA.
+    float16 has too few exponent bits for the pieces of float32 adapters. Products with a wider result exist on CUDA
+    since torch 2.8.
     """
     if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16 or lora_A.dtype != lora_B.dtype:
         return False
@@ -116,25 +115,25 @@ def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 
 def is_worth_keeping(weight: Tensor) -> bool:
-    """Whether to ask on the device if the norm of such a weight has changed is cheaper than to compute it."""
+    """True if checking on the device whether the norm of such a weight has changed is cheaper than computing it."""
     return weight.numel() * weight.element_size() >= _KEPT_BYTES
 
 
 def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
-    """Up to rank `held` B's rows are held across the loop over K; above, both factors go through in chunks."""
+    """Up to rank `held`, B's rows are held across the loop over K; above that, both factors are read in chunks."""
     if products > 1:
         # 32 rows spill a few registers on sm_90 and sm_100, 64 with 1 stage or a larger BLOCK_R on sm_120.
         return NormConfig(64, 64, 16, 8, 2)
-    # In chunks, tiles of 64x128 and above spill on sm_80 or sm_120 where loads are not aligned.
+    # In chunks, tiles of 64x128 and above spill on sm_80 or sm_120 if loads are not aligned.
     block_r = _rank_block(rank, held) if rank <= held else 64
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
 
 
 def merge_config(rank: int, products: int, stochastic: bool) -> NormConfig:
-    # A rank of 128 held spills in the second sweep on sm_100.
+    # If a rank of 128 is held, the second sweep spills on sm_100.
     config = norm_config(rank, products, held=64)
-    # The random words spill with 64 columns or more: beside the pieces of a product on sm_120 where loads are not
-    # aligned, beside one product on sm_100.
+    # The random words spill with 64 columns or more: with a product in pieces on sm_120 if loads are not aligned, with
+    # one product on sm_100.
     return config._replace(BLOCK_K=32) if stochastic else config
 
 
@@ -165,7 +164,7 @@ def fingerprints(elements: int) -> int:
 
 
 def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
-    """`few`: there are at most 16 tokens."""
+    """`few`: at most 16 tokens."""
     if products > 1:
         # BLOCK_R 32 spills a few registers with 3 products on sm_80.
         largest = 32 if products == 6 else 16
@@ -177,12 +176,12 @@ def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
 
 
 def scale_reduce_config(few: bool) -> ScaleReduceConfig:
-    """`few`: there are at most 64 tokens."""
+    """`few`: at most 64 tokens."""
     return ScaleReduceConfig(4 if few else 16, 128, 4, 2)
 
 
 def blocks(size: int, block: int) -> int:
-    """How many blocks cover `size`. `triton.cdiv` costs the host as much as a small torch operation."""
+    """How many blocks cover `size`. `triton.cdiv` would cost the host as much as a small torch operation."""
     return -(-size // block)
 
 
@@ -192,10 +191,10 @@ def full_grid() -> int:
 
 
 def splits(programs: int, steps: int, wanted: int) -> int:
-    """Into how many parts a loop of `steps` is cut, so that `programs` become about as many as `wanted`."""
+    """How many parts to split a loop of `steps` into, so that `programs` become about `wanted` programs."""
     return max(1, min(steps, wanted // max(programs, 1)))
 
 
 def _rank_block(rank: int, largest: int) -> int:
-    """The power of two that holds the rank, between 16 (the least a matrix instruction takes) and `largest`."""
+    """The smallest power of two that holds the rank, but from 16 (the minimum of a matrix instruction) to `largest`."""
     return min(max(16, 1 << (rank - 1).bit_length()), largest)

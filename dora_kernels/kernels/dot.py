@@ -1,7 +1,8 @@
 """Tile products with float32 accumulation for every operand dtype, on the matrix units of every target.
 
-float32 operands are split into bfloat16 pieces, ``a = a1 + a2 + a3``, whose products bfloat16 matrix instructions
-take on every target; ``ieee`` float32 products have no matrix instruction anywhere, ``tf32x3`` not on AMD.
+float32 operands are split into bfloat16 pieces, ``a = a1 + a2 + a3``, whose products run as bfloat16 matrix
+instructions on every target. ``ieee`` float32 products have no matrix instruction on any target, ``tf32x3`` none on
+AMD.
 
 | products | pieces | relative error of a product | for |
 |---|---|---|---|
@@ -16,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``acc + a @ b``; a and b of one dtype, acc float32."""
+    """``acc + a @ b`` for a and b of the same dtype and a float32 acc."""
     if PRODUCTS == 1:
         acc = _dot(a, b, acc, INTERPRETED)
     else:
@@ -29,7 +30,7 @@ def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
         if PRODUCTS == 6:
             a3 = cast(a_rest - a2.to(tl.float32), tl.bfloat16, INTERPRETED)
             b3 = cast(b_rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
-            # The small products first: they are lost on a large accumulator.
+            # The small products first: a large accumulator would absorb them.
             acc = _dot(a1, b3, acc, INTERPRETED)
             acc = _dot(a3, b1, acc, INTERPRETED)
             acc = _dot(a2, b2, acc, INTERPRETED)
@@ -41,7 +42,7 @@ def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def dot_by_pieces(a, b, acc, INTERPRETED: tl.constexpr):
-    """``acc + a @ b`` to about 2**-24 for bfloat16 a and float32 b, which three pieces hold."""
+    """``acc + a @ b`` to about 2**-24 for a bfloat16 a and a float32 b, which three pieces represent exactly."""
     b1 = cast(b, tl.bfloat16, INTERPRETED)
     rest = b - b1.to(tl.float32)
     b2 = cast(rest, tl.bfloat16, INTERPRETED)
@@ -55,7 +56,7 @@ def dot_by_pieces(a, b, acc, INTERPRETED: tl.constexpr):
 @triton.jit
 def _dot(a, b, acc, INTERPRETED: tl.constexpr):
     if INTERPRETED:
-        # The interpreter multiplies the bit patterns of bfloat16.
+        # The interpreter would multiply the bit patterns of bfloat16.
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         acc = tl.dot(a, b, acc)
@@ -65,8 +66,8 @@ def _dot(a, b, acc, INTERPRETED: tl.constexpr):
 @triton.jit
 def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in `dtype`, rounded to nearest even."""
-    if INTERPRETED and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.2 has no longer chains
-        # The interpreter truncates where hardware rounds: round the bits before they are cut.
+    if INTERPRETED and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.2 does not allow longer chains
+        # The interpreter truncates where hardware rounds, so the bits are rounded before they are cut off.
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)

@@ -1,7 +1,7 @@
 """Factor gradients: ``dB = s g P`` and ``dm = (Σ_t dY base + s Σ_r B P) / n`` from P = dYᵀ h, in one launch.
 
-Shapes: P ``[N, R]`` float32, row-major; B and dB ``[N, R]`` of any strides; `dot`, the partial sums that
-`scale_partials` leaves, ``[strips, N]``; g, the divisor n (infinity in place of 0) and dm ``[N]``, float32.
+Shapes: P ``[N, R]`` float32, row-major; B and dB ``[N, R]`` of any strides; `dot`, the partial sums from
+`scale_partials`, ``[strips, N]``; g, the divisor n (infinity in place of 0) and dm ``[N]``, float32.
 
 Bytes: P and B once, dB once, and 4·N per strip.
 """
@@ -27,7 +27,7 @@ def factor_grads_kernel(
     strips, scaling,
     INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows; `db_ptr` may be absent."""
+    """BLOCK_N rows. `db_ptr` may be None."""
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -52,7 +52,7 @@ def factor_grads_kernel(
 def factor_grads(
     p: Tensor, lora_B: Tensor, dot: Tensor, g: Tensor, divisor: Tensor, scaling: float, dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor]:
-    """``(dB, dm)``; dB in `dtype` and B's strides, None without one."""
+    """``(dB, dm)``. dB has B's strides and the given dtype; it is None if `dtype` is None."""
     N, R = p.shape
     db = None if dtype is None else torch.empty_like(lora_B, dtype=dtype)
     dm = p.new_empty(N)

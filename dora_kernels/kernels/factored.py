@@ -1,10 +1,10 @@
 """Weight norm at high rank, from matrices of rank r: ``n² = |w|² + 2s Σ_k B (U + s/2 · B G)``, U = W Aᵀ, G = A Aᵀ.
 
-Shapes: U ``[N, pieces * R]`` and G ``[R, R]`` float32, from the vendor's BLAS, whose operand is A, or for float32
-adapters of a bfloat16 weight the two bfloat16 pieces of A; B ``[N, R]``; ``|w|²`` and n ``[N]`` float32.
+Shapes: U ``[N, pieces * R]`` and G ``[R, R]`` float32, from the vendor's BLAS. Its operand is A or, for float32
+adapters of a bfloat16 weight, the two bfloat16 pieces of A. B ``[N, R]``; ``|w|²`` and n ``[N]`` float32.
 
-The kernel multiplies B G chunk by chunk and sums. Where what is left is a small part of what was summed, digits are
-lost: such a row's norm comes out as -1, and `norm.repair_norm` computes it directly.
+The kernel multiplies B G chunk by chunk and sums up. If the sum is much smaller than its terms, it has lost digits:
+such a row's norm is returned as -1, and `norm.repair_norm` computes it directly.
 
 Bytes: U once, B twice for every chunk of the rank, G once per block of rows (from the L2 cache).
 """
@@ -23,7 +23,7 @@ from dora_kernels.kernels.dot import dot, dot_by_pieces
 from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 # A bound, not a measurement: tensor cores may truncate at each step of 16 features, which loses half a unit of 2**-24
-# on average, so 128 steps lose at most 4e-6 of G, and G's part of a norm half of that.
+# on average. So 128 steps lose at most 4e-6 of G, and half of that in G's part of a norm.
 _GRAM_FEATURES = 2048
 
 
@@ -35,7 +35,7 @@ def factored_norm_kernel(
     PIECES: tl.constexpr, CANCELLATION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Norms of BLOCK_N rows, -1 where the square is below CANCELLATION times what it is summed from, or NaN."""
+    """Norms of BLOCK_N rows; -1 if the squared norm is below CANCELLATION times its terms, or NaN."""
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
@@ -73,7 +73,7 @@ def factored_norm_kernel(
 
 
 def factored_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
-    """Row norms of ``W + s B A``, float32 ``[N]``, -1 where they have to be computed directly."""
+    """Row norms of ``W + s B A``, float32 ``[N]``; -1 for rows that have to be computed directly."""
     N, R = lora_B.shape
     pieces = 1 if lora_A.dtype == weight.dtype else 2
     operand = lora_A if pieces == 1 else _in_two_pieces(lora_A, weight.dtype)
@@ -94,13 +94,13 @@ def _plan(N: int, R: int, pieces: int, row_u: int, row_gram: int, strides_b: tup
 
 
 def _in_two_pieces(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[2R, K]``: A rounded, and the rest rounded, which together have A to about 2**-17."""
+    """``[2R, K]``: A rounded, and the remainder rounded. Together they represent A to about 2**-17."""
     high = lora_A.to(dtype)
     return torch.cat([high, (lora_A - high.to(lora_A.dtype)).to(dtype)])
 
 
 def _gram(operand: Tensor) -> Tensor:
-    """``operand operandᵀ``, in parts of `_GRAM_FEATURES`: an accumulator of positive terms drifts over a long sum."""
+    """``operand operandᵀ``, in parts of `_GRAM_FEATURES`: the accumulator of a long sum of positive terms drifts."""
     K = operand.shape[1]
     whole = K // _GRAM_FEATURES * _GRAM_FEATURES
     parts, rest = operand.split((whole, K - whole), dim=1)
@@ -112,7 +112,7 @@ def _gram(operand: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Of 16-bit operands, with the accumulator's float32 unrounded; in float64 where kernels are interpreted."""
+    """Product of 16-bit operands with unrounded float32 sums; computed in float64 if kernels are interpreted."""
     if left.device.type == "cuda":
         product = torch.mm if left.dim() == 2 else torch.bmm
         return product(left, right, out_dtype=torch.float32)

@@ -1,8 +1,9 @@
-"""A norm that stays on the device and is computed again only where what it was computed from has changed.
+"""A norm that stays on the device and is recomputed only if what it was computed from has changed.
 
 A first kernel takes fingerprints of A, of B and of a sample of W, 64 bits for every few thousand elements, compares
-them with those of the last call, and sets a flag for each that differs. The norm's kernel reads the flags and leaves at
-once where none is set. Two launches, and the host waits for nothing; the same in a CUDA graph, replay after replay.
+them with those of the last call, and sets a flag for each that differs. The norm's kernel reads the flags and exits at
+once if none is set. This takes two launches, and the host never waits. It works the same in a CUDA graph, replay after
+replay.
 
 Bytes: A and B once, where the norm itself reads W. Kept: the norm, the fingerprints and the flags.
 """
@@ -33,7 +34,7 @@ def fingerprint_kernel(
     salt, programs_a, programs_b, programs_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of A, of B or of W's sample against what it has seen before."""
+    """Compare a program's share of A, of B or of W's sample with its fingerprint from the last call."""
     pid = tl.program_id(0)
     if pid < programs_a:
         first, second = _fingerprint(a_ptr, size_a, width_a, stride_ar, stride_ak, pid, programs_a, BLOCK)
@@ -55,7 +56,7 @@ def fingerprint_kernel(
 
 @triton.jit
 def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, BLOCK: tl.constexpr):
-    """Its two sums over every `shares`-th block of BLOCK elements."""
+    """The two sums over every `shares`-th block of BLOCK elements."""
     first = tl.zeros((BLOCK,), tl.int32)
     second = tl.zeros((BLOCK,), tl.int32)
     for start in range(share * BLOCK, size, shares * BLOCK):
@@ -87,11 +88,12 @@ _salts = itertools.count(1)
 
 
 class KeptNorm:
-    """The divisor of one layer: its norm, infinity in place of 0, for one W's address and strides and one scaling.
+    """The divisor of one layer: its norm, infinity in place of 0, for W at one address with given strides, and one
+    scaling.
 
-    Calls are in order on one stream, whatever threads they come from. Nothing here is initialised on the device, so
-    that a first call may be captured in a graph: what a new one's fingerprints are salted with, none has used before,
-    so whatever its memory holds is not what it will find.
+    Calls run in order on one stream, from any thread. Nothing is initialised on the device, so a first call may be
+    captured in a graph: each object's fingerprints have a salt that was never used before, so uninitialised memory does
+    not match them.
     """
 
     def __init__(self, out_features: int, scaling: float, device: torch.device) -> None:
@@ -102,9 +104,9 @@ class KeptNorm:
         self._in_order = threading.Lock()
 
     def divisor(self, weight: Tensor, sample: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """Row norms of ``W + s B A``, infinity in place of 0, float32 ``[N]``: what is kept itself, not to be written.
+        """Return the row norms of ``W + s B A``, infinity in place of 0, float32 ``[N]``.
 
-        `sample` is a strided vector of W's elements.
+        This is the kept tensor itself; do not write to it. `sample` is a strided vector of W's elements.
         """
         shares = [fingerprints(t.numel()) for t in (lora_A, lora_B, sample)]
         with self._in_order:
@@ -120,6 +122,6 @@ class KeptNorm:
                 launch(fingerprint_kernel, plan, (sum(shares),), tensors, (self._salt, *shares))
                 renew_divisor(self._divisor, weight, lora_A, lora_B, self._scaling, self._changed)
             except BaseException:
-                self._salt = next(_salts)  # what was seen may not be what the kept norm is of
+                self._salt = next(_salts)  # the fingerprints may not belong to the kept norm
                 raise
         return self._divisor

@@ -1,11 +1,12 @@
-"""Launches: a compiled kernel is kept, and launched again without Triton's binder.
+"""Launch a compiled kernel again without Triton's binder.
 
-``kernel[grid](...)`` looks at every argument anew, which costs the host as much as five small PyTorch operations. A
-kept kernel is found by what its code depends on, and launched as Triton does it then, with addresses in place of
-tensors. The first launch of a kind, which may compile, goes Triton's way.
+``kernel[grid](...)`` inspects every argument at each call, which costs the host as much as five small PyTorch
+operations. Here a compiled kernel is kept under everything that its code depends on, and launched as Triton would, with
+addresses in place of tensors. The first launch with a given key, which may compile, goes through Triton.
 
-So does every launch where kernels are interpreted, where a profiler's hooks want to hear of launches, and where Triton
-launches otherwise than the versions that this was written for, 3.2 to 3.9: that is read in its source, and warned of.
+So does every launch if kernels are interpreted, if a profiler's hooks listen to launches, or if this version of Triton
+launches differently from those that this was written for, 3.2 to 3.9. The latter is found in Triton's source, with a
+warning.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from dora_kernels.kernels.dot import dot
 
 INTERPRETED = not isinstance(dot, JITFunction)
 
-# Triton 3.2 hands a kernel's launcher what is no constant, later versions everything.
+# Triton 3.2 passes only the non-constant arguments to a kernel's launcher; later versions pass all.
 _LAUNCH = re.compile(
     r"kernel\.run\(grid_0,grid_1,grid_2,stream,kernel\.function,kernel\.packed_metadata,launch_metadata,"
     r"(knobs\.runtime|self\.CompiledKernel)\.launch_enter_hook,\1\.launch_exit_hook,"
     r"\*(bound_args\.values\(\)|non_constexpr_vals)\)"
 )
 PLANS = 1024
-"""How many plans a launcher keeps: a model has one for every shape and dtype of its layers."""
+"""The most plans that a launcher keeps. A model has one for every shape and dtype of its layers."""
 
 _WIDE = 1 << 31
 _HIP = torch.version.hip is not None
@@ -46,14 +47,14 @@ class _Triton(NamedTuple):
     """How this version of Triton launches."""
 
     run: Any
-    """The function that does; somebody who wants to see launches may have put another in its place."""
+    """The function that launches. A tool that wants to see launches may have replaced it."""
     hooks: Any
-    """What has the hooks of profilers."""
+    """The object that holds the profilers' hooks."""
     takes_constants: bool
 
 
 class _Kept(NamedTuple):
-    """A compiled kernel with what its launcher is given. The kernel itself is there to be kept: it owns the code."""
+    """A compiled kernel and its launcher's arguments. The kernel is kept because it owns the code."""
 
     kernel: Any
     run: Any
@@ -62,7 +63,7 @@ class _Kept(NamedTuple):
 
 
 def _triton() -> _Triton | str:
-    """How to launch directly, or why it is not known."""
+    """Return how to launch directly, or the reason why this is not known."""
     run = JITFunction.run
     if getattr(run, "__globals__", None) is not vars(sys.modules[JITFunction.__module__]):
         return "JITFunction.run is not Triton's own"
@@ -86,12 +87,12 @@ _direct = _found if isinstance(_found, _Triton) else None
 
 
 class Plan:
-    """What is decided about the launches of a layer before its tensors are there, with the kernels compiled for it.
+    """Everything about the launches of a layer that is known before its tensors are, with the kernels compiled for it.
 
     Args:
-        sizes: Integers that the compiler looks at: what a layer's shapes and strides decide.
+        sizes: Integers that the compiler specialises on: a layer's shapes and strides.
         flags: Constants.
-        config: A tuple of `dora_kernels.kernels.config`: tiles, which are constants too, and two compiler options.
+        config: A tuple of `dora_kernels.kernels.config`: tile sizes, which are constants too, and two compiler options.
     """
 
     __slots__ = ("config", "constants", "flags", "kept", "sizes")
@@ -107,9 +108,9 @@ def launch(
 ) -> None:
     """Launch a kernel on the device of the first tensor.
 
-    Its arguments are, in this order: `tensors`, None where one is absent; the plan's sizes; `free`, which are numbers
-    that the compiler does not look at (`do_not_specialize`, or floats), the largest integer first; the plan's flags and
-    tiles. Every plan is of one kernel.
+    The kernel's arguments are, in this order: `tensors`, with None for absent ones; the plan's sizes; `free`; the
+    plan's flags and tile sizes. `free` are numbers that the compiler does not specialise on (`do_not_specialize`, or
+    floats), the largest integer first. A plan belongs to one kernel.
     """
     first: Any = tensors[0]
     if _direct is None or not isinstance(kernel, JITFunction):
@@ -136,12 +137,12 @@ def launch(
             pointer = one.data_ptr()
             pointers.append(pointer)
             kind.append(one.dtype)
-            if one.get_device() != index:  # which Triton refuses, or can reach
+            if one.get_device() != index:  # Triton would refuse it, or can reach it
                 kind.append(one.device)
             bits |= pointer
     if bits & 15:
         kind += [pointer & 15 == 0 for pointer in pointers]
-    if _HIP:  # whose loads of less than 2 GB are others
+    if _HIP:  # HIP loads differently from tensors of less than 2 GB
         kind += [one is not None and one.untyped_storage().nbytes() >= _WIDE for one in tensors]
     kept = plan.kept.get(tuple(kind))
     enter, leave = _direct.hooks.launch_enter_hook, _direct.hooks.launch_exit_hook
@@ -174,30 +175,7 @@ def _say(reason: str) -> None:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
-
-
-def probe(device: torch.device) -> None:
-    """Compile, launch and check each kernel once; raises what the compiler, the driver or the check has to say."""
-    from dora_kernels.kernels.compose import compose
-    from dora_kernels.kernels.factor_grads import factor_grads
-    from dora_kernels.kernels.norm import weight_norm
-    from dora_kernels.kernels.scale_reduce import scale_reduce
-
-    ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-    g = torch.ones(16, device=device)
-    scaled, _, _ = scale_reduce(ones, ones, g, True, True)
-    assert scaled is not None
-    found = {
-        "weight_norm": (weight_norm(ones, ones, ones, 1.0), 4 * 17.0),
-        "weight_norm in float32": (weight_norm(ones.float(), ones.float(), ones.float(), 1.0), 4 * 17.0),
-        "compose": (compose(ones, ones, ones, g, None, 1.0, True), 17.0),
-        "scale_reduce": (scaled, 1.0),
-        "factor_grads": (factor_grads(ones.float(), ones, g.view(1, 16), g, g, 1.0, None)[1], 17.0),
-    }
-    for name, (result, expected) in found.items():
-        if not torch.allclose(result.float(), torch.full_like(result.float(), expected)):
-            raise RuntimeError(f"{name} of ones came out as {float(result.flatten()[0])}, expected {expected}")

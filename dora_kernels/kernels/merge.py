@@ -1,12 +1,12 @@
 """Merge: ``g (W + s B A)`` with ``g = m / |W + s B A|`` per row, or without g, in W's dtype: one kernel.
 
-Shapes: W and the merged weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; m ``[N]``. Along "in" the problem
-is the transposed one, ``(W.T, B.T, A.T)``.
+Shapes: W and the merged weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; m ``[N]``. Along "in" this is the
+transposed problem, ``(W.T, B.T, A.T)``.
 
-A program sweeps over its rows twice (`norm.sweep`): for their norm, and to write them. Where there is no magnitude the
-second is all. Computed in float32, rounded once, with a seed stochastically (rounding.py).
+A program sweeps over its rows twice (`norm.sweep`): first for their norm, then to write them. Without a magnitude there
+is only the second sweep. Computed in float32 and rounded once, stochastically if there is a seed (rounding.py).
 
-Bytes: W read and written once in memory, and once more read, from the cache where a program's rows fit there.
+Bytes: W is read and written once in memory, and read once more, from the cache if a program's rows fit there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def merge_kernel(
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of the merged weight; a row of zeros stays one."""
+    """BLOCK_N rows of the merged weight. A row of zeros stays zero."""
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     g = tl.full((BLOCK_N,), 1.0, tl.float32)
@@ -66,7 +66,7 @@ def merge(
     seed: int | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """`torch_backend.merge`."""
+    """The same as `engine.blocked.merge`."""
     N, K = weight.shape
     R = lora_A.shape[0]
     merged = torch.empty_like(weight)

@@ -1,15 +1,15 @@
-"""Weight norm: ``n_i = sqrt(Σ_k (W[i, k] + s Σ_r B[i, r] A[r, k])²)``, in one read of W where no digits are lost.
+"""Weight norm: ``n_i = sqrt(Σ_k (W[i, k] + s Σ_r B[i, r] A[r, k])²)``, in one read of W unless digits are lost.
 
 Shapes: W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; n ``[N]`` float32. Column norms are the row norms of
 ``(W.T, B.T, A.T)``.
 
-A program forms tiles of ``W + s B A`` for BLOCK_N rows in registers, the product on the matrix units, squares them and
-sums in float32: nothing of W's size is written. Where a product in pieces cancels most of what is summed, the program
-sweeps over its tiles once more with all pieces. K is split among programs where N alone gives too few; each writes the
-norm of its part, and a second kernel takes the norm of those: no atomics, the same bits every run.
+A program forms tiles of ``W + s B A`` for BLOCK_N rows in registers, with the product on the matrix units, squares them
+and sums in float32. Nothing as large as W is written. If a product in pieces cancels most of the sum, the program
+sweeps over its tiles once more with all pieces. K is split among programs if N alone gives too few. Each writes the
+norm of its part, and a second kernel combines those: no atomics, the same bits every run.
 
-Bytes: N·K of W, plus A once per block of rows and B once per split, or once per tile where the rank exceeds BLOCK_R
-(both from the L2 cache), plus 8·N·splits. Above a rank the factored form is taken instead (factored.py).
+Bytes: N·K of W, plus A once per block of rows and B once per split, or once per tile if the rank exceeds BLOCK_R
+(both from the L2 cache), plus 8·N·splits. Above a certain rank the factored form is used instead (factored.py).
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def sweep(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
     seed=None, index_n=0, index_k=0,
 ):  # fmt: skip
-    """``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows: each row's ``Σ_k V²`` and terms.
+    """Form ``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows. Returns each row's ``Σ_k V²``
+    and terms.
 
-    The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is summed from; they are taken where three products
-    make it up. Where `merged_ptr` is given, ``row_scale * V`` is written there, rounded stochastically where there is a
-    seed, by ``n * index_n + k * index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
+    The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is summed from. They are computed only if three
+    products make up the product. If `merged_ptr` is given, ``row_scale * V`` is written there, rounded stochastically
+    if there is a seed, with the element's index ``n * index_n + k * index_k``. HOLD_B: the rank fits in BLOCK_R, and
+    B's rows are held across the loop.
     """
-    # 16-bit factors of one dtype are multiplied as they are, everything else as float32 in pieces.
+    # 16-bit factors of the same dtype are multiplied as they are, all others as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
     b_rows = b_ptr + offs_n[:, None] * stride_bn
@@ -124,9 +126,8 @@ def weight_norm_kernel(
 ):  # fmt: skip
     """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows.
 
-    A program has nothing to do, and does nothing, where `changed_ptr` is given and none of its `shares` flags is set
-    (kept.py; there infinity stands for 0, as dividing by a norm wants it), or with REPAIR where none of its norms is
-    negative (factored.py).
+    A program exits without writing if `changed_ptr` is given and none of its `shares` flags is set (kept.py; 0 is then
+    written as infinity, ready to divide by), or with REPAIR if none of its norms is negative (factored.py).
     """
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     split = tl.program_id(1)
@@ -151,7 +152,7 @@ def weight_norm_kernel(
         PRODUCTS, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
     )  # fmt: skip
     if PRODUCTS == 3:
-        # Where most of the terms cancel, the products' error counts: once more, in all pieces.
+        # If most of the terms cancel, the products' errors matter: compute again with all pieces.
         lost = mask_n & (total < CANCELLATION * terms)
         stop = tl.where(tl.max(lost.to(tl.int32), 0) > 0, stop, start)
         exact, _ = sweep(
@@ -185,7 +186,10 @@ def combine_kernel(parts_ptr, norm_ptr, N, parts, BLOCK: tl.constexpr):
 def weight_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
 ) -> Tensor:
-    """Row norms of ``W + s B A``, float32 ``[N]``. `weight_square`: ``|W|²`` per row, which the factored form needs."""
+    """Row norms of ``W + s B A``, float32 ``[N]``.
+
+    `weight_square` is ``|W|²`` per row, which the factored form needs.
+    """
     if is_factored(weight, lora_A, lora_B):
         return factored_norm(weight, lora_A, lora_B, scaling, weight_square)
     return direct_norm(weight, lora_A, lora_B, scaling)
@@ -208,7 +212,7 @@ def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
 def factored_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
 ) -> Tensor:
-    """The norm from matrices of rank r, and directly where digits were lost."""
+    """The norm from matrices of rank r; rows that lost digits are computed directly."""
     if weight_square is None:
         weight_square = row_square(weight)
     norm = factored_rows(weight, lora_A, lora_B, scaling, weight_square)
@@ -217,7 +221,7 @@ def factored_norm(
 
 
 def repair_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    """Compute the negative ones among the norms, in place, without the host knowing which."""
+    """Compute the negative norms, in place. The host does not need to know which."""
     plan, grid = _plan(*_described(weight, lora_A, lora_B), repair=True)
     launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, norm, None), (0, float(scaling)))
 
@@ -225,9 +229,9 @@ def repair_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, sc
 def renew_divisor(
     divisor: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, changed: Tensor
 ) -> None:
-    """Compute the norm, with infinity in place of 0, into `divisor` where one of the flags `changed` is set.
+    """Recompute the norm, infinity in place of 0, into `divisor` if one of the flags `changed` is set.
 
-    In one launch, so with K in one part: it rarely has anything to do.
+    It is one launch, so K is not split. It rarely has anything to do.
     """
     shares = changed.numel()
     plan, grid = _plan(*_described(weight, lora_A, lora_B), shares=1 << (shares - 1).bit_length())
@@ -241,7 +245,7 @@ def row_square(weight: Tensor) -> Tensor:
 
 
 def _described(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Any, ...]:
-    """What `_plan` is told of these tensors."""
+    """The arguments that `_plan` gets for these tensors."""
     return (
         *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype, lora_B.dtype,
         (*weight.stride(), *lora_A.stride(), *lora_B.stride()),
@@ -261,9 +265,9 @@ def _plan(
     shares: int = 0,
     repair: bool = False,
 ) -> tuple[Plan, tuple[int, int]]:
-    """A plan and its grid: one program for a span of columns, a multiple of BLOCK_K, of BLOCK_N rows.
+    """A plan and its grid. One program handles BLOCK_N rows and a span of columns, a multiple of BLOCK_K.
 
-    K is split where N alone gives fewer than `programs`. `shares`: how many flags a program looks at, at most.
+    K is split if N alone gives fewer than `programs`. `shares`: the most flags that a program reads.
     """
     products = norm_products(weight, lora_A, lora_B, K, exact=repair)
     config = norm_config(R, products)

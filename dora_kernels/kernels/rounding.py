@@ -1,8 +1,9 @@
-"""Stochastic rounding of tiles: the same words for the same elements, and the same results, as `dora_kernels.rounding`.
+"""Stochastic rounding of tiles: the same random words for the same elements, and the same results, as
+`dora_kernels.rounding`.
 
-A merge alone rounds so. Every element computes its own four words and takes one of them: about 100 integer instructions
-where W's two passes are 6 bytes, on a GPU still in the order of the memory's time, and no tile has to begin at a
-multiple of four.
+Only a merge rounds this way. Every element computes its own four words and uses one of them: about 100 integer
+instructions, while W's two passes are 6 bytes. On a GPU that is still in the order of the memory's time, and no tile
+has to begin at a multiple of four.
 """
 
 import triton
@@ -11,9 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def draw(seed, index):
-    """The word of 32 bits of each element: word ``index % 4`` of Philox 4x32-10, key seed, counter ``index // 4``."""
+    """The 32-bit word of each element: word ``index % 4`` of Philox 4x32-10 with key `seed`, counter ``index // 4``."""
     counter = index >> 2
-    # In words of 32 bits: of a counter of 64 some versions of `tl.randint4x` make another generator's words of 64.
+    # In 32-bit words: with a 64-bit counter some versions of `tl.randint4x` use another generator, with 64-bit words.
     low, high = counter.to(tl.uint32), (counter.to(tl.int64) >> 32).to(tl.uint32)
     zero = low * 0
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
@@ -24,10 +25,11 @@ def draw(seed, index):
 
 @triton.jit
 def round_by_words(x, words, dtype: tl.constexpr):
-    """float32 x as float32 numbers that `dtype` has, but for those beyond its largest, which are left as they are.
+    """Round float32 x to numbers that `dtype` has, still as float32. Numbers beyond its largest are left unchanged.
 
-    Away from zero where the word is below 2**32 times the fraction of the step, in integers: float32 has 16 bits more
-    than bfloat16, with the same exponents, and 13 more than the normal numbers of float16.
+    A number rounds away from zero if its word is below 2**32 times its fraction of the step. This is integer
+    arithmetic: float32 has 16 bits more than bfloat16, with the same exponents, and 13 more than the normal numbers of
+    float16.
     """
     DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
     LARGEST: tl.constexpr = 0x7F7F0000 if dtype == tl.bfloat16 else 0x477FE000
@@ -36,7 +38,7 @@ def round_by_words(x, words, dtype: tl.constexpr):
     fraction = (bits << (32 - DROPPED)).to(tl.uint32, bitcast=True)
     steps = ((bits >> DROPPED) + (words < fraction).to(tl.int32)) << DROPPED
     if dtype == tl.float16:
-        # Below 2**-14, subnormal, all are multiples of 2**-24. The sign, which -0 has too, is put back as a bit.
+        # Numbers below 2**-14 are subnormal: multiples of 2**-24. The sign, which -0 has too, is put back as a bit.
         subnormal = size < 0x38800000
         small = tl.where(subnormal, tl.abs(x), 0.0) * 16777216.0
         whole = tl.floor(small)

@@ -1,10 +1,11 @@
 """Scale and reduce: ``g * grad``, ``Σ_t grad * other`` and ``Σ_t grad`` in one pass over grad and other.
 
 Shapes: grad, other and the scaled gradient ``[M, F]``, g ``[F]`` float32, the sums over tokens ``[F]`` float32.
-Along "out" grad is dy and other the base product (Ĝ, dm and db); along "in" they are the gradient of ``x * g`` and x.
+Along "out" grad is dy and other the base product (for g * dy, dm and db). Along "in" they are the gradient of ``x * g``
+and x.
 
-A program walks down a strip of rows of BLOCK_F columns, keeping its sums in registers, and writes them as one row of
-partials; a second sum adds those: no atomics, the same bits every run.
+A program walks down a strip of rows of BLOCK_F columns, keeps its sums in registers, and writes them as one row of
+partial sums. A second sum adds those: no atomics, the same bits every run.
 
 Bytes: 2 or 3 times M·F, plus 8·F per strip.
 """
@@ -30,7 +31,7 @@ def scale_reduce_kernel(
     M, span,
     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``[strip * span, (strip + 1) * span)`` of BLOCK_F columns; absent results are None pointers."""
+    """Rows ``[strip * span, (strip + 1) * span)`` of BLOCK_F columns. Pointers of unwanted results are None."""
     offs_f = (tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     mask_f = offs_f < F
     strip = tl.program_id(1).to(tl.int64)
@@ -59,7 +60,11 @@ def scale_reduce_kernel(
 def scale_reduce(
     grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`torch_backend.scale_reduce`. grad and other have adjacent columns; g is contiguous."""
+    """One pass over ``grad [M, F]``: ``(g * grad, Σ_t grad * other, Σ_t grad)``.
+
+    The scaled gradient is in grad's dtype, the sums over tokens are float32 ``[F]``. Each is None if not wanted (the
+    second if `other` is None). The columns of grad and other are adjacent in memory; g is contiguous.
+    """
     scaled, dot, total = scale_partials(grad, other, g, want_scaled, want_sum)
     return scaled, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
 
@@ -67,7 +72,7 @@ def scale_reduce(
 def scale_partials(
     grad: Tensor, other: Tensor | None, g: Tensor | None, want_scaled: bool, want_sum: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`scale_reduce`, its two sums still to be taken over strips: ``[strips, features]``."""
+    """The same as `scale_reduce`, but its two sums are still partial, one row per strip: ``[strips, features]``."""
     M, F = grad.shape
     if other is not None and other.stride()[1] != 1:
         other = other.contiguous()

@@ -1,8 +1,8 @@
-"""One question for a whole model: which of many groups of tensors hold other bits than they did.
+"""Check a whole model at once: which of many groups of tensors have changed since the last call.
 
-A table on the device has a row for every chunk of a tensor: where it lies, how, and whose it is. One launch, a program
-for each row, takes the chunk's fingerprint (fingerprint.py), compares it with that of the last call, and writes the
-number of the call into the flag of its group where they differ. The host reads the flags, once.
+A table on the device has one row for every chunk of a tensor: its address, its layout, and its group. One launch, with
+a program per row, takes the chunk's fingerprint (fingerprint.py) and compares it with that of the last call. If they
+differ it writes the number of the call into the group's flag. The host reads the flags once.
 
 Bytes: every watched element, 64 of the table and 8 to 16 of the fingerprints for each chunk of at most 64 KiB, and 4
 for each group, which the host reads too.
@@ -24,7 +24,7 @@ from dora_kernels.kernels.config import watch_config
 from dora_kernels.kernels.fingerprint import bits_of, terms
 from dora_kernels.kernels.launch import Plan, launch
 
-# Ways in which a chunk lies in memory.
+# How a chunk is laid out in memory.
 _HALVES, _WORDS, _ALIGNED_WORDS = range(3)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit(do_not_specialize=["call"])
 def compare_chunks(table_ptr, seen_ptr, flags_ptr, call, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A chunk's fingerprint against what it was; `call` is written into its group's flag where they differ."""
+    """Compare a chunk's fingerprint with the last one; if they differ, write `call` into its group's flag."""
     pid = tl.program_id(0).to(tl.int64)
     row = table_ptr + pid * 8
     address = tl.load(row)
@@ -47,7 +47,7 @@ def compare_chunks(table_ptr, seen_ptr, flags_ptr, call, CHUNK: tl.constexpr, BL
     second = tl.zeros((BLOCK,), tl.int32)
     lanes = tl.arange(0, BLOCK)
     if layout == 2:
-        # Blocks that are whole need no mask, which keeps loads at 16 bytes.
+        # Whole blocks need no mask, which keeps loads at 16 bytes.
         words = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16) + tl.multiple_of(start, 16)
         whole = (stop - start) // BLOCK * BLOCK
         for at in range(0, whole, BLOCK):
@@ -81,21 +81,21 @@ def compare_chunks(table_ptr, seen_ptr, flags_ptr, call, CHUNK: tl.constexpr, BL
 
 
 class Watch:
-    """Tells which groups of tensors have changed since it was last asked.
+    """Tells which groups of tensors have changed since the last call.
 
-    It sees every write, by whatever means, to what it watches, but for one that leaves a chunk's fingerprint of 64 bits
-    as it was, which for random changes happens once in 2**64. It does not see a change that is undone before the next
-    call, one that is not yet in order with the current stream, or a tensor put in another's place: `holds` tells that.
+    It detects every write, by any means, unless a chunk's 64-bit fingerprint stays the same, which happens to random
+    changes once in 2**64. It does not detect a change that is undone before the next call, a write that is not yet
+    ordered with the current stream, or a tensor that was replaced by another one; `holds` detects the latter.
 
-    It keeps the tensors' memory alive, but memory that their storages give up (``storage.resize_(0)``, as sharding
-    libraries do) may not be read: ask `holds` before `changed` where that can be.
+    It keeps the tensors' memory alive. But memory that their storages give up (``storage.resize_(0)``, as sharding
+    libraries do) must not be read: call `holds` before `changed` if that can happen.
 
     Args:
-        groups: For each group its tensors, float32, bfloat16 or float16, all on one device; of any strides where they
-            have at most two dimensions, else dense.
+        groups: For each group its tensors: float32, bfloat16 or float16, all on one device, of any strides if they have
+            at most two dimensions, else dense.
 
     Raises:
-        ValueError: a dtype, device or layout is another.
+        ValueError: a tensor has another dtype, device or layout.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -112,12 +112,12 @@ class Watch:
         self._in_order = threading.Lock()
 
     def changed(self) -> list[int]:
-        """The indices of the groups that hold other bits than at the last call; at the first call all.
+        """Return the indices of the groups that have changed since the last call; at the first call, of all groups.
 
         The host waits for the device.
         """
         with self._in_order:
-            asked, self._asked = self._asked, False  # if anything fails here, what was seen is not known
+            asked, self._asked = self._asked, False  # on a failure the fingerprints are unknown
             self._call = self._call % 0x7FFFFFFF + 1
             if len(self._table):
                 tensors = self._table, self._seen, self._flags
@@ -129,20 +129,20 @@ class Watch:
         return [index for index, call in enumerate(flags) if call == self._call] if self._call in flags else []
 
     def holds(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """True if these are the groups that it was made for: tensors of the same addresses, shapes and strides."""
+        """True if these are the same groups: tensors with the same addresses, shapes and strides."""
         return self._sizes == [len(group) for group in groups] and self._known == [
             _described(one) for group in groups for one in group
         ]
 
     def _rows(self, tensor: Tensor, group: int) -> Iterator[tuple[int, ...]]:
-        """The table's rows of a tensor."""
+        """Yield the table's rows for a tensor."""
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"groups[{group}]: expected float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.device != self._device:
             raise ValueError(f"groups[{group}]: expected all tensors on {self._device}, got one on {tensor.device}")
         address, elements, halves = tensor.data_ptr(), tensor.numel(), tensor.element_size() == 2
         if torch.ops.aten.is_non_overlapping_and_dense(tensor):
-            # In the order of memory; two elements of 16 bits are read as one of 32.
+            # In the order of memory; two 16-bit elements are read as one 32-bit word.
             pairs = halves and address % 4 == 0
             if pairs and elements % 2:
                 yield (address + 2 * elements - 2, _HALVES, 0, 1, 1, 0, 1, group)

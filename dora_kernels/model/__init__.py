@@ -1,1 +1,1 @@
-"""Adapters in a model: which layers are adapted, exchanged, merged, and how strongly they work."""
+"""Adapters in a model: choose the adapted layers, replace them, merge them, and set their strength."""

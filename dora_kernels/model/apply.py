@@ -1,4 +1,4 @@
-"""Adapters in a model: `apply_dora` and what goes with it, for any `nn.Module`."""
+"""`apply_dora` and related functions: adapters in any `nn.Module`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dora_kernels.core.patterns import ByName
 from dora_kernels.model.saving import unwatch_saving, watch_saving
 from dora_kernels.model.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 from dora_kernels.modules import AdaptedLayer
-from dora_kernels.modules.conv import CONFINED
+from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.rounding import seed_for
 
 
@@ -37,36 +37,49 @@ def apply_dora(
     backend: str = "auto",
     adapter_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Put an adapted layer in the place of every layer of `model` that the patterns name.
+    """Replace every layer of `model` that the patterns name by an adapted layer.
 
-    The layers become base layers, shared and frozen; nothing else is frozen (`mark_only_dora_trainable`). A layer that
-    the model holds under several names is adapted once, for all of them. Layers that share a weight each get an adapter
-    of their own. ``save_pretrained`` of a model of transformers or diffusers warns as long as it is adapted, for
-    ``from_pretrained`` cannot read what it writes: `save_adapter` saves the adapter, `merge_all` makes a plain model.
+    The replaced layers become base layers, shared and frozen. Nothing else is frozen: call `mark_only_dora_trainable`
+    for that. A layer that the model holds under several names is adapted once, for all of them. Layers that share a
+    weight each get an adapter of their own.
+
+    As long as a model of transformers or diffusers is adapted, its ``save_pretrained`` warns, since ``from_pretrained``
+    cannot read what it writes. `save_adapter` saves the adapter, and `merge_all` makes a plain model.
 
     Args:
-        model: changed in place; of a compiled, `DataParallel` or `DistributedDataParallel` one that within.
+        model: changed in place. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the
+            model in it.
         target_modules: as PEFT's: a regular expression that matches whole names, or names or ends of names, or
-            "all-linear": every linear layer but the model's output embeddings (``get_output_embeddings``), the
-            projections inside `nn.MultiheadAttention`, which reads their weights itself, and what cannot be adapted,
-            as quantised layers and those whose weights the modules around them read (Mamba's ``out_proj``), of which
-            a warning gives names and reasons, and of parameters that are many matrices in one (experts).
-        rank, alpha, dropout, use_rslora, magnitude_axis, detach_norm, eps, backend, adapter_dtype: as `DoRALinear`.
-        rank_pattern, alpha_pattern: other values for some layers, as PEFT's: keys are regular expressions that match
-            the end of a name, from a dot on; the first that does counts.
+            "all-linear", which is every linear layer but the model's output embeddings (``get_output_embeddings``) and
+            the projections inside `nn.MultiheadAttention`, which reads their weights itself. "all-linear" leaves out
+            what cannot be adapted, and a warning gives names and reasons: quantised layers, layers whose weights the
+            modules around them read (Mamba's ``out_proj``), and parameters that are many matrices in one (experts).
+        rank: of the factors, at least 1.
+        alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`. None:
+            scaling 1.
+        rank_pattern: other ranks for some layers, as PEFT's: keys are regular expressions that match the end of a name,
+            from a dot on; the first that matches counts.
+        alpha_pattern: other values of alpha for some layers, by the same keys.
         exclude_modules: as `target_modules`, of layers to leave out.
+        dropout: probability, on the input of the low-rank branch only, in training.
+        use_rslora: divide alpha by the root of the rank instead of the rank.
         use_dora: False puts plain LoRA on linear layers (`LoRALinear`).
+        magnitude_axis: "out", a magnitude per output feature, or "in", per input feature.
+        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        eps: added to the norm.
+        backend: as `dora_linear`.
+        adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
 
     Returns:
-        The names of the adapted layers, in the model's order. A warning says which of the patterns match nothing, and
-        which layers are convolutions with groups, whose adapters no file holds.
+        The names of the adapted layers, in the model's order. A warning names patterns that match nothing, and
+        convolutions with groups, whose adapters cannot be saved to a file.
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
             `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or GPT-2's `Conv1D` (plain LoRA: the linear ones); a module around
             it reads its weight itself (`weight_readers`); or an argument of the wrong type.
-        ValueError: nothing is named; a layer is adapted already, parametrized, or has hooks, which would no longer
-            run, or its weight is on the meta device or not finite; an argument out of range. The model is as it was
+        ValueError: nothing is named; a layer is adapted already or parametrized, or has hooks, which would no longer
+            run; its weight is on the meta device or not finite; or an argument is out of range. The model is as it was
             then.
     """
     model = unwrapped(model)
@@ -85,9 +98,9 @@ def apply_dora(
             own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
             layers[module] = adapted_layer(module, name, use_dora, **own, **options)
         notes += ranks.unmatched(found.values()) + alphas.unmatched(found.values())
-        confined = [found[module] for module, layer in layers.items() if layer._confined]
-        if confined:
-            notes.append(f"{', '.join(confined)}: {CONFINED}")
+        unmergeable = [found[module] for module, layer in layers.items() if layer._cannot_be_merged]
+        if unmergeable:
+            notes.append(f"{', '.join(unmergeable)}: {CANNOT_BE_MERGED}")
         for note in notes:
             warnings.warn(note, stacklevel=2)
     except BaseException:
@@ -101,21 +114,36 @@ def apply_dora(
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers of `model` by name; one that has several names by its first.
+    """The adapted layers of `model` by name.
 
-    Names are those of the model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    Args:
+        model: any module. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the model
+            in it.
+
+    Returns:
+        The layers in the model's order; one that has several names by its first.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     places = places_of(model)
     return {names[0]: module for module, names in places.items() if isinstance(module, AdaptedLayer)}
 
 
 def remove_dora(model: nn.Module) -> nn.Module:
-    """Put the base layers back, unmerged, under every name, and forget the adapters.
+    """Put the base layers back, unmerged, under all their names, and forget the adapters.
 
-    What trained of them before they were adapted trains again; the rest stays as `mark_only_dora_trainable` left it.
+    Parameters of the base layers that trained before train again. All others stay as `mark_only_dora_trainable` left
+    them.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        `model`.
 
     Raises:
-        ValueError: `model` has no adapted layers, or is one itself.
+        ValueError: `model` has no adapted layers, or is an adapted layer itself.
     """
     layers = _layers(model)
     places = places_of(model)
@@ -128,26 +156,32 @@ def remove_dora(model: nn.Module) -> nn.Module:
 
 
 def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.Module:
-    """Merge every adapted layer, at its strength, and put its base layer in its place: a model without adapters.
+    """Merge every adapted layer, at its strength, and put its base layer back: a model without adapters.
 
-    Layer by layer, each replaced as soon as it is merged, so that no copy of the model is kept. What trains afterwards
-    is as `remove_dora` says.
+    Each layer is replaced as soon as it is merged, so that no copy of the model is kept. Parameters train afterwards as
+    after `remove_dora`.
 
     Args:
-        rounding, seed: as `merge_dora`; each layer draws by its own name (`rounding.seed_for`).
+        model: changed in place.
+        rounding: "nearest" or "stochastic", as in `merge_dora`.
+        seed: of stochastic rounding, in ``[0, 2**63)``; each layer draws by its own name (`rounding.seed_for`).
+
+    Returns:
+        `model`.
 
     Raises:
-        TypeError, ValueError: as `merge_dora`.
-        ValueError: `model` has no adapted layers, or is one itself; an adapter cannot be merged; or a layer's weight is
-            another layer's as well (tied embeddings), which merging would change. The model is as it was then.
+        TypeError: `seed` is no int.
+        ValueError: `rounding` or `seed` does not fit; `model` has no adapted layers, or is one itself; an adapter
+            cannot be merged; or a layer's weight is another layer's as well (tied embeddings), which merging would
+            change. The model is as it was then.
     """
     validation.check_rounding(rounding, seed)
     layers = _layers(model)
     places = places_of(model)
     for name, layer in layers.items():
-        refusal = None if layer.merged else layer._merge_refusal()
-        if refusal is not None:
-            raise ValueError(f"{name}: the layer cannot be merged: {refusal}")
+        reason = None if layer.merged else layer._unmergeable_reason()
+        if reason is not None:
+            raise ValueError(f"{name}: the layer cannot be merged: {reason}")
     _check_untied(model, layers)
     for name, layer in layers.items():
         if not layer.merged:
@@ -158,7 +192,10 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
 
 
 def mark_only_dora_trainable(model: nn.Module) -> None:
-    """Freeze every parameter of `model` but those of its adapters, which train.
+    """Freeze every parameter of `model` except those of its adapters, which train.
+
+    Args:
+        model: changed in place.
 
     Raises:
         ValueError: `model` has no adapted layers.
@@ -172,16 +209,18 @@ def mark_only_dora_trainable(model: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSummary:
-    """How many of a model's parameters train. ``str()`` gives a line as PEFT's ``print_trainable_parameters``."""
+    """How many of a model's parameters train. ``str()`` gives the line of PEFT's ``print_trainable_parameters``."""
 
     trainable: int
+    """The number of parameters that train."""
     total: int
+    """The number of all parameters."""
     layers: dict[str, int]
-    """Of each adapted layer, those that train."""
+    """The number of parameters that train in each adapted layer, by the layer's name."""
 
     @property
     def share(self) -> float:
-        """Trainable over all, 0 of a model without parameters."""
+        """Trainable over all parameters; 0 for a model without parameters."""
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -192,16 +231,30 @@ class TrainableSummary:
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Counts of parameters; one that the model holds several times counts once."""
+    """Count a model's parameters, and those that train.
+
+    Args:
+        model: with or without adapted layers. A parameter that it holds several times counts once.
+
+    Returns:
+        The counts; ``print`` shows them in one line.
+    """
     per_layer = {name: _trainable(layer) for name, layer in adapted_layers(model).items()}
     return TrainableSummary(_trainable(model), sum(p.numel() for p in model.parameters()), per_layer)
 
 
 def dora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, ``<layer>.lora_A.weight`` and so on, as `AdaptedLayer.state_names` has them.
+    """Return the adapters' tensors only: ``<layer>.lora_A.weight`` and so on, named by `AdaptedLayer.state_names`.
 
-    ``model.load_state_dict(..., strict=False)`` takes them; of a wrapped model (`adapted_layers`) it is the inner one's
-    (``compiled._orig_mod``, ``ddp.module``). They are the parameters' own, detached and not copied.
+    ``model.load_state_dict(..., strict=False)`` takes them; for a wrapped model call the inner one's
+    (``compiled._orig_mod``, ``ddp.module``).
+
+    Args:
+        model: any module. A wrapper (`torch.compile`, `DataParallel`, `DistributedDataParallel`) stands for the model
+            in it.
+
+    Returns:
+        The parameters by name, detached and not copied.
     """
     return {
         f"{name}.{key}" if name else key: parameter.detach()
@@ -224,10 +277,10 @@ def _layers(model: nn.Module, itself: bool = False) -> dict[str, AdaptedLayer]:
 
 
 def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
-    """Whether nothing but its layer holds a weight that is to be written."""
+    """Raise ValueError if a weight that merging would write is also held outside its layer."""
     inside = tuple(f"{name}." for name, module in named_modules(model) if isinstance(module, AdaptedLayer))
     pairs = [(name, layer.base_layer.weight) for name, layer in layers.items()]
-    for module, names in places_of(model).items():  # a base layer may be held outside as well
+    for module, names in places_of(model).items():  # a base layer may also be held outside
         outside = next((name for name in names if not f"{name}.".startswith(inside)), None)
         if outside is not None:
             pairs += [(f"{outside}.{key}", p) for key, p in module.named_parameters(recurse=False)]

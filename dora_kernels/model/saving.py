@@ -1,7 +1,7 @@
-"""A warning where ``save_pretrained`` would write a model that ``from_pretrained`` cannot read whole.
+"""Warn if ``save_pretrained`` would write a model that ``from_pretrained`` cannot read completely.
 
-transformers and diffusers load a class's own layers: of an adapted layer's tensors, ``<layer>.base_layer.weight`` and
-the adapter's, they know none, and leave the layer with random weights.
+transformers and diffusers load only the layers that a class itself creates. They do not know the tensors of an adapted
+layer, ``<layer>.base_layer.weight`` and the adapter's, and leave the layer with random weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME = "save_pretrained"
 
 
 def watch_saving(model: nn.Module, names: Iterable[str]) -> None:
-    """Have ``save_pretrained`` of the modules around the layers `names` warn, on these objects alone."""
+    """Make ``save_pretrained`` of all modules that contain the layers `names` warn, on these objects only."""
     prefixes = {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(len(parts))}
     for module in (submodule(model, prefix) for prefix in prefixes):
         if callable(getattr(type(module), _NAME, None)) and _NAME not in vars(module):
@@ -29,14 +29,17 @@ def watch_saving(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwatch_saving(model: nn.Module) -> None:
-    """Take the warnings of `watch_saving` away."""
+    """Remove the warnings of `watch_saving`."""
     for module in unwrapped(model).modules():
         if isinstance(vars(module).get(_NAME), _Warning):
             del vars(module)[_NAME]
 
 
 class _Warning:
-    """A module's ``save_pretrained`` that warns first. It does not keep the module, and is copied with it."""
+    """A module's ``save_pretrained`` with a warning before it.
+
+    It holds no reference to the module and is copied with it.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)

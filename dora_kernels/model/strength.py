@@ -1,4 +1,4 @@
-"""How strongly the adapters of a model work: `set_dora_strength`."""
+"""Set the strength of a model's adapters: `set_dora_strength`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from dora_kernels.model.apply import adapted_layers
 
 
 def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
-    """Let every adapted layer of `model` compute ``base + strength * (adapted - base)``.
+    """Make every adapted layer of `model` compute ``base + strength * (adapted - base)``.
 
-    The layers of this package (`AdaptedLayer`), and the DoRA adapters of PEFT's layers that `patch_peft` has patched.
-    0 is the base model exactly, 1 the adapter as it was trained; between and beyond them the outputs of each layer are
-    interpolated. (PEFT's ``set_scale`` moves the norm too: even at 0 the magnitude remains, as ``m / ||W||``.) Where
-    several adapters are active each is interpolated from what the one before it gave. Merging takes the strength of
-    the moment along. It is no part of the adapter's file; `with_strength` makes an adapter of it that is.
+    This sets the layers of this package (`AdaptedLayer`) and the DoRA adapters of the PEFT layers that `patch_peft` has
+    patched. 0 is the base model exactly, 1 the adapter as it was trained. Other values interpolate and extrapolate the
+    output of each layer. (PEFT's ``set_scale`` changes the norm too: even at 0 the magnitude remains, as
+    ``m / ||W||``.) Where several adapters are active, each is interpolated from the result of the one before it.
+
+    A merge applies the strength. Files do not record it: `with_strength` makes an adapter with the strength in it.
 
     Args:
         model: the model, changed in place.
         strength: any finite number.
-        adapter: the name of a PEFT adapter; None means all, and the layers of this package, whose adapters have none.
+        adapter: the name of a PEFT adapter. None means all of them, and the layers of this package, whose adapters have
+            no name.
 
     Raises:
-        TypeError: `model` is no module, or `strength` no number.
-        ValueError: `strength` is not finite, there is no such layer, `adapter` is no DoRA adapter of a patched layer,
-            or a layer is merged. No strength has changed then.
+        TypeError: `model` is not a module, or `strength` is not a number.
+        ValueError: `strength` is not finite, there is no such layer, `adapter` is not a DoRA adapter of a patched
+            layer, or a layer is merged. No strength has changed then.
     """
     own = adapted_layers(model)
     validation.check_strength(strength)
@@ -54,6 +56,6 @@ def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = N
 
 
 def _patched(model: nn.Module) -> list[tuple[str, str, Any, dict[str, float]]]:
-    # No layer is patched before this module is there, and importing it imports PEFT.
+    # No layer is patched before this module is imported, and importing it would import PEFT.
     state = sys.modules.get("dora_kernels.peft.state")
     return state.strengths_of(model) if state is not None else []

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted: its modules by name, whatever wraps it, what patterns name, what is refused."""
+"""Choose the layers to adapt: modules by name, without wrappers; name patterns; layers that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dora_kernels.modules import (
     DoRALinear,
     LoRALinear,
 )
-from dora_kernels.modules.conv import CONFINED
+from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.modules.linear import is_conv1d
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
@@ -34,15 +34,15 @@ _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module inside what `torch.compile`, `DataParallel` and `DistributedDataParallel` make of it.
+    """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     while True:
-        if "_orig_mod" in model._modules:  # torch.compile's; its class is not imported for this
+        if "_orig_mod" in model._modules:  # torch.compile's wrapper, found without importing its class
             model = model._modules["_orig_mod"]
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -51,7 +51,10 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each of its names, without wrappers (`unwrapped`) and their parts of the names."""
+    """Yield every module under each of its names.
+
+    Wrappers (`unwrapped`), and their parts of the names, are left out.
+    """
     model = unwrapped(model)
     yield prefix, model
     for name, child in model._modules.items():
@@ -60,7 +63,7 @@ def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """The module of a name of `named_modules`."""
+    """Return the module with the given name, as in `named_modules`."""
     module = unwrapped(model)
     for part in name.split(".") if name else ():
         module = unwrapped(module._modules[part])
@@ -68,7 +71,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module's names."""
+    """Map every module to its names."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in named_modules(model):
         places.setdefault(module, []).append(name)
@@ -76,7 +79,7 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
-    """Put a module under names, in the place of what is there and of what wraps it."""
+    """Put a module under the given names, in place of the modules there and of their wrappers."""
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(submodule(model, parent), child, module)
@@ -89,10 +92,10 @@ def chosen(
     exclude_modules: str | Iterable[str] | None,
     use_dora: bool,
 ) -> tuple[dict[nn.Module, str], list[str]]:
-    """The layers that the patterns name, with their names, of several the first that is named; and what to warn of.
+    """Return the layers that the patterns match, each with the first of its names that matches, and a list of warnings.
 
     Raises:
-        TypeError, ValueError: as `dora_kernels.apply_dora` of the patterns, and of layers that are named.
+        TypeError, ValueError: as `dora_kernels.apply_dora`, for the patterns and the matched layers.
     """
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     targets = [] if everything else _pattern(target_modules, "target_modules")
@@ -136,7 +139,10 @@ def chosen(
 
 
 def _stacks(model: nn.Module) -> list[str]:
-    """Parameters that are several matrices, as many linear layers in one, with their shapes; not of torch's layers."""
+    """Names and shapes of parameters that stack several matrices, as many linear layers in one.
+
+    Skips torch's own layers.
+    """
     return [
         f"{name}.{key} {list(parameter.shape)}" if name else f"{key} {list(parameter.shape)}"
         for name, module in named_modules(model)
@@ -149,7 +155,7 @@ def _stacks(model: nn.Module) -> list[str]:
 def _nothing(
     model: nn.Module, places: dict[nn.Module, list[str]], target_modules: Any, excluded: Any, use_dora: bool
 ) -> ValueError:
-    """Why no layer is named."""
+    """The error that says why no layer matches."""
     if type(model) in _KINDS or is_conv1d(model):
         kind = kind_of(model, use_dora)
         make = "from_linear" if issubclass(kind, LoRALinear) else "from_base"
@@ -179,7 +185,7 @@ def _matches(pattern: re.Pattern[str] | list[str], name: str) -> bool:
 
 
 def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument: str) -> list[str]:
-    """A sentence where some of a pattern is the name of nothing."""
+    """One sentence for each part of a pattern that matches no name."""
     if isinstance(pattern, re.Pattern):
         missed = [] if any(map(pattern.fullmatch, names)) else [pattern.pattern]
     else:
@@ -190,14 +196,14 @@ def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Also what is none of torch's, as quantised layers: it is left out with its reason, not in silence."""
+    """True for linear layers, including other libraries' (e.g. quantised ones), so that these are reported."""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     alike = all(isinstance(size, int) for size in sizes) and not module._modules
     return isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module) or alike
 
 
 def _no_linear_layers(model: nn.Module, places: dict[nn.Module, list[str]]) -> set[nn.Module]:
-    """What "all-linear" leaves out."""
+    """The modules that "all-linear" leaves out."""
     skipped = {
         child
         for module in places
@@ -216,9 +222,9 @@ def kind_of(module: nn.Module, use_dora: bool) -> type[AdaptedLayer]:
 
 
 def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) -> AdaptedLayer:
-    """A module's adapted layer (`from_base`), with its name in what is refused and without warnings of its own."""
+    """Make the adapted layer of a module (`from_base`). Errors name the layer; its own warnings are suppressed."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", re.escape(f"groups: {CONFINED}"))
+        warnings.filterwarnings("ignore", re.escape(f"groups: {CANNOT_BE_MERGED}"))
         try:
             return kind_of(module, use_dora).from_base(module, **options)
         except (TypeError, ValueError) as error:
@@ -226,7 +232,7 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
 
 
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:
-    """Whether the layer may be replaced, and has values that an adapter can start from."""
+    """Raise if the layer may not be replaced, or if its values are not there or not finite."""
     _check_bare(model, module, name)
     problem = _problem(model, module, name, use_dora, readers)
     if problem is not None:
@@ -235,12 +241,12 @@ def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, 
 
 
 def _parents(model: nn.Module, name: str) -> list[nn.Module]:
-    """From the nearest on."""
+    """The modules around a layer, innermost first."""
     return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
 
 
 def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
-    """Whether the layer has no adapter yet."""
+    """Raise if the layer has an adapter already."""
     around = [module, *_parents(model, name)]
     if any(isinstance(one, AdaptedLayer) for one in around):
         raise ValueError(f"{name}: the layer is adapted already")
@@ -251,7 +257,7 @@ def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
 def _problem(
     model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders
 ) -> Exception | None:
-    """Why a layer without adapter cannot have one, without its name."""
+    """Return the error, without the layer's name, if a layer without adapter cannot get one; else None."""
     parents = _parents(model, name)
     parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
@@ -286,7 +292,7 @@ def _problem(
 
 
 def _is_quantised(module: nn.Module, weight: nn.Parameter | None) -> bool:
-    """By its library, or a tensor of a class of its own as weight."""
+    """True if the layer's class is from a quantisation library, or its weight is of a tensor subclass."""
     if any(cls.__module__.partition(".")[0] in ("bitsandbytes", "hqq") for cls in type(module).__mro__):
         return True
     return weight is not None and type(weight) is not nn.Parameter and not nn.parameter.is_lazy(weight)
@@ -299,6 +305,6 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def check_loaded(layer: Any, name: str) -> None:
-    """Whether the weight of a base layer has values that an adapter can start from."""
+    """Raise if the weight of a base layer is on the meta device or not finite."""
     if layer.weight.is_meta:
         raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights before")

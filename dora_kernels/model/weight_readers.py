@@ -1,8 +1,9 @@
-"""Modules that read the weight of a layer inside them instead of calling it: an adapter of that layer would not run.
+"""Find modules that read the weight of a layer inside them instead of calling the layer. Its adapter would not run.
 
-Mamba's fused kernels take the weights of their projections, `nn.MultiheadAttention` that of its output, RWKV divides
-some in evaluation. Which layers a class reads is in its source: what its ``forward`` and the methods that this calls
-say of ``self.<layer>.weight``. Classes without source (built-in, or compiled ahead) count as readers of nothing.
+Mamba's fused kernels read the weights of their projections, `nn.MultiheadAttention` that of its output projection, and
+RWKV divides some weights in evaluation. The layers that a class reads are found in its source: every
+``self.<layer>.weight`` in its ``forward`` and in the methods that this calls. Classes without source (built-in, or
+compiled ahead of time) count as reading nothing.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from typing import Any
 
 from torch import nn
 
-# What may be asked of a weight without computing with it.
+# Attributes of a weight that can be read without computing with it.
 _HARMLESS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "is_cuda", "requires_grad"}
 _ASKING = {"isinstance", "hasattr", "type"}
 
 
 class WeightReaders:
-    """What modules read, found once for each."""
+    """The weights that modules read, determined once per module."""
 
     def __init__(self) -> None:
         self._found: dict[nn.Module, list[tuple[list[str], bool]]] = {}
 
     def of(self, parents: Iterable[nn.Module], name: str) -> nn.Module | None:
-        """The module that reads a layer's weight itself in some of its ways to compute; None if none does.
+        """Return the module that reads a layer's weight itself in at least one of its code paths, or None.
 
         Args:
-            parents: the modules that the layer is inside, from the nearest on.
-            name: the layer's, in the outermost.
+            parents: the modules around the layer, innermost first.
+            name: the layer's name in the outermost module.
         """
         parts = name.split(".")
         for depth, parent in enumerate(parents, 1):
@@ -47,7 +48,7 @@ class WeightReaders:
 
 
 def _reads(module: nn.Module) -> Iterator[tuple[list[str], bool]]:
-    """The names of layers whose weights a module reads, and whether they start at the module itself."""
+    """Yield names of layers whose weight a module reads. The flag is True if the name starts at the module itself."""
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
@@ -67,7 +68,7 @@ def _reads(module: nn.Module) -> Iterator[tuple[list[str], bool]]:
 
 
 def _functions(module: nn.Module, method: str) -> Iterator[types.FunctionType]:
-    """What a method is: the module's own, and its classes' up to the first that does not call ``super``."""
+    """Yield a method's functions: the module's own, then its classes' up to the first that does not call ``super``."""
     own = vars(module).get(method)
     held = [own.__func__ if isinstance(own, types.MethodType) else own]
     held += [vars(cls).get(method) for cls in type(module).__mro__ if cls not in (nn.Module, object)]
@@ -88,7 +89,7 @@ def _tree(function: types.FunctionType) -> ast.AST | None:
 
 
 def _found(node: ast.AST, module: nn.Module) -> Iterator[tuple[list[str], str]]:
-    """Chains of attributes that are read, without their first name, and that name."""
+    """Yield chains of attributes that are read, without their first name, and that first name."""
     if isinstance(node, ast.If) and (known := _decided(node.test, module)) is not None:
         for statement in node.body if known else node.orelse:
             yield from _found(statement, module)
@@ -110,7 +111,7 @@ def _found(node: ast.AST, module: nn.Module) -> Iterator[tuple[list[str], str]]:
 
 
 def _decided(test: ast.expr, module: Any) -> bool | None:
-    """What a condition is that asks for the module's settings alone (but its mode); None for any other."""
+    """The value of a condition that depends only on the module's settings (not its mode); None for any other."""
     for part in ast.walk(test):
         if isinstance(part, ast.Call | ast.NamedExpr | ast.Await | ast.Subscript):
             return None

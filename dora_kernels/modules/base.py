@@ -1,4 +1,4 @@
-"""What every adapted layer has: a frozen base layer, two factors, merging, a strength, a state under PEFT's names."""
+"""Base class of all adapted layers: a frozen base layer, two factors, merging, strength, a state under PEFT's names."""
 
 from __future__ import annotations
 
@@ -27,24 +27,26 @@ T = TypeVar("T")
 _OPTIONS = frozenset({
     "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps",
 })  # fmt: skip
-"""Of the adapter, among the keyword arguments of a layer that takes its base layer's beside them."""
+"""The keyword arguments that belong to the adapter; a layer's other keyword arguments go to its base layer."""
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen `base_layer` and an adapter of its weight: the base class of every layer here.
-
-    A kind of layer says how its tensors are the linear problem of docs/math.md (`_problem`) and what its forward is
-    (`_adapted`); the rest is written once, for the problem.
+    """A frozen `base_layer` and an adapter of its weight: the base class of every adapted layer.
 
     Attributes:
         base_layer: the layer that is adapted, frozen.
-        rank, alpha, use_rslora, scaling: the low-rank product is scaled by ``alpha / rank`` or ``alpha / sqrt(rank)``.
-        dropout: on the input of the low-rank branch.
+        rank: of the factors.
+        alpha: what the scaling is made from.
+        use_rslora: True if alpha is divided by the root of the rank.
+        scaling: factor of the low-rank product, ``alpha / rank`` or ``alpha / sqrt(rank)``.
+        dropout: the dropout module on the input of the low-rank branch.
         backend: as `dora_linear`.
     """
 
     kind: ClassVar[Any]
     """The class of the base layer."""
+    # A kind of layer says how its tensors are the linear problem of docs/math.md (`_problem`) and what its forward is
+    # (`_adapted`); the rest is written once, for the problem.
     base_layer: Any
     dropout: nn.Dropout
     rank: int
@@ -67,7 +69,10 @@ class AdaptedLayer(nn.Module):
         backend: str = "auto",
         adapter_dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
-        """Check and set what every layer has, freeze the base layer; device and dtype of the adapter."""
+        """Check and set the options that every layer has and freeze the base layer.
+
+        Returns the adapter's device and dtype.
+        """
         validation.check_options(rank, alpha, dropout, backend, adapter_dtype)
         rank = int(rank)
         self._check_base(base_layer, rank)
@@ -97,7 +102,7 @@ class AdaptedLayer(nn.Module):
     def _base_and_options(
         cls, base_layer: nn.Module | None, base_args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The base layer, given or made, and those of `options` that are the adapter's; the others are its own."""
+        """Return the base layer, given or made from the other `options`, and the adapter's part of `options`."""
         own = {name: options.pop(name) for name in _OPTIONS & options.keys()}
         if base_layer is None:
             base_layer = cls.kind(*base_args, **options)
@@ -106,24 +111,27 @@ class AdaptedLayer(nn.Module):
         return base_layer, own
 
     def _check_base(self, base_layer: Any, rank: int) -> None:
-        """Before it is frozen."""
+        """Check the base layer before it is frozen."""
         if not isinstance(base_layer, self.kind):
             raise TypeError(f"base_layer: expected a torch.nn.{self.kind.__name__}, got {type(base_layer).__name__}")
 
     def _start(self) -> None:
-        """Set the factors to their start, once they are there."""
+        """Set the factors to their initial values, once they exist."""
         self._reset_factors()
 
     @classmethod
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
         """Adapt an existing layer, which becomes the base layer (shared, not copied) and is frozen.
 
-        `options` are the class's own.
+        Args:
+            base: the layer.
+            rank: of the factors, at least 1.
+            **options: keyword arguments of the class.
 
         Raises:
-            TypeError: `base` is not of the kind that the class adapts, or an option of the wrong type.
-            ValueError: an option out of range, or a base layer with settings that cannot be adapted, or values that are
-                not finite.
+            TypeError: `base` is not a layer that the class adapts, or an option has a wrong type.
+            ValueError: an option is out of range, or the base layer has settings that cannot be adapted, or values that
+                are not finite.
         """
         if type(base) is not cls.kind:
             raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
@@ -136,27 +144,27 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, without the adapter, as PEFT's layers have it: models ask it for its dtype."""
+        """The base layer's weight, without the adapter, as in PEFT's layers: models ask it for its dtype."""
         weight: Tensor = self.base_layer.weight
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's."""
+        """The base layer's bias."""
         bias: Tensor | None = getattr(self.base_layer, "bias", None)
         return bias
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B, shaped as PEFT stores them."""
+        """A and B, in the shapes in which PEFT stores them."""
         raise NotImplementedError
 
     def _problem(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The base weight as ``[N, K]``, A as ``[r, K]``, B as ``[N, r]``: views where the memory allows."""
+        """The base weight as ``[N, K]``, A as ``[r, K]`` and B as ``[N, r]``: views if the memory layout allows."""
         raise NotImplementedError
 
     def _weights(self) -> Weights:
-        """The problem, with the magnitude as a vector and the bias."""
+        """The linear problem, with the magnitude as a vector and the bias."""
         return Weights(*self._problem(), None, self.bias)
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -164,7 +172,7 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def _base(self, x: Tensor) -> Tensor:
-        """What `_adapted` would be without the adapter, of every x that it takes: the base layer's output."""
+        """The base layer's output, for every x that `_adapted` accepts."""
         y: Tensor = self.base_layer(x)
         return y
 
@@ -175,8 +183,8 @@ class AdaptedLayer(nn.Module):
         """Write a weight ``[N, K]`` into the base layer."""
         self.base_layer.weight.copy_(merged)
 
-    def _merge_refusal(self) -> str | None:
-        """Why the base layer's weight cannot hold the adapter; None where it can."""
+    def _unmergeable_reason(self) -> str | None:
+        """Return the reason why the base layer's weight cannot hold the adapter, or None if it can."""
         for name, parameter in self.adapter_parameters().items():
             if parameter.is_meta:
                 return f"its {name} is on the meta device, without values"
@@ -185,16 +193,16 @@ class AdaptedLayer(nn.Module):
         return None
 
     @property
-    def _confined(self) -> bool:
-        """Whether no plain layer and no file can hold the adapter."""
+    def _cannot_be_merged(self) -> bool:
+        """True if the adapter can be neither merged nor saved."""
         return False
 
     def _merge_arguments(self) -> dict[str, Any]:
-        """What `merge_dora` is told beside the problem."""
+        """The arguments of `merge_dora` in addition to the problem."""
         return {"magnitude": None, "scaling": self.scaling, "backend": self.backend}
 
     def reset_adapter(self) -> None:
-        """Set the adapter to its start, at which the layer equals its base layer."""
+        """Set the adapter to its initial values, with which the layer equals its base layer."""
         self._reset_factors()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -203,17 +211,18 @@ class AdaptedLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base layer's weight holds the adapter at present."""
+        """True if the base layer's weight currently holds the adapter."""
         return self._unmerged is not None
 
     @property
     def strength(self) -> float:
-        """``y = base + strength * (adapted - base)``: 0 is the base layer bit for bit, 1 the adapter as it is.
+        """The factor k of ``y = base + k * (adapted - base)``: 0 is the base layer to the bit, 1 the adapter as it is.
 
-        Merging takes it along; it is no part of the state.
+        A merge applies it. It is not part of the state dict.
 
         Raises:
-            TypeError, ValueError: when set to something that is no finite number, or while the layer is merged.
+            TypeError: it is set to something that is no number.
+            ValueError: it is set to a number that is not finite, or while the layer is merged.
         """
         return self._strength
 
@@ -236,21 +245,23 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, rounding: str = "nearest", seed: int = 0) -> None:
-        """Write the adapted weight into the base layer, keeping the original on the CPU for `unmerge`.
+        """Write the adapted weight into the base layer. The original weight is kept on the CPU for `unmerge`.
 
         Args:
-            rounding, seed: as `merge_dora`.
+            rounding: "nearest" or "stochastic", as in `merge_dora`.
+            seed: of stochastic rounding, in ``[0, 2**63)``.
 
         Raises:
+            TypeError: `seed` is no int.
             ValueError: no weight of the base layer's can hold the adapter (a convolution with groups), or a value of
                 the adapter is not finite.
         """
         if self.merged:
-            warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # past no_grad
+            warnings.warn("the layer is merged already: nothing to do", stacklevel=3)  # skips no_grad's frame
             return
-        refusal = self._merge_refusal()
-        if refusal is not None:
-            raise ValueError(f"the layer cannot be merged: {refusal}")
+        reason = self._unmergeable_reason()
+        if reason is not None:
+            raise ValueError(f"the layer cannot be merged: {reason}")
         merged = self._merged_weight(rounding, seed)
         self._unmerged = self.base_layer.weight.detach().to("cpu", copy=True)
         self._write(merged)
@@ -266,11 +277,11 @@ class AdaptedLayer(nn.Module):
 
     @property
     def _drops(self) -> bool:
-        """Whether dropout is active."""
+        """True if dropout is active."""
         return self.training and self.dropout.p > 0.0
 
     def _release(self) -> nn.Module:
-        """The base layer as it is, merged or not, for good: what trained before it was adapted trains again."""
+        """Return the base layer as it is, merged or not, and let those of its parameters train that did before."""
         self._unmerged = None
         base: nn.Module = self.base_layer
         for name in self._thawed:
@@ -278,13 +289,20 @@ class AdaptedLayer(nn.Module):
         return base
 
     def _check_input(self, x: Tensor) -> None:
-        """Before anything is computed; what the base layer checks itself needs no check here."""
+        """Check x before anything is computed, for what the base layer does not check itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the base layer's.
+        """The base layer's forward with the adapter.
+
+        Args:
+            x: as the base layer takes it.
+
+        Returns:
+            As the base layer returns it.
 
         Raises:
-            TypeError, ValueError: x is nothing that the base layer takes.
+            TypeError: x is of a type that the base layer does not take.
+            ValueError: x is of a shape that the base layer does not take.
         """
         self._check_input(x)
         if self.merged or self._strength == 0.0:
@@ -295,7 +313,7 @@ class AdaptedLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before loading a state dict into it")
-        for name in self.state_names:  # with an adapter's name in it, as a PEFT model has it
+        for name in self.state_names:  # also accept names with an adapter's name in them, as in a PEFT model
             root = f"{prefix}{name.removesuffix('.weight')}."
             named = [key for key in state_dict if key.startswith(root) and not key.endswith(".bias")]
             if f"{prefix}{name}" not in state_dict and len(named) == 1:
@@ -314,16 +332,16 @@ class AdaptedLayer(nn.Module):
 
 
 class DoRALayer(AdaptedLayer):
-    """An `AdaptedLayer` with a magnitude, ``lora_magnitude_vector`` in PEFT's shape, also under the name `magnitude`.
+    """An `AdaptedLayer` with a magnitude: ``lora_magnitude_vector`` in PEFT's shape, and as a vector under `magnitude`.
 
-    It starts as the norm of the adapted weight (plus eps), exact to float32, so that a new layer equals its base layer.
+    It starts as the norm of the adapted weight (plus eps), exact to float32, so a new layer equals its base layer.
 
-    The norm is kept between calls while nothing it depends on changes; `dora_kernels.invalidate(layer)` after
+    The norm is kept between calls while nothing it depends on changes. Call `dora_kernels.invalidate(layer)` after
     writing weights in a way that PyTorch cannot see.
 
     Attributes:
-        magnitude_axis: "out" or "in": which dimension of the weight has a magnitude each.
-        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        magnitude_axis: "out" or "in", the dimension of the weight that the magnitudes run along.
+        detach_norm: True if no gradient flows through the norm (section 4.3 of the DoRA paper; PEFT).
         eps: added to the norm, ``g = magnitude / (norm + eps)``.
     """
 
@@ -358,7 +376,7 @@ class DoRALayer(AdaptedLayer):
     state_names = (*AdaptedLayer.state_names, "lora_magnitude_vector")
 
     def _weights(self) -> Weights:
-        """The problem, with the magnitude as a vector and the bias."""
+        """The linear problem, with the magnitude as a vector and the bias."""
         return Weights(*self._problem(), self.magnitude, self.bias)
 
     @property
@@ -366,19 +384,19 @@ class DoRALayer(AdaptedLayer):
         return Form(self.scaling, self.magnitude_axis, self.detach_norm, self.eps)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """PyTorch's, for `to` and the like; the norm cache's slot goes along."""
+        """PyTorch's, for `to` and similar methods; it also moves the norm cache's slot."""
         result = super()._apply(*args, **kwargs)
         self._norm_cache.move(self.base_layer.weight.device)
         return result
 
     def kept_norms(self) -> Iterator[KeptNorm]:
-        """What `frozen_norms` may freeze."""
+        """Yield the norms that `frozen_norms` may freeze."""
         if not self.merged:
             yield KeptNorm(self._norm_cache, self._weights(), self._form, self.backend)
 
     @property
     def magnitude(self) -> Tensor:
-        """The magnitude as a vector; where PEFT's shape is one, the parameter itself."""
+        """The magnitude as a vector. If PEFT's shape is a vector, this is the parameter itself."""
         return self.lora_magnitude_vector
 
     def _magnitude_shape(self) -> tuple[int, ...]:
@@ -386,13 +404,13 @@ class DoRALayer(AdaptedLayer):
         return (weight.shape[0 if self.magnitude_axis == "out" else 1],)
 
     def _weight_norm(self) -> Tensor:
-        """The norm that belongs to the magnitude, a vector."""
+        """The norm of the adapted weight, one value per magnitude."""
         return dora_weight_norm(
             *self._problem(), scaling=self.scaling, magnitude_axis=self.magnitude_axis, backend=self.backend
         )
 
     def reset_adapter(self) -> None:
-        """Set the adapter to its start, at which the layer equals its base layer."""
+        """Set the adapter to its initial values, with which the layer equals its base layer."""
         super().reset_adapter()
         self._reset_magnitude()
 
@@ -416,7 +434,7 @@ class DoRALayer(AdaptedLayer):
 
 
 def showing(*names: str) -> Callable[[type[T]], type[T]]:
-    """A class with properties that are its base layer's, for models that read them, as a convolution's stride."""
+    """Class decorator that adds properties of the base layer which models read, such as a convolution's stride."""
 
     def shown(name: str) -> property:
         return property(lambda layer: getattr(layer.base_layer, name), doc="The base layer's.")
@@ -430,7 +448,7 @@ def showing(*names: str) -> Callable[[type[T]], type[T]]:
 
 
 def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict holds the base weight without the adapter, which it holds as well."""
+    """Store the base weight without the adapter, which the state dict holds as well."""
     key = f"{prefix}base_layer.weight"
     if layer._unmerged is not None and key in state_dict:
         state_dict[key] = layer._unmerged

@@ -17,32 +17,41 @@ from dora_kernels.engine.model_norms import KeptNorm
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.base import DoRALayer, showing
 
-KEPT = "extract and attach keep it, and safetensors.torch.save_file(dora_state_dict(model), ...)"
-CONFINED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT}"
+KEPT_BY = "extract and attach keep it, and safetensors.torch.save_file(dora_state_dict(model), ...)"
+CANNOT_BE_MERGED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT_BY}"
 
 
 @showing("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 class _DoRAConv(DoRALayer):
     """``y = conv(x, g * V) + bias``, ``V = weight + scaling * lora_B @ lora_A``, ``g = magnitude / (||V|| + eps)``.
 
-    lora_A is a convolution as the base layer (stride, padding, dilation, padding mode) from all input channels to
-    `rank`, lora_B one of kernel 1; their shapes are PEFT's, ``[rank, in_channels, *kernel]`` and
-    ``[out_channels, rank / groups, 1, ...]``. (PEFT's A has no dilation, and pads with zeros whatever the mode.)
-    The norm is the exact one of what the layer computes also with groups, where PEFT's is not; no grouped weight can
-    hold that, so a layer with groups can be neither merged nor written into a file, and warns so. Dropout is applied to
-    the low-rank branch only.
+    lora_A is a convolution from all input channels to `rank`, with the base layer's stride, padding, dilation and
+    padding mode. lora_B is one of kernel size 1. Their shapes are PEFT's, ``[rank, in_channels, *kernel]`` and
+    ``[out_channels, rank / groups, 1, ...]``. (PEFT's A has no dilation, and pads with zeros whatever the mode.) The
+    norm is the exact one of what the layer computes, with groups too, unlike PEFT's. No grouped weight can hold such an
+    adapter, so a layer with groups can be neither merged nor saved to a file, and a warning says so. Dropout is applied
+    to the low-rank branch only.
 
     Args:
-        *base_args, **options: of the `torch.nn` convolution, beside the following.
-        rank: at least 1, and a multiple of the groups.
-        alpha, dropout, use_rslora, backend, adapter_dtype: as `LoRALinear`.
-        magnitude_axis: "out", a magnitude per output channel, the norm over input channels and kernel (PEFT), or "in",
-            per input channel, the norm over output channels and kernel.
-        detach_norm, eps: as `DoRALinear`.
+        *base_args: positional arguments of a new `torch.nn` convolution.
+        rank: of the factors, at least 1, and a multiple of the groups.
         base_layer: an existing convolution to adapt, instead of a new one (`from_base`).
+        **options: the following, and keyword arguments of a new `torch.nn` convolution.
+
+    Keyword Args:
+        alpha (float | None): as `LoRALinear`.
+        dropout (float): as `LoRALinear`.
+        use_rslora (bool): as `LoRALinear`.
+        backend (str): as `dora_linear`.
+        adapter_dtype (torch.dtype | None): as `LoRALinear`.
+        magnitude_axis (str): "out", a magnitude per output channel, the norm over input channels and kernel (PEFT), or
+            "in", per input channel, the norm over output channels and kernel.
+        detach_norm (bool): no gradient through the norm.
+        eps (float): added to the norm.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range.
     """
 
     lora_A: Any
@@ -60,8 +69,8 @@ class _DoRAConv(DoRALayer):
         factory_b = {**factory, "groups": base.groups, "bias": False}
         self.lora_B = nn.utils.skip_init(self.kind, self.rank, base.out_channels, 1, **factory_b)
         self._start()
-        if self._confined:
-            warnings.warn(f"groups: {CONFINED}", stacklevel=2)
+        if self._cannot_be_merged:
+            warnings.warn(f"groups: {CANNOT_BE_MERGED}", stacklevel=2)
 
     def _check_base(self, base_layer: Any, rank: int) -> None:
         super()._check_base(base_layer, rank)
@@ -101,7 +110,7 @@ class _DoRAConv(DoRALayer):
         weight.copy_(convolution.from_rows(merged, weight.shape, self._channels_last))
 
     def _weight_norm(self) -> Tensor:
-        """Per channel, differentiable where gradients are enabled and the norm is not detached."""
+        """The norm per channel. Differentiable if gradients are enabled and the norm is not detached."""
         weights, groups, axis = Weights(*self._problem()), self.base_layer.groups, self.magnitude_axis
         if groups > 1:
             norm = convolution.exact_grouped_norm(*weights[:3], self.scaling, groups, axis)
@@ -114,22 +123,22 @@ class _DoRAConv(DoRALayer):
         return norm
 
     def _scale(self) -> Tensor:
-        """``g``, shaped to be broadcast over channels."""
+        """``g``, in a shape that broadcasts over channels."""
         weights, compute = self._norm_source()
         g = layer_scale(weights, self._form, self._norm_cache, self.training, self.backend, compute)
         return self._per_channel(g)
 
     def _norm_source(self) -> tuple[Weights, Callable[[], Tensor] | None]:
-        """The tensors that the norm depends on, and what computes it where it is no row norm of a matrix."""
+        """The tensors that the norm depends on. The function computes it if it is not the row norm of a matrix."""
         last, weight, (lora_A, lora_B) = self._channels_last, self.base_layer.weight, self.factors
         views = convolution.is_view(weight, last) and convolution.is_view(lora_A, last)
         if self.base_layer.groups == 1 and self.magnitude_axis == "out" and views:
             return self._weights(), None
-        # Of copies, which show no writes, what they are copies of.
+        # The problem's tensors are copies, which show no writes, so these are the originals.
         return Weights(weight, lora_A, lora_B, self.magnitude), self._weight_norm
 
     def kept_norms(self) -> Iterator[KeptNorm]:
-        """What `frozen_norms` may freeze."""
+        """Yield the norms that `frozen_norms` may freeze."""
         if not self.merged:
             weights, compute = self._norm_source()
             yield KeptNorm(self._norm_cache, weights, self._form, self.backend, compute)
@@ -144,7 +153,7 @@ class _DoRAConv(DoRALayer):
         dtype, read = x.dtype, x if dropped is None else dropped
         if self.magnitude_axis == "in":
             x = x * g
-            read = x if dropped is None else dropped * g  # unrounded, unlike what the base layer reads
+            read = x if dropped is None else dropped * g  # not rounded, unlike the base layer's input
         result: Tensor = base(x.to(dtype))
         low = self.lora_B(self.lora_A(read.to(self.lora_A.weight.dtype)))
         if self.magnitude_axis == "in":
@@ -153,17 +162,17 @@ class _DoRAConv(DoRALayer):
         return convolution.compose(result, low, g, bias, self.scaling).to(result.dtype)
 
     @property
-    def _confined(self) -> bool:
+    def _cannot_be_merged(self) -> bool:
         groups: int = self.base_layer.groups
         return groups > 1
 
-    def _merge_refusal(self) -> str | None:
-        if self._confined:
-            return f"its update reads all channels, which no weight of a convolution with groups can hold; {KEPT}"
-        return super()._merge_refusal()
+    def _unmergeable_reason(self) -> str | None:
+        if self._cannot_be_merged:
+            return f"its update reads all channels, which no weight of a convolution with groups can hold; {KEPT_BY}"
+        return super()._unmergeable_reason()
 
     def _merge_arguments(self) -> dict[str, Any]:
-        """Along "in" a column of the problem has the scale of its channel, whatever its own norm."""
+        """Along "in" a column of the problem is scaled by its channel's g, whatever the column's own norm."""
         arguments = super()._merge_arguments()
         if self.magnitude_axis == "in":
             own = dora_weight_norm(*self._problem(), scaling=self.scaling, magnitude_axis="in", backend=self.backend)

@@ -1,4 +1,4 @@
-"""`DoRAEmbedding`: an embedding whose table has a weight-decomposed low-rank adapter."""
+"""`DoRAEmbedding`: an embedding with a weight-decomposed low-rank adapter of its table."""
 
 from __future__ import annotations
 
@@ -18,24 +18,33 @@ from dora_kernels.modules.base import DoRALayer, showing
 class DoRAEmbedding(DoRALayer):
     """``y = g * (E[x] + scaling * A[:, x].T @ B.T)``: the rows of an adapted table, as PEFT's DoRA on `nn.Embedding`.
 
-    As a linear problem the weight is the table's transpose, ``[embedding_dim, num_embeddings]``. Nothing of the
-    table's size is formed. B starts normal and A at zero, as PEFT's. Parameters: ``lora_embedding_A``
+    As a linear problem the weight is the table's transpose, ``[embedding_dim, num_embeddings]``. No temporary is as
+    large as the table. B starts with normal values and A with zeros, as PEFT's. Parameters: ``lora_embedding_A``
     ``[rank, num_embeddings]``, ``lora_embedding_B`` ``[embedding_dim, rank]``, ``lora_magnitude_vector``.
 
-    `padding_idx` and `scale_grad_by_freq` hold for A (and along "in" for the magnitude) as they would for the table;
-    the gradients are dense, also of a sparse embedding. `dropout` is not used, as in PEFT: indices cannot be dropped.
+    `padding_idx` and `scale_grad_by_freq` apply to A (and along "in" to the magnitude) as they would to the table. The
+    gradients are dense, even for a sparse embedding. `dropout` is not used, as in PEFT: indices cannot be dropped.
 
     Args:
-        *base_args, **options: of `nn.Embedding`, beside the following.
-        rank, alpha, use_rslora, backend, adapter_dtype: as `LoRALinear`.
-        magnitude_axis: "out", a magnitude per embedding dimension, the norm over the vocabulary (PEFT), or "in", one
-            per row of the table (MLX).
-        detach_norm, eps: as `DoRALinear`.
+        *base_args: positional arguments of a new `nn.Embedding`.
+        rank: of the factors, at least 1.
         base_layer: an existing embedding to adapt, instead of a new one (`from_base`).
+        **options: the following, and keyword arguments of a new `nn.Embedding`.
+
+    Keyword Args:
+        alpha (float | None): as `LoRALinear`.
+        use_rslora (bool): as `LoRALinear`.
+        backend (str): as `dora_linear`.
+        adapter_dtype (torch.dtype | None): as `LoRALinear`.
+        magnitude_axis (str): "out", a magnitude per embedding dimension, the norm over the vocabulary (PEFT), or "in",
+            one per row of the table (MLX).
+        detach_norm (bool): no gradient through the norm.
+        eps (float): added to the norm.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range; an embedding with `max_norm`, which
-            writes its table in every forward.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, or the embedding has `max_norm`, which writes its table in every
+            forward.
     """
 
     state_names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -77,7 +86,7 @@ class DoRAEmbedding(DoRALayer):
         return F.embedding(x, table, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        """Indices ``[...]`` to ``[..., embedding_dim]``."""
+        """Maps indices ``[...]`` to ``[..., embedding_dim]``."""
         result: Tensor = self.base_layer(x)
         h = self._rows(x, self.lora_embedding_A.t())
         if self.magnitude_axis == "out" and self.detach_norm:
@@ -97,7 +106,7 @@ class DoRAEmbedding(DoRALayer):
         return layer_norm(self._weights(), self._form, self._norm_cache, self.training, self.backend).divisor
 
     def _row_scale(self, x: Tensor, total: Tensor) -> Tensor:
-        """Along "in" the norms that are needed are those of the rows at hand."""
+        """g along "in", from the norms of only those rows that x indexes."""
         norm = torch.linalg.vector_norm(total.detach() if self.detach_norm else total, dim=-1, keepdim=True)
         magnitude = self._rows(x, self.lora_magnitude_vector.unsqueeze(1))
         return magnitude_scale(magnitude, norm, self.eps)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_conv1d(module: Any) -> bool:
-    """Whether it is GPT-2's layer, looked up by name: transformers need not be there."""
+    """True for GPT-2's `Conv1D`. It is found by name, so transformers need not be installed."""
     return _is_conv1d_class(type(module))
 
 
@@ -30,27 +30,35 @@ def _is_conv1d_class(cls: type) -> bool:
 class LoRALinear(AdaptedLayer):
     """``y = base_layer(x) + scaling * lora_B(lora_A(dropout(x)))``: a linear layer with a low-rank adapter.
 
-    The base layer is frozen; lora_A starts as PEFT's (Kaiming uniform), lora_B at zero. Parameters are named as in a
-    PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``; names with an
-    adapter's name in them (``lora_A.default.weight``) load as well.
+    The base layer is frozen. lora_A starts as in PEFT (Kaiming uniform), lora_B with zeros. Parameters are named as in
+    a PEFT adapter file: ``base_layer.weight``, ``base_layer.bias``, ``lora_A.weight``, ``lora_B.weight``. Names with an
+    adapter's name in them (``lora_A.default.weight``) can be loaded too.
 
-    The layer runs as one function, so hooks on the modules inside it do not fire. Its `weight` is the base layer's:
-    code that multiplies by it, as `nn.TransformerEncoderLayer` in evaluation does, leaves out the adapter.
+    The layer runs as one function, so hooks on the modules inside it do not run. Its `weight` is the base layer's: code
+    that multiplies by it, as `nn.TransformerEncoderLayer` does in evaluation, leaves out the adapter.
 
     Args:
-        in_features, out_features, bias: of the base layer; one that is given has its own.
-        rank: at least 1.
-        alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`.
-            None: scaling 1.
-        dropout: probability, on the input of the low-rank branch only, in training.
-        backend: as `dora_linear`.
-        device, dtype: of a new base layer.
+        in_features: of a new base layer.
+        out_features: of a new base layer.
+        bias: True if a new base layer has a bias.
+        rank: of the factors, at least 1.
+        device: of a new base layer.
+        dtype: of a new base layer.
         base_layer: an existing `nn.Linear` or GPT-2's `Conv1D` to adapt, instead of a new one (`from_linear`). Of a
             subclass the weight is adapted, and what its forward does beside is left out.
-        adapter_dtype: of the adapter; None takes float32 under a 16-bit base layer, as PEFT does, else `dtype`.
+
+    Keyword Args:
+        alpha (float | None): the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with
+            `use_rslora`. None: scaling 1.
+        dropout (float): probability, on the input of the low-rank branch only, in training.
+        use_rslora (bool): divide alpha by the root of the rank instead of the rank.
+        backend (str): as `dora_linear`.
+        adapter_dtype (torch.dtype | None): of the adapter; None takes float32 for a 16-bit base layer, as PEFT does,
+            else the base layer's dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range; a weight of `base_layer` not finite.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, or a weight of `base_layer` is not finite.
     """
 
     kind = nn.Linear
@@ -89,17 +97,28 @@ class LoRALinear(AdaptedLayer):
     def from_base(cls, base: nn.Module, *, rank: int, **options: Any) -> Self:
         """Adapt an `nn.Linear` or GPT-2's `Conv1D`, which becomes the base layer (shared, not copied) and is frozen.
 
-        `options` are the class's own: alpha, dropout, use_rslora, backend, adapter_dtype, and for `DoRALinear`
-        magnitude_axis, detach_norm and eps.
+        Args:
+            base: the layer.
+            rank: of the factors, at least 1.
+            **options: keyword arguments of the class.
+
+        Raises:
+            TypeError: `base` is neither, or a subclass, whose forward is not known.
         """
         if type(base) is not nn.Linear and not is_conv1d(base):
             kind = type(base).__name__
             raise TypeError(f"base: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
-        return cls(0, 0, rank=rank, base_layer=base, **options).train(base.training)  # which has its own sizes
+        return cls(0, 0, rank=rank, base_layer=base, **options).train(base.training)  # base_layer has its own sizes
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *, rank: int, **options: Any) -> Self:
-        """`from_base`."""
+        """Adapt a layer, as `from_base` does.
+
+        Args:
+            linear: the layer.
+            rank: of the factors, at least 1.
+            **options: keyword arguments of the class.
+        """
         return cls.from_base(linear, rank=rank, **options)
 
     def _reset_factors(self) -> None:
@@ -120,7 +139,7 @@ class LoRALinear(AdaptedLayer):
         return self.lora_A.weight, self.lora_B.weight
 
     def _weight(self) -> Tensor:
-        """``[out_features, in_features]``: Conv1D stores it transposed."""
+        """The weight as ``[out_features, in_features]``. Conv1D stores it transposed."""
         weight: Tensor = self.base_layer.weight
         return weight.t() if self._transposed else weight
 
@@ -134,13 +153,13 @@ class LoRALinear(AdaptedLayer):
         validation.check_features(x, self.in_features)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         if self._drops:
             return self._sum(x, self.dropout(x))
         return run_layer(x, self._weights(), Form(self.scaling), backend=self.backend)
 
     def _base(self, x: Tensor) -> Tensor:
-        """In x's dtype, where the base layer takes its own alone."""
+        """The base layer's output in x's dtype. x is cast if the base layer accepts only its own dtype."""
         if x.dtype == self.base_layer.weight.dtype:
             return super()._base(x)
         bias = self.base_layer.bias
@@ -162,19 +181,21 @@ class LoRALinear(AdaptedLayer):
 class DoRALinear(DoRALayer, LoRALinear):
     """A linear layer with a weight-decomposed low-rank adapter: ``y = x @ (g * V).T + bias``, as `dora_linear`.
 
-    As `LoRALinear`, with a magnitude, ``lora_magnitude_vector`` (also under the name `magnitude`), that starts as the
-    norm of ``V = weight + scaling * lora_B @ lora_A``, exact to float32, so that a new layer equals its base layer.
-    Dropout is applied to the low-rank branch only, ``g * (W x + scaling * B A dropout(x)) + bias`` (torchtune's form;
-    PEFT's also drops part of the base product).
+    It is a `LoRALinear` with a magnitude, ``lora_magnitude_vector`` (also `magnitude`). The magnitude starts as the
+    norm of ``V = weight + scaling * lora_B @ lora_A``, exact to float32, so a new layer equals its base layer. Dropout
+    is applied to the low-rank branch only, ``g * (W x + scaling * B A dropout(x)) + bias`` (torchtune's form; PEFT's
+    also drops part of the base product).
 
-    Args:
-        magnitude_axis: "out", a magnitude per output feature, or "in", per input feature.
-        detach_norm: no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
-        eps: added to the norm.
+    The arguments are those of `LoRALinear` and the following.
+
+    Keyword Args:
+        magnitude_axis (str): "out", a magnitude per output feature, or "in", per input feature.
+        detach_norm (bool): no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
+        eps (float): added to the norm.
     """
 
     def _adapted(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         if not self._drops:
             return run_layer(x, self._weights(), self._form, self._norm_cache, self.training, self.backend)
         g = layer_scale(self._weights(), self._form, self._norm_cache, self.training, self.backend)

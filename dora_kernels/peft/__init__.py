@@ -1,6 +1,6 @@
-"""PEFT's DoRA layers on this package: `patch` is the entrance, a module for each kind of layer.
+"""Run PEFT's DoRA layers on this package. `patch` has the entry points; each kind of layer has a module.
 
-PEFT's contract, as of 0.16 to 0.21, is described in docs/integration.md.
+docs/integration.md describes what this relies on in PEFT, as of 0.16 to 0.21.
 """
 
 from dora_kernels.peft.check import check_adapter

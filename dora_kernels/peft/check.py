@@ -1,4 +1,4 @@
-"""Whether an adapter is what it should be: of a model that is to be patched, and of a file before PEFT loads it."""
+"""Check the adapters of a model before it is patched, and an adapter file before PEFT loads it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ _KEY = re.compile(r"(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magn
 
 
 def check_layers(model: nn.Module) -> None:
-    """Raise ValueError, naming the layer, where a DoRA layer cannot be right: merged, not loaded, without or with NaN.
+    """Raise ValueError, naming the layer, if a DoRA layer is merged, not loaded, without magnitude, or not finite.
 
-    What is away for now is not looked at: sharded, offloaded by accelerate, or on meta in a distributed process.
+    Tensors that are out of reach for now are skipped: sharded, offloaded by accelerate, or on the meta device in a
+    distributed process.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     tensor: Any
@@ -67,20 +68,20 @@ def check_layers(model: nn.Module) -> None:
 
 
 def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-    """Raise where a saved DoRA adapter could not be loaded, or not as what it was: before PEFT has changed a model.
+    """Check a saved DoRA adapter before PEFT loads it. Raises if it could not be loaded, or not as it was saved.
 
-    (PEFT takes a file without magnitudes, with NaN, or of another model's layers, with a warning at most.)
+    PEFT itself accepts a file without magnitudes, with NaN, or of another model's layers, with a warning at most.
 
     Args:
-        path: a folder that ``save_pretrained`` has written.
-        model: the base model, or a `PeftModel` of it: it must have the file's layers, of fitting sizes, and no further
-            one that the adapter's configuration names.
+        path: a folder written by ``save_pretrained``.
+        model: the base model, or a `PeftModel` of it. It must have all of the file's layers, in fitting sizes, and the
+            file must have every layer that the adapter's configuration names.
 
     Raises:
-        TypeError: `path` is no path, or `model` no `torch.nn.Module`.
-        FileNotFoundError: the folder, its configuration or its weights are not there.
-        ValueError: the file is truncated or no safetensors file, a tensor is missing, of another rank or size, or has
-            values that are not finite, or the model's layers are others; the message names the file and the tensor.
+        TypeError: `path` is not a path, or `model` not a `torch.nn.Module`.
+        FileNotFoundError: the folder, its configuration or its weights do not exist.
+        ValueError: the file is truncated or not a safetensors file, a tensor is missing, has a wrong rank or size, or
+            values that are not finite, or the model's layers differ. The message names the file and the tensor.
     """
     folder = storage.as_path(path)
     if model is not None and not isinstance(model, nn.Module):
@@ -103,7 +104,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
 
 
 def _check_config(file: Path, config: dict[str, Any]) -> None:
-    """ValueError where the configuration is not a DoRA adapter's."""
+    """Raise ValueError if the configuration is not that of a DoRA adapter."""
     try:
         peft_type, use_dora, alpha = config["peft_type"], config["use_dora"], config["lora_alpha"]
     except KeyError as error:
@@ -115,7 +116,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
 
 
 def _parts(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The adapter's tensors by module."""
+    """Group the adapter's tensors by module."""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         storage.check_tensor(file, key, tensor)
@@ -134,7 +135,7 @@ def _check_parts(file: Path, module: str, parts: dict[str, Tensor], rank: Any) -
     if a.dim() < 2 or a.shape[0] != rank:
         said = f"has not the rank {quoted(rank)} that its configuration says"
         raise ValueError(f"{file}: {module}.lora_A {list(a.shape)} {said}")
-    # A grouped convolution's B has a group's share of the rank.
+    # In a grouped convolution B has only one group's share of the rank.
     if b.dim() != a.dim() or not b.numel() or a.shape[0] % b.shape[1] or (b.dim() == 2 and b.shape[1] != a.shape[0]):
         raise ValueError(f"{file}: {module}.lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
     shape = [b.shape[0]] if b.dim() == 2 else [1, b.shape[0], *(1 for _ in b.shape[2:])]
@@ -165,10 +166,15 @@ def _check_layers(
 
 
 def _named(file: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT adapts a module of a name: what it says itself, but its regular expressions in bounded time."""
+    """Return a function that is True for the names of modules that PEFT adapts.
+
+    It asks PEFT itself, but evaluates regular expressions in bounded time.
+    """
+
+    steps = Steps(str(file))
 
     def expression(field: str, text: str) -> Expression:
-        return bounded(text, Steps(f"{file}: {field}"))
+        return bounded(text, Steps(f"{file}: {field}", steps))
 
     modules, pattern = config.get("modules_to_save") or (), config.get("layers_pattern") or ()
     if not all(isinstance(one, str) for one in modules):
@@ -210,9 +216,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _replicated(file: Path, layer_map: Any) -> list[tuple[int, int]]:
-    """``layer_replication``: from which of its own layers on each layer of the base model is the first of a range.
+    """The ranges of ``layer_replication``, as pairs: the first new layer of a range, and the base layer it is copied
+    from.
 
-    Ranges, not layers: how many there are a file may say as it likes.
+    Ranges instead of layers, because a file may name any number of layers.
     """
     ranges, first = [], 0
     try:
@@ -238,7 +245,7 @@ def _before_replication(module: str, ranges: list[tuple[int, int]]) -> str:
 
 
 def _sizes(base: Any) -> tuple[Any, Any] | None:
-    """Inputs and outputs, None for what is no layer that LoRA adapts."""
+    """Return a layer's number of inputs and outputs; None if LoRA does not adapt it."""
     if type(base).__name__ == "Conv1D":
         inputs, outputs = base.weight.shape
         return inputs, outputs

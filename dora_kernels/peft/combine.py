@@ -1,6 +1,6 @@
-"""Weighted sums of a PEFT layer's DoRA adapters as one DoRA adapter (`dora_kernels.core.weighted_sum`).
+"""Combine a PEFT layer's DoRA adapters into one DoRA adapter, by a weighted sum (`dora_kernels.core.weighted_sum`).
 
-PEFT adds A and B up and leaves the magnitude at the norm of W.
+PEFT's own code adds up A and B and leaves the magnitude at the norm of W.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from dora_kernels.peft.layer import DoraVariant
 from dora_kernels.peft.state import dora_adapters, strength
 
 COMBINATIONS = ("cat", "svd", "linear")
-"""PEFT's names: of the summed rank, of a rank of one's own, of the adapters' common rank."""
+"""PEFT's names.
+
+The rank is the sum of the ranks ("cat"), chosen by the caller ("svd"), or the common one ("linear").
+"""
 
 
 def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """The parameters A and B, None where the layer has no such adapter."""
+    """Return the parameters A and B, or None if the layer has no such adapter."""
     if adapter in layer.lora_A:
         return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     if adapter in layer.lora_embedding_A:
@@ -32,13 +35,14 @@ def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
-    """Write the weighted sum into the adapter `result`, of scaling 1; the share of the update that its rank cuts off.
+    """Write the weighted sum into the adapter `result`, with scaling 1. Returns the share of the update that its rank
+    loses.
 
-    Each adapter at its strength (`set_dora_strength`).
+    Each adapter counts at its strength (`set_dora_strength`).
 
     Raises:
-        ValueError: a tensor cannot be read, an adapter has a bias, which no DoRA adapter has, or the layer is a grouped
-            convolution, whose update is no product.
+        ValueError: a tensor cannot be read; an adapter has a bias, which a DoRA adapter cannot have; or the layer is a
+            grouped convolution, whose update is not a product.
     """
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise ValueError(f"{name}: adapters of a grouped convolution cannot be added up")
@@ -50,7 +54,7 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
     with no_autocast(b.device):
         dtype = accumulation_dtype(b)
         parts = _parts(layer, name, adapters, weights, dtype)
-        b.zero_()  # so that the norm is that of W
+        b.zero_()  # makes the norm that of W
         full = weighted_sum.weighted_sum(parts, lambda: _norm(layer, name, result), dtype, b.shape[0])
         total, lost = weighted_sum.of_rank(full, a.shape[0])
     missing = a.shape[0] - total.right.shape[0]

@@ -1,4 +1,4 @@
-"""What an adapter's configuration has to say beyond PEFT's: which norm a grouped convolution was given."""
+"""Extend PEFT's adapter configuration by the norm of grouped convolutions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ NORMS = ("peft", "exact")
 
 @dataclasses.dataclass
 class DoraLoraConfig(LoraConfig):
-    """PEFT's, with the norm of grouped convolutions; saved where it is not PEFT's own, which warns when it reads it."""
+    """PEFT's configuration plus the norm of grouped convolutions.
+
+    The norm is saved only if it is not PEFT's own. PEFT warns when it reads the extra entry.
+    """
 
     grouped_norm: str = dataclasses.field(
         default="peft", metadata={"help": "the norm of grouped convolutions: 'peft', or 'exact'"}
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Without a norm that goes without saying."""
+        """Leave out the norm if it is PEFT's own."""
         values: dict[str, Any] = super().to_dict()
         if values["grouped_norm"] == "peft":
             del values["grouped_norm"]
@@ -33,7 +36,7 @@ class DoraLoraConfig(LoraConfig):
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:
-    """Those of the tuner or the model that the adapters were injected into."""
+    """The configurations of the tuner, or of the model that the adapters were injected into."""
     for module in model.modules():
         configs = vars(module).get("peft_config")
         if isinstance(configs, dict) and configs:
@@ -42,7 +45,10 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
 
 
 def set_grouped_norm(configs: dict[str, Any], norm: str) -> None:
-    """Record the norm in the configuration of every DoRA adapter; one of somebody's own class will not save it."""
+    """Record the norm in the configuration of every DoRA adapter.
+
+    A configuration of a user's own class will not save it.
+    """
     for config in configs.values():
         if not getattr(config, "use_dora", False):
             continue
@@ -57,7 +63,7 @@ def set_grouped_norm(configs: dict[str, Any], norm: str) -> None:
 
 
 def follow_configs(model: nn.Module, configs: dict[str, Any]) -> None:
-    """Give the patched layers' adapters the norm that their configuration says."""
+    """Set the norm of the patched layers' adapters to what their configurations say."""
     exact = {name for name, config in configs.items() if getattr(config, "grouped_norm", "peft") == "exact"}
     for layer in model.modules():
         state = switch(layer)
@@ -68,7 +74,7 @@ def follow_configs(model: nn.Module, configs: dict[str, Any]) -> None:
 
 
 def forget_grouped_norm(configs: dict[str, Any]) -> None:
-    """PEFT's own configurations again."""
+    """Turn the configurations back into PEFT's own class."""
     config: Any
     for config in configs.values():
         if type(config) is DoraLoraConfig:
@@ -78,7 +84,7 @@ def forget_grouped_norm(configs: dict[str, Any]) -> None:
 
 
 def read_from_files() -> Callable[[], None]:
-    """Let PEFT read configurations that say it from now on; what is returned ends it."""
+    """Let PEFT read configurations with the norm from now on. Returns a function that ends this."""
     before = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = DoraLoraConfig
 

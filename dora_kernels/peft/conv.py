@@ -1,7 +1,7 @@
-"""PEFT's LoRA layers on `nn.Conv1d`, `Conv2d` and `Conv3d`: one magnitude per output channel.
+"""PEFT's LoRA layers on `nn.Conv1d`, `Conv2d` and `Conv3d`, with one magnitude per output channel.
 
-With groups the norm is PEFT's, which is no norm of what the layer computes (`convolution`), but which adapters were
-trained with. The exact one is an option that the saved adapter records (`config`).
+With groups the default is PEFT's norm: it is not the norm of what the layer computes (`convolution`), but adapters were
+trained with it. The exact norm is an option that a saved adapter records (`config`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _KINDS: dict[Any, tuple[Any, Callable[..., Tensor]]] = {
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
-    """`read`, all of two dimensions and the magnitude of one. With groups it is no linear problem: `_grouped_norm`."""
+    """`read`, with two-dimensional tensors and the magnitude as a vector.
+
+    Groups are no linear problem: see `_grouped_norm`.
+    """
     children = layer._modules
     base = children["base_layer"]
     lora_A, lora_B = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
@@ -45,7 +48,7 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
 
 def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
-    """Whether the modules are plain ones, and their tensors of fitting shapes."""
+    """True if the modules are plain ones and their tensors have fitting shapes."""
     base = layer._modules["base_layer"]
     names = ("lora_A", "lora_B", "lora_magnitude_vector")
     lora_A, lora_B, magnitude = (layer._modules[name]._modules[adapter] for name in names)
@@ -70,12 +73,16 @@ class _DoraConvVariant(DoraVariant):
 
     @staticmethod
     def rows(layer: Any, weight: Tensor) -> Tensor:
-        """Whatever its memory format."""
+        """The weight as rows, for any memory format."""
         return convolution.rows(weight, not weight.is_contiguous())
 
     @classmethod
     def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
-        """With groups PEFT's or the exact one. Where memory formats differ A was copied, and a copy shows no writes."""
+        """The sources of the norm; with groups that is PEFT's or the exact one.
+
+        If the memory formats of A and W differ, A was copied, and a copy does not show writes; A itself is then
+        returned.
+        """
         scaling, groups = layer.scaling[adapter], layer.base_layer.groups
         a: Tensor = layer.lora_A[adapter].weight
         grouped, exact = groups > 1, adapter in vars(layer)[SWITCH].exact_norms
@@ -96,7 +103,10 @@ class _DoraConvVariant(DoraVariant):
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``; active dropout as `Options.dropout` says."""
+        """PEFT's ``result + (g - 1) * base + g * scaling * B A x``.
+
+        `Options.dropout` says what active dropout applies to.
+        """
         weights = cls.read(module, active_adapter)
         if weights is None:
             return cls.pefts_forward(module, active_adapter, x, result, **kwargs)
@@ -118,52 +128,52 @@ class _DoraConvVariant(DoraVariant):
 
     @staticmethod
     def _base_product(base: Any, x: Tensor) -> Tensor:
-        """Of what dropout left. As PEFT's it pads with zeros whatever the `padding_mode`."""
+        """The base product after dropout. It pads with zeros whatever the `padding_mode`, as PEFT's does."""
         convolve = _KINDS[type(base)][1]
         return convolve(x, base.weight.to(x.dtype), None, base.stride, base.padding, base.dilation, base.groups)
 
 
 class DoraConv1dVariant(_DoraConvVariant, variants.DoraConv1dVariant):
-    """PEFT's DoRA variant of a convolution over one dimension."""
+    """PEFT's DoRA variant for one-dimensional convolutions."""
 
     stock = variants.DoraConv1dVariant
 
 
 class DoraConv2dVariant(_DoraConvVariant, variants.DoraConv2dVariant):
-    """PEFT's DoRA variant of a convolution over two dimensions."""
+    """PEFT's DoRA variant for two-dimensional convolutions."""
 
     stock = variants.DoraConv2dVariant
 
 
 class DoraConv3dVariant(_DoraConvVariant, variants.DoraConv3dVariant):
-    """PEFT's DoRA variant of a convolution over three dimensions."""
+    """PEFT's DoRA variant for three-dimensional convolutions."""
 
     stock = variants.DoraConv3dVariant
 
 
 class DoraConv1d(DoraLayer, peft_layer.Conv1d):
-    """PEFT's LoRA layer on an `nn.Conv1d` whose DoRA adapters run on this package."""
+    """PEFT's LoRA layer on an `nn.Conv1d`, with DoRA adapters that run on this package."""
 
     stock = peft_layer.Conv1d
     variants = {variants.DoraConv1dVariant: DoraConv1dVariant}
 
 
 class DoraConv2d(DoraLayer, peft_layer.Conv2d):
-    """PEFT's LoRA layer on an `nn.Conv2d` whose DoRA adapters run on this package."""
+    """PEFT's LoRA layer on an `nn.Conv2d`, with DoRA adapters that run on this package."""
 
     stock = peft_layer.Conv2d
     variants = {variants.DoraConv2dVariant: DoraConv2dVariant}
 
 
 class DoraConv3d(DoraLayer, peft_layer.Conv3d):
-    """PEFT's LoRA layer on an `nn.Conv3d` whose DoRA adapters run on this package."""
+    """PEFT's LoRA layer on an `nn.Conv3d`, with DoRA adapters that run on this package."""
 
     stock = peft_layer.Conv3d
     variants = {variants.DoraConv3dVariant: DoraConv3dVariant}
 
 
 def unsupported(layer: Any) -> str | None:
-    """Why one of PEFT's convolution layers cannot be patched; None where it can."""
+    """Return the reason why one of PEFT's convolution layers cannot be patched, or None if it can."""
     kind = type(layer.base_layer)
     if kind not in _KINDS:
         return f"its base layer is a {kind.__module__}.{kind.__name__}, not a plain nn.Conv1d, Conv2d or Conv3d"

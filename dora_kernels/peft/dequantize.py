@@ -1,6 +1,6 @@
-"""A quantised base layer's weight, a block of rows at a time: bitsandbytes, HQQ and torchao, none of them imported.
+"""Read a quantised base layer's weight, one block of rows at a time: bitsandbytes, HQQ and torchao.
 
-What another layer's weight is shows through its forward alone: `through_forward`.
+None of these libraries is imported. Other layers show their weight only through their forward: `through_forward`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Blocks = Iterator[tuple[slice, Tensor]]
 
 
 def row_blocks(base: nn.Module) -> Callable[[], Blocks] | None:
-    """``rows, W[rows]`` for all of W, as often as it is called; None for a format that is not known."""
+    """Return a function that yields ``rows, W[rows]`` for all of W at each call; None for an unknown format."""
     weight: Any = base._parameters.get("weight")
     kind = type(weight)
     if kind.__module__.startswith("bitsandbytes."):
@@ -35,7 +35,7 @@ def row_blocks(base: nn.Module) -> Callable[[], Blocks] | None:
 
 
 def carrier(base: nn.Module) -> Tensor | None:
-    """The tensor in which a new base weight would show: the packed one, or the largest that there is."""
+    """The tensor that changes if the base weight does: the packed weight, or else the layer's largest tensor."""
     weight = base._parameters.get("weight")
     if weight is None and isinstance(getattr(base, "W_q", None), Tensor):
         return base.W_q  # type: ignore[return-value]
@@ -48,7 +48,7 @@ def carrier(base: nn.Module) -> Tensor | None:
 
 
 def dequantized(base: nn.Module) -> Tensor | None:
-    """All of W, for merging."""
+    """All of W, dequantised, for merging."""
     blocks = row_blocks(base)
     if blocks is None:
         return None
@@ -62,7 +62,7 @@ def _steps(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
 
 
 def _bnb_4bit(weight: Any, state: Any) -> Blocks:
-    """Two elements a byte in the order of W, a scale for each `blocksize` elements."""
+    """4-bit blocks: two elements per byte in the order of W, with one scale for each `blocksize` elements."""
     from bitsandbytes import functional
 
     rows, columns = state.shape
@@ -81,7 +81,7 @@ def _bnb_4bit(weight: Any, state: Any) -> Blocks:
 
 
 def _cpu_4bit(weight: Any, state: Any) -> Blocks:
-    """As an evaluation on a CPU with AVX512-BF16 repacks it: in groups of 32 rows, the low half of each 64 first."""
+    """4-bit blocks as AVX512-BF16 CPUs repack them in evaluation: groups of 32 rows, the low half of each 64 first."""
     rows, columns = state.shape
     for part in _steps(rows, columns, 32):
         size = part.stop - part.start
@@ -92,7 +92,7 @@ def _cpu_4bit(weight: Any, state: Any) -> Blocks:
 
 
 def _bnb_8bit(weight: Any, base: Any) -> Blocks:
-    """int8, a scale for each row."""
+    """8-bit blocks: int8, with one scale per row."""
     scale = next(s for s in (base.state.SCB, weight.SCB, getattr(weight, "_scb", None)) if s is not None)
     for part in _steps(*weight.shape):
         yield part, weight.data[part] * (scale[part].to(weight.device).float() / 127).unsqueeze(1)
@@ -104,7 +104,7 @@ def _torchao(weight: Any) -> Blocks:
 
 
 def _hqq(base: Any) -> Blocks:
-    """Several rows of the grouped weight in each packed row, as far apart as there are packed rows."""
+    """HQQ blocks: a packed row holds several rows of the grouped weight, spaced by the number of packed rows."""
     from hqq.core.quantize import Quantizer
 
     packed, meta = base.W_q.data, dict(base.meta)
@@ -118,11 +118,11 @@ def _hqq(base: Any) -> Blocks:
     if meta["packing"] and meta["view_as_float"]:
         packed = packed.view(meta["unpack_view_dtype"])
         meta["view_as_float"] = False
-    width = packed.shape[1]  # of a row of the grouped weight
+    width = packed.shape[1]  # the width of a row of the grouped weight
     segments = 1 if not meta["packing"] else Quantizer.unpack[meta["packing"]](packed[:1]).shape[0]
     multiple = next(n for n in range(1, columns + 1) if n * width % columns == 0)
     per_segment = packed.shape[0] * width
-    if per_segment % columns or per_segment * segments != rows * columns:  # parts that end within a row of W
+    if per_segment % columns or per_segment * segments != rows * columns:  # segments that end within a row of W
         yield slice(0, rows), Quantizer.dequantize(packed, meta)
         return
     for part in _steps(packed.shape[0], width * segments, multiple):
@@ -132,7 +132,7 @@ def _hqq(base: Any) -> Blocks:
             for name in ("zero", "scale"):
                 if isinstance(meta[name], Tensor) and meta[name].dim() == 2:
                     of_part[name] = meta[name].view(segments, packed.shape[0], 1)[:, part].reshape(-1, 1)
-        if meta["nbits"] == 3:  # which would be cut to the group's size
+        if meta["nbits"] == 3:  # dequantize cuts a 3-bit result to group_size
             of_part["group_size"] = segments * size if meta["axis"] == 0 else width
         block = Quantizer.dequantize(packed[part], of_part).view(segments, -1, columns)
         first, length = part.start * width // columns, size * width // columns
@@ -142,9 +142,10 @@ def _hqq(base: Any) -> Blocks:
 
 
 def through_forward(base: Any, like: Tensor, columns: int) -> Callable[[], Blocks]:
-    """Blocks of the *columns* of W, ``W[:, columns]`` transposed: what the layer makes of the rows of an identity.
+    """Blocks of *columns* of W, ``W[:, columns]`` transposed: the layer's outputs for rows of an identity matrix.
 
-    `like` gives the input's dtype and device.
+    Args:
+        like: a tensor with the input's dtype and device.
     """
 
     def blocks() -> Blocks:

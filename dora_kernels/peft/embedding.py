@@ -1,7 +1,7 @@
-"""PEFT's LoRA layer on `nn.Embedding`: one magnitude per embedding dimension, the norm over the vocabulary.
+"""PEFT's LoRA layer on `nn.Embedding`, with one magnitude per embedding dimension and the norm over the vocabulary.
 
-As a linear problem its weight is the table's transpose, ``[D, V]``: ``y = g * (E[x] + s * e * A[:, x]ᵀ Bᵀ)``, e being
-the model's own embedding scale where it has one. Nothing of the table's size is formed.
+As a linear problem its weight is the table's transpose, ``[D, V]``: ``y = g * (E[x] + s * e * A[:, x]ᵀ Bᵀ)``, with e
+the model's own embedding scale if it has one. No temporary is as large as the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
 
 def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
-    """Whether the modules are PEFT's, and their tensors of fitting shapes."""
+    """True if the modules are PEFT's and their tensors have fitting shapes."""
     if type(layer._modules["lora_magnitude_vector"]._modules[adapter]) is not DoraEmbeddingLayer:
         return False
     table, a, b, m, _ = weights
@@ -40,7 +40,7 @@ def _fit(layer: Any, adapter: str, weights: Weights) -> bool:
 
 
 class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
-    """PEFT's DoRA variant of an embedding."""
+    """PEFT's DoRA variant for embeddings."""
 
     stock = variants.DoraEmbeddingVariant
     read = staticmethod(read_weights)
@@ -58,7 +58,7 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
             dora = cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
             return interpolated(module, active_adapter, result, dora)
         h = module._embed(x, weights.lora_A.t())
-        # Since peft 0.18; PEFT before it leaves the scale out here, and so does what was trained with it.
+        # Exists since peft 0.18. Earlier versions leave the scale out, and so do adapters trained with them.
         embed_scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
@@ -69,18 +69,18 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
 
 
 class DoraEmbedding(DoraLayer, lora.Embedding):
-    """PEFT's LoRA layer on an embedding whose DoRA adapters run on this package."""
+    """PEFT's LoRA layer on an embedding, with DoRA adapters that run on this package."""
 
     stock = lora.Embedding
     variants = {variants.DoraEmbeddingVariant: DoraEmbeddingVariant}
 
     def _adapter_input(self, x: Tensor, adapter: str) -> Tensor:
-        """Indices have no dtype to fit."""
+        """Return x as it is: indices need no cast to the adapter's dtype."""
         return x
 
 
 def unsupported(layer: Any) -> str | None:
-    """Why a `lora.Embedding` cannot be patched; None where it can."""
+    """Return the reason why a `lora.Embedding` cannot be patched, or None if it can."""
     if not isinstance(layer.base_layer, nn.Embedding):
         kind = type(layer.base_layer)
         return f"its base layer is a {kind.__module__}.{kind.__name__}, not an nn.Embedding"

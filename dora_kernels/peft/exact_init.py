@@ -1,6 +1,6 @@
-"""Magnitudes that start as the exact norm: a fresh adapter is the identity then, whatever the base's dtype.
+"""Initialise magnitudes to the exact norm, so that a fresh adapter changes nothing, whatever the base's dtype.
 
-PEFT takes the first magnitude from a norm in the base layer's dtype. With a bfloat16 base and float32 adapters the
+PEFT computes the first magnitude from a norm in the base layer's dtype. With a bfloat16 base and float32 adapters the
 fresh model is up to 3.5e-3 away from the base model.
 """
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("dora_kernels")
 
 
 class Rewritten(NamedTuple):
-    """A magnitude that was given another value."""
+    """A magnitude that was rewritten."""
 
     name: str
     magnitude: weakref.ref[Tensor]
@@ -31,10 +31,10 @@ class Rewritten(NamedTuple):
 
 @torch.no_grad()
 def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
-    """Set every fresh magnitude of the patched layers to the norm of its base weight, and say which.
+    """Set every fresh magnitude of the patched layers to the norm of its base weight. Returns the rewritten ones.
 
-    Fresh: B is 0 (of an embedding A), and the magnitude bit for bit what PEFT's own initialisation gives. Adapters
-    whose tensors are out of reach are left alone, with a warning in the log.
+    A magnitude is fresh if B (A in an embedding) is 0, and if it equals PEFT's own initialisation bit for bit. Adapters
+    whose tensors cannot be read now are left unchanged, with a warning in the log.
     """
     done, unread = [], []
     for name, layer in model.named_modules():
@@ -64,7 +64,7 @@ def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
 
 @torch.no_grad()
 def undo(rewritten: list[Rewritten]) -> None:
-    """Give those magnitudes back that nobody has changed since."""
+    """Restore the magnitudes that nobody has changed since they were rewritten."""
     for _, reference, before, after in rewritten:
         magnitude = reference()
         if magnitude is not None and magnitude.shape == after.shape and torch.equal(magnitude.cpu(), after.cpu()):
@@ -77,7 +77,10 @@ def _norm(layer: Any, adapter: str, variant: Any, weights: Weights) -> Tensor:
 
 
 def _fresh(layer: Any, adapter: str) -> bool:
-    """PEFT initialises before it casts adapters to float32, so A and B may have been of the base's dtype."""
+    """True if the magnitude is PEFT's own initialisation.
+
+    PEFT initialises before it casts adapters to float32, so A and B may have been in the base's dtype.
+    """
     module = layer.lora_magnitude_vector[adapter]
     base = layer.get_base_layer()
     if adapter in getattr(layer, "lora_embedding_A", ()):

@@ -1,7 +1,7 @@
-"""DoRA on the quantised layers that PEFT refuses it for: GPTQ, AWQ, EETQ and AQLM.
+"""DoRA on quantised layers for which PEFT does not allow it: GPTQ, AWQ, EETQ and AQLM.
 
-PEFT raises while it makes the layer, so its classes' ``__init__`` is replaced by `patch_peft_globally`, for as long as
-that is on. Such a layer has no stock DoRA to go back to: it stays patched.
+PEFT raises while it creates the layer, so `patch_peft_globally` replaces the ``__init__`` of its classes as long as it
+is on. PEFT has no DoRA that such a layer could be restored to, so it stays patched.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dora_kernels.peft.state import SWITCH, Switch
 
 
 class DoraRefused(DoraQuantized):
-    """A layer of a kind that PEFT has no DoRA for."""
+    """A quantised layer of a kind for which PEFT has no DoRA."""
 
     def resolve_lora_variant(self, *, config: Any = None, use_dora: bool = False, **kwargs: Any) -> Any:
-        """This package's variant for DoRA, which PEFT's class does not know."""
+        """Return this package's variant for DoRA, which PEFT's class does not know."""
         if use_dora or getattr(config, "use_dora", False):
             return DoraQuantizedVariant()
         arguments = {"use_dora": False, **kwargs} if config is None else {"config": config, **kwargs}
@@ -33,7 +33,7 @@ class DoraRefused(DoraQuantized):
 
 def _forward_of(stock: Any) -> Callable[..., Tensor]:
     def run(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # PEFT's forward of these classes does not look at variants; that of its linear layer does.
+        # PEFT's forward of these classes ignores variants; that of its linear layer does not.
         return forward(lora.Linear, self, x, args, kwargs)
 
     return run
@@ -50,11 +50,11 @@ __getattr__, patched_class = _CLASSES.attribute, _CLASSES.instead_of
 
 
 def allow() -> Callable[[], None]:
-    """Let PEFT's classes take DoRA adapters from now on; what is returned ends it."""
+    """Let PEFT's classes take DoRA adapters from now on. Returns a function that ends this."""
     undone = []
     for name, recipe in _CLASSES.recipes.items():
         stock = getattr(importlib.import_module(recipe.module), recipe.stock, None)
-        if stock is not None:  # EETQ's class is there only where the library is
+        if stock is not None:  # EETQ's class exists only if its library is installed
             undone.append((stock, stock.__init__))
             stock.__init__ = _wrapped(stock.__init__, name)
 

@@ -1,7 +1,7 @@
-"""Which of PEFT's layers are patched with what, and whether a layer's calls run on this package.
+"""Map PEFT's layer classes to the patched ones, patch and restore layers, and tell whether a layer's calls run here.
 
-The classes here are subclasses of PEFT's, exchanged through ``__class__``, so that state dicts, deepcopy, pickle and
-isinstance are untouched.
+A layer is patched by changing its ``__class__`` to a subclass of PEFT's, so state dicts, deepcopy, pickle and
+isinstance work as before.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from dora_kernels.peft import conv, embedding, gptq, linear, quantized
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
+from dora_kernels.peft.magnitude import DoraMagnitude
 from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, norm_cache, switch
 
 logger = logging.getLogger("dora_kernels")
 
 
 class Kind(NamedTuple):
-    """What takes the place of a class of PEFT's, and why it may not."""
+    """One of PEFT's classes, its patched class, and the check that tells why a layer cannot be patched."""
 
     patched: Any
     unsupported: Callable[[Any], str | None]
@@ -51,16 +52,16 @@ def _kind(stock: type) -> Kind | None:
 
 
 def _is_ours(layer: Any) -> bool:
-    """Whether it is of a class made here, not of one that somebody derived from it."""
+    """True if the layer's class was made here, not derived from such a class by somebody else."""
     kind = _kind(layer.stock) if isinstance(layer, DoraLayer) else None
     return kind is not None and kind.patched is type(layer)
 
 
 class LoraModel(lora.LoraModel):
-    """PEFT's LoRA tuner; layers that a later adapter creates are patched as well."""
+    """PEFT's LoRA tuner. It also patches the layers that a later adapter creates."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection, then the patch."""
+        """Inject the adapter as PEFT does, then patch."""
         super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
         follow_configs(model, self.peft_config)
@@ -74,14 +75,14 @@ class LoraModel(lora.LoraModel):
         svd_rank: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """PEFT's for plain LoRA; with DoRA among them the sum of what the adapters add to the weights (`combine`).
+        """PEFT's method for plain LoRA; with DoRA adapters, the sum of what they add to the weights (`combine`).
 
-        ``combination_type``: "cat", exact, of the sum of the ranks; "svd", of `svd_rank` or the largest rank; "linear",
-        of the common rank. The new adapter is a DoRA adapter, with a scaling of 1.
+        ``combination_type`` is "cat" (exact; its rank is the sum of the ranks), "svd" (rank `svd_rank`, or the largest
+        rank) or "linear" (the common rank). The new adapter is a DoRA adapter with a scaling of 1.
 
         Raises:
-            ValueError: another combination, weights that are not one number an adapter, adapters that are not there or
-                merged, or weights that cannot be read. The model is as it was.
+            ValueError: another combination type; not one weight per adapter; adapters that do not exist or are merged;
+                or weights that cannot be read. The model is unchanged then.
         """
         known = [name for name in adapters if name in self.peft_config and self.peft_config[name].use_dora]
         if not known or not any(switch(module) is not None for module in self.model.modules()):
@@ -123,7 +124,7 @@ class LoraModel(lora.LoraModel):
         )  # fmt: skip
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; no unmerged weight is kept, for there is nothing left to unmerge."""
+        """PEFT's method, without keeping unmerged weights, since no layer is left to unmerge."""
         with _keeping_nothing(self.model):
             return super()._unload_and_optionally_merge(*args, **kwargs)
 
@@ -142,9 +143,10 @@ def _keeping_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def patch_layers(model: nn.Module, options: Options | None = None) -> None:
-    """Patch every layer of `model` that can be, DoRA adapters or not: one may be added later.
+    """Patch every layer of `model` that can be patched, with or without DoRA adapters, since one may be added later.
 
-    `options` are set on those that are patched already too; without any the new ones take what these have.
+    Args:
+        options: also set on layers that are patched already. None: new layers take the options of those.
     """
     layer: Any
     known = [state for layer in model.modules() if (state := switch(layer)) is not None]
@@ -160,26 +162,27 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
         if not _is_ours(layer):
             continue
         for magnitude in _magnitudes(layer, DoraLinearLayer):
-            magnitude.__class__ = linear.DoraMagnitude
+            magnitude.__class__ = DoraMagnitude
         if SWITCH not in vars(layer):
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
         for name in dora_adapters(layer):
-            # There before a compiler traces the layer.
+            # Create the cache before a compiler traces the layer.
             norm_cache(layer, name).move(layer.lora_magnitude_vector[name].weight.device)
 
 
 def _magnitudes(layer: Any, kind: type) -> list[Any]:
-    """Its modules of magnitudes of just that class, within whatever wrapper."""
-    vectors = getattr(layer, "lora_magnitude_vector", None)  # before there is one
+    """The layer's magnitude modules of exactly that class, inside any wrapper."""
+    vectors = getattr(layer, "lora_magnitude_vector", None)  # not before the first adapter
     return [] if vectors is None else [module for module in vectors.modules() if type(module) is kind]
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Undo `patch_layers`; of what PEFT has no DoRA for, all that can be undone is a layer without such an adapter.
+    """Undo `patch_layers`, after unmerging: without the kept weight and the strengths, PEFT alone might not unmerge
+    exactly.
 
-    What is merged is unmerged: PEFT alone might not get there, without the copy and the strengths.
+    Layers for which PEFT has no DoRA can be restored only if they have no DoRA adapter.
     """
     layer: Any
     for layer in model.modules():
@@ -192,13 +195,13 @@ def restore_layers(model: nn.Module) -> None:
                 layer.__class__ = layer.stock
             for name, variant in layer.lora_variant.items():
                 layer.lora_variant[name] = DoraLayer.restored_variant(variant)
-            for magnitude in _magnitudes(layer, linear.DoraMagnitude):
+            for magnitude in _magnitudes(layer, DoraMagnitude):
                 magnitude.__class__ = DoraLinearLayer
             layer.__dict__.pop(SWITCH, None)
 
 
 def unsupported(layer: Any) -> str | None:
-    """Why `layer`, one of PEFT's LoRA layers, cannot be patched; None where it can."""
+    """Return the reason why `layer`, one of PEFT's LoRA layers, cannot be patched, or None if it can."""
     kind = _kind(layer.stock if isinstance(layer, DoraLayer) else type(layer))
     if kind is None:
         return f"{type(layer).__module__}.{type(layer).__name__}: this kind of LoRA layer is not supported"
@@ -209,7 +212,7 @@ def unsupported(layer: Any) -> str | None:
 
 
 def out_of_reach(layer: Any) -> str | None:
-    """Why the calls of `layer` do not run on this package as things stand; None where they do."""
+    """Return the reason why the calls of `layer` currently do not run on this package, or None if they do."""
     reason = unsupported(layer)
     if reason is not None:
         return reason

@@ -1,4 +1,4 @@
-"""What every kind of patched layer has in common: variants that merge exactly, unmerging, mixed batches."""
+"""Shared by all kinds of patched layers: variants that merge exactly, unmerging, mixed batches."""
 
 from __future__ import annotations
 
@@ -33,39 +33,42 @@ NormSource = tuple[Weights, "Callable[[], Tensor] | None"]
 
 
 class DoraVariant:
-    """PEFT's DoRA variant of one kind of layer on this package: mixed in before PEFT's own, which is `stock`."""
+    """PEFT's DoRA variant for one kind of layer, on this package. It is mixed in before PEFT's own, `stock`."""
 
     stock: ClassVar[Any]
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
-        """The adapter as a linear problem, None where its tensors are out of reach."""
+        """Return the adapter as a linear problem, or None if its tensors cannot be read."""
         raise NotImplementedError
 
     @staticmethod
     def rows(layer: Any, weight: Tensor) -> Tensor:
-        """The base weight, or one like it, as ``[N, K]``: a view."""
+        """Return the base weight, or a tensor of its shape, as ``[N, K]``: a view."""
         raise NotImplementedError
 
     @classmethod
     def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
-        """The tensors that the norm depends on, and what computes it where it is not that of their linear problem."""
+        """Return the tensors that the norm depends on.
+
+        The function computes it if it is not that of the linear problem.
+        """
         return weights, None
 
     @classmethod
     def divisor(cls, layer: Any, adapter: str, weights: Weights) -> Tensor:
-        """What the magnitude is divided by."""
+        """Return the divisor of the magnitude."""
         return divisor(layer, adapter, *cls.norm_source(layer, adapter, weights))
 
     @classmethod
     def scale(cls, layer: Any, adapter: str, weights: Weights) -> Tensor:
-        """``g`` as a differentiable vector."""
+        """Return ``g`` as a differentiable vector."""
         assert weights.magnitude is not None
         return scale(layer, adapter, weights.magnitude, cls.divisor(layer, adapter, weights))
 
     @classmethod
     def pefts_forward(cls, module: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Where the tensors are out of reach: PEFT's modules, with this package's options."""
+        """Run PEFT's modules, with this package's options, for an adapter whose tensors cannot be read."""
         state = switch(module)
         if state is None or state.options.dropout == "peft" or not active_dropout(module, adapter):
             dora = cls.stock.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
@@ -78,7 +81,7 @@ class DoraVariant:
 
     @classmethod
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The merged weight."""
+        """Return the merged weight."""
         merged = cls._merged(module, active_adapter, orig_weight)
         return cls.stock.merge_safe(module, active_adapter, orig_weight) if merged is None else merged
 
@@ -94,7 +97,7 @@ class DoraVariant:
     @classmethod
     @torch.no_grad()
     def _merged(cls, layer: Any, adapter: str, weight: Tensor) -> Tensor | None:
-        """``g * (weight + s B A)`` rounded once, g from the unmerged weight; None where PEFT's own code has to."""
+        """Return ``g * (weight + s B A)``, rounded once, with the unmerged weight's g; None if PEFT has to merge."""
         state = switch(layer)
         weights = cls.read(layer, adapter)
         k = strength(layer, adapter)
@@ -115,14 +118,14 @@ class DoraVariant:
             merged = torch.lerp(wide, merged, k)
         result = torch.empty_like(weight.detach())
         cls.rows(layer, result).copy_(merged)
-        # Where PEFT's own unmerge, which divides by it, looks for it.
+        # PEFT's own unmerge looks here for the norm that it divides by.
         layer._cache_store(f"{adapter}-weight_norm", norm.view(layer.lora_magnitude_vector[adapter].weight.shape))
         return result
 
     @classmethod
     @torch.no_grad()
     def unmerge(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """What `merge_safe` was given, as far as arithmetic can undo it: where no unmerged weight was kept."""
+        """Undo `merge_safe` by arithmetic, as exactly as that allows. Used if no unmerged weight was kept."""
         weights = cls.read(module, active_adapter)
         if weights is None:
             unmerged: Tensor = cls.stock.unmerge(module, active_adapter, orig_weight)
@@ -140,7 +143,7 @@ class DoraVariant:
 
 
 class Unmerged:
-    """A copy of a base layer's weight and bias on the CPU, and what merging made of them."""
+    """A copy of a base layer's weight and bias on the CPU, and a record of what merging made of them."""
 
     def __init__(self, base: Any) -> None:
         self.weight = base.weight.detach().to("cpu", copy=True)
@@ -148,12 +151,12 @@ class Unmerged:
         self._merged: Tensor | None = None
 
     def merged(self, base: Any) -> None:
-        """Note what merging made of the layer."""
+        """Record what merging made of the layer."""
         self._merged = digest(base.weight).cpu()
         self._bias.merged(base)
 
     def is_of(self, base: Any) -> bool:
-        """Whether the layer's weight is still what merging left."""
+        """True if the layer's weight is still what merging made of it."""
         weight = base.weight
         if self._merged is None or weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
             return False
@@ -166,17 +169,17 @@ class Unmerged:
 
 
 class UnmergedBias:
-    """A base layer's bias, to which merging adds where an adapter has one of its own."""
+    """A copy of a base layer's bias. Merging changes it if an adapter has a bias of its own."""
 
     def __init__(self, base: Any) -> None:
         self._before = self._merged = _bias(base)
 
     def merged(self, base: Any) -> None:
-        """Note what merging made of it."""
+        """Record what merging made of the bias."""
         self._merged = _bias(base)
 
     def put_back(self, base: Any) -> None:
-        """As it was. One that somebody has changed since keeps the change."""
+        """Restore the bias. If somebody has changed it since merging, keep that change."""
         now = _bias(base)
         if now is not None and self._before is not None and self._merged is not None:
             changed = not torch.equal(now, self._merged)
@@ -190,31 +193,35 @@ def _bias(base: Any) -> Tensor | None:
 
 
 class DoraLayer:
-    """A LoRA layer whose DoRA adapters run on this package: mixed in before one of PEFT's classes, `stock`."""
+    """A LoRA layer with DoRA adapters that run on this package.
+
+    It is mixed in before one of PEFT's classes, `stock`.
+    """
 
     stock: ClassVar[Any]
     variants: ClassVar[dict[Any, Any]]
-    """PEFT's DoRA variant of this kind of layer, and this package's."""
+    """Maps PEFT's DoRA variant for this kind of layer to this package's."""
     lora_variant: dict[str, Any]
 
     def resolve_lora_variant(self, **kwargs: Any) -> Any:
-        """PEFT's choice for a new adapter, with its DoRA variant replaced."""
+        """Return PEFT's variant for a new adapter, with a DoRA variant replaced."""
         return self.patched_variant(super().resolve_lora_variant(**kwargs))  # type: ignore[misc]
 
     @classmethod
     def patched_variant(cls, variant: Any) -> Any:
-        """This package's variant for PEFT's DoRA variant, anything else as it is."""
+        """Return this package's variant in place of PEFT's DoRA variant; any other is returned as it is."""
         return cls.variants[type(variant)]() if type(variant) in cls.variants else variant
 
     @classmethod
     def restored_variant(cls, variant: Any) -> Any:
-        """PEFT's own again."""
+        """Return PEFT's own variant again."""
         return variant.stock() if isinstance(variant, DoraVariant) else variant
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's merge. The unmerged weight is kept on the CPU, for `unmerge` and for further adapters' norms.
+        """Merge as PEFT does. The unmerged weight is kept on the CPU, for `unmerge` and for the norms of further
+        adapters.
 
-        Without `Options.keep_unmerged` it is there for as long as several are merged at once.
+        Without `Options.keep_unmerged` it is kept only while several adapters are merged in one call.
         """
         state = switch(self)
         if state is None:
@@ -229,7 +236,7 @@ class DoraLayer:
                 state.unmerged = self._keep()
             try:
                 self._merge(safe_merge, adapter_names)
-            finally:  # it writes the weight through `.data`, which no version shows
+            finally:  # PEFT writes the weight through `.data`, which changes no version
                 forget_norms(self)
                 if not self.merged_adapters or not keep:
                     state.unmerged = None
@@ -237,7 +244,7 @@ class DoraLayer:
                     state.unmerged.merged(self.get_base_layer())
 
     def unmerge(self: Any) -> None:
-        """Put the kept weight back, bit for bit; PEFT's arithmetic where there is none or it was changed since."""
+        """Restore the kept weight bit for bit. Without one, or if it was changed since, use PEFT's arithmetic."""
         state = switch(self)
         if state is None:
             return super().unmerge()  # type: ignore[misc]
@@ -263,13 +270,13 @@ class DoraLayer:
 
     @contextmanager
     def _writing(self: Any) -> Iterator[None]:
-        """What is written in inference mode could not be trained on afterwards."""
+        """Leave inference mode: tensors written in it could not be trained afterwards."""
         inference = torch.is_inference_mode_enabled() and any(t.is_inference() for t in self.base_layer.parameters())
         with torch.inference_mode(inference), torch.no_grad():
             yield
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """PEFT's; another adapter of this name starts anew."""
+        """Delete as PEFT does. A later adapter of the same name starts with a new cache."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         state = switch(self)
         if state is not None:
@@ -278,7 +285,7 @@ class DoraLayer:
             state.exact_norms.discard(adapter_name)
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """PyTorch's, for `to` and the like; the slots of the norm caches go along."""
+        """PyTorch's, for `to` and similar methods; it also moves the slots of the norm caches."""
         result = super()._apply(*args, **kwargs)  # type: ignore[misc]
         for name, cache in (switch(self) or {}).items():
             if name in self.lora_magnitude_vector:
@@ -286,7 +293,7 @@ class DoraLayer:
         return result
 
     def kept_norms(self: Any) -> Iterator[KeptNorm]:
-        """What `frozen_norms` may freeze: the norms of the active adapters, where they can be read."""
+        """Yield the norms that `frozen_norms` may freeze: those of the active adapters that can be read."""
         if switch(self) is None or self.merged_adapters or self.disable_adapters:
             return
         for name in self.active_adapters:
@@ -294,19 +301,19 @@ class DoraLayer:
             weights = variant.read(self, name) if isinstance(variant, DoraVariant) else None
             if weights is not None:
                 source, compute = variant.norm_source(self, name, weights)
-                # The magnitude as a vector, whatever the tensors beside it.
+                # The magnitude as a vector, whatever the other tensors are.
                 tensors = source._replace(magnitude=weights.magnitude)
                 yield KeptNorm(norm_cache(self, name), tensors, Form(self.scaling[name]), "auto", compute)
 
     def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """PEFT's checks, without its refusal of DoRA in a batch of several adapters."""
+        """PEFT's checks, but DoRA is allowed in a batch with several adapters."""
         names = kwargs.get("adapter_names")
         if names is not None and switch(self) is not None:
             kwargs["adapter_names"] = self._without_ours(names)
         super()._check_forward_args(x, *args, **kwargs)  # type: ignore[misc]
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """PEFT's way for the base model and for other adapters; then the rows of each DoRA adapter."""
+        """PEFT's forward for the base model and other adapters, then the rows of each DoRA adapter."""
         if switch(self) is None:
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
         others = self._without_ours(adapter_names)
@@ -321,10 +328,10 @@ class DoraLayer:
         return result
 
     def _adapter_input(self: Any, x: Tensor, adapter: str) -> Tensor:
-        """As PEFT's forward gives it to the adapter."""
+        """Cast x as PEFT's forward does before it calls the adapter."""
         return self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
 
     def _without_ours(self: Any, adapter_names: list[str]) -> list[str]:
-        """The names of a mixed batch with those of this package's adapters as the base model's."""
+        """A mixed batch's adapter names, with the base model's name in place of this package's adapters."""
         ours = {name for name, variant in self.lora_variant.items() if isinstance(variant, DoraVariant)}
         return ["__base__" if name in ours else name for name in adapter_names]

@@ -1,4 +1,4 @@
-"""Patched classes for those of PEFT's that are there only where the library is that they are for."""
+"""Patched classes for PEFT classes that exist only when their library is installed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 
 class Recipe(NamedTuple):
-    """PEFT's class, what is mixed in before it, and a forward for both."""
+    """PEFT's class, the class that is mixed in before it, and a forward for both."""
 
     module: str
     stock: str
     mixin: Any
     forward: Callable[[Any], Callable[..., Any]]
-    """Of PEFT's class."""
+    """Takes PEFT's class and returns the forward."""
 
 
 class OnDemand:
-    """A module's patched classes by name, made when they are asked for, by pickle too, which finds them by name."""
+    """A module's patched classes by name.
+
+    Each is created on first access, also by pickle, which looks it up by name.
+    """
 
     def __init__(self, module: str, recipes: dict[str, Recipe]) -> None:
         self._module = module
@@ -26,7 +29,7 @@ class OnDemand:
         self._made: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """The patched class."""
+        """Return the patched class."""
         if name not in self._made:
             recipe = self.recipes[name]
             stock = getattr(importlib.import_module(recipe.module), recipe.stock)
@@ -43,7 +46,7 @@ class OnDemand:
         raise AttributeError(f"module {self._module!r} has no attribute {name!r}")
 
     def instead_of(self, kind: type) -> Any:
-        """What takes the place of a class of PEFT's, None where there is nothing."""
+        """Return the patched class for one of PEFT's classes, or None if there is none."""
         for name, recipe in self.recipes.items():
             if (kind.__module__, kind.__name__) == (recipe.module, recipe.stock):
                 return self[name]

@@ -1,4 +1,4 @@
-"""`patch_peft` puts a PEFT model's DoRA layers on this package; `patch_peft_globally` those of every later model."""
+"""`patch_peft` runs the DoRA layers of one PEFT model on this package; `patch_peft_globally` those of later models."""
 
 from __future__ import annotations
 
@@ -44,40 +44,40 @@ TESTED = (0, 17), (0, 21)
 
 
 class PatchHandle:
-    """What a patch reached, and the way back. `patched` and `skipped` are read from the models at each access.
+    """Lists what a patch reached, and undoes it. `patched` and `skipped` are read from the models at each access.
 
-    Names are those of `named_modules`, after the model's class and number where there are several models.
+    Names are those of `named_modules`. If there are several models, each name starts with the model's class and number.
     """
 
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
-        """Each with what takes its hooks off again."""
+        """Each model, with a function that removes its hooks."""
         self._tuners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = undo
         self._rewritten: list[Rewritten] = []
 
     @property
     def rewritten(self) -> list[str]:
-        """The magnitudes that ``exact_init`` gave another value: layers' names, each with the adapter's."""
+        """The magnitudes that ``exact_init`` rewrote: names of layers, each with the adapter's."""
         return [each.name for each in self._rewritten]
 
     @property
     def patched(self) -> list[str]:
-        """Names of the DoRA layers whose calls run on this package, those of adapters added later included.
+        """Names of the DoRA layers whose calls run on this package, including those of adapters added later.
 
-        As things stand at this moment: FSDP2 gathers for a call what is out of reach between calls, so that the layers
-        it has sharded are listed in `skipped` although their calls run on this package.
+        The list shows this moment. FSDP2 gathers tensors only for the duration of a call, so layers that it has sharded
+        are listed in `skipped` although their calls run on this package.
         """
         return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Names of the DoRA layers left to PEFT, each with the reason."""
+        """Names of the DoRA layers that PEFT runs, each with the reason."""
         reasons = ((name, out_of_reach(layer)) for name, layer in self._dora_layers())
         return {name: reason for name, reason in reasons if reason is not None}
 
     def restore(self) -> None:
-        """Give every model back as it was, unmerged. Calling it again does nothing."""
+        """Restore every model, unmerged. Calling it twice does nothing."""
         if self._undo is not None:
             self._undo()
         for model, without_hooks in list(self._models.items()):
@@ -128,31 +128,33 @@ def patch_peft(
 ) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
-    Call it after `get_peft_model` or loading, before a Trainer or ``accelerator.prepare``, before `torch.compile`. It
-    warns of a PEFT that it is not tested with (`TESTED`).
-    It is per model, and safe to call twice: the options are then those of the last call. What cannot be patched stays
-    with PEFT and is listed in `PatchHandle.skipped`.
+    Call it after `get_peft_model` or loading, and before a Trainer, ``accelerator.prepare`` or `torch.compile`. The
+    patch is per model. It is safe to call twice: the options of the last call count. What cannot be patched stays with
+    PEFT and is listed in `PatchHandle.skipped`. A version of PEFT outside `TESTED` is warned about.
 
     Args:
         model: a `PeftModel`, or any module with PEFT adapters injected.
-        dropout: "peft" takes PEFT's formula where dropout is active, which drops in the base product too and so makes
-            it twice; "lora" drops in the low-rank branch alone (torchtune's and axolotl's formula), one base product.
-            Without dropout, and in evaluation, they are the same. Embeddings have no dropout.
-        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing;
-            PEFT's, in the base's dtype, is up to 3.5e-3 off for a bfloat16 base. A magnitude is rewritten only if B is
-            0 and it is bit for bit PEFT's own initialisation; `PatchHandle.rewritten` lists them.
+        dropout: "peft" takes PEFT's formula where dropout is active. It applies dropout to part of the base product too
+            and needs a second base product. "lora" applies dropout to the low-rank branch only, as torchtune and
+            axolotl do, and needs one. Without dropout, and in evaluation, they are the same. Embeddings have no
+            dropout.
+        exact_init: give fresh magnitudes the float32 norm of the base weight, so that a fresh adapter changes nothing.
+            PEFT computes them in the base dtype, up to 3.5e-3 off in bfloat16. A magnitude is rewritten only if B is 0
+            and it is bit for bit PEFT's own start; `PatchHandle.rewritten` lists them.
         keep_unmerged: let ``merge_adapter`` keep a copy of each unmerged weight on the CPU, so that unmerging is exact.
-        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", that of what they compute. Saved adapters
-            record "exact"; `patch_peft_globally` reads it from their files, elsewhere it has to be given again, since
-            PEFT drops it with a warning. None: what an adapter's configuration says, PEFT's where it says nothing.
+        grouped_norm: "peft", PEFT's norm of grouped convolutions, or "exact", the norm of what they compute. Saved
+            adapters record "exact". `patch_peft_globally` reads it from their files; elsewhere give it again, since
+            PEFT drops it with a warning. None takes what an adapter's configuration says, and PEFT's norm if it says
+            nothing.
 
     Returns:
-        A `PatchHandle`: `patched`, `skipped`, `rewritten` and `restore()`.
+        The handle, with `patched`, `skipped`, `rewritten` and `restore()`.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` no bool.
-        ValueError: `dropout` or `grouped_norm` is neither, there is nothing to patch, or a layer is merged, on meta,
-            without its magnitude or not finite; the message says which and why. The model is unchanged.
+        TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
+        ValueError: `dropout` or `grouped_norm` has another value; there is nothing to patch; or a layer is merged, on
+            the meta device, without its magnitude, or not finite. The message names the layer and the reason. The model
+            is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -180,7 +182,7 @@ def patch_peft(
 
 
 class _Globally(NamedTuple):
-    """One `patch_peft_globally` that is on."""
+    """One active `patch_peft_globally`."""
 
     handle: PatchHandle
     options: Options
@@ -189,7 +191,7 @@ class _Globally(NamedTuple):
 
 
 _on: list[_Globally] = []
-"""The last one's options count."""
+"""The active ones; the options of the last are used."""
 
 
 def patch_peft_globally(
@@ -197,14 +199,26 @@ def patch_peft_globally(
 ) -> PatchHandle:
     """Do what `patch_peft` does for every PEFT model made afterwards, for frameworks that build the model themselves.
 
-    All of PEFT's entrances (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the integrations of
-    transformers and diffusers) pass ``BaseTuner.inject_adapter``, which this wraps. Models without DoRA layers are
-    left alone. `PatchHandle.restore` undoes every model that is still alive, and the wrapping. Called twice, the
-    options of the last call are those of the models made from then on, until it is restored.
+    All functions of PEFT that make an adapter (`get_peft_model`, `load_adapter`, `inject_adapter_in_model`, the
+    integrations of transformers and diffusers) call ``BaseTuner.inject_adapter``, and this wraps it. Models without
+    DoRA layers are left alone. `PatchHandle.restore` restores every model that is still alive and ends the wrapping.
+    Called twice, the options of the last call count for models made from then on, until it is restored.
 
-    While it is on, DoRA works on GPTQ, AWQ, EETQ and AQLM layers too, which PEFT refuses; these stay patched.
+    While it is on, DoRA also works on GPTQ, AWQ, EETQ and AQLM layers, where PEFT does not allow it. These stay
+    patched.
 
-    Args, Raises: as `patch_peft`.
+    Args:
+        dropout: as `patch_peft`.
+        exact_init: as `patch_peft`.
+        keep_unmerged: as `patch_peft`.
+        grouped_norm: as `patch_peft`.
+
+    Returns:
+        The handle of all models made while it is on.
+
+    Raises:
+        TypeError: `exact_init` or `keep_unmerged` is no bool.
+        ValueError: `dropout` or `grouped_norm` is no such choice.
     """
     options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
     _warn_of_version()
@@ -242,12 +256,12 @@ def _wrap_inject_adapter() -> None:
         handle._take(self)
         if exact_init:
             handle._rewrite(model)
-        # The weights themselves may still be on meta: what counts is which layers the patch is on.
+        # The weights themselves may still be on meta. Which layers are patched is what counts.
         count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     def unwrap() -> None:
-        # A wrapper put on top keeps this one in the chain, where it does nothing from now on.
+        # If another wrapper was put on top, this one stays in the chain and does nothing from now on.
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layers on quantised linear layers: the norm from blocks of dequantised rows, or through the forward.
+"""PEFT's LoRA layers on quantised linear layers. The norm comes from blocks of dequantised rows, or from the forward.
 
-The base product is the base layer's own; what PEFT adds in several passes is one `compose`. Nothing of the dense
-weight's size is made in a training step.
+The base layer computes the base product; one `compose` replaces the several passes in which PEFT adds the rest. A
+training step makes no tensor as large as the dense weight.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft import dequantize
 from dora_kernels.peft.layer import DoraLayer, NormSource, UnmergedBias
 from dora_kernels.peft.lazy_classes import OnDemand, Recipe
-from dora_kernels.peft.linear import DoraLinearVariant, factors_fit, single_dora_adapter
+from dora_kernels.peft.linear import DoraLinearVariant
+from dora_kernels.peft.plan import factors_fit, single_dora_adapter
 from dora_kernels.peft.state import AdapterCache, active_dropout, hooked, norm_cache, read, switch
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
-    """`read`; in the weight's place stands what a new one would show in (`dequantize.carrier`)."""
+    """`read`, with the tensor that would show a new weight (`dequantize.carrier`) in the place of the weight."""
     children = layer._modules
     base = children["base_layer"]
     lora_A, lora_B = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
@@ -47,29 +48,29 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
 
 
 def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """|W|² of each row and the bias of a layer that shows itself through its forward alone, computed once."""
+    """|W|² of each row, and the bias, of a layer that shows its weight only through its forward. Computed once."""
     tensors, of_base = [*base.parameters(), *base.buffers()], dequantize.carrier(base)
     key = id(base), *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
     known = cache.constants
-    if known is None or known[0] != key or not (_unasked(layer, of_base) or known[1].is_held_by(of_base)):
+    if known is None or known[0] != key or not (_is_not_compared(layer, of_base) or known[1].is_held_by(of_base)):
         with torch.inference_mode(False), torch.no_grad(), no_autocast(like.device):
             like = like.detach().to(_input_dtype(base, like))
             bias = base.forward(like.new_zeros(1, layer.in_features))[0].detach()
             square = _forward_square(layer, base, like, None, None, 0.0)
             held = None if of_base is None else Sample(of_base)
-        cache.constants = known = key, held, square, bias, (base, tensors)  # the last keeps their ids theirs
+        cache.constants = known = key, held, square, bias, (base, tensors)  # last: keeps the ids from being reused
     return known[2], known[3]
 
 
-def _unasked(layer: Any, of_base: Tensor | None) -> bool:
-    """Whether its sample is not compared: on a GPU the host would wait for it at every step, and a capture fail."""
+def _is_not_compared(layer: Any, of_base: Tensor | None) -> bool:
+    """True if the weight's sample is not compared: on a GPU the host would wait at every step, a capture would fail."""
     if of_base is None:
         return True
     return of_base.is_cuda and (layer.training or torch.cuda.is_current_stream_capturing())
 
 
 def _input_dtype(base: nn.Module, a: Tensor) -> torch.dtype:
-    """What an opaque layer may be fed: the dtype of a floating tensor that it holds, else lora_A's."""
+    """The input dtype for a layer of unknown format: that of a floating-point tensor that it holds, else lora_A's."""
     floating = (t.dtype for t in (*base.parameters(), *base.buffers()) if t.dtype in (torch.bfloat16, torch.float16))
     return next(floating, a.dtype)
 
@@ -77,7 +78,7 @@ def _input_dtype(base: nn.Module, a: Tensor) -> torch.dtype:
 def _forward_square(
     layer: Any, base: Any, like: Tensor, a: Tensor | None, b: Tensor | None, scaling: float
 ) -> Tensor:
-    """Squared row norms of ``W + s B A``, a block of columns at a time."""
+    """Squared row norms of ``W + s B A``, one block of columns at a time."""
     total: Any = 0.0
     for part, block in dequantize.through_forward(base, like, layer.in_features)():
         wide = block.to(accumulation_dtype(block))
@@ -111,19 +112,22 @@ def _norm(cache: AdapterCache, layer: Any, base: Any, weights: Weights, scaling:
 
 
 class DoraQuantizedVariant(DoraLinearVariant):
-    """PEFT's DoRA variant on a quantised linear layer."""
+    """PEFT's DoRA variant for quantised linear layers."""
 
     read = staticmethod(read_weights)
 
     @staticmethod
     def rows(layer: Any, weight: Tensor) -> Tensor:
-        """PEFT hands the dequantised weight over."""
+        """The weight as it is: PEFT passes it dequantised."""
         return weight
 
     @classmethod
     @torch.no_grad()
     def init(cls, module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """The first magnitude: the norm, in float32. PEFT dequantises all of W, and breaks an int8 layer on a CPU."""
+        """Set the first magnitude to the norm, in float32.
+
+        PEFT would dequantise all of W, and break an int8 layer on a CPU.
+        """
         a, b = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         base = module.get_base_layer()
         of_base = dequantize.carrier(base)
@@ -142,29 +146,29 @@ class DoraQuantizedVariant(DoraLinearVariant):
 
     @classmethod
     def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
-        """From blocks of rows, or through the forward."""
+        """The norm from blocks of rows, or from the forward."""
         base, scaling, cache = layer._modules["base_layer"], layer.scaling[adapter], norm_cache(layer, adapter)
         return weights, lambda: _norm(cache, layer, base, weights, scaling)
 
     @classmethod
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The merged weight, from W as it is read here: PEFT takes repacked 4-bit for what it was before."""
+        """Return the merged weight, from W as it is read here: PEFT misreads a 4-bit weight after it was repacked."""
         return super().merge_safe(module, active_adapter, _dequantized(module, orig_weight)).to(orig_weight.dtype)
 
     @classmethod
     def unmerge(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Likewise."""
+        """Undo `merge_safe`, from W as it is read here."""
         return super().unmerge(module, active_adapter, _dequantized(module, orig_weight)).to(orig_weight.dtype)
 
     @classmethod
     def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """As the linear variant, in the base result's dtype under autocast too (peft issue 1692)."""
+        """As the linear variant, but in the base result's dtype under autocast too (peft issue 1692)."""
         dora = super().forward(module, active_adapter, x, result, **kwargs)
         return dora.to(result.dtype) if torch.is_autocast_enabled(result.device.type) else dora
 
     @staticmethod
     def bias(module: Any, adapter: str, weights: Weights) -> Tensor | None:
-        """The layer's, or what it makes of zeros."""
+        """The layer's bias, or its output for zeros."""
         base = module.base_layer
         shown = isinstance(weights.bias, Tensor) and weights.bias.requires_grad
         if shown or dequantize.row_blocks(base) is not None:
@@ -173,7 +177,7 @@ class DoraQuantizedVariant(DoraLinearVariant):
 
     @classmethod
     def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights, result: Tensor) -> Tensor:
-        """Of what dropout left: the layer's own, whose hooks have seen this call already."""
+        """The base layer's product of what dropout left, without its hooks, which have seen this call already."""
         product: Tensor = module.base_layer.forward(x.to(result.dtype))
         bias = cls.bias(module, adapter, weights)
         return product if bias is None else product - bias
@@ -185,7 +189,7 @@ def _dequantized(layer: Any, otherwise: Tensor) -> Tensor:
 
 
 class UnmergedParts:
-    """What a quantised base layer consists of before merging makes another of it: kept packed, where it is."""
+    """The tensors that a quantised base layer had before merging: packed, on their own device."""
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._base = layer, layer.base_layer
@@ -198,24 +202,24 @@ class UnmergedParts:
 
     @property
     def weight(self) -> Tensor:
-        """Dequantised, whole: merging makes it whole too."""
+        """The whole dequantised weight. Merging makes it whole too."""
         weight: Any = dequantize.dequantized(self._before)
         return weight  # type: ignore[no-any-return]
 
     def merged(self, base: Any) -> None:
-        """Note what the merged layer consists of."""
+        """Record which tensors the merged layer has."""
         self._after = [(t, _version(t)) for t in _parts(base)]
         self._bias.merged(base)
 
     def is_of(self, base: Any) -> bool:
-        """Whether it still consists of that."""
+        """True if the layer still has those tensors."""
         now = _parts(base)
         return len(now) == len(self._after) and all(
             one is t and _version(t) == version for one, (t, version) in zip(now, self._after, strict=True)
         )
 
     def put_back(self, base: Any) -> None:
-        """Give the layer its old parts."""
+        """Give the layer its old tensors back."""
         self._bias.put_back(base)
         kept = {name: value for name, value in self._before.__dict__.items() if name != "_modules"}
         self._base.__dict__.update(kept, training=base.training)
@@ -223,7 +227,7 @@ class UnmergedParts:
 
 
 def _parts(base: Any) -> list[Tensor]:
-    """Its tensors but the bias."""
+    """The layer's tensors, except its bias."""
     return [t for t in (*base.parameters(), *base.buffers()) if t is not getattr(base, "bias", None)]
 
 
@@ -232,7 +236,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class DoraQuantized(DoraLayer):
-    """A LoRA layer of PEFT's on a quantised base layer: mixed in before it."""
+    """A LoRA layer of PEFT's on a quantised base layer: mixed in before PEFT's class."""
 
     variants = {variants.DoraLinearVariant: DoraQuantizedVariant}
 
@@ -241,7 +245,7 @@ class DoraQuantized(DoraLayer):
 
 
 def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """The base layer's product, the low-rank one in its dtype, and one `compose`; PEFT's own forward where it must."""
+    """The base layer's product, the low-rank one in its dtype, and one `compose`. Else PEFT's own forward."""
     name = None if args or kwargs else single_dora_adapter(layer)
     weights = None if name is None else read_weights(layer, name)
     if name is None or weights is None or nn_module._has_any_global_hook():
@@ -262,7 +266,7 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
 
 
 class DoraHqq(DoraQuantized):
-    """On HQQ's layers, of which PEFT's merging makes new ones without their bias."""
+    """A LoRA layer on HQQ's. PEFT's merging replaces HQQ's layer with a new one without its bias."""
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         with self._keeping_bias():
@@ -282,10 +286,10 @@ class DoraHqq(DoraQuantized):
 
 
 class DoraTorchao(DoraQuantized):
-    """On torchao's tensors, whose merging in PEFT adds ``s B A`` and leaves the magnitude out."""
+    """A LoRA layer on torchao's tensors. PEFT's merging would add ``s B A`` and leave out the magnitude."""
 
     def _merge(self: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """One after the other, for PEFT's loop loses its weight after the first; PEFT checks it before it adds."""
+        """Merge one adapter at a time: PEFT's loop loses its weight after the first, and checks before it adds."""
         for name in check_adapters_to_merge(self, adapter_names):
             if safe_merge and not bool(self.get_delta_weight(name).isfinite().all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -300,7 +304,7 @@ class DoraTorchao(DoraQuantized):
             state.unmerging = False
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        """What merging adds: of a DoRA adapter the merged weight less what it is now. What unmerging takes off."""
+        """Return what merging adds and unmerging subtracts: with DoRA, the merged weight minus the current one."""
         variant, state = self.lora_variant.get(adapter), switch(self)
         if state is None or not isinstance(variant, DoraQuantizedVariant):
             delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]

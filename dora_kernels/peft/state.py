@@ -1,4 +1,4 @@
-"""What a patched layer holds beside PEFT's own, and how its tensors are read."""
+"""The state that a patched layer holds in addition to PEFT's, and access to its tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.layer import layer_norm
 from dora_kernels.engine.norm_cache import NormCache
 
-# The instance attribute that says "on", a `Switch`. Deleting it turns a layer off, also where some wrapper still holds
-# the patched forward.
+# The instance attribute that holds a patched layer's `Switch`. Deleting it turns the patch off, even if some wrapper
+# still holds the patched forward.
 SWITCH = "_dora_kernels"
 
 _PLAIN = (nn.Parameter, Tensor)
 
 
 class AdapterCache(NormCache):
-    """A layer's kept norm for one adapter, and what was checked of its modules and tensors last."""
+    """A layer's kept norm for one adapter, and the result of the last check of its modules and tensors."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
-        """Of a base layer that shows its weight through its forward alone."""
+        """|W|² and bias of a base layer that shows its weight only through its forward."""
 
     def invalidate(self) -> None:
         """Forget everything."""
@@ -38,12 +38,12 @@ class AdapterCache(NormCache):
 
 
 class Options(NamedTuple):
-    """What `patch_peft` was asked for."""
+    """The options of `patch_peft`."""
 
     dropout: str = "peft"
-    """Whose formula active dropout takes: "peft" drops in the base product too, "lora" in the low-rank one alone."""
+    """"peft": active dropout also drops in the base product; "lora": in the low-rank branch only."""
     keep_unmerged: bool = True
-    """Whether merging keeps a copy of the unmerged weight on the CPU."""
+    """True if merging keeps a copy of the unmerged weight on the CPU."""
 
 
 class Switch(dict[str, AdapterCache]):
@@ -54,49 +54,49 @@ class Switch(dict[str, AdapterCache]):
         self.options = options or Options()
         self.strengths: dict[str, float] = {}
         self.exact_norms: set[str] = set()
-        """Adapters of a grouped convolution whose norm is not PEFT's."""
+        """Adapters of a grouped convolution whose norm is the exact one."""
         self.unmerged: Any = None
         """The base weight before merging, while something is merged."""
         self.unmerging = False
         self.plan: Any = None
-        """Of a linear layer: what its last call found (`linear.Plan`)."""
+        """A linear layer's plan from its last call (`linear.Plan`)."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this layer's own tensors alone."""
+        """Leave out what belongs to this layer's own tensors only."""
         return {**vars(self), "plan": None}
 
 
 def switch(layer: nn.Module) -> Switch | None:
-    """The layer's state, None if it is switched off."""
+    """Return the layer's state, or None if it is switched off."""
     return vars(layer).get(SWITCH)
 
 
 def norm_cache(layer: Any, adapter: str) -> AdapterCache:
-    """The layer's kept norm for one adapter."""
+    """Return the layer's kept norm for one adapter."""
     caches: dict[str, AdapterCache] = vars(layer)[SWITCH]
     cache = caches.get(adapter)
     return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
 
 
 def forget_norms(layer: Any) -> None:
-    """For whoever writes the base weight in a way that no tensor version shows."""
+    """Forget the layer's norms. Call it after writing the base weight in a way that changes no tensor version."""
     for cache in (switch(layer) or {}).values():
         cache.invalidate()
 
 
 def dora_adapters(layer: nn.Module) -> list[str]:
-    """Names of the adapters of `layer` with a magnitude."""
+    """Names of the adapters of `layer` that have a magnitude."""
     return list(getattr(layer, "lora_magnitude_vector", None) or ())
 
 
 def strength(layer: nn.Module, adapter: str) -> float:
-    """What `dora_kernels.set_dora_strength` set."""
+    """The adapter's strength, as set by `dora_kernels.set_dora_strength`."""
     state = switch(layer)
     return 1.0 if state is None else state.strengths.get(adapter, 1.0)
 
 
 def strengths_of(model: nn.Module) -> list[tuple[str, str, Any, dict[str, float]]]:
-    """The DoRA adapters of the patched layers: the layer's name, the adapter's, the layer, and where strengths are."""
+    """The DoRA adapters of the patched layers, as ``(layer name, adapter name, layer, dict of its strengths)``."""
     return [
         (name, one, layer, state.strengths)
         for name, layer in model.named_modules()
@@ -110,7 +110,7 @@ def interpolated(layer: Any, adapter: str, base: Tensor, dora: Tensor) -> Tensor
     k = strength(layer, adapter)
     if k == 1.0:
         return dora
-    # In training the adapter stays in the graph, for whoever waits for its gradients.
+    # In training the adapter stays in the graph, so that its gradients exist.
     if k == 0.0 and not (layer.training and torch.is_grad_enabled()):
         return base
     return torch.lerp(base.to(dora.dtype), dora, k)
@@ -126,18 +126,21 @@ def read(
     identity: tuple[Any, ...],
     fit: Callable[[Any, str, Weights], bool],
 ) -> Weights | None:
-    """The adapter's tensors as PEFT has them, if they may be read outside their modules' calls.
+    """Return the adapter's tensors as PEFT stores them, or None if they cannot be read outside their modules' calls.
 
-    None if not, under wrappers that leave them empty, flattened, sharded or elsewhere (FSDP1, DeepSpeed ZeRO-3,
-    offloading), or if the layer is switched off. `fit` looks at them and at the modules when any of them or of
-    `identity` has been replaced since the last call.
+    That is the case for layers that are switched off, and under wrappers that leave the tensors empty, flattened,
+    sharded or on another device (FSDP1, DeepSpeed ZeRO-3, offloading).
+
+    Args:
+        identity: objects whose replacement, like that of a tensor, makes `fit` run again.
+        fit: checks the tensors and the modules. It runs if any of them has been replaced since the last call.
     """
     compiling = torch.compiler.is_compiling()
     if SWITCH not in vars(layer) or isinstance(layer.scaling[adapter], Tensor) or (not compiling and transformed()):
         return None
-    # Straight from the dictionaries: nn.Module's attribute look-up costs more than all the checks.
+    # Straight from the dictionaries: nn.Module's attribute lookup costs more than all the checks.
     magnitude = layer._modules["lora_magnitude_vector"]._modules[adapter]
-    if hooked(magnitude):  # nothing here calls it
+    if hooked(magnitude):  # nothing here calls the module, so a hook on it would not run
         return None
     m = magnitude._parameters.get("weight")
     # Not sharded, not gathered away, not on meta.
@@ -146,7 +149,7 @@ def read(
     weights = Weights(weight, lora_A, lora_B, m, bias)
     if compiling:
         return weights if _fit(layer, adapter, weights, fit) else None
-    # Looked at once: what has the same type, address and shape has not changed its device either.
+    # Checked only once: a tensor with the same type, address and shape is on the same device.
     addresses = weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), m.data_ptr()
     shapes = weight.shape, lora_A.shape, lora_B.shape
     seen = (magnitude, type(magnitude), *weights, *identity)
@@ -162,7 +165,7 @@ def read(
 
 
 def show_caching(magnitude: Any, cache: AdapterCache) -> None:
-    """In PEFT's own place, where its ``DoraCaching`` asks for it, what the norm is kept in; elsewhere nothing."""
+    """Put the kept norm where PEFT's ``DoraCaching`` expects it, if that is on; else do nothing."""
     if peft_dora.ENABLE_DORA_CACHING and not magnitude.training:
         magnitude._cache_store(SWITCH, cache)
     else:
@@ -175,7 +178,7 @@ def _fit(layer: Any, adapter: str, weights: Weights, fit: Callable[[Any, str, We
 
 
 def hooked(*modules: Any) -> bool:
-    """Whether somebody waits for the call of one of `modules`, or has replaced it."""
+    """True if one of `modules` has a hook, or a forward that somebody has replaced."""
     for module in modules:
         own = module.__dict__
         if (
@@ -190,7 +193,7 @@ def hooked(*modules: Any) -> bool:
 
 
 def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Tensor] | None = None) -> Tensor:
-    """What the magnitude is divided by: the norm of the linear problem, or as `compute` gives it; 0 as infinity."""
+    """The divisor of the magnitude: the linear problem's norm, or that of `compute`, with infinity in place of 0."""
     form, cache = Form(layer.scaling[adapter]), norm_cache(layer, adapter)
     return layer_norm(weights, form, cache, layer.training, "auto", compute).divisor
 
@@ -198,12 +201,12 @@ def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Te
 def scale(layer: Any, adapter: str, magnitude: Tensor, divisor: Tensor) -> Tensor:
     """``g = magnitude / ||V||`` as a differentiable vector."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        norm_cache(layer, adapter).unheard = True  # autograd runs the backward and will not say when
+        norm_cache(layer, adapter).unnoticed_backward = True  # autograd runs the backward, without note_backward
     return magnitude / divisor
 
 
 def active_dropout(layer: Any, adapter: str) -> bool:
-    """As PEFT decides it: any dropout module that is not an identity, in training."""
+    """True in training with a dropout module that is not an identity, as PEFT decides it."""
     if not layer.training:
         return False
     dropout = layer._modules["lora_dropout"]._modules[adapter]

@@ -1,4 +1,4 @@
-"""The formats of adapter files, a module each, and which of them a file is of."""
+"""The formats of adapter files, one per module, and their detection."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FORMATS: dict[str, Format] = {
     format.name: format for format in (Peft(), Diffusers(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx())
 }
 
-# PEFT's keys are the plainest, and part of others': asked last
+# PEFT's keys are the most general, and part of other formats' keys, so PEFT is tried last.
 _ORDER = ("qdora", "nvidia", "torchtune", "mlx", "diffusers", "kohya", "lycoris", "peft")
 
 
 def check_format(format: Any, *also: str) -> None:
-    """ValueError for what is no format's name, nor one of `also`."""
+    """Raise ValueError if `format` is not the name of a format, nor one of `also`."""
     if format not in (*FORMATS, *also):
         raise ValueError(f"format: expected one of {', '.join(map(repr, (*also, *FORMATS)))}, got {format!r}")
 
 
 def detect(keys: Collection[str], config: dict[str, Any]) -> str | None:
-    """The name of the format of a file with these keys and this configuration, None if it is none."""
+    """Return the name of the format of a file with these keys and this configuration, or None."""
     return next((name for name in _ORDER if FORMATS[name].matches(keys, config)), None)

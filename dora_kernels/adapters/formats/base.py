@@ -1,4 +1,7 @@
-"""What every file format of adapters is: keys that name a layer and its part, and a configuration beside them."""
+"""The base class of all file formats of adapters.
+
+A file has keys that name a layer and its part, and a configuration.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +17,39 @@ from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 
 Parts = dict[str, str]
-"""The keys of one layer's tensors by part: "lora_A", "lora_B", "magnitude" and what a format has besides."""
+"""The keys of one layer's tensors by part: "lora_A", "lora_B", "magnitude" and parts that only this format has."""
 
 
 class Format:
-    """A format: how it is recognised, read and written.
+    """A file format: how it is recognised, read and written.
 
-    A class says what the keys are (`key`, whose group "module" is the layer's name), which part each is (`part`),
-    and how a layer is read from its parts (`scaling`, `layer`) and written (`write`).
+    A subclass defines the keys (`key`, whose group "module" is the layer's name), the part that each stands for
+    (`part`), and how a layer is read from its parts (`scaling`, `layer`) and written (`write`).
     """
 
     name: ClassVar[str]
     weights: ClassVar[str]
     """The file's name in a folder."""
     configured: ClassVar[bool] = True
-    """Whether an ``adapter_config.json`` belongs to it."""
+    """True if an ``adapter_config.json`` belongs to it."""
     prefixed: ClassVar[bool] = False
-    """Whether names have a prefix that says which model of a pipeline they are of."""
+    """True if names have a prefix that says which model of a pipeline they belong to."""
     pipelines: ClassVar[bool] = False
-    """Whether a file may have adapters of several models of a pipeline."""
+    """True if a file may have adapters of several models of a pipeline."""
     key: ClassVar[re.Pattern[str]]
     parts: ClassVar[dict[str, str]]
-    """What the key's group "part" says, to the names of `Parts`."""
+    """Maps the key's group "part" to the names of `Parts`."""
 
     def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
-        """Whether a file with these keys and this configuration is of the format."""
+        """True if a file with these keys and this configuration has this format."""
         return any(self.key.fullmatch(key) for key in keys)
 
     def read(self, reading: Reading) -> dict[str, AdapterLayer]:
-        """The layers of a file.
+        """Return the layers of a file.
 
         Raises:
-            ValueError: it is not of the format, incomplete, or holds what an adapter cannot be; names file and key.
+            ValueError: the file has another format, is incomplete, or has something that no adapter can have. The
+                message names the file and the key.
         """
         groups = self._groups(reading)
         layers: dict[str, AdapterLayer] = {}
@@ -66,19 +70,19 @@ class Format:
         return layers
 
     def model_of(self, name: str) -> str:
-        """Which model of a pipeline a layer is of: DoRA throughout, or plain LoRA."""
+        """The model that a layer belongs to. Each model has either DoRA or plain LoRA throughout."""
         return ""
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
-        """What the file or its configuration says."""
+        """The layer's scaling, from the file or its configuration."""
         raise NotImplementedError
 
     def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
-        """One layer from its parts."""
+        """Make one layer from its parts."""
         raise NotImplementedError
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """The tensors of a file, and its configuration.
+        """Return the tensors of a file, and its configuration.
 
         Raises:
             ValueError: the format cannot express the adapter; the message says why.
@@ -86,7 +90,7 @@ class Format:
         raise NotImplementedError
 
     def split(self, key: str) -> tuple[str, str] | None:
-        """The layer and the part (of `Parts`) that a key names; None for what is no adapter's."""
+        """Split a key into the layer's name and the part (of `Parts`); None if the key belongs to no adapter."""
         found = self.key.fullmatch(key)
         return None if found is None else (found["module"], self.parts[found["part"]])
 
@@ -116,12 +120,12 @@ class Format:
         return groups
 
     def _called(self, part: str) -> str:
-        """What the format calls a part."""
+        """The format's name for a part."""
         return next(called for called, name in self.parts.items() if name == part)
 
 
 _ADAPTING = re.compile(r".*(?:lora|dora|magnitude).*|alpha|reshape_weight|diff|diff_b|[wb]_norm")
-"""What keys of adapters are called inside a layer, in any format: none can be left out."""
+"""Names of an adapter's keys inside a layer, in any format. None of them may be ignored."""
 
 
 _ADAPTERS_ALONE = {
@@ -129,11 +133,11 @@ _ADAPTERS_ALONE = {
     "lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "lora_embedding_A", "lora_embedding_B",
     "lora_linear_layer",
 }  # fmt: skip
-"""Parts of keys that nothing but an adapter's have: a key with one is never left out, wherever it is."""
+"""Parts of keys that only adapters have. A key with one is never ignored, wherever it is."""
 
 
 def _inside(key: str, modules: Collection[str]) -> bool:
-    """Whether `key` names a part of an adapter inside one of `modules`."""
+    """True if `key` names a part of an adapter inside one of `modules`."""
     key = key.removeprefix("base_model.model.")
     dots = (i for i, character in enumerate(key) if character == ".")
     return any(key[:i] in modules and _ADAPTING.fullmatch(key, i + 1) for i in dots)

@@ -1,15 +1,15 @@
 """The files of diffusers' pipelines, ``save_lora_weights``: loaders/lora_base.py, utils/state_dict_utils.py.
 
 Keys ``<model>.<name>.lora_A.weight`` ``[r, in, *kernel]``, ``.lora_B.weight`` ``[out, r, 1, ...]`` and
-``.lora_magnitude_vector`` as PEFT's, with the pipeline's name of the model: ``unet``, ``transformer``, ``prior``,
+``.lora_magnitude_vector`` as in PEFT, with the pipeline's name of the model: ``unet``, ``transformer``, ``prior``,
 ``text_encoder``, ``text_encoder_2``, .... The scaling is that of the `LoraConfig` in ``lora_adapter_metadata`` of the
 header, ``<model>.<field>``, else 1. Norm per output of ``W + scaling * B @ A``, detached; no eps.
 
-Read, too: ``<name>.lora.down.weight`` and ``lora.up.weight``, in text encoders ``lora_linear_layer.down.weight`` (0.16
-to 0.21); ``<name before it>.processor.to_q_lora.down.weight`` (before that, without ``unet.`` as well); kohya's parts,
-``lora_down``, ``lora_up``, ``alpha`` and ``dora_scale``, with these names; and ComfyUI's and musubi-tuner's, which have
-``diffusion_model.`` and ``text_encoders.<which>.transformer.`` before them. Each part means what it means where it is
-from: ``dora_scale`` is LyCORIS's, with its eps and either axis.
+Also read: ``<name>.lora.down.weight`` and ``lora.up.weight``, in text encoders ``lora_linear_layer.down.weight`` (0.16
+to 0.21); ``<name before it>.processor.to_q_lora.down.weight`` (before that, also without ``unet.``); kohya's parts,
+``lora_down``, ``lora_up``, ``alpha`` and ``dora_scale``, with these names; and those of ComfyUI and musubi-tuner, with
+``diffusion_model.`` and ``text_encoders.<which>.transformer.`` before them. Each part has the meaning of the format it
+comes from: ``dora_scale`` is LyCORIS's, with its eps and either axis.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Diffusers(Lycoris):
             reading.notes += check_configuration(config, _where(reading, component))
         return super().read(reading)
 
-    def _said(self, reading: Reading, module: str, parts: Parts) -> float | None:
-        own = super()._said(reading, module, parts)
+    def _own_scaling(self, reading: Reading, module: str, parts: Parts) -> float | None:
+        own = super()._own_scaling(reading, module, parts)
         prefix = prefix_of(module)
         config = _configurations(reading).get(prefix)
         if not config:
@@ -91,7 +91,7 @@ class Diffusers(Lycoris):
         return tensors, None
 
     def names(self, adapter: Adapter, writing: Writing) -> dict[str, str]:
-        """With the pipeline's name of each layer's model, and ``text_model`` in the names of a CLIP's layers."""
+        """Names with the pipeline's name of each layer's model, and ``text_model`` in the names of a CLIP's layers."""
         joined = adapter.config.get(COMPONENTS)
         model = writing.prefix or model_of(adapter.layers, writing.known)
         parted = {name: name.partition(".")[::2] if joined else (model, name) for name in adapter.layers}
@@ -100,7 +100,7 @@ class Diffusers(Lycoris):
 
 
 def _configurations(reading: Reading) -> dict[str, dict[str, Any]]:
-    """What the header says, by the name of the model."""
+    """The configurations in the header, by the name of the model."""
     return _parsed(reading.header.get(HEADER) or "{}", f"{reading.file}: {HEADER}: no JSON object")
 
 

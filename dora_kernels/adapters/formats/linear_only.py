@@ -1,4 +1,4 @@
-"""What torchtune's, NVIDIA's and AnswerDotAI's formats share: linear layers, magnitudes per output, one scaling."""
+"""Shared by torchtune's, NVIDIA's and AnswerDotAI's formats: linear layers, magnitudes per output, one scaling."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dora_kernels.adapters.formats.writer import Writing
 
 
 class LinearFormat(Format):
-    """Factors ``[r, in]`` and ``[out, r]`` as PEFT's, a magnitude per output, norm of ``W + scaling * B @ A``, no eps.
+    """Factors ``[r, in]`` and ``[out, r]`` as in PEFT, a magnitude per output, norm of ``W + scaling * B @ A``, no eps.
 
-    A class says what a layer's tensors are called (`called`), and what the configuration says.
+    A subclass defines the names of a layer's tensors (`called`) and the configuration.
     """
 
     called: ClassVar[dict[str, str]]
-    """The names that the parts are written under."""
+    """The names under which the parts are written."""
     prefix: ClassVar[str] = ""
     magnitude_shape: ClassVar[tuple[int, ...]] = (-1,)
     plain: ClassVar[bool] = False
@@ -36,7 +36,7 @@ class LinearFormat(Format):
         return AdapterLayer("linear", a, b, magnitude, scaling, axis)
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
-        """``lora_alpha / r``, of the configuration; r must be the factors'."""
+        """``lora_alpha / r`` from the configuration; r must be the factors' rank."""
         lora_A = reading.tensors[parts["lora_A"]]
         rank = reading.number(reading.config, "r")
         if rank != lora_A.shape[0]:
@@ -44,7 +44,7 @@ class LinearFormat(Format):
         return reading.number(reading.config, "lora_alpha") / rank
 
     def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:
-        """The layers as the format can hold them, and the configuration's r and lora_alpha."""
+        """The layers in a form that the format can hold, and the configuration's r and lora_alpha."""
         layers = writing.with_eps(writing.fitting(adapter.layers, {"linear": ("out",)}, plain=self.plain))
         layers, scaling = writing.one_scaling(layers)
         layers, rank = writing.one_rank(layers)
@@ -62,5 +62,5 @@ class LinearFormat(Format):
         return tensors, self.configuration(list(layers), numbers)
 
     def configuration(self, names: list[str], numbers: dict[str, Any]) -> dict[str, Any] | None:
-        """What stands beside the tensors."""
+        """The configuration that is written beside the tensors."""
         raise NotImplementedError

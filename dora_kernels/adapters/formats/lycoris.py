@@ -1,19 +1,20 @@
 """LyCORIS and kohya files: lycoris/modules/locon.py, functional/general.py and wrapper.py; ComfyUI's reader.
 
 Keys ``<prefix>_<name>.lora_down.weight`` ``[r, in, *kernel]``, ``.lora_up.weight`` ``[out, r, 1, ...]``, ``.alpha``,
-``.dora_scale``, ``<name>`` with underscores for dots. LyCORIS's wrapper has the prefix ``lycoris``; its kohya network
-and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet`` and ``lora_te``, ``lora_te1``, ....
-Scaling ``alpha / r``; with ``rs_lora`` alpha is stored so that this still holds; without alpha 1, as ComfyUI's
+``.dora_scale``, where ``<name>`` has underscores for dots. LyCORIS's wrapper has the prefix ``lycoris``; its kohya
+network and kohya's sd-scripts (networks/lora.py, which has no DoRA) have ``lora_unet`` and ``lora_te``, ``lora_te1``,
+.... Scaling ``alpha / r``; with ``rs_lora`` alpha is stored so that this still holds; without alpha 1, as in ComfyUI's
 comfy/weight_adapter/lora.py. Norm of ``W + scaling * B @ A`` with gradient. ``dora_scale`` is ``[1, in, 1, ...]``, per
 input, in LyCORIS before 3.2 and with ``wd_on_output=False``, and ``[out, 1, ...]``, per output, since: the shape tells.
-Converters write it with one dimension, too. LyCORIS adds ``torch.finfo(torch.float32).eps`` to the norm in training.
-ComfyUI (comfy/weight_adapter/base.py, 0.3) takes the norm of W alone for files per output: not what was trained.
-A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like are refused.
+Converters also write it with one dimension. LyCORIS adds ``torch.finfo(torch.float32).eps`` to the norm in training.
+ComfyUI (comfy/weight_adapter/base.py, 0.3) uses the norm of W alone for files per output: not what was trained.
+A Tucker core, ``lora_mid`` ``[r, r, *kernel]``, is multiplied into lora_down. LoHa, LoKr and the like raise an error.
 ComfyUI also reads PEFT's keys of the factors, ``<name>.lora_A.weight`` and ``.lora_B.weight``, with ``.alpha`` and
-``.dora_scale`` beside them, and gives them the same meaning; here, too, unless a configuration of PEFT's is there.
-``lora_magnitude_vector`` is PEFT's: per output, and nothing is added to the norm. diffusers (utils/state_dict_utils.py,
-convert_state_dict_to_kohya) leaves the dot before the last part of a layer's name in the keys of magnitudes,
-``lora_unet_..._attn1.to_k.lora_magnitude_vector`` or ``..._attn1.to_k.dora_scale``, which are PEFT's, too.
+``.dora_scale`` beside them, and gives them the same meaning. So does this reader, unless there is a configuration of
+PEFT's. ``lora_magnitude_vector`` is PEFT's: per output, and nothing is added to the norm. diffusers
+(utils/state_dict_utils.py, convert_state_dict_to_kohya) leaves the dot before the last part of a layer's name in the
+keys of magnitudes, ``lora_unet_..._attn1.to_k.lora_magnitude_vector`` or ``..._attn1.to_k.dora_scale``, which are also
+PEFT's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED
 _EPS = torch.finfo(torch.float32).eps
 
 _OTHERS = re.compile(r".+\.(?:(?:hada|lokr|b?oft)_\w+|[ab][12]\.weight|[wb]_norm|diff|diff_b|on_input)")
-"""LyCORIS's other algorithms, none of which is a product of two factors."""
+"""LyCORIS's other algorithms. None of them is a product of two factors."""
 
 
 class Lycoris(Format):
@@ -86,7 +87,7 @@ class Lycoris(Format):
                 raise reading.error(f"{key} is of an algorithm of LyCORIS that is no product of two factors")
         layers = super().read(reading)
         groups = self._groups(reading) if reading.scaling is None else {}
-        without = [parts["lora_A"] for name, parts in groups.items() if self._said(reading, name, parts) is None]
+        without = [parts["lora_A"] for name, parts in groups.items() if self._own_scaling(reading, name, parts) is None]
         if without:
             reading.notes.append(f"{some(without)} has no alpha: scaling 1")
         return layers
@@ -102,7 +103,10 @@ class Lycoris(Format):
         return module.replace(".", "_") if is_underscored(prefix_of(module)) else module, self.parts[found["part"]]
 
     def _groups(self, reading: Reading) -> dict[str, Parts]:
-        """With magnitudes that stand apart, under a name that another program has half changed, put to their layers."""
+        """Group the keys by layer.
+
+        Magnitudes under a name that another program has half converted go to their layers.
+        """
         groups = super()._groups(reading)
         flat = {name.replace(".", "_"): name for name, parts in groups.items() if "lora_A" in parts}
         for name in [name for name, parts in groups.items() if parts.keys() == {"magnitude"}]:
@@ -128,7 +132,7 @@ class Lycoris(Format):
 
     @staticmethod
     def _axis(scale: Tensor, features: tuple[int, int]) -> str | None:
-        """The axis that ``[out, 1, ...]`` or ``[1, in, ...]`` says; None for one dimension, which does not."""
+        """The axis, from the shape ``[out, 1, ...]`` or ``[1, in, ...]``; None for one dimension."""
         if scale.dim() < 2:
             return None
         said = [axis for axis, dim, size in (("out", 0, features[1]), ("in", 1, features[0]))
@@ -145,11 +149,11 @@ class Lycoris(Format):
         return torch.einsum("ij...,jk->ik...", mid.to(dtype), a.flatten(1).to(dtype))
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
-        said = self._said(reading, module, parts)
+        said = self._own_scaling(reading, module, parts)
         return 1.0 if said is None else said
 
-    def _said(self, reading: Reading, module: str, parts: Parts) -> float | None:
-        """The scaling that the file says, None for none."""
+    def _own_scaling(self, reading: Reading, module: str, parts: Parts) -> float | None:
+        """The scaling in the file, or None."""
         if "alpha" not in parts:
             return None
         key = parts["alpha"]
@@ -182,11 +186,11 @@ class Lycoris(Format):
         return tensors, None
 
     def names(self, adapter: Adapter, writing: Writing) -> dict[str, str]:
-        """What the file calls each layer."""
+        """The file's name for each layer."""
         return {name: f"{writing.prefix or 'lycoris'}_{name.replace('.', '_')}" for name in adapter.layers}
 
     def _check_names(self, adapter: Adapter, writing: Writing) -> None:
-        """A name that underscores make the same as another of the adapter's or the model's cannot be written."""
+        """Raise if a name, with underscores for dots, equals that of another layer of the adapter or the model."""
         names: dict[str, set[str]] = defaultdict(set)
         for name in (*adapter.layers, *writing.known):
             names[name.replace(".", "_")].add(name)
@@ -200,7 +204,7 @@ class Kohya(Lycoris):
     pipelines = True
 
     def names(self, adapter: Adapter, writing: Writing) -> dict[str, str]:
-        """With the prefix of each layer's model, and ``text_model`` in the names of a CLIP's layers."""
+        """Names with the prefix of each layer's model, and ``text_model`` in the names of a CLIP's layers."""
         if adapter.config.get(COMPONENTS):
             components = {name.partition(".")[0] for name in adapter.layers}
             prefixes = kohya_prefixes(components, [*adapter.layers, *writing.known])
@@ -219,7 +223,7 @@ class Kohya(Lycoris):
 
 
 def model_in(adapter: Adapter) -> Callable[[str], str]:
-    """Which of a pipeline's models a layer of an adapter is of."""
+    """Return a function that maps an adapter's layer to the pipeline's model that it belongs to."""
     if adapter.config.get(COMPONENTS):
         return lambda name: name.partition(".")[0]
     return prefix_of if adapter.config.get(UNDERSCORED) else lambda name: ""
@@ -229,11 +233,11 @@ _OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_pro
 
 
 def _as_now(module: str, processors: bool) -> str:
-    """A layer's name without what diffusers put into it when attention had processors of its own (before 0.22).
+    """A layer's current name, from that in diffusers before 0.22, when attention had processors of its own.
 
     Args:
         module: the name in the file, such as ``unet.….attn1.processor.to_q``.
-        processors: whether the key has ``_lora`` after it, as those keys have: then ``to_out`` is the first of two.
+        processors: True if the key has ``_lora`` after it, as those keys have; ``to_out`` is then the first of two.
     """
     parts = [part for part in module.split(".") if part != "processor"]
     if processors and parts[-1] in _OLD:

@@ -1,9 +1,9 @@
-"""NVlabs/DoRA's: commonsense_reasoning/peft/src/peft/tuners/dora.py, a PEFT of before DoRA was in it.
+"""NVlabs/DoRA's format: commonsense_reasoning/peft/src/peft/tuners/dora.py, a fork of PEFT from before it had DoRA.
 
-Keys ``base_model.model.<name>.lora_A.weight``, ``.lora_B.weight`` as PEFT's, ``.weight_m_wdecomp.weight``
+Keys ``base_model.model.<name>.lora_A.weight``, ``.lora_B.weight`` as in PEFT, ``.weight_m_wdecomp.weight``
 ``[out, 1]``. Scaling ``lora_alpha / r``; norm per output of ``W + scaling * B @ A``, detached with ``dora_simple``;
 no eps. Configuration with ``peft_type`` "DORA"; the original writes ``adapter_model.bin``, a pickle.
-``Wdecompose_target_modules`` are layers with a magnitude alone: no low-rank adapter, and refused.
+``Wdecompose_target_modules`` are layers with a magnitude but no low-rank adapter; they raise an error.
 """
 
 from __future__ import annotations

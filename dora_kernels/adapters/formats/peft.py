@@ -3,10 +3,10 @@
 Keys ``base_model.model.<name>.lora_A.weight`` ``[r, in]``, ``.lora_B.weight`` ``[out, r]``, ``.lora_magnitude_vector``
 ``[out]``; convolutions with A ``[r, in, *kernel]``, B ``[out, r / groups, 1, ...]`` and m ``[1, out, 1, ...]``;
 embeddings with ``lora_embedding_A`` ``[r, vocabulary]``, ``lora_embedding_B`` ``[dimension, r]`` and m ``[dimension]``.
-Scaling ``lora_alpha / r``, with ``use_rslora`` ``lora_alpha / sqrt(r)``, both by layer through ``rank_pattern`` and
+Scaling ``lora_alpha / r``, with ``use_rslora`` ``lora_alpha / sqrt(r)``, both per layer through ``rank_pattern`` and
 ``alpha_pattern``. Norm per output (channel, embedding dimension) of ``W + scaling * B @ A``, detached; no eps.
-With groups PEFT takes the norm of something else than what the layer computes: refused, unless it is plain LoRA.
-torchtune's recipes write such files, too, without ``use_dora`` in the configuration.
+With groups PEFT uses a norm that is not that of what the layer computes: an error, unless it is plain LoRA.
+torchtune's recipes also write such files, without ``use_dora`` in the configuration.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from dora_kernels.core.shown import quoted, shown
 _PREFIX = "base_model.model."
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Starts of lora_A and lora_B that take them off the base weight: the file is of another weight than the model's."""
+"""Initialisations that change the base weight: the file then belongs to another weight than the model's."""
 
 
 _REFUSED = (
     "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-"""Fields with which the layers are others than ``W + scaling * B @ A``, or adapters of something else than layers."""
+"""Fields that change the layer's formula ``W + scaling * B @ A``, or adapt something other than layers."""
 
 _KNOWN = {
-    # read
+    # Read.
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    # which layers: the file's keys say
+    # Which layers are adapted; the file's keys say so too.
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "trainable_token_indices", "bias", "ensure_weight_tying",
-    # how they were trained, or made at first
+    # How the adapter was trained or initialised.
     "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
     "qalora_group_size", "inference_mode", "task_type", "megatron_config", "megatron_core", "fan_in_fan_out",
-    # of whom
+    # Where it comes from.
     "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
 }  # fmt: skip
-"""Fields of `LoraConfig` (0.21) that leave the function of what is in the file as it is."""
+"""Fields of `LoraConfig` (0.21) that do not change what the file's tensors compute."""
 
 
 def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
-    """What a `LoraConfig` has that is not known, a sentence each; ValueError for what this package has not."""
+    """Return a sentence for each field of a `LoraConfig` that is not known. Raise ValueError for unsupported ones."""
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
     for name in _REFUSED:
@@ -73,9 +73,10 @@ def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
 def configured_scaling(
     reading: Reading, config: Mapping[str, Any], module: str, lora_A: Tensor, where: str = ""
 ) -> float:
-    """What a `LoraConfig` says of a layer: alpha over the rank or its root, each of them maybe by a pattern.
+    """A layer's scaling from a `LoraConfig`: alpha over the rank or its square root. A pattern may give either.
 
-    `where` is what errors call it, if it is not the configuration's file.
+    Args:
+        where: the name in errors, if it is not the configuration's file.
     """
     rank, alpha = (
         reading.by_pattern(config.get(name), f"{where or reading.config_file}: {name}").get(module, config.get(default))

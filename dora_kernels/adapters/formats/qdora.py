@@ -1,9 +1,9 @@
 """AnswerDotAI's QDoRA: fsdp_qlora, scripts/dora.py, train.py and scripts/prepare_vllm_weights.py.
 
 Keys ``<name>.dora_layer.lora_A.weight`` ``[r, in]``, ``<name>.dora_layer.lora_B.weight`` ``[out, r]``,
-``<name>.magnitude_layer.magnitude`` ``[out]`` in one file, ``model_state_dict.safetensors``, that may hold trained
-layer norms too. No scaling (``lora_alpha`` is not used): 1. Norm per output of ``W + B @ A``, detached, W being the
-dequantised weight that was trained on; no eps.
+``<name>.magnitude_layer.magnitude`` ``[out]`` in one file, ``model_state_dict.safetensors``, which may also hold
+trained layer norms. No scaling (``lora_alpha`` is not used): 1. Norm per output of ``W + B @ A``, detached, where W is
+the dequantised weight that was trained on; no eps.
 """
 
 from __future__ import annotations

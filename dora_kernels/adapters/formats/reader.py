@@ -1,4 +1,4 @@
-"""A file on its way to an adapter: what it holds, what the caller said about it, and what was decided."""
+"""A file while it is read: its content, the caller's options, and the decisions made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, problem_of, some
 from dora_kernels.adapters.base_layers import Base, axis_by_norms
+from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import ByName, by_pattern
 from dora_kernels.core.shown import quoted
 from dora_kernels.files import storage
@@ -18,15 +19,15 @@ from dora_kernels.files import storage
 
 @dataclass
 class Reading:
-    """What a format reads from.
+    """The input of a format's `read`.
 
     Attributes:
-        file, tensors: the safetensors file and all that is in it.
-        config_file, config: the configuration beside it, and what it says; None and empty without one.
-        bases: the base model's layers, None where no model was given.
-        magnitude_axis, scaling: what the caller insists on: "auto" and None are nothing.
-        notes: what was decided and why.
-        header: what the safetensors file says of itself.
+        file, tensors: the safetensors file and everything in it.
+        config_file, config: the configuration beside it, and its content; None and empty without one.
+        bases: the base model's layers; None without a model.
+        magnitude_axis, scaling: the caller's values; "auto" and None mean that the file decides.
+        notes: decisions and their reasons.
+        header: the metadata of the safetensors file.
     """
 
     file: Path
@@ -39,17 +40,20 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     header: Mapping[str, str] = field(default_factory=dict)
     _patterns: dict[str, ByName] = field(default_factory=dict)
+    _steps: Steps = field(default_factory=lambda: Steps(""))
 
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.file}: {text}")
 
     def number(self, config: Mapping[str, Any], *names: str, where: str = "") -> float:
-        """A finite number of the configuration, under the last of `names` in the objects the others name.
+        """Return a finite number of the configuration: the last of `names`, in the objects that the other names lead
+        to.
 
-        `where` is what errors call the configuration, if it is not the configuration's file.
+        Args:
+            where: the configuration's name in errors, if it is not its file.
 
         Raises:
-            ValueError: it is not there, or none.
+            ValueError: the number is missing, or not a number.
         """
         value: Any = config
         for name in names:
@@ -61,15 +65,19 @@ class Reading:
         return float(value)
 
     def by_pattern(self, values: Any, label: str) -> ByName:
-        """The values in a configuration by patterns of names, read once for a label; ValueError for what are none."""
+        """Return a configuration's values by name pattern.
+
+        Each label is parsed once. Raises ValueError if they are invalid.
+        """
         if label not in self._patterns:
-            self._patterns[label] = by_pattern(values, label)
+            self._patterns[label] = by_pattern(values, label, self._steps)
         return self._patterns[label]
 
     def vector(self, key: str, tensor: Tensor, features: tuple[int, int], fixed: str | None) -> tuple[Tensor, str]:
-        """A magnitude of any shape with one long dimension as ``[length]``, and its axis, maybe `UNDECIDED`.
+        """Return a magnitude with one long dimension as ``[length]``, and its axis, which may be `UNDECIDED`.
 
-        `fixed` is the axis that the format knows no other than.
+        Args:
+            fixed: the format's only axis, if it has only one.
         """
         if tensor.numel() != max(tensor.shape, default=0):
             raise self.error(f"{key} {list(tensor.shape)}: expected one long dimension")
@@ -85,10 +93,11 @@ class Reading:
         return tensor.reshape(-1), axis
 
     def decide(self, layers: dict[str, AdapterLayer]) -> dict[str, AdapterLayer]:
-        """`layers` with the axes that no shape has decided decided: by the file's other layers, or the base weights.
+        """Return `layers` with every undecided axis decided, by the file's other layers or by the base weights.
 
         Raises:
-            ValueError: nothing decides, or base weights contradict each other; it asks for ``magnitude_axis=``.
+            ValueError: nothing decides, or base weights contradict each other. The message asks for
+            ``magnitude_axis=``.
         """
         undecided = {name: layer for name, layer in layers.items() if layer.magnitude_axis == UNDECIDED}
         if not undecided:
@@ -126,7 +135,7 @@ class Reading:
         return axis
 
     def check(self, label: str, layer: AdapterLayer) -> None:
-        """ValueError where a layer's tensors do not belong together, or its scaling is out of range."""
+        """Raise ValueError if a layer's tensors do not fit together, or if its scaling is out of range."""
         if problem := problem_of(layer):
             raise self.error(f"{label}: {problem}")
 

@@ -2,8 +2,8 @@
 
 Keys ``<name>.lora_a.weight`` ``[r, in]``, ``<name>.lora_b.weight`` ``[out, r]``, ``<name>.magnitude`` ``[out]``.
 Scaling ``alpha / rank``; norm per output of ``W + scaling * B @ A``, detached; no eps. The recipes write
-``adapter_model.pt``, a pickle, with an ``adapter_config.json`` that has PEFT's ``r`` and ``lora_alpha``; this reads
-and writes the same keys as safetensors. Names are those of torchtune's models (``layers.0.attn.q_proj``), whose
+``adapter_model.pt``, a pickle, with an ``adapter_config.json`` that has PEFT's ``r`` and ``lora_alpha``; this module
+reads and writes the same keys as safetensors. Names are those of torchtune's models (``layers.0.attn.q_proj``); its
 Llama projections of queries and keys have their rows in another order than Hugging Face's.
 """
 

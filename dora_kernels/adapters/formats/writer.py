@@ -1,4 +1,4 @@
-"""Fitting an adapter to what a format can express: folded in where the mathematics allows, refused where not."""
+"""Fit an adapter to a format: fold into the factors what the format has no place for, else raise an error."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import AdapterLayer, problem_of
-from dora_kernels.modules.conv import KEPT
+from dora_kernels.modules.conv import KEPT_BY
 
 SMALL_EPS = 1e-6
-"""An eps that may go where a format has another: it moves the layer by at most eps / norm, float32's rounding."""
+"""Largest eps that may be dropped: it changes the layer by at most eps / norm, as little as float32's rounding."""
 
 LARGEST = 1e20
-"""Of a scaling in a file: a reader takes an alpha up to 1e30, and ranks, folding and rounding come between."""
+"""Largest scaling in a file: readers accept an alpha up to 1e30; ranks, folding and rounding need a margin."""
 
 Layers = dict[str, AdapterLayer]
 
 
 @dataclass
 class Writing:
-    """What a format writes with: refusals that name the layer, and notes of what was folded.
+    """The context of a format's `write`: errors that name the layer, and notes about what was folded.
 
     Attributes:
-        known: the names of the model's layers, adapted or not, where a model is the source.
-        prefix: that the caller wants for the names, where a format has one; empty for the format's choice.
+        known: the names of the model's layers, adapted or not, if the source is a model.
+        prefix: the caller's prefix of the names, for formats that have one; empty for the format's choice.
     """
 
     format: str
@@ -48,10 +48,13 @@ class Writing:
         grouped: bool = False,
         model_of: Callable[[str], str] = lambda name: "",
     ) -> Layers:
-        """`layers`, checked: their kinds among the keys of `axes`, their magnitudes along an axis named there.
+        """Return `layers` after checking that the format supports their kinds and their magnitudes' axes.
 
-        `plain` says whether the format has plain LoRA, too, `grouped` whether its plain LoRA of convolutions with
-        groups is the same. `model_of` says which of a file's models a layer is of: each is DoRA throughout, or LoRA.
+        Args:
+            axes: the axes that the format has, by kind.
+            plain: True if the format also has plain LoRA.
+            grouped: True if its plain LoRA of convolutions with groups is the same as here.
+            model_of: maps a layer to the model it belongs to; each model has either DoRA or plain LoRA throughout.
 
         Raises:
             ValueError: a layer does not fit.
@@ -68,7 +71,9 @@ class Writing:
                 raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for "
                                         f"{layer.kind} layers, and no factors turn one into the other")  # fmt: skip
             if layer.grouped and not (grouped and layer.magnitude is None):
-                raise self.refuse(name, f"a convolution with groups has another low-rank product or norm there; {KEPT}")
+                raise self.refuse(
+                    name, f"a convolution with groups has another low-rank product or norm there; {KEPT_BY}"
+                )
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         dora = {model_of(name) for name, layer in layers.items() if layer.magnitude is not None}
         if mixed := [name for name in without if model_of(name) in dora]:
@@ -78,7 +83,7 @@ class Writing:
         return dict(layers)
 
     def with_eps(self, layers: Layers, eps: float = 0.0) -> Layers:
-        """`layers` for a format that adds `eps` to the norm."""
+        """Return `layers` for a format that adds `eps` to the norm."""
         dora = {name: layer.eps for name, layer in layers.items() if layer.magnitude is not None}
         different = {name: own for name, own in dora.items() if own != eps}
         for name, own in different.items():
@@ -90,7 +95,7 @@ class Writing:
         return {name: replace(layer, eps=eps) if name in different else layer for name, layer in layers.items()}
 
     def one_scaling(self, layers: Layers, scaling: float | None = None) -> tuple[Layers, float]:
-        """`layers` with a common scaling: the one given, or the commonest, the others' folded into lora_B."""
+        """Return `layers` with a common scaling: `scaling`, or the most common one. The rest is folded into lora_B."""
         if scaling is None:
             scaling = Counter(layer.scaling for layer in layers.values()).most_common(1)[0][0] or 1.0
         folded = {name: self._fold(layer, scaling) for name, layer in layers.items()}
@@ -102,7 +107,7 @@ class Writing:
         return folded, scaling
 
     def one_rank(self, layers: Layers) -> tuple[Layers, int]:
-        """`layers` with a common rank, the highest, the others' factors padded with zeros."""
+        """Return `layers` with a common rank, the highest one. The other factors are padded with zeros."""
         rank = max(layer.rank for layer in layers.values())
         padded = {name: _pad(layer, rank) for name, layer in layers.items()}
         changed = sum(padded[name] is not layer for name, layer in layers.items())
@@ -117,7 +122,7 @@ class Writing:
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
-    """``factor * tensor`` in the tensor's dtype where that is exact (a power of two), else in float32."""
+    """``factor * tensor``, in the tensor's dtype if that is exact (a power of two), else in float32."""
     product = tensor.double() * factor
     same = product.to(tensor.dtype)
     return same if torch.equal(same.double(), product) else product.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -24,6 +24,8 @@ import safetensors.torch
 NAMES = ["layers.0.q_proj", "layers.1.up_proj", "lm_head"]
 FORMATS_OF_TWO_FILES = [name for name, format in FORMATS.items() if format.configured]
 
+ROOT = Path(dora_kernels.__file__).parents[1]
+
 
 def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -112,9 +114,9 @@ def test_a_process_that_dies(old, moment):
     module, name = moment.split(".")
     code = f"""
         import os, sys
-        sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
+        sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}
         from dora_kernels import save_adapter
-        from dora_kernels.files import storage, replacing
+        from dora_kernels.files import replacing, storage
         from adapter_models import Model, adapter_for
         {module}.{name} = lambda *args: os._exit(9)
         save_adapter(adapter_for(Model(), {NAMES!r}, seed=2), {str(folder)!r}, force=True)

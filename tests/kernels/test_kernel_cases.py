@@ -8,7 +8,7 @@ from helpers import LANES, usable
 
 pytest.importorskip("triton")
 
-import kernel_cases
+from tests import kernel_cases
 
 # Of the largest element: two roundings to the dtype, and what float32 sums lose.
 TOLERANCES = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 3e-6}

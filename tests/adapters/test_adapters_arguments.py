@@ -69,7 +69,7 @@ def test_adapters(name, value):
 @pytest.mark.parametrize("base", ["/model", 3, {"lm_head.weight": 3}, {3: A}, [A], b"x"])
 def test_a_base_that_is_none(tmp_path, base):
     save_adapter(adapter_for(Model(), NAMES), tmp_path)
-    with pytest.raises(TypeError, match=r"^base: expected a torch.nn.Module or its state dict, got "):
+    with pytest.raises(TypeError, match=r"^base: expected a torch.nn.Module, its state dict, or modules by name, got "):
         read_adapter(tmp_path, base)
     assert list(read_adapter(tmp_path, {**Model().state_dict(), "_extra_state": {"any": 1}}).layers) == NAMES
 

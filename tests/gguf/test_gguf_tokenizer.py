@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dora_kernels
+
 pytest.importorskip("gguf")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -86,7 +88,7 @@ def test_the_example(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 300, "max_position_embeddings": 256}))
     model.save_pretrained(tmp_path / "model")
     WAYS["gpt-2"]().save_pretrained(tmp_path / "model")
-    root = Path(__file__).parent.parent
+    root = Path(dora_kernels.__file__).parents[1]
     options = ["--no-memory", "--steps", "2", "--rank", "2", "--lora-rank", "3"]
     command = [sys.executable, root / "examples" / "merge_to_gguf.py", "--model", "model", "--out", "out", *options]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from aot import PRIMITIVES
 from aot.resources import TARGETS, Compiled, problems
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
+_REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

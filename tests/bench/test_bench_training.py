@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dora_kernels
+
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
@@ -22,7 +24,7 @@ from bench.providers import Missing
 from bench.run import Options, Run
 from bench.training import Training, held_out, in_turns
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(dora_kernels.__file__).parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import dora_kernels
 from bench import compare
 from bench.__main__ import main
 from bench.compare import Change, Comparison, Worker, trimmed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(dora_kernels.__file__).parents[1]
 OPTIONS = {
     "suites": ["host"], "device": "cpu", "dtypes": ["fp32"], "hidden": [16], "ranks": [2], "tokens": [2],
     "providers": ["ours_torch"],

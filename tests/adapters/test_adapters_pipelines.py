@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_kernels import Adapter, attach, extract, load_adapter, read_adapter, save_adapter
+from dora_kernels.core import expressions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:target_modules"),
@@ -229,6 +230,55 @@ def test_a_contradiction_in_the_header(tmp_path):
     more = {f"{key.removesuffix('.lora_A.weight')}.alpha": torch.tensor(2.0) for key in tensors if "lora_A" in key}
     save_file({**tensors, **more}, file, {"lora_adapter_metadata": json.dumps(header)})
     with pytest.raises(ValueError, match=r"alpha: a scaling of 0\.5, and lora_adapter_metadata says 2"):
+        read_adapter(file)
+
+
+def hostile(**fields):
+    return json.dumps({f"text_encoder.{name}": value for name, value in {"r": 4, "lora_alpha": 8, **fields}.items()})
+
+
+HUGE = 1_000_000 * "\x1b[2J"
+HEADERS = {
+    "nested": ('{"text_encoder.r":' + "[" * 900 + "]" * 900 + "}", "no JSON object: "),
+    "no number": (hostile(r=HUGE), "text_encoder: r: expected a number, got "),
+    "refused": (hostile(lora_bias=HUGE), "text_encoder: lora_bias="),
+    "a model": (json.dumps({f"{HUGE}.peft_type": "ADALORA"}), r"\\x1b.+: peft_type: expected "),
+    "no expression": (hostile(rank_pattern={HUGE + "(": 4}), "text_encoder: rank_pattern: "),
+    "no mapping": (hostile(alpha_pattern=[1]), "text_encoder: alpha_pattern: expected a mapping"),
+    "steps": (hostile(rank_pattern={f".*{'(a{1,90}' * 5}{'){1,90}' * 5}!{i}": 7 for i in range(200)}),
+              "text_encoder: rank_pattern: to match the regular expressions takes more"),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", HEADERS)
+def test_headers_that_are_hostile(tmp_path, what):
+    """One error in bounded time, of printable characters, that names the file and the entry."""
+    state = {f"text_encoder.{key}": tensor for key, tensor in peft_state(clip(), ["q_proj"]).items()}
+    long = {key.replace("text_encoder.", f"text_encoder.{900 * 'a'}"): tensor for key, tensor in state.items()}
+    file, (text, message) = tmp_path / "file.safetensors", HEADERS[what]
+    save_file(long if what == "steps" else state, file, {"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match=f"file.safetensors: lora_adapter_metadata: {message}") as error:
+        read_adapter(file)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_the_models_of_a_header_share_their_steps(tmp_path, monkeypatch):
+    """Patterns are each model's own; what they may cost is the file's."""
+    monkeypatch.setattr(expressions, "STEPS", 1000)
+    file = tmp_path / "file.safetensors"
+
+    def write(models):
+        names = [f"text_encoder_{i}" for i in range(models)]
+        tensors = {f"{name}.{20 * 'a'}.lora_{part}.weight": torch.ones(2, 2) for name in names for part in "AB"}
+        fields = {"r": 2, "lora_alpha": 2, "alpha_pattern": {"(a|b)+!": 1}}
+        header = {f"{name}.{field}": value for name in names for field, value in fields.items()}
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(header)})
+
+    write(2)
+    assert {layer.scaling for layer in read_adapter(file).layers.values()} == {1.0}
+    write(10)
+    with pytest.raises(ValueError, match=r"text_encoder_\d: alpha_pattern: to match the regular expressions takes"):
         read_adapter(file)
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_adapt import Net, moved, snapshot, unchanged
+from test_apply import Net, moved, snapshot, unchanged
 from torch import nn
 
 from dora_kernels import (

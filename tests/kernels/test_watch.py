@@ -12,9 +12,11 @@ import pytest
 import torch
 from helpers import LANES, bf16, f16, f32, usable
 
+import dora_kernels
+
 pytest.importorskip("triton")
 
-from bench.static.resources import TARGETS
+from aot.resources import TARGETS
 
 
 @pytest.fixture(scope="module", params=[lane for lane in LANES if lane.id.startswith("triton")])
@@ -229,8 +231,8 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from bench.static.machine_code import read
-from bench.static.resources import TARGETS, Compiled, problems
+from aot.machine_code import read
+from aot.resources import TARGETS, Compiled, problems
 from dora_kernels.kernels import watch
 
 tiles = watch.watch_config()._asdict()
@@ -259,7 +261,7 @@ print(json.dumps(found))
 def test_compiles_for_every_target():
     """It fits, spills nothing, and reads aligned tensors 16 bytes at once. In a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
+    root = Path(dora_kernels.__file__).parents[1]
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _COMPILE],
         cwd=root, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,

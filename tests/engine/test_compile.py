@@ -24,8 +24,9 @@ from dora_kernels import (
 )
 from dora_kernels.core.problem import Form
 from dora_kernels.engine import ops
+from dora_kernels.engine.kept_divisor import kept_divisor
 from dora_kernels.engine.model_norms import caches
-from dora_kernels.engine.norm_cache import NormCache, kept_divisor
+from dora_kernels.engine.norm_cache import NormCache
 
 axes = pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 detachments = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import dora_kernels
-from dora_kernels.peft import embedding, linear
+from dora_kernels.peft import embedding, linear, plan
 from dora_kernels.peft import layer as peft_layer
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.state import SWITCH
@@ -352,7 +352,7 @@ def counted(monkeypatch: Any) -> Iterator[dict[str, int]]:
         return call
 
     with monkeypatch.context() as patch:
-        for owner, name in ((linear, "run_layer"), (linear.Plan, "scale")):
+        for owner, name in ((linear, "run_layer"), (plan.Plan, "scale")):
             patch.setattr(owner, name, counting("layer", getattr(owner, name)))
         for module, name in ((peft_layer, "scale"), (linear, "run_compose"), (embedding, "run_compose")):
             patch.setattr(module, name, counting("norm", getattr(module, name)))

@@ -29,6 +29,8 @@ MIXED = "it was not saved with .*adapter_config.json, which has another .*: one 
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX's files")
 
+ROOT = Path(dora_kernels.__file__).parents[1]
+
 
 def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -36,9 +38,9 @@ def content(folder):
 
 PREAMBLE = f"""
 import os, sys
-sys.path[:0] = {[str(Path(dora_kernels.__file__).parent.parent), str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}
 from dora_kernels import read_adapter, save_adapter
-from dora_kernels.files import storage, replacing
+from dora_kernels.files import replacing, storage
 from adapter_models import Model, adapter_for
 names = {NAMES!r}
 """
