@@ -88,7 +88,8 @@ def scaled(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if z.dtype == g.dtype:
         return z * g if bias is None else torch.addcmul(cast(bias, g.dtype), z, g)
-    if _normalizes(z, g):
+    # With a frozen g the batch normalization would keep z for nobody.
+    if _normalizes(z, g) and (g.requires_grad or not torch.is_grad_enabled()):
         mean, variance = _standard(z.shape[1], z.device)
         bias = None if bias is None else cast(bias, torch.float32)
         return torch.batch_norm(z, g, bias, mean, variance, False, 0.0, 0.0, False)

@@ -45,32 +45,39 @@ def held(model, base, adapters, autocast=True):
     return sorted(storages.values(), reverse=True)
 
 
+def patched(base, adapters):
+    model = peft_model(base, adapters, True)
+    assert dora_kernels.patch_peft(model).patched
+    return model
+
+
+VECTORS = 5 * 4 * OUT
+"""This call's g and norm, and of 16-bit layers the constants of the operation that scales them."""
+
+
 @DTYPES
 def test_beside_peft(base, adapters):
     lora, dora = (held(peft_model(base, adapters, use_dora), base, adapters) for use_dora in (False, True))
-    model = peft_model(base, adapters, True)
-    assert dora_kernels.patch_peft(model).patched
-    ours = held(model, base, adapters)
+    ours = held(patched(base, adapters), base, adapters)
     output, low = (TOKENS * size * base.itemsize for size in (OUT, RANK))
-    # The base product, h, and this call's g and norm.
-    assert sorted(ours) == sorted([output, low, 4 * OUT, 4 * OUT])
-    assert sum(ours) <= sum(lora) + output + 8 * OUT, "more than LoRA and one activation"
+    assert [size for size in ours if size >= output] == [output], "another activation than the base product"
+    assert low in ours
+    assert sum(ours) <= sum(lora) + output + VECTORS, "more than LoRA and one activation"
     assert sum(ours) + output <= sum(dora), "PEFT's DoRA holds another output at the least"
 
 
 def test_float32_adapters_without_autocast():
-    """h in float32, which PEFT keeps of all of x; the base product in 16 bits."""
-    lora = held(peft_model(bf16, f32, False), bf16, f32, autocast=False)
-    model = peft_model(bf16, f32, True)
-    assert dora_kernels.patch_peft(model).patched
-    ours = held(model, bf16, f32, autocast=False)
-    assert sorted(ours) == sorted([2 * TOKENS * OUT, 4 * TOKENS * RANK, 4 * OUT, 4 * OUT])
-    assert 4 * TOKENS * IN in lora and sum(ours) < sum(lora) + 2 * TOKENS * OUT - 3 * TOKENS * IN
+    """x in float32, as PEFT's LoRA, and the product that is scaled."""
+    lora, dora = (held(peft_model(bf16, f32, use_dora), bf16, f32, autocast=False) for use_dora in (False, True))
+    ours = held(patched(bf16, f32), bf16, f32, autocast=False)
+    assert sum(ours) <= sum(lora) + 4 * TOKENS * OUT + VECTORS
+    assert sum(ours) + 2 * TOKENS * OUT <= sum(dora)
 
 
 @DTYPES
 def test_frozen_magnitude(base, adapters):
-    model = peft_model(base, adapters, True)
-    dora_kernels.patch_peft(model)
+    """No activation more than LoRA keeps."""
+    lora = held(peft_model(base, adapters, False), base, adapters)
+    model = patched(base, adapters)
     model.base_model.model.linear.lora_magnitude_vector["default"].weight.requires_grad_(False)
-    assert sorted(held(model, base, adapters)) == sorted([TOKENS * RANK * base.itemsize, 4 * OUT, 4 * OUT])
+    assert sum(held(model, base, adapters)) <= sum(lora) + VECTORS

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from aot.account import on_a_gpu
 from aot.launches import DTYPES
 from aot.recording import NAMES, Launch, Made, Operation, Operations, described, instead
 from aot.traffic import FORMULAS
+from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine.fingerprints import sample
 
 M, N, K, R = 96, 320, 256, 8
@@ -110,36 +112,36 @@ def _peft_rows(provider: str, dtypes: str, layer: nn.Module, autocast: bool) -> 
 
 
 def _our_rows(dtypes: str, adapter: torch.dtype) -> list[LayerRow]:
-    from dora_kernels import kernels, linear
+    from dora_kernels import kernels
+    from dora_kernels.engine import fused
 
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="cuda")
 
-    with on_a_gpu():
+    # Under autocast the products of rank r are in its dtype.
+    with on_a_gpu(), mock.patch.object(fused, "low_rank_dtype", lambda x, _: x.dtype):
         x, dy, weight = make(M, K), make(M, N), make(N, K)
         a, b, m = make(R, K, dtype=adapter), make(N, R, dtype=adapter), make(N, dtype=adapter)
-        divisor = make(N, dtype=torch.float32)
+        divisor, weights, form = make(N, dtype=torch.float32), Weights(weight, a, b, m), Form(_SCALING)
         norm = _recorded(lambda: kernels.weight_norm(weight, a, b, _SCALING))
 
         def forward() -> Any:
-            g = m / divisor
-            return g, *linear.forward(x, weight, a, b, g, None, _SCALING, "out", True, "triton")
+            scale = fused.Scale(m / divisor, divisor)
+            return scale, *fused.forward(x, weights, scale, form, True)
 
         first = _recorded(forward)
-        g, _, h, base = first.result
-        needs = linear.Needs(True, False, True, True, True, False)
+        scale, _, h, base = first.result
+        needs = fused.Needs(True, False, True, True, True, False)
         kept = kernels.KeptNorm(N, _SCALING, x.device)
-        in_use = _recorded(
-            lambda: linear.forward(
-                x, weight, a, b, m, None, _SCALING, "out", False, "triton", kept.divisor(weight, sample(weight), a, b)
+
+        def evaluate() -> Any:
+            return fused.forward(
+                x, weights, fused.Scale(None, kept.divisor(weight, sample(weight), a, b)), form, False
             )
-        )
-        second = _recorded(
-            lambda: linear.backward(
-                dy, x, weight, a, b, g, divisor, h, base, _SCALING, "out", True, needs, "triton"
-            )
-        )  # fmt: skip
-        saved = sum(one.untyped_storage().nbytes() for one in (g, divisor, h, base))
+
+        in_use = _recorded(evaluate)
+        second = _recorded(lambda: fused.backward(dy, weights, fused.Saved(x, h, base, scale), form, needs))
+        saved = sum(one.untyped_storage().nbytes() for one in (*scale, h, base))
     ours = "dora_kernels"
     return [
         _row(ours, dtypes, "norm, once a step", norm.operations, norm.launches, None),
