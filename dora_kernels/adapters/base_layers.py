@@ -78,7 +78,8 @@ def check_fit(
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(
-                f"{name} is of {article(layer.kind)} with {layer.features[0]} inputs and {layer.features[1]} outputs"
+                f"{name} belongs to {article(layer.kind)} with {layer.features[0]} inputs and {layer.features[1]} "
+                "outputs"
                 f"{here}, the model's is {article(base.kind or 'tensor')} with {base.features[0]} and "
                 f"{base.features[1]}{there}"
             )

@@ -54,7 +54,7 @@ class CombineReport:
         ranks = [layer.rank for layer in self.layers.values()]
         text = f"{len(ranks)} layers, rank {min(ranks)} to {max(ranks)}; "
         worst = max(self.layers, key=lambda name: self.layers[name].error)
-        text += f"of the change at most {self.error:.1e} is lost, in {worst}" if self.error else "exact"
+        text += f"at most {self.error:.1e} of the change is lost, in {worst}" if self.error else "exact"
         replaced = sum(layer.replaced for layer in self.layers.values())
         return text + (f"; the base weight cancels in {replaced} rows or columns" if replaced else "")
 
@@ -109,7 +109,9 @@ def _weighted_sum(
         problem = _Problem(name, bases[name], [layer for _, layer in parts], common, argument)
         layers[name], report[name] = _combined(problem, parts, rank)
         if common is not None and not any(layer.magnitude is not None for _, layer in parts):
-            given.append(f"{name} is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)")
+            given.append(
+                f"{name} is plain LoRA among DoRA layers, so its magnitude was set to the weight's norm (g = 1)"
+            )
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
     return Adapter(layers, "model", [f"combined: {of}; {result}", *given]), result
@@ -193,7 +195,7 @@ class _Problem:
         axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}
         if len(axes) > 1:
             raise ValueError(
-                f"{argument}: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA "
+                f"{argument}: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, not a DoRA "
                 "adapter"
             )
         for layer in layers:

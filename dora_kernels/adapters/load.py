@@ -51,11 +51,11 @@ def load_adapter(
         layers = adapted_layers(joined(model))
         if others := [name for name in layers if name not in attached]:
             names = some(others, 3)
-            text = f"{names} stay adapted as before: the file has nothing for them; remove_dora(model) ends it"
+            text = f"{names} stay adapted: the file has no tensors for them; to avoid it call remove_dora(model) first"
             adapter.notes.append(text)
             warnings.warn(f"{path}: {text}", stacklevel=2)
         if weakened := [name for name, layer in layers.items() if layer.strength != 1.0]:
-            adapter.notes.append(f"{some(weakened, 3)} keep a strength other than 1; set_dora_strength sets it")
+            adapter.notes.append(f"{some(weakened, 3)} keep a strength other than 1; change it with set_dora_strength")
     return adapter
 
 
@@ -114,15 +114,15 @@ def read_adapter(
     reading = Reading(weights, tensors, config_file, config, bases, magnitude_axis, scaling, header=header)
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
-        reading.notes.append(f"scaling {scaling:g} as asked for")
+        reading.notes.append(f"scaling {scaling:g}, as requested")
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
     elif prefix is not None:
-        raise ValueError(f"prefix: {weights} is of the format {chosen!r}, whose names have none")
+        raise ValueError(f"prefix: {weights} has the format {chosen!r}, whose names have no prefix")
     elif bases is not None and (other := next((name for name in layers if name not in bases), None)) is not None:
         names = respelled(layers, bases)
         if names[other] != other:
-            reading.notes.append(f"{other} and its like are {names[other]} and its like, as this model has them")
+            reading.notes.append(f"names like {other} were read as names like {names[other]}, which this model has")
         layers = {names[name]: layer for name, layer in layers.items()}
     if several:
         config[COMPONENTS] = True
@@ -145,15 +145,15 @@ def _named(
     names = {name: name for name in layers if not asked or prefix_of(name, asked) == asked}
     if not names:
         there = shown(", ".join(sorted({prefix_of(name) or name for name in layers})), 1000)
-        raise reading.error(f"prefix={asked!r} was asked for, and no layer has it; there are {there}")
+        raise reading.error(f"prefix: no layer has {asked!r}; the file has {there}")
     if len(names) < len(layers):
-        reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as asked for")
+        reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as requested")
     prefixes = {name: prefix_of(name, asked) for name in names}
     if reading.bases is not None:
         names = resolve(names, reading.bases, reading.error, reading.notes, asked)
     elif any(prefix and "." not in name for name, prefix in prefixes.items()):
         config[UNDERSCORED] = True
-        reading.notes.append("names are the file's, with underscores: a model is needed for its own")
+        reading.notes.append("names are the file's, with underscores for dots; pass the model to get the model's names")
     elif all(is_component(prefix) and not is_underscored(prefix) for prefix in prefixes.values()):
         config[COMPONENTS] = True
     prefix, *others = {prefixes[name] for name in names}
@@ -199,7 +199,7 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     """Return the file with the tensors and, if there is one, the configuration beside it."""
     if place.suffix in storage.PICKLES:
-        raise ValueError(f"{place}: a pickle, which may run anything, is not read: save it as safetensors")
+        raise ValueError(f"{place}: a pickle, which can run any code and is not read; save it as safetensors")
     if not place.is_dir():
         config = place.with_name(CONFIG)
         return place, config if config.is_file() else None
@@ -209,8 +209,8 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     if len(found) != 1:
         if found:
             names = shown(", ".join(file.name for file in found), 1000)
-            raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
-        raise FileNotFoundError(f"{place}: no safetensors file in it{storage.pickle_hint(place)}")
+            raise ValueError(f"{place}: expected one adapter file, got {names}; pass the path of one of them")
+        raise FileNotFoundError(f"{place}: contains no safetensors file{storage.pickle_hint(place)}")
     config = place / CONFIG
     return found[0], config if config.is_file() else None
 
@@ -220,8 +220,8 @@ def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], a
     if asked == "auto":
         if found is None:
             keys = ", ".join(list(tensors)[:3]) or "none"
-            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {keys}")
+            raise ValueError(f"{file}: not an adapter in a known format: its keys are {keys}")
         return found
     if found not in (None, asked) and not {asked, found} <= {"lycoris", "kohya", "diffusers"}:
-        raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")
+        raise ValueError(f"{file}: format={asked!r}, but its keys are those of {found!r}")
     return asked

@@ -108,17 +108,17 @@ def resolve(
             missing[prefix_of(name, asked)].append(name)
             continue
         if len(meant) > 1:
-            raise error(f"{name} may be any of {shown(', '.join(sorted(meant)), 1000)}")
+            raise error(f"{name} may stand for any of {shown(', '.join(sorted(meant)), 1000)}")
         own = meant.pop()
         if own in came:
-            raise error(f"{came[own]} and {name} are both {own}; read it with prefix= to take one model's")
+            raise error(f"{came[own]} and {name} both stand for {own}; pass prefix= to read only one model's layers")
         found[name], came[own] = own, name
     hits = {prefix_of(name, asked) for name in found}
     for prefix, others in missing.items():
         if prefix in hits or not hits or not is_component(prefix):
             rest = others[0][len(prefix) + 1 :] if prefix else others[0]
             raise error(f"{others[0]}: the model has no such layer{proposal(rest, known)}")
-        notes.append(f"{len(others)} layers with the prefix {prefix} are of another model and left out")
+        notes.append(f"{len(others)} layers with the prefix {prefix} belong to another model and are left out")
     return found
 
 

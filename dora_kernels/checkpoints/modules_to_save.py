@@ -76,7 +76,7 @@ def trained_beside(
             else:
                 _add(trained, checkpoint, adapter, _key(checkpoint, keys, name), name, tensor)
         except ValueError as error:
-            raise ValueError(f"{found.file}: {key}: {error}; adapter_only=True leaves out what is no adapter") from None
+            raise ValueError(f"{found.file}: {key}: {error}; adapter_only=True leaves it out") from None
     return trained
 
 
@@ -90,10 +90,10 @@ def _add(
     if key is None:
         modules = adapter.config.get("modules_to_save")
         if not any(f".{module}." in f".{name}" for module in (modules if isinstance(modules, list) else [])):
-            raise ValueError("the model has no such tensor, and it is of none of the adapter's modules_to_save")
+            raise ValueError("the model has no such tensor, and it is in none of the adapter's modules_to_save")
         if any(is_embedding(own) and checkpoint[own].shape == tensor.shape and tied(checkpoint, own)
                for own in checkpoint):  # fmt: skip
-            raise ValueError("the model's output layer is tied to its embedding, and would not be any more")
+            raise ValueError("the model's output layer is tied to its embedding, and merging would untie them")
         trained.added[name] = tensor
         return
     stored = checkpoint[key]
@@ -118,7 +118,7 @@ def _add_rows(
         wanted = f"expected rows of {key}, which has {len(stored)}"
         raise ValueError(f"trainable_token_indices: {wanted}, got {quoted(said)}")
     if module in adapter.layers:
-        raise ValueError("the embedding is adapted as well")
+        raise ValueError("the embedding is also adapted")
     _check_size(stored[: len(said)], rows)
     trained.rows[key] = torch.tensor(said), _cast(rows, stored)
 

@@ -36,7 +36,7 @@ class Steps:
     def take(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
-            raise ValueError(f"{self.label}: to match the regular expressions takes more than {STEPS} steps")
+            raise ValueError(f"{self.label}: matching the regular expressions takes more than {STEPS} steps")
 
 
 class Expression:

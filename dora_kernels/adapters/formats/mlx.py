@@ -63,7 +63,7 @@ class Mlx(Format):
         if "magnitude" in parts and features[0] != features[1]:
             return "embedding" if reading.tensors[parts["magnitude"]].numel() == features[0] else "linear"
         kind = "embedding" if _EMBEDDING.fullmatch(module) else "linear"
-        reading.notes.append(f"{module} was taken for a layer of the kind {kind!r} by its name")
+        reading.notes.append(f"{module} was taken for a layer of kind {kind!r} by its name")
         return kind
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

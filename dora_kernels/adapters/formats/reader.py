@@ -59,7 +59,7 @@ class Reading:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
             said = f"expected a number, got {quoted(value)}" if where or self.config_file else "no such file"
             where = where or str(self.config_file or self.file.with_name("adapter_config.json"))
-            raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
+            raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to read it anyway")
         return float(value)
 
     def by_pattern(self, values: Any, label: str) -> ByName:
@@ -86,7 +86,7 @@ class Reading:
             along = f"axis {asked!r}" if asked else "a magnitude"
             wanted = " or ".join(str(lengths[axis]) for axis in ([asked] if asked else ["out", "in"]))
             hint = f"; magnitude_axis={fitting[0]!r} would fit" if fitting else ""
-            raise self.error(f"{key} {list(tensor.shape)}: {along} asks for {wanted} values{hint}")
+            raise self.error(f"{key} {list(tensor.shape)}: {along} needs {wanted} values{hint}")
         axis = asked or (fitting[0] if len(fitting) == 1 else UNDECIDED)
         return tensor.reshape(-1), axis
 
@@ -103,7 +103,7 @@ class Reading:
         known = {layer.magnitude_axis for name, layer in layers.items() if name not in undecided and _decides(layer)}
         if len(known) == 1:
             axis = known.pop()
-            self.notes.append(f"magnitude_axis of {some(undecided)}: {axis!r}, as of the layers that are not square")
+            self.notes.append(f"magnitude_axis of {some(undecided)}: {axis!r}, as in the layers that are not square")
         else:
             axis = self._by_norms(undecided)
         return {name: replace(layer, magnitude_axis=axis) if name in undecided else layer
@@ -118,16 +118,18 @@ class Reading:
                 axes.add(near[0])
                 found.append(near[1:])
         if len(axes) != 1:
-            reason = ("no model was given to compare its norms" if not self.bases else
-                      "the model's weights say both" if axes else "the model's weights do not tell")  # fmt: skip
+            if not self.bases:
+                reason = "no model was given to compare its norms"
+            else:
+                reason = f"the model's weights {'contradict each other' if axes else 'do not decide'}"
             raise self.error(
-                f"the magnitude of {some(undecided)} fits inputs and outputs, which are as many, and {reason}: "
+                f"the magnitude of {some(undecided)} fits the inputs as well as the outputs, and {reason}: "
                 "pass magnitude_axis='out' or 'in'"
             )
         axis = axes.pop()
         own, other = (sum(each[i] for each in found) / len(found) for i in (0, 1))
         self.notes.append(
-            f"magnitude_axis of {some(undecided)}: {axis!r}, for the magnitude is {own:.1%} from that norm of the "
+            f"magnitude_axis of {some(undecided)}: {axis!r}, because the magnitude is {own:.1%} from that norm of the "
             f"adapted weight and {other:.1%} from the other"
         )
         return axis
