@@ -146,7 +146,7 @@ def test_what_an_earlier_adapter_leaves_is_said(tmp_path):
     apply_dora(model, ["1"], rank=2)
     model[1].strength = 0.5
     assert load_adapter(tmp_path / "second", model).notes == [
-        "1 keep a strength other than 1; change it with set_dora_strength"
+        "1 keep a strength other than 1; set_dora_strength changes it"
     ]
 
 

@@ -122,7 +122,7 @@ def article(kind: str) -> str:
     return f"an {kind}" if kind == "embedding" else f"a {kind}"
 
 
-def some(names: Iterable[str], shown: int = 1) -> str:
+def listed(names: Iterable[str], shown: int = 1) -> str:
     """The first names, and how many more there are."""
     first, others = (listed := list(names))[:shown], listed[shown:]
     return ", ".join(first) + (f" and {len(others)} more" if others else "")

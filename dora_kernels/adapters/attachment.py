@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
-from dora_kernels.adapters.base_layers import base_modules, bases_of, check_fit
+from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers
 from dora_kernels.model.saving import watch_saving
@@ -57,7 +57,7 @@ def extract(model: Models) -> Adapter:
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
-    bases = bases_of(model)
+    base_layers = base_layers_of(model)
     for name, layer in adapted.items():
         if layer.strength != 1.0:
             raise ValueError(
@@ -67,7 +67,7 @@ def extract(model: Models) -> Adapter:
         a, b = (factor.detach().clone() for factor in layer.factors)
         dora = isinstance(layer, modules.DoRALayer)
         layers[name] = AdapterLayer(
-            kind=bases[name].kind or "linear",
+            kind=base_layers[name].kind or "linear",
             lora_A=a,
             lora_B=b,
             magnitude=layer.magnitude.detach().reshape(-1).clone() if dora else None,
@@ -104,12 +104,12 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
     model = joined(model)
-    bases = bases_of(model)
-    layers = own_layers(adapter, bases, _error, adapter.notes)
-    check_fit(layers, bases, _error)
+    base_layers = base_layers_of(model)
+    layers = own_layers(adapter, base_layers, _error, adapter.notes)
+    check_fit(layers, base_layers, _error)
     check_plain(layers)
     originals, places = base_modules(model), places_of(model)
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
     readers = WeightReaders()
     try:
@@ -122,7 +122,7 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
-        for parameter, requires_grad in trained:  # a new layer freezes its base layer
+        for parameter, requires_grad in flags:  # a new layer freezes its base layer
             parameter.requires_grad_(requires_grad)
         raise
     for name, (present, prepared) in planned.items():

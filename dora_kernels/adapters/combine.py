@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
-from dora_kernels.adapters.base_layers import Base, bases_of, check_fit
+from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
@@ -97,16 +97,16 @@ def _weighted_sum(
     model: nn.Module, adapters: Collection[Adapter], weights: Collection[float], rank: int | None, argument: str
 ) -> tuple[Adapter, CombineReport]:
     """`combine_adapters`; `argument` is the caller's name for the adapters."""
-    bases = bases_of(model)
+    base_layers = base_layers_of(model)
     found: dict[str, list[tuple[float, AdapterLayer]]] = {}
     for weight, adapter in zip(weights, adapters, strict=True):
-        for name, layer in _layers(adapter, bases, argument).items():
+        for name, layer in _layers(adapter, base_layers, argument).items():
             found.setdefault(name, []).append((float(weight), layer))
     axes = {each.magnitude_axis for parts in found.values() for _, each in parts if each.magnitude is not None}
     common = min(axes, key=("out", "in").index, default=None)
     layers, report, given = {}, {}, []
     for name, parts in found.items():
-        problem = _Problem(name, bases[name], [layer for _, layer in parts], common, argument)
+        problem = _Problem(name, base_layers[name], [layer for _, layer in parts], common, argument)
         layers[name], report[name] = _combined(problem, parts, rank)
         if common is not None and not any(layer.magnitude is not None for _, layer in parts):
             given.append(
@@ -169,14 +169,14 @@ def _check_adapter(adapter: Any, argument: str, what: str) -> None:
         raise TypeError(f"{argument}: expected {what}, got {type(adapter).__name__}{hint}")
 
 
-def _layers(adapter: Adapter, bases: dict[str, Base], argument: str) -> dict[str, AdapterLayer]:
+def _layers(adapter: Adapter, base_layers: dict[str, BaseLayer], argument: str) -> dict[str, AdapterLayer]:
     """An adapter's layers by the model's names. The model must have all of them."""
 
     def error(text: str) -> ValueError:
         return ValueError(f"{argument}: {text}")
 
-    layers = own_layers(adapter, bases, error, [])
-    check_fit(layers, bases, error)
+    layers = own_layers(adapter, base_layers, error, [])
+    check_fit(layers, base_layers, error)
     return layers
 
 
@@ -184,7 +184,7 @@ class _Problem:
     """A layer's base weight as the linear problem, its axis, and the layout of factors and magnitudes in it."""
 
     def __init__(
-        self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None, argument: str
+        self, name: str, base: BaseLayer, layers: Sequence[AdapterLayer], common: str | None, argument: str
     ) -> None:
         weight = base.weight.detach()
         if not weight.is_floating_point():

@@ -13,7 +13,7 @@ from torch import nn
 
 from dora_kernels.adapters.adapter import Adapter
 from dora_kernels.adapters.attachment import extract, joined
-from dora_kernels.adapters.base_layers import bases_of
+from dora_kernels.adapters.base_layers import base_layers_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.formats.writer import Writing
@@ -77,7 +77,7 @@ def save_adapter(
     writing = Writing(format, known, own if prefix is None else check_prefix(prefix))
     if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
         name = next(iter(adapter.layers))
-        raise writing.refuse(
+        raise writing.error(
             name, "its name has underscores for dots; read the adapter with its model to get the model's names"
         )
     weights = place
@@ -106,14 +106,14 @@ def _source(source: Any) -> tuple[Adapter, Collection[str]]:
     if isinstance(source, Adapter):
         return source, ()
     if isinstance(source, nn.Module):
-        return extract(source), bases_of(source)
+        return extract(source), base_layers_of(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"source: expected a torch.nn.Module or an Adapter, got {type(source).__name__}")
     for component, each in source.items():
         if not isinstance(each, nn.Module | Adapter):
             raise TypeError(f"source: {component}: expected a torch.nn.Module or an Adapter, got {type(each).__name__}")
     models = {name: each for name, each in source.items() if isinstance(each, nn.Module)}
-    known = bases_of(joined(models)) if models else {}
+    known = base_layers_of(joined(models)) if models else {}
     result = Adapter({}, config={COMPONENTS: True})
     for component, each in source.items():
         adapter = extract(each) if isinstance(each, nn.Module) else each

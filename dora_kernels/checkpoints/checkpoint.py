@@ -130,16 +130,16 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _keys(checkpoint: Checkpoint, adapter: Contents, asked: str) -> dict[str, str]:
+def _keys(checkpoint: Checkpoint, adapter: Contents, requested: str) -> dict[str, str]:
     """The checkpoint's keys by the adapter's names for them, using the renaming that finds most of the adapter's
     layers.
 
     Args:
-        asked: only layers whose names in the adapter have this prefix; empty for all.
+        requested: only layers whose names in the adapter have this prefix; empty for all.
     """
     prefixed = FORMATS[adapter.format].prefixed
-    names = [name for name in adapter.layers if not asked or prefix_of(name, asked) == asked]
-    ways = [list(readings(name, asked)) if prefixed else [name] for name in names]
+    names = [name for name in adapter.layers if not requested or prefix_of(name, requested) == requested]
+    ways = [list(readings(name, requested)) if prefixed else [name] for name in names]
 
     def found(keys: Mapping[str, str]) -> list[str]:
         known = {key.removesuffix(".weight"): own for key, own in keys.items()}

@@ -14,7 +14,7 @@ from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
 from dora_kernels.checkpoints.checkpoint import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
-from dora_kernels.checkpoints.modules_to_save import Trained, trained_beside
+from dora_kernels.checkpoints.modules_to_save import TrainedTensors, trained_beside
 from dora_kernels.core import validation
 from dora_kernels.core.shown import shown
 from dora_kernels.files import storage
@@ -85,7 +85,7 @@ def merge_checkpoint(
                 f"if they are not tied, set tie_word_embeddings to false in {CONFIG}"
             )
         wanted[key] = name
-    beside = Trained()
+    beside = TrainedTensors()
     if not adapter_only:
         found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
         beside = trained_beside(checkpoint, found, adapter, keys)

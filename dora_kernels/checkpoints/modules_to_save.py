@@ -23,7 +23,7 @@ _ROWS = ".trainable_tokens_delta"
 
 
 @dataclass
-class Trained:
+class TrainedTensors:
     """The tensors that replace a checkpoint's, in their dtypes.
 
     Attributes:
@@ -51,7 +51,7 @@ class Trained:
 
 def trained_beside(
     checkpoint: Checkpoint, found: Contents, adapter: Adapter, keys: Mapping[str, str]
-) -> Trained:
+) -> TrainedTensors:
     """Return the tensors trained beside an adapter, except those that the checkpoint has bit for bit.
 
     Args:
@@ -64,7 +64,7 @@ def trained_beside(
             or belongs to an embedding that is tied to the output layer; or nothing says which tokens the rows belong
             to.
     """
-    others, trained = set(found.others), Trained()
+    others, trained = set(found.others), TrainedTensors()
     for key, tensor in storage.read_tensors(found.file, others.__contains__).items():
         if tensor.is_floating_point():
             storage.check_tensor(found.file, key, tensor)
@@ -85,7 +85,7 @@ def _key(checkpoint: Checkpoint, keys: Mapping[str, str], name: str) -> str | No
 
 
 def _add(
-    trained: Trained, checkpoint: Checkpoint, adapter: Adapter, key: str | None, name: str, tensor: Tensor
+    trained: TrainedTensors, checkpoint: Checkpoint, adapter: Adapter, key: str | None, name: str, tensor: Tensor
 ) -> None:
     if key is None:
         modules = adapter.config.get("modules_to_save")
@@ -106,7 +106,7 @@ def _add(
 
 
 def _add_rows(
-    trained: Trained, checkpoint: Checkpoint, adapter: Adapter, key: str | None, module: str, rows: Tensor
+    trained: TrainedTensors, checkpoint: Checkpoint, adapter: Adapter, key: str | None, module: str, rows: Tensor
 ) -> None:
     if key is None:
         raise ValueError("the model has no such embedding")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 
@@ -116,7 +116,7 @@ class Format:
             if any(part in _ADAPTERS_ALONE for part in key.split(".")):
                 raise reading.error(f"{key} is part of an adapter, but belongs to no layer of this {self.name!r} file")
         if others:
-            reading.notes.append(f"{some(others)}: not part of an adapter, left out")
+            reading.notes.append(f"{listed(others)}: not part of an adapter, left out")
         return groups
 
     def _called(self, part: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.components import (
     in_files,
     is_text_encoder,
@@ -89,7 +89,7 @@ class Lycoris(Format):
         groups = self._groups(reading) if reading.scaling is None else {}
         without = [parts["lora_A"] for name, parts in groups.items() if self._own_scaling(reading, name, parts) is None]
         if without:
-            reading.notes.append(f"{some(without)} has no alpha: scaling 1")
+            reading.notes.append(f"{listed(without)} has no alpha: scaling 1")
         return layers
 
     def model_of(self, name: str) -> str:
@@ -174,7 +174,7 @@ class Lycoris(Format):
         for name, layer in layers.items():
             alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
             if not alpha or alpha.isinf():
-                raise writing.refuse(name, f"scaling {layer.scaling:g} would be an alpha of {float(alpha):g}")
+                raise writing.error(name, f"scaling {layer.scaling:g} would be an alpha of {float(alpha):g}")
             key = keys[name] or name
             tensors[f"{key}.lora_down.weight"] = layer.lora_A
             tensors[f"{key}.lora_up.weight"] = layer.lora_B
@@ -196,7 +196,7 @@ class Lycoris(Format):
             names[name.replace(".", "_")].add(name)
         for name in adapter.layers:
             for other in sorted(names[name.replace(".", "_")] - {name}):
-                raise writing.refuse(name, f"with underscores for dots its name is the same as that of {other}")
+                raise writing.error(name, f"with underscores for dots its name is the same as that of {other}")
 
 
 class Kohya(Lycoris):
@@ -211,7 +211,7 @@ class Kohya(Lycoris):
             places = {name: name.partition(".")[::2] for name in adapter.layers}
             for name, (component, _) in places.items():
                 if component not in prefixes:
-                    raise writing.refuse(name, f"there is no prefix for a pipeline's {component}")
+                    raise writing.error(name, f"there is no prefix for a pipeline's {component}")
             parted = {name: (prefixes[component], rest) for name, (component, rest) in places.items()}
         else:
             model = model_of(adapter.layers, writing.known)

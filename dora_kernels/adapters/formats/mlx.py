@@ -57,7 +57,7 @@ class Mlx(Format):
     @staticmethod
     def _kind(reading: Reading, module: str, parts: Parts, features: tuple[int, int]) -> str:
         """Linear or embedding: their keys are the same, so the model, the magnitude's length or the name decides."""
-        base = (reading.bases or {}).get(module)
+        base = (reading.base_layers or {}).get(module)
         if base is not None and base.kind is not None:
             return base.kind
         if "magnitude" in parts and features[0] != features[1]:

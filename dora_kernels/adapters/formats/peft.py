@@ -32,7 +32,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base weight: the file then belongs to another weight than the model's."""
 
 
-_REFUSED = (
+_UNSUPPORTED = (
     "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
@@ -57,7 +57,7 @@ def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
     """Return a sentence for each field of a `LoraConfig` that is not known. Raise ValueError for unsupported ones."""
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
-    for name in _REFUSED:
+    for name in _UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{where}: {name}={quoted(config[name])} is not supported")
     start = config.get("init_lora_weights", True)
