@@ -103,7 +103,7 @@ def test_targets(targets, excluded, names):
     model = Net()
     before = snapshot(model)
     if names is None:
-        with pytest.raises(ValueError, match="exclude_modules: 'block' excludes every layer that target_modules='block'"):
+        with pytest.raises(ValueError, match="exclude_modules: 'block' excludes every layer that target_modules"):
             apply_dora(model, targets, exclude_modules=excluded)
         assert unchanged(model, before)
         return
@@ -418,5 +418,5 @@ def test_no_model():
     for call in (apply_dora, adapted_layers, remove_dora, merge_all, mark_only_dora_trainable, dora_state_dict):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
             call({})
-    with pytest.raises(ValueError, match="model: it is an adapted layer itself"):
+    with pytest.raises(ValueError, match="model: it is itself an adapted layer"):
         merge_all(DoRALinear(2, 2, rank=1))

@@ -198,7 +198,7 @@ def test_places(tmp_path):
     refused(tmp_path / "nothing", "no such file", FileNotFoundError)
     for name in ("one.safetensors", "two.safetensors"):
         save_adapter(adapter_for(Model(), NAMES), tmp_path / name, format="qdora")
-    refused(tmp_path, "expected one adapter's file, got one.safetensors, two.safetensors")
+    refused(tmp_path, "expected one adapter file, got one.safetensors, two.safetensors")
     (tmp_path / "two.safetensors").unlink()
     assert list(read_adapter(tmp_path).layers) == NAMES
 

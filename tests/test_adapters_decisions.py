@@ -138,7 +138,7 @@ def test_ambiguous_names(tmp_path):
     save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
     with pytest.raises(ValueError, match="lycoris_a_b_c may stand for any of a.b_c, a_b.c"):
         read_adapter(tmp_path / "file.safetensors", model)
-    with pytest.raises(ValueError, match="a.b_c cannot be written as 'kohya': .* the same name as a_b.c"):
+    with pytest.raises(ValueError, match="a.b_c cannot be written as 'kohya': .* the same as that of a_b.c"):
         save_adapter(adapter_for(model, ["a.b_c", "a_b.c"]), tmp_path / "two.safetensors", format="kohya")
 
 
@@ -154,7 +154,7 @@ def test_a_name_without_dots_does_not_win(tmp_path):
         adapted = copy.deepcopy(model)
         attach(adapted, adapter)
         for format in ("lycoris", "kohya"):
-            with pytest.raises(ValueError, match=f"{name} cannot be written as '{format}': .* the same name as a.b"):
+            with pytest.raises(ValueError, match=f"{name} cannot be written as '{format}': .* the same as that of a.b"):
                 save_adapter(adapted, tmp_path / "new.safetensors", format=format)
         save_adapter(adapted, tmp_path / "peft", force=True)
         assert list(read_adapter(tmp_path / "peft", model).layers) == [name]

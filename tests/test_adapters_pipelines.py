@@ -236,7 +236,7 @@ def test_models_by_name_that_are_none(tmp_path):
     save_adapter({"text_encoder": trained(clip(), ["q_proj"])}, tmp_path, format="diffusers")
     for models, error, text in (
         ({"a.b": clip()}, ValueError, "expected a pipeline's name of a model, such as 'text_encoder', got 'a.b'"),
-        ({"text_encoder": nn.Linear(2, 2)}, ValueError, "text_encoder is a layer itself"),
+        ({"text_encoder": nn.Linear(2, 2)}, ValueError, "text_encoder is itself a layer"),
         ({"text_encoder": clip(), "unet": 3}, TypeError, "expected torch.nn.Modules by name, got int for 'unet'"),
     ):
         with pytest.raises(error, match=f"model: {text}"):

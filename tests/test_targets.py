@@ -57,7 +57,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt():
         "; lazy: expected a plain nn.Linear, ",
         "; integers: expected a weight in float32, bfloat16, float16 or float64, got torch.int8",
         "; foreign: the layer is quantised (torch.nn.modules.linear.Linear, weight Weight); use PEFT to adapt it, and "
-        "dora_kernels.patch_peft runs that",
+        "dora_kernels.patch_peft to run that",
         "; hooked: the layer has hooks or a replaced forward",
     ):
         assert part in text
@@ -168,5 +168,5 @@ def test_experts_of_transformers():
     model = transformers.MixtralForCausalLM(config)
     if not any(parameter.dim() == 3 for parameter in model.parameters()):
         pytest.skip("a layer for each expert, before transformers 5")
-    (text,) = [each for each in warned(lambda: apply_dora(model, rank=2)) if "three dimensions" in each]
+    (text,) = [each for each in warned(lambda: apply_dora(model, rank=2)) if "three-dimensional" in each]
     assert "layers.0.mlp.experts.gate_up_proj [3, 32, 8]" in text

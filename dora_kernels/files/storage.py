@@ -41,12 +41,12 @@ def pickle_hint(folder: Path) -> str:
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ValueError, which says that the file is no `what`, for anything else."""
+    """Return the object in a JSON file. Raises ValueError, naming the file and `what` was expected, otherwise."""
     try:
         text = file.read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"{file}: not a valid {what}: {type(error).__name__}: {shown(str(error))}") from error
-    return json_object(text, f"{file}: no {what}")
+    return json_object(text, f"{file}: not a valid {what}")
 
 
 def json_object(text: str, problem: str) -> dict[str, Any]:
