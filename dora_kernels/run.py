@@ -24,12 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m dora_kernels.run",
         usage="%(prog)s [--dropout {peft,lora}] [--exact-init] (SCRIPT | -m MODULE) ...",
         description="Run a training script or module with every PEFT DoRA model on dora_kernels.",
-        epilog="What follows SCRIPT or MODULE are its own arguments.",
+        epilog="Arguments after SCRIPT or MODULE are passed on to it.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--dropout", choices=("peft", "lora"), default="peft",
-        help="whose formula active lora_dropout takes: PEFT's (default), or that of the low-rank branch alone, which "
+        help="formula for active lora_dropout: PEFT's (default), or dropout on the low-rank branch only, which "
         "saves the second base product",
     )  # fmt: skip
     parser.add_argument(

@@ -59,8 +59,8 @@ ADAPTER_CASES = [
         TypeError,
         "lora_B: expected float32, bfloat16, float16 or float64, got torch.float8_e4m3fn",
     ),
-    ({"lora_A": torch.randn(2, 5, device="meta")}, ValueError, "lora_A: expected on the weight's device cpu, got meta"),
-    ({"lora_B": torch.randn(4, 2, device="meta")}, ValueError, "lora_B: expected on the weight's device cpu, got meta"),
+    ({"lora_A": torch.randn(2, 5, device="meta")}, ValueError, "lora_A: expected the weight's device cpu, got meta"),
+    ({"lora_B": torch.randn(4, 2, device="meta")}, ValueError, "lora_B: expected the weight's device cpu, got meta"),
     ({"scaling": math.nan}, ValueError, "scaling: expected a finite number, got nan"),
     ({"scaling": -math.inf}, ValueError, "scaling: expected a finite number, got -inf"),
     ({"scaling": "1"}, TypeError, "scaling: expected a finite number, got str"),
@@ -101,7 +101,7 @@ MAGNITUDE_CASES = [
     (
         {"magnitude": torch.rand(4, device="meta")},
         ValueError,
-        "magnitude: expected on the weight's device cpu, got meta",
+        "magnitude: expected the weight's device cpu, got meta",
     ),
 ]
 
@@ -114,10 +114,10 @@ LAYER_CASES = [
     ),
     ({"x": torch.randn(3, 4)}, ValueError, "x: expected [..., 5], got [3, 4]"),
     ({"x": torch.tensor(1.0)}, ValueError, "x: expected [..., 5], got []"),
-    ({"x": torch.randn(3, 5, device="meta")}, ValueError, "x: expected on the weight's device cpu, got meta"),
+    ({"x": torch.randn(3, 5, device="meta")}, ValueError, "x: expected the weight's device cpu, got meta"),
     ({"bias": torch.randn(5)}, ValueError, "bias: expected [4] for a weight of shape [4, 5], got [5]"),
     ({"bias": 0}, TypeError, "bias: expected a torch.Tensor, got int"),
-    ({"bias": torch.randn(4, device="meta")}, ValueError, "bias: expected on the weight's device cpu, got meta"),
+    ({"bias": torch.randn(4, device="meta")}, ValueError, "bias: expected the weight's device cpu, got meta"),
     (
         {"weight_norm": torch.rand(5)},
         ValueError,
@@ -126,18 +126,18 @@ LAYER_CASES = [
     (
         {"weight_norm": torch.rand(4, requires_grad=True)},
         ValueError,
-        "weight_norm: requires grad, but it is a constant of the layer; pass weight_norm.detach()",
+        "weight_norm: requires grad, but the layer treats it as a constant; pass weight_norm.detach()",
     ),
     (
         {"weight_norm": torch.rand(4), "magnitude": None},
         ValueError,
-        "weight_norm: was given without a magnitude; plain LoRA (magnitude=None) uses no norm",
+        "weight_norm: expected None without a magnitude, because plain LoRA (magnitude=None) uses no norm",
     ),
     ({"weight_norm": [1.0]}, TypeError, "weight_norm: expected a torch.Tensor, got list"),
     (
         {"weight_norm": torch.rand(4, device="meta")},
         ValueError,
-        "weight_norm: expected on the weight's device cpu, got meta",
+        "weight_norm: expected the weight's device cpu, got meta",
     ),
 ]
 

@@ -60,7 +60,7 @@ try:
 except RuntimeError as error:
     print(type(error).__name__, error)
 """)
-    assert out.startswith("UnsupportedError backend='triton' was asked for")
+    assert out.startswith("UnsupportedError backend='triton' cannot be used")
     assert "triton is not installed" in out
 
 
@@ -73,7 +73,7 @@ try:
 except RuntimeError as error:
     print(type(error).__name__, error)
 """)
-    assert out.startswith("UnsupportedError backend='triton' was asked for")
+    assert out.startswith("UnsupportedError backend='triton' cannot be used")
     assert "needs a GPU" in out and "cpu" in out
 
 

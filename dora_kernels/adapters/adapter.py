@@ -125,7 +125,7 @@ def article(kind: str) -> str:
     return f"an {kind}" if kind == "embedding" else f"a {kind}"
 
 
-def some(names: Iterable[str], shown: int = 1) -> str:
+def listed(names: Iterable[str], shown: int = 1) -> str:
     """The first names, and how many more there are."""
     first, others = (listed := list(names))[:shown], listed[shown:]
     return ", ".join(first) + (f" and {len(others)} more" if others else "")
@@ -136,7 +136,7 @@ def problem_of(layer: AdapterLayer) -> str | None:
     a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
     dims = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}.get(layer.kind)
     if a.dim() != dims or not a.numel():
-        return f"lora_A {list(a.shape)} is none of {article(layer.kind)}"
+        return f"lora_A {list(a.shape)} is not the shape of {article(layer.kind)}"
     grouped = b.dim() > 2 and a.shape[0] % max(1, *b.shape[1:2]) == 0
     if b.dim() != dims or not b.numel() or not (b.shape[1] == a.shape[0] or grouped) or set(b.shape[2:]) - {1}:
         return f"lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}"
@@ -146,5 +146,5 @@ def problem_of(layer: AdapterLayer) -> str | None:
     if not math.isfinite(layer.scaling):
         return f"scaling {layer.scaling:g}: expected a finite number"
     if not 0.0 <= layer.eps < math.inf:
-        return f"eps {layer.eps:g}: expected a finite number that is not negative"
+        return f"eps {layer.eps:g}: expected a finite number of at least 0"
     return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
-from dora_kernels.adapters.base_layers import base_modules, bases_of, check_fit
+from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers
 from dora_kernels.model.saving import watch_saving
@@ -37,7 +37,7 @@ def joined(models: Any) -> nn.Module:
         if not name or "." in name:
             raise ValueError(f"model: expected a pipeline's name of a model, such as 'text_encoder', got {name!r}")
         if not unwrapped(model)._modules:
-            raise ValueError(f"model: {name} is a layer itself, which cannot be exchanged")
+            raise ValueError(f"model: {name} is itself a layer, so there is no parent to replace it in")
         holder._modules[name] = model
     return holder
 
@@ -60,17 +60,17 @@ def extract(model: Models) -> Adapter:
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
-    bases = bases_of(model)
+    base_layers = base_layers_of(model)
     for name, layer in adapted.items():
         if layer.strength != 1.0:
             raise ValueError(
-                f"model: {name} has strength {layer.strength:g}, which no adapter holds; set it to 1, and take "
-                f"with_strength(model, adapter, {layer.strength:g}) of the adapter then"
+                f"model: {name} has strength {layer.strength:g}, which an adapter cannot hold; set it to 1, then use "
+                f"with_strength(model, adapter, {layer.strength:g}) on the adapter"
             )
         a, b = (factor.detach().clone() for factor in layer.factors)
         dora = isinstance(layer, modules.DoRALayer)
         layers[name] = AdapterLayer(
-            kind=bases[name].kind or "linear",
+            kind=base_layers[name].kind or "linear",
             lora_A=a,
             lora_B=b,
             magnitude=layer.magnitude.detach().reshape(-1).clone() if dora else None,
@@ -79,7 +79,7 @@ def extract(model: Models) -> Adapter:
             eps=layer.eps if dora else 0.0,
         )
     if not layers:
-        raise ValueError("model: it has no adapted layer")
+        raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
     return Adapter(layers, "model", config={COMPONENTS: True} if several else {})
 
 
@@ -108,25 +108,25 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
     model = joined(model)
-    bases = bases_of(model)
-    layers = own_layers(adapter, bases, _error, adapter.notes)
-    check_fit(layers, bases, _error)
+    base_layers = base_layers_of(model)
+    layers = own_layers(adapter, base_layers, _error, adapter.notes)
+    check_fit(layers, base_layers, _error)
     check_plain(layers)
     originals, places = base_modules(model), places_of(model)
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
     readers = WeightReaders()
     try:
         for name, layer in layers.items():
             present = submodule(model, name)
             if other := next((other for other in places[present] if other in planned), None):
-                raise _error(f"{other} and {name} are one module of the model's")
+                raise _error(f"{other} and {name} are the same module in the model")
             if not isinstance(present, modules.AdaptedLayer):
                 check_layer(model, present, name, layer.magnitude is not None, readers)
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
     except BaseException:
-        for parameter, requires_grad in trained:  # a new layer freezes its base layer
+        for parameter, requires_grad in flags:  # a new layer freezes its base layer
             parameter.requires_grad_(requires_grad)
         raise
     for name, (present, prepared) in planned.items():
@@ -144,7 +144,7 @@ def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
         if layer.magnitude is None and layer.kind != "linear":
             raise TypeError(
                 f"adapter: {name}: plain LoRA of {article(layer.kind)} cannot be attached: without magnitudes only "
-                "linear layers can; it can be converted to other formats"
+                "linear layers can; the adapter can only be converted to other formats"
             )
 
 
@@ -158,9 +158,9 @@ def _prepared(name: str, layer: AdapterLayer, original: Any, present: Any) -> An
     if problem := problem_of(layer):
         raise _error(f"{name}: {problem}")
     if not name:
-        raise _error("the model itself is the layer, which cannot be exchanged inside it")
+        raise _error("the model is itself the layer, so there is no parent to replace it in")
     if adapted and present.merged:
-        raise ValueError(f"model: {name} is merged; call unmerge() before")
+        raise ValueError(f"model: {name} is merged; call unmerge() first")
     tensors = [tensor for tensor in (layer.lora_A, layer.lora_B, layer.magnitude) if tensor is not None]
     if adapted and isinstance(present, modules.DoRALayer) == dora and present.rank == layer.rank:
         if not dora or (present.magnitude_axis, present.eps) == (layer.magnitude_axis, layer.eps):

@@ -18,7 +18,7 @@ CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseLayer:
     """A layer without its adapter.
 
     Attributes:
@@ -57,28 +57,29 @@ class Base:
         return adapted.flatten(1).norm(dim=1), adapted.transpose(0, 1).flatten(1).norm(dim=1)
 
 
-def bases_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Base]:
+def base_layers_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, BaseLayer]:
     """The layers of a model, adapted or not, or of a state dict, that can have an adapter."""
     if isinstance(model, nn.Module):
-        found = {name: _base(module) for name, module in base_modules(model).items()}
+        found = {name: _base_layer(module) for name, module in base_modules(model).items()}
     else:
-        found = {key.removesuffix(".weight"): _base_of_weight(weight) for key, weight in model.items()
+        found = {key.removesuffix(".weight"): _base_layer_of_weight(weight) for key, weight in model.items()
                  if key.endswith(".weight")}  # fmt: skip
     return {name: base for name, base in found.items() if base is not None}
 
 
 def check_fit(
-    layers: Mapping[str, AdapterLayer], bases: Mapping[str, Base], error: Callable[[str], ValueError]
+    layers: Mapping[str, AdapterLayer], base_layers: Mapping[str, BaseLayer], error: Callable[[str], ValueError]
 ) -> None:
     """Raise ``error(text)`` if a layer of the adapter is missing in the base model or has another size there."""
     for name, layer in layers.items():
-        base = bases.get(name)
+        base = base_layers.get(name)
         if base is None:
-            raise error(f"{name}: the model has no such layer{proposal(name, bases)}")
+            raise error(f"{name}: the model has no such layer{proposal(name, base_layers)}")
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(
-                f"{name} is of {article(layer.kind)} with {layer.features[0]} inputs and {layer.features[1]} outputs"
+                f"{name} belongs to {article(layer.kind)} with {layer.features[0]} inputs and {layer.features[1]} "
+                "outputs"
                 f"{here}, the model's is {article(base.kind or 'tensor')} with {base.features[0]} and "
                 f"{base.features[1]}{there}"
             )
@@ -101,30 +102,30 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _base(module: nn.Module) -> Base | None:
+def _base_layer(module: nn.Module) -> BaseLayer | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
     if is_conv1d(module):  # stored transposed
-        return Base("linear", (weight.shape[0], weight.shape[1]), weight.transpose(0, 1))
+        return BaseLayer("linear", (weight.shape[0], weight.shape[1]), weight.transpose(0, 1))
     if isinstance(module, nn.Linear):
-        return Base("linear", (module.in_features, module.out_features), weight)
+        return BaseLayer("linear", (module.in_features, module.out_features), weight)
     if isinstance(module, nn.Embedding):
-        return Base("embedding", (module.num_embeddings, module.embedding_dim), weight)
+        return BaseLayer("embedding", (module.num_embeddings, module.embedding_dim), weight)
     for kind, convolution in CONVOLUTIONS.items():
         if isinstance(module, convolution):
-            return Base(kind, (module.in_channels, module.out_channels), weight)
+            return BaseLayer(kind, (module.in_channels, module.out_channels), weight)
     return None
 
 
-def _base_of_weight(weight: Tensor) -> Base | None:
+def _base_layer_of_weight(weight: Tensor) -> BaseLayer | None:
     if not 2 <= weight.dim() <= 5:
         return None
     kind = None if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
-    return Base(kind, (weight.shape[1], weight.shape[0]), weight)
+    return BaseLayer(kind, (weight.shape[1], weight.shape[0]), weight)
 
 
-def axis_by_norms(layer: AdapterLayer, base: Base) -> tuple[str, float, float] | None:
+def axis_by_norms(layer: AdapterLayer, base: BaseLayer) -> tuple[str, float, float] | None:
     """Return the axis whose norm the magnitude follows, and its mean relative distance to that norm and to the other
     one.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
-from dora_kernels.adapters.base_layers import Base, bases_of, check_fit
+from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
@@ -54,7 +54,7 @@ class CombineReport:
         ranks = [layer.rank for layer in self.layers.values()]
         text = f"{len(ranks)} layers, rank {min(ranks)} to {max(ranks)}; "
         worst = max(self.layers, key=lambda name: self.layers[name].error)
-        text += f"of the change at most {self.error:.1e} is lost, in {worst}" if self.error else "exact"
+        text += f"at most {self.error:.1e} of the change is lost, in {worst}" if self.error else "exact"
         replaced = sum(layer.replaced for layer in self.layers.values())
         return text + (f"; the base weight cancels in {replaced} rows or columns" if replaced else "")
 
@@ -97,19 +97,21 @@ def _weighted_sum(
     model: nn.Module, adapters: Collection[Adapter], weights: Collection[float], rank: int | None, argument: str
 ) -> tuple[Adapter, CombineReport]:
     """`combine_adapters`; `argument` is the caller's name for the adapters."""
-    bases = bases_of(model)
+    base_layers = base_layers_of(model)
     found: dict[str, list[tuple[float, AdapterLayer]]] = {}
     for weight, adapter in zip(weights, adapters, strict=True):
-        for name, layer in _layers(adapter, bases, argument).items():
+        for name, layer in _layers(adapter, base_layers, argument).items():
             found.setdefault(name, []).append((float(weight), layer))
     axes = {each.magnitude_axis for parts in found.values() for _, each in parts if each.magnitude is not None}
     common = min(axes, key=("out", "in").index, default=None)
     layers, report, given = {}, {}, []
     for name, parts in found.items():
-        problem = _Problem(name, bases[name], [layer for _, layer in parts], common, argument)
+        problem = _Problem(name, base_layers[name], [layer for _, layer in parts], common, argument)
         layers[name], report[name] = _combined(problem, parts, rank)
         if common is not None and not any(layer.magnitude is not None for _, layer in parts):
-            given.append(f"{name} is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)")
+            given.append(
+                f"{name} is plain LoRA among DoRA layers, so its magnitude was set to the weight's norm (g = 1)"
+            )
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
     return Adapter(layers, "model", [f"combined: {of}; {result}", *given]), result
@@ -176,14 +178,14 @@ def _check_adapter(adapter: Any, argument: str, what: str) -> None:
         raise TypeError(f"{argument}: expected {what}, got {type(adapter).__name__}{hint}")
 
 
-def _layers(adapter: Adapter, bases: dict[str, Base], argument: str) -> dict[str, AdapterLayer]:
+def _layers(adapter: Adapter, base_layers: dict[str, BaseLayer], argument: str) -> dict[str, AdapterLayer]:
     """An adapter's layers by the model's names. The model must have all of them."""
 
     def error(text: str) -> ValueError:
         return ValueError(f"{argument}: {text}")
 
-    layers = own_layers(adapter, bases, error, [])
-    check_fit(layers, bases, error)
+    layers = own_layers(adapter, base_layers, error, [])
+    check_fit(layers, base_layers, error)
     return layers
 
 
@@ -191,7 +193,7 @@ class _Problem:
     """A layer's base weight as the linear problem, its axis, and the layout of factors and magnitudes in it."""
 
     def __init__(
-        self, name: str, base: Base, layers: Sequence[AdapterLayer], common: str | None, argument: str
+        self, name: str, base: BaseLayer, layers: Sequence[AdapterLayer], common: str | None, argument: str
     ) -> None:
         weight = base.weight.detach()
         if not weight.is_floating_point():
@@ -202,7 +204,7 @@ class _Problem:
         axes = {layer.magnitude_axis for layer in layers if layer.magnitude is not None}
         if len(axes) > 1:
             raise ValueError(
-                f"{argument}: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, no DoRA "
+                f"{argument}: {name}: magnitudes along 'out' and along 'in'; their sum is a dense weight, not a DoRA "
                 "adapter"
             )
         for layer in layers:

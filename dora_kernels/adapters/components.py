@@ -52,12 +52,14 @@ _UNET = re.compile(r"(?:down|up|mid|input|output|middle)_blocks?\.")
 _SDXL = re.compile(r"unet\.(?:add_embedding\.|.+\.transformer_blocks\.[1-9])")
 
 
-def prefix_of(name: str, asked: str = "") -> str:
-    """The part of a name that says which model it belongs to: `asked`, "lora_te1", "text_encoder_2", ...; or ""."""
+def prefix_of(name: str, requested: str = "") -> str:
+    """The part of a name that says which model it belongs to: `requested`, "lora_te1", "text_encoder_2", ...; or ""."""
     found = _UNDERSCORED.match(name) or _DOTTED.match(name)
     own = found[1] if found else ""
     # a layer of text_encoder_2 is not one of text_encoder
-    return asked if asked and len(asked) >= len(own) and name.startswith((f"{asked}_", f"{asked}.")) else own
+    if requested and len(requested) >= len(own) and name.startswith((f"{requested}_", f"{requested}.")):
+        return requested
+    return own
 
 
 def is_underscored(prefix: str) -> bool:

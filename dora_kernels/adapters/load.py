@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.attachment import Models, attach, joined
-from dora_kernels.adapters.base_layers import bases_of, check_fit
+from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
@@ -65,12 +65,12 @@ def load_adapter(
         attached = set(attach(model, adapter))
         layers = adapted_layers(joined(model))
         if others := [name for name in layers if name not in attached]:
-            names = some(others, 3)
-            text = f"{names} stay adapted as before: the file has nothing for them; remove_dora(model) ends it"
+            names = listed(others, 3)
+            text = f"{names} stay adapted: the file has no tensors for them; to avoid it call remove_dora(model) first"
             adapter.notes.append(text)
             warnings.warn(f"{path}: {text}", stacklevel=2)
         if weakened := [name for name, layer in layers.items() if layer.strength != 1.0]:
-            adapter.notes.append(f"{some(weakened, 3)} keep a strength other than 1; set_dora_strength sets it")
+            adapter.notes.append(f"{listed(weakened, 3)} keep a strength other than 1; set_dora_strength changes it")
     return adapter
 
 
@@ -122,29 +122,29 @@ def read_adapter(
     if not (base is None or several or isinstance(base, nn.Module) or _is_state_dict(base)):
         wanted = "expected a torch.nn.Module, its state dict, or modules by name"
         raise TypeError(f"base: {wanted}, got {type(base).__name__}")
-    bases = None if base is None else bases_of(joined(base) if several else base)  # type: ignore[arg-type]
+    base_layers = None if base is None else base_layers_of(joined(base) if several else base)  # type: ignore[arg-type]
     weights, config_file = _find(place, format)
     tensors, header, config = pairs.read(weights, config_file, scaled=scaling is not None)
     chosen = _format(weights, tensors, config, format)
     if not FORMATS[chosen].configured:
         config, config_file = {}, None
-    reading = Reading(weights, tensors, config_file, config, bases, magnitude_axis, scaling, header=header)
+    reading = Reading(weights, tensors, config_file, config, base_layers, magnitude_axis, scaling, header=header)
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
-        reading.notes.append(f"scaling {scaling:g} as asked for")
+        reading.notes.append(f"scaling {scaling:g}, as requested")
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
     elif prefix is not None:
-        raise ValueError(f"prefix: {weights} is of the format {chosen!r}, whose names have none")
-    elif bases is not None and (other := next((name for name in layers if name not in bases), None)) is not None:
-        names = respelled(layers, bases)
-        if names[other] != other:
-            reading.notes.append(f"{other} and its like are {names[other]} and its like, as this model has them")
+        raise ValueError(f"prefix: {weights} has the format {chosen!r}, whose names have no prefix")
+    elif base_layers is not None and (unknown := [name for name in layers if name not in base_layers]):
+        names, first = respelled(layers, base_layers), unknown[0]
+        if names[first] != first:
+            reading.notes.append(f"names like {first} were read as names like {names[first]}, which this model has")
         layers = {names[name]: layer for name, layer in layers.items()}
     if several:
         config[COMPONENTS] = True
-    if bases is not None:
-        check_fit(layers, bases, reading.error)
+    if base_layers is not None:
+        check_fit(layers, base_layers, reading.error)
     return Adapter(reading.decide(layers), chosen, reading.notes, config)
 
 
@@ -156,25 +156,25 @@ def _is_state_dict(base: Any) -> bool:
 
 
 def _named(
-    reading: Reading, layers: dict[str, AdapterLayer], config: dict[str, Any], asked: str
+    reading: Reading, layers: dict[str, AdapterLayer], config: dict[str, Any], requested: str
 ) -> dict[str, AdapterLayer]:
     """Return the layers with the requested prefix, under the model's names. What was found is recorded in `config`."""
-    names = {name: name for name in layers if not asked or prefix_of(name, asked) == asked}
+    names = {name: name for name in layers if not requested or prefix_of(name, requested) == requested}
     if not names:
         there = shown(", ".join(sorted({prefix_of(name) or name for name in layers})), 1000)
-        raise reading.error(f"prefix={asked!r} was asked for, and no layer has it; there are {there}")
+        raise reading.error(f"prefix: no layer has {requested!r}; the file has {there}")
     if len(names) < len(layers):
-        reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {asked} are left out, as asked for")
-    prefixes = {name: prefix_of(name, asked) for name in names}
-    if reading.bases is not None:
-        names = resolve(names, reading.bases, reading.error, reading.notes, asked)
+        reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {requested} are left out")
+    prefixes = {name: prefix_of(name, requested) for name in names}
+    if reading.base_layers is not None:
+        names = resolve(names, reading.base_layers, reading.error, reading.notes, requested)
     elif any(prefix and "." not in name for name, prefix in prefixes.items()):
         config[UNDERSCORED] = True
-        reading.notes.append("names are the file's, with underscores: a model is needed for its own")
+        reading.notes.append("names are the file's, with underscores for dots; pass the model to get the model's names")
     elif all(is_component(prefix) and not is_underscored(prefix) for prefix in prefixes.values()):
         config[COMPONENTS] = True
     prefix, *others = {prefixes[name] for name in names}
-    if prefix and not others and (reading.bases is None or any(name != own for name, own in names.items())):
+    if prefix and not others and (reading.base_layers is None or any(name != own for name, own in names.items())):
         config[PREFIX] = prefix
     return {own: layers[name] for name, own in names.items()}
 
@@ -216,7 +216,7 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     """Return the file with the tensors and, if there is one, the configuration beside it."""
     if place.suffix in storage.PICKLES:
-        raise ValueError(f"{place}: a pickle, which may run anything, is not read: save it as safetensors")
+        raise ValueError(f"{place}: a pickle, which can run any code and is not read; save it as safetensors")
     if not place.is_dir():
         config = place.with_name(CONFIG)
         return place, config if config.is_file() else None
@@ -226,19 +226,19 @@ def _find(place: Path, format: str) -> tuple[Path, Path | None]:
     if len(found) != 1:
         if found:
             names = shown(", ".join(file.name for file in found), 1000)
-            raise ValueError(f"{place}: expected one adapter's file, got {names}; give the one that is meant")
-        raise FileNotFoundError(f"{place}: no safetensors file in it{storage.pickle_hint(place)}")
+            raise ValueError(f"{place}: expected one adapter file, got {names}; pass the path of one of them")
+        raise FileNotFoundError(f"{place}: contains no safetensors file{storage.pickle_hint(place)}")
     config = place / CONFIG
     return found[0], config if config.is_file() else None
 
 
-def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], asked: str) -> str:
+def _format(file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], requested: str) -> str:
     found = detect(tensors, config)
-    if asked == "auto":
+    if requested == "auto":
         if found is None:
             keys = ", ".join(list(tensors)[:3]) or "none"
-            raise ValueError(f"{file}: no adapter of a format that is known: its keys are {keys}")
+            raise ValueError(f"{file}: not an adapter in a known format: its keys are {keys}")
         return found
-    if found not in (None, asked) and not {asked, found} <= {"lycoris", "kohya", "diffusers"}:
-        raise ValueError(f"{file}: format={asked!r} was asked for, its keys are those of {found!r}")
-    return asked
+    if found not in (None, requested) and not {requested, found} <= {"lycoris", "kohya", "diffusers"}:
+        raise ValueError(f"{file}: format={requested!r}, but its keys are those of {found!r}")
+    return requested

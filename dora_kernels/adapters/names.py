@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.components import components_of, is_component, prefix_of, spellings
 from dora_kernels.core.shown import shown
 
@@ -65,10 +65,10 @@ def check_prefix(prefix: object) -> str:
     return prefix[:-1] if prefix[-1] in "._" else prefix
 
 
-def readings(name: str, asked: str = "") -> Iterator[str]:
+def readings(name: str, requested: str = "") -> Iterator[str]:
     """Yield the model names that a file's name may stand for; in a pipeline, ``<component>.<name>``."""
     yield name
-    prefix = prefix_of(name, asked)
+    prefix = prefix_of(name, requested)
     rest = name[len(prefix) + 1 :] if prefix else name
     for spelling in spellings(prefix, rest):
         yield spelling
@@ -81,7 +81,7 @@ def resolve(
     known: Collection[str],
     error: Callable[[str], ValueError],
     notes: list[str],
-    asked: str = "",
+    requested: str = "",
 ) -> dict[str, str]:
     """Map each of a file's names to the model's name (one of `known`) that it stands for.
 
@@ -89,7 +89,7 @@ def resolve(
     all layers with one prefix are the model's, prefixes without any layer of the model are left out, with a note.
 
     Args:
-        asked: a prefix that the names may have.
+        requested: a prefix that the names may have.
 
     Raises:
         ValueError: a name stands for no layer of the model or for several, or two names stand for the same.
@@ -101,24 +101,24 @@ def resolve(
     came: dict[str, str] = {}
     missing: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        ways = list(readings(name, asked))
+        ways = list(readings(name, requested))
         meant = {way for way in ways if "." in name and way in known}  # then no dot was lost
         meant = meant or {each for way in ways for each in candidates[way.replace(".", "_")]}
         if not meant:
-            missing[prefix_of(name, asked)].append(name)
+            missing[prefix_of(name, requested)].append(name)
             continue
         if len(meant) > 1:
-            raise error(f"{name} may be any of {shown(', '.join(sorted(meant)), 1000)}")
+            raise error(f"{name} may stand for any of {shown(', '.join(sorted(meant)), 1000)}")
         own = meant.pop()
         if own in came:
-            raise error(f"{came[own]} and {name} are both {own}; read it with prefix= to take one model's")
+            raise error(f"{came[own]} and {name} both stand for {own}; pass prefix= to read only one model's layers")
         found[name], came[own] = own, name
-    hits = {prefix_of(name, asked) for name in found}
+    hits = {prefix_of(name, requested) for name in found}
     for prefix, others in missing.items():
         if prefix in hits or not hits or not is_component(prefix):
             rest = others[0][len(prefix) + 1 :] if prefix else others[0]
             raise error(f"{others[0]}: the model has no such layer{proposal(rest, known)}")
-        notes.append(f"{len(others)} layers with the prefix {prefix} are of another model and left out")
+        notes.append(f"{len(others)} layers with the prefix {prefix} belong to another model and are left out")
     return found
 
 
@@ -173,4 +173,4 @@ def proposal(name: str, known: Collection[str]) -> str:
     alike = [own for own in alike or known if len(own) <= _LONGEST][:_MOST]
     best = difflib.get_close_matches(flat, [own.replace(".", "_") for own in alike], 1, 0.5)
     near = next((own for own in alike if best and own.replace(".", "_") == best[0]), None)
-    return f"; the nearest is {near}" if near else f"; it has {some(sorted(known), 2)}"
+    return f"; the nearest is {near}" if near else f"; it has {listed(sorted(known), 2)}"

@@ -13,7 +13,7 @@ from torch import nn
 
 from dora_kernels.adapters.adapter import Adapter
 from dora_kernels.adapters.attachment import extract, joined
-from dora_kernels.adapters.base_layers import bases_of
+from dora_kernels.adapters.base_layers import base_layers_of
 from dora_kernels.adapters.formats import FORMATS, check_format
 from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.formats.writer import Writing
@@ -70,21 +70,23 @@ def save_adapter(
         raise ValueError("source: the adapter has no layers")
     chosen = FORMATS[format]
     if prefix is not None and not chosen.prefixed:
-        raise ValueError(f"prefix: the format {format!r} has none in its names")
+        raise ValueError(f"prefix: names in the format {format!r} have no prefix")
     if adapter.config.get(COMPONENTS):
         adapter = _parted(adapter, chosen, prefix)
     own = adapter.config.get(PREFIX, "") if adapter.format == format else ""
     writing = Writing(format, known, own if prefix is None else check_prefix(prefix))
     if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
         name = next(iter(adapter.layers))
-        raise writing.refuse(name, "that is a name with underscores for dots; read it with its model for the model's")
+        raise writing.error(
+            name, "its name has underscores for dots; read the adapter with its model to get the model's names"
+        )
     weights = place
     if place.suffix in storage.PICKLES:
-        raise ValueError(f"{place}: adapters are written as safetensors alone, never as a pickle")
+        raise ValueError(f"{place}: adapters are only written as safetensors, never as a pickle")
     if place.suffix != ".safetensors" or place.is_dir():
         weights = place / chosen.weights
     elif chosen.configured:
-        raise ValueError(f"{place}: the format {format!r} has a configuration beside the tensors; give a folder")
+        raise ValueError(f"{place}: the format {format!r} has a configuration beside the tensors, so pass a folder")
     _check_place(weights, chosen)
     tensors, config = chosen.write(adapter, writing)
     for key, tensor in tensors.items():
@@ -104,22 +106,28 @@ def _source(source: Any) -> tuple[Adapter, Collection[str]]:
     if isinstance(source, Adapter):
         return source, ()
     if isinstance(source, nn.Module):
-        return extract(source), bases_of(source)
+        return extract(source), base_layers_of(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"source: expected a torch.nn.Module or an Adapter, got {type(source).__name__}")
     for component, each in source.items():
         if not isinstance(each, nn.Module | Adapter):
             raise TypeError(f"source: {component}: expected a torch.nn.Module or an Adapter, got {type(each).__name__}")
     models = {name: each for name, each in source.items() if isinstance(each, nn.Module)}
-    known = bases_of(joined(models)) if models else {}
+    known = base_layers_of(joined(models)) if models else {}
     result = Adapter({}, config={COMPONENTS: True})
     for component, each in source.items():
         adapter = extract(each) if isinstance(each, nn.Module) else each
         if adapter.config.get(UNDERSCORED):
-            raise ValueError(f"source: {component}: its names have underscores for dots; read it with its model")
+            raise ValueError(
+                f"source: {component}: its names have underscores for dots; read it with its model to get the model's "
+                "names"
+            )
         start = f"{component}." if adapter.config.get(COMPONENTS) else ""
         if other := next((name for name in adapter.layers if not name.startswith(start)), None):
-            raise ValueError(f"source: {component}: {other} is another model's; read it with prefix= for one model's")
+            raise ValueError(
+                f"source: {component}: {other} belongs to another model; pass prefix= when reading to get one model's "
+                "layers"
+            )
         result.layers |= {f"{component}.{name.removeprefix(start)}": layer for name, layer in adapter.layers.items()}
     return result, known
 
@@ -131,8 +139,10 @@ def _parted(adapter: Adapter, chosen: Format, prefix: str | None) -> Adapter:
         return adapter
     if len(components) > 1:
         of = shown(", ".join(components), 1000)
-        why = f"the format {chosen.name!r} is of one model" if prefix is None else "prefix= is for one model"
-        raise ValueError(f"source: it has adapters of {of}, and {why}; read it with prefix= to take one model's")
+        why = f"the format {chosen.name!r} holds only one" if prefix is None else "prefix= needs a single model"
+        raise ValueError(
+            f"source: it has adapters of {of}, but {why}; pass prefix= when reading to get one model's layers"
+        )
     layers = {name.partition(".")[2]: layer for name, layer in adapter.layers.items()}
     config = {name: value for name, value in adapter.config.items() if name not in (COMPONENTS, PREFIX)}
     return replace(adapter, layers=layers, config=config)
@@ -147,6 +157,6 @@ def _check_place(weights: Path, chosen: Format) -> None:
     for name in sorted(others):
         if weights.with_name(name).exists():
             raise FileExistsError(
-                f"{weights.parent}: {name} in it belongs to an adapter of another format than {chosen.name!r}; give a "
-                "folder of its own, also with force=True"
+                f"{weights.parent}: contains {name} of an adapter in another format than {chosen.name!r}; choose "
+                "another folder, also with force=True"
             )

@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, Tensor]):
         for file, keys in shards.items():
             missing = set(keys) - storage.read_tensors(self.folder / file).keys()
             if missing:
-                raise ValueError(f"{self.folder / file}: {min(missing)} is not in it, as the index says")
+                raise ValueError(f"{self.folder / file}: {min(missing)} is missing, although the index names it")
         return shards, index
 
     def __getitem__(self, key: str) -> Tensor:
@@ -124,22 +124,22 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
-            f"{path}: {missing[0]}: {checkpoint.folder} has no {missing[0]}.weight, for it is tied to the embedding, "
-            "and merging into one would change both"
+            f"{path}: {missing[0]}: {checkpoint.folder} has no {missing[0]}.weight, because it is tied to the "
+            "embedding, and merging into one would change both"
         )
     return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _keys(checkpoint: Checkpoint, adapter: Contents, asked: str) -> dict[str, str]:
+def _keys(checkpoint: Checkpoint, adapter: Contents, requested: str) -> dict[str, str]:
     """The checkpoint's keys by the adapter's names for them, using the renaming that finds most of the adapter's
     layers.
 
     Args:
-        asked: only layers whose names in the adapter have this prefix; empty for all.
+        requested: only layers whose names in the adapter have this prefix; empty for all.
     """
     prefixed = FORMATS[adapter.format].prefixed
-    names = [name for name in adapter.layers if not asked or prefix_of(name, asked) == asked]
-    ways = [list(readings(name, asked)) if prefixed else [name] for name in names]
+    names = [name for name in adapter.layers if not requested or prefix_of(name, requested) == requested]
+    ways = [list(readings(name, requested)) if prefixed else [name] for name in names]
 
     def found(keys: Mapping[str, str]) -> list[str]:
         known = {key.removesuffix(".weight"): own for key, own in keys.items()}
@@ -162,7 +162,7 @@ def _keys(checkpoint: Checkpoint, adapter: Contents, asked: str) -> dict[str, st
             best.append((places, keys))
     if len(best) > 1 and len(best[0][0]) == len(names) and best[0][1] is not plain:
         either = " or ".join(places[0] for places, _ in best)
-        raise ValueError(f"{adapter.file}: its names are ambiguous: {names[0]} may be {either}")
+        raise ValueError(f"{adapter.file}: its names are ambiguous: {names[0]} may stand for {either}")
     return best[0][1]
 
 

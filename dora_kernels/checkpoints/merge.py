@@ -14,7 +14,7 @@ from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
 from dora_kernels.checkpoints.checkpoint import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
-from dora_kernels.checkpoints.modules_to_save import Trained, trained_beside
+from dora_kernels.checkpoints.modules_to_save import TrainedTensors, trained_beside
 from dora_kernels.core import validation
 from dora_kernels.core.shown import shown
 from dora_kernels.files import storage
@@ -71,7 +71,7 @@ def merge_checkpoint(
     validation.check_rounding(rounding, seed)
     _check_target(target, checkpoint.folder, storage.as_path(path), force)
     if "quantization_config" in checkpoint.config:
-        raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: quantised weights cannot be merged into")
+        raise ValueError(f"{checkpoint.folder / CONFIG}: quantization_config: cannot merge into quantised weights")
     adapter, keys = read_for(checkpoint, path, **options)
     adapter.notes += leftovers(target)
     transposed = stored_transposed(checkpoint, adapter, keys)
@@ -82,21 +82,21 @@ def merge_checkpoint(
         if adapter.layers[name].kind == "embedding" and tied(checkpoint, key):
             raise ValueError(
                 f"{path}: {name}: the model's output layer is tied to this embedding, and merging would change both; "
-                f"if it is not, {CONFIG} has to say so: tie_word_embeddings"
+                f"if they are not tied, set tie_word_embeddings to false in {CONFIG}"
             )
         wanted[key] = name
-    beside = Trained()
+    beside = TrainedTensors()
     if not adapter_only:
         found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
         beside = trained_beside(checkpoint, found, adapter, keys)
         if len(beside) and strength != 1.0:
             raise ValueError(
-                f"strength: expected 1, for {next(iter(beside))} is trained beside the adapter, got {strength:g}; "
+                f"strength: expected 1, because {next(iter(beside))} was trained beside the adapter, got {strength:g}; "
                 "adapter_only=True leaves it out"
             )
-        adapter.notes[:] = [note for note in adapter.notes if not note.endswith(": no adapter, left out")]
+        adapter.notes[:] = [note for note in adapter.notes if not note.endswith(": not part of an adapter, left out")]
         adapter.notes += [f"{key}: as trained beside the adapter" for key in (*beside.whole, *beside.rows)]
-        adapter.notes += [f"{key}: added, as trained beside the adapter; the base model's files lack it"
+        adapter.notes += [f"{key}: added as trained beside the adapter; the base model's files do not have it"
                           for key in beside.added]  # fmt: skip
     mode = checkpoint.folder.stat().st_mode & 0o777
     with replacing_folder(target, mode, force) as folder:
@@ -135,22 +135,26 @@ def _add_to_index(index: Path, shard: str, added: Mapping[str, Tensor]) -> None:
 
 def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:
     if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target}: is a file, expected a folder's name")
+        raise FileExistsError(f"{target}: is a file, expected a folder")
     if target.exists() and not force:
         raise FileExistsError(f"{target}: exists already; force=True replaces it, if it is a model's folder")
     for place in (base.resolve(), adapter.resolve()):
         if place == target.resolve() or place in target.resolve().parents or target.resolve() in place.parents:
-            raise ValueError(f"{target}: expected a folder of its own, apart from {place}")
+            raise ValueError(f"{target}: expected a folder outside {place}, and not one that contains it")
     if not target.exists():
         return
     held = list(target.rglob("*"))
     foreign = sorted(str(place.relative_to(target)) for place in held if not _of_model(place, target, base))
     if foreign:
-        raise FileExistsError(f"{target}: not replaced: {foreign[0]} in it is no file of a model's, nor of {base}")
+        raise FileExistsError(
+            f"{target}: not replaced: it contains {foreign[0]}, which is neither a model's file nor in {base}"
+        )
     if held and not any(place.name == CONFIG or place.suffix == ".safetensors" for place in held):
-        raise FileExistsError(f"{target}: not replaced: neither {CONFIG} nor safetensors in it, as a model's has")
+        raise FileExistsError(
+            f"{target}: not replaced: it contains neither {CONFIG} nor safetensors, so it is not a model's folder"
+        )
     if Path.cwd().is_relative_to(target.resolve()):
-        raise FileExistsError(f"{target}: not replaced: the working directory is in it")
+        raise FileExistsError(f"{target}: not replaced: it contains the working directory")
 
 
 def _of_model(place: Path, target: Path, base: Path) -> bool:
@@ -192,7 +196,7 @@ def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:
                 _copy(place, target / inside / place.name)
                 notes += _leading_out(place, checkpoint.folder)
             else:
-                notes.append(f"{shown(str(place), 500)}: left out, for it is neither a file nor a link to one")
+                notes.append(f"{shown(str(place), 500)}: left out, because it is neither a file nor a link to one")
     return notes
 
 
@@ -212,4 +216,4 @@ def _leading_out(place: Path, folder: Path) -> list[str]:
     homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     if any(real.is_relative_to(home) for home in homes):
         return []
-    return [f"{shown(str(place), 500)}: copied from {shown(str(real), 500)}, where it is a link to"]
+    return [f"{shown(str(place), 500)}: a link; copied from {shown(str(real), 500)}, outside the folder"]

@@ -23,7 +23,7 @@ _ROWS = ".trainable_tokens_delta"
 
 
 @dataclass
-class Trained:
+class TrainedTensors:
     """The tensors that replace a checkpoint's, in their dtypes.
 
     Attributes:
@@ -51,7 +51,7 @@ class Trained:
 
 def trained_beside(
     checkpoint: Checkpoint, found: Contents, adapter: Adapter, keys: Mapping[str, str]
-) -> Trained:
+) -> TrainedTensors:
     """Return the tensors trained beside an adapter, except those that the checkpoint has bit for bit.
 
     Args:
@@ -64,7 +64,7 @@ def trained_beside(
             or belongs to an embedding that is tied to the output layer; or nothing says which tokens the rows belong
             to.
     """
-    others, trained = set(found.others), Trained()
+    others, trained = set(found.others), TrainedTensors()
     for key, tensor in storage.read_tensors(found.file, others.__contains__).items():
         if tensor.is_floating_point():
             storage.check_tensor(found.file, key, tensor)
@@ -76,7 +76,7 @@ def trained_beside(
             else:
                 _add(trained, checkpoint, adapter, _key(checkpoint, keys, name), name, tensor)
         except ValueError as error:
-            raise ValueError(f"{found.file}: {key}: {error}; adapter_only=True leaves out what is no adapter") from None
+            raise ValueError(f"{found.file}: {key}: {error}; adapter_only=True leaves it out") from None
     return trained
 
 
@@ -85,15 +85,15 @@ def _key(checkpoint: Checkpoint, keys: Mapping[str, str], name: str) -> str | No
 
 
 def _add(
-    trained: Trained, checkpoint: Checkpoint, adapter: Adapter, key: str | None, name: str, tensor: Tensor
+    trained: TrainedTensors, checkpoint: Checkpoint, adapter: Adapter, key: str | None, name: str, tensor: Tensor
 ) -> None:
     if key is None:
         modules = adapter.config.get("modules_to_save")
         if not any(f".{module}." in f".{name}" for module in (modules if isinstance(modules, list) else [])):
-            raise ValueError("the model has no such tensor, and it is of none of the adapter's modules_to_save")
+            raise ValueError("the model has no such tensor, and it is in none of the adapter's modules_to_save")
         if any(is_embedding(own) and checkpoint[own].shape == tensor.shape and tied(checkpoint, own)
                for own in checkpoint):  # fmt: skip
-            raise ValueError("the model's output layer is tied to its embedding, and would not be any more")
+            raise ValueError("the model's output layer is tied to its embedding, and merging would untie them")
         trained.added[name] = tensor
         return
     stored = checkpoint[key]
@@ -106,7 +106,7 @@ def _add(
 
 
 def _add_rows(
-    trained: Trained, checkpoint: Checkpoint, adapter: Adapter, key: str | None, module: str, rows: Tensor
+    trained: TrainedTensors, checkpoint: Checkpoint, adapter: Adapter, key: str | None, module: str, rows: Tensor
 ) -> None:
     if key is None:
         raise ValueError("the model has no such embedding")
@@ -118,7 +118,7 @@ def _add_rows(
         wanted = f"expected rows of {key}, which has {len(stored)}"
         raise ValueError(f"trainable_token_indices: {wanted}, got {quoted(said)}")
     if module in adapter.layers:
-        raise ValueError("the embedding is adapted as well")
+        raise ValueError("the embedding is also adapted")
     _check_size(stored[: len(said)], rows)
     trained.rows[key] = torch.tensor(said), _cast(rows, stored)
 

@@ -33,18 +33,20 @@ def add(app: "typer.Typer") -> None:
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         base: Annotated[
             str,
-            typer.Option(metavar="MODEL_DIR", show_default=False, help="For its layers' names and sizes."),
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="Base model, for its layers' names and sizes."),
         ] = "",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
         scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
         prefix: Annotated[str, typer.Option(metavar="NAME", show_default=False, help=PREFIX)] = "",
         to_prefix: Annotated[
-            str, typer.Option(metavar="NAME", show_default=False, help="Of OUT's names (lycoris, kohya, diffusers).")
+            str,
+            typer.Option(metavar="NAME", show_default=False, help="Prefix of OUT's names (lycoris, kohya, diffusers)."),
         ] = "",
         component: Annotated[
-            str, typer.Option(metavar="NAME", show_default=False, help="IN's model in a pipeline, unet: with --join.")
+            str,
+            typer.Option(metavar="NAME", show_default=False, help="IN's model in a pipeline, e.g. unet; with --join."),
         ] = "",
-        force: Annotated[bool, typer.Option("--force", help="Overwrite files of OUT.")] = False,
+        force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     ) -> None:
         """Write an adapter in another format: the same function, to float32 accuracy.
 
@@ -73,8 +75,8 @@ def add(app: "typer.Typer") -> None:
 def _joined(component: str, join: list[str]) -> dict[str, Adapter]:
     """The adapters of ``--join`` by the names of their models. Raises ValueError if names are missing or repeated."""
     if bool(component) != bool(join):
-        raise ValueError("--component names IN's model beside those of --join NAME=ADAPTER; expected both or none")
+        raise ValueError("--component (the name of IN's model) and --join NAME=ADAPTER: expected both or neither")
     names = [component, *(each.partition("=")[0] for each in join)]
     if len(set(names)) < len(names) or not all(each.partition("=")[2] for each in join):
-        raise ValueError(f"--join: expected NAME=ADAPTER with a name of its own each, got {', '.join(join)}")
+        raise ValueError(f"--join: expected NAME=ADAPTER with a different name each, got {', '.join(join)}")
     return {name: read_adapter(each.partition("=")[2]) for name, each in zip(names[1:], join, strict=True)}

@@ -141,8 +141,8 @@ def _examine(device: torch.device) -> dict[str, Any]:
     try:
         problem = triton_problem(device)
     except Exception as error:
-        problem = f"importing it failed: {type(error).__name__}: {first_line(error)}"
-    found["triton"] = problem or ("available" if device.type == "cuda" else "available in its interpreter, slowly")
+        problem = f"its import failed: {type(error).__name__}: {first_line(error)}"
+    found["triton"] = problem or ("available" if device.type == "cuda" else "available, in its slow interpreter")
     try:
         auto = norm_backend("auto", torch.empty(1, device=device))
     except Exception as error:
@@ -152,7 +152,7 @@ def _examine(device: torch.device) -> dict[str, Any]:
     elif device.type == "cuda":
         why = f"triton is not used: {problem}"
     else:
-        why = "auto takes triton on GPUs only, torch elsewhere"
+        why = "auto uses triton on GPUs only, torch elsewhere"
     problems = _check(device, auto)
     return {**found, "auto": auto, "why": why, "works": not problems, "check": "; ".join(problems) or "works"}
 

@@ -35,7 +35,7 @@ def add(app: "typer.Typer") -> None:
         path: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A safetensors file or its folder, any format.")],
         base: Annotated[
             str,
-            typer.Option(metavar="MODEL_DIR", show_default=False, help="For g = magnitude / norm."),
+            typer.Option(metavar="MODEL_DIR", show_default=False, help="Base model, to compute g = magnitude / norm."),
         ] = "",
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",

@@ -27,16 +27,16 @@ def add(app: "typer.Typer") -> None:
             str,
             typer.Option(metavar="NAME", help="nearest, or stochastic, which keeps updates too small for 16 bits."),
         ] = "nearest",
-        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of stochastic rounding.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of stochastic rounding.")] = 0,
         strength: Annotated[float, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = 1.0,
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
         scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
         prefix: Annotated[str, typer.Option(metavar="NAME", show_default=False, help=PREFIX)] = "",
         adapter_only: Annotated[
-            bool, typer.Option("--adapter-only", help="Leave out what is trained beside the adapter (modules_to_save).")
+            bool, typer.Option("--adapter-only", help="Leave out tensors trained beside the adapter (modules_to_save).")
         ] = False,
-        force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT, if it is a model's.")] = False,
+        force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model's folder.")] = False,
     ) -> None:
         """Merge an adapter into a model, file by file, without holding the model in memory.
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from dora_kernels.adapters import FORMATS
 
-FROM = f"The adapter's: auto, {', '.join(FORMATS)}."
-AXIS = "Of the adapter's magnitudes: auto, out, in."
-SCALING = "Instead of what the adapter's files say."
-PREFIX = "Of the adapter's names: read the layers of one model, lora_te1 or text_encoder."
+FROM = f"Format of the adapter: auto, {', '.join(FORMATS)}."
+AXIS = "Dimension the magnitudes run along: auto, out or in."
+SCALING = "Scaling to use instead of the one in the adapter's files."
+PREFIX = "Read only layers with this prefix, e.g. lora_te1 or text_encoder."
 
 
 def read_options(source_format: str, axis: str, scaling: str, prefix: str) -> dict[str, Any]:

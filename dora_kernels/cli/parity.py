@@ -336,7 +336,7 @@ def add(app: "typer.Typer") -> None:
     def parity_command(
         shape: Annotated[
             list[str],
-            several(metavar="M,N,K", help="Tokens, out and in features. [default: 128,512,384 and 37,131,257]"),
+            several(metavar="M,N,K", help="Tokens, output and input features. [default: 128,512,384 and 37,131,257]"),
         ],
         dtype: Annotated[
             list[str],
@@ -351,8 +351,8 @@ def add(app: "typer.Typer") -> None:
         device: Annotated[
             str, typer.Option(metavar="NAME", show_default=False, help="[default: an accelerator, else cpu]")
         ] = "",
-        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the random problems.")] = 0,
-        weight: Annotated[bool, typer.Option("--weight", help="The base weight's gradient too.")] = False,
+        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the random problems.")] = 0,
+        weight: Annotated[bool, typer.Option("--weight", help="Also check the base weight's gradient.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
         """Show errors against a float64 reference, forward and every gradient, beside those of PEFT's formula.
@@ -399,7 +399,9 @@ def _print_parity(options: Settings, cells: list[Cell], console: "Console") -> N
     from rich.table import Table
     from rich.text import Text
 
-    console.print("Error against a float64 oracle, ||a - exact|| / ||exact||; norm: the largest of an element.")
+    console.print(
+        "Error against a float64 reference, ||a - exact|| / ||exact||; norm: the largest error of an element."
+    )
     console.print(RULE)
     groups: dict[tuple[Any, ...], dict[Case, dict[str, Cell]]] = {}
     for cell in cells:
@@ -429,7 +431,7 @@ def _print_parity(options: Settings, cells: list[Cell], console: "Console") -> N
         console.print(f"{name} was not run: {reason}")
     failed = sum(not cell.ok for cell in cells)
     if failed:
-        console.print(Text(f"{failed} of {len(cells)} errors exceed their budget, or their call failed.", "bold red"))
+        console.print(Text(f"{failed} of {len(cells)} results exceed their budget or failed.", "bold red"))
         return
     nearest = max(cells, key=lambda cell: cell.error / cell.budget)
     share = nearest.error / nearest.budget

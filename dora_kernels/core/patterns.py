@@ -15,7 +15,7 @@ def compiled(expression: str, argument: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except re.error as error:
-        raise ValueError(f"{argument}: {expression!r} is no regular expression: {error}") from error
+        raise ValueError(f"{argument}: {expression!r} is not a regular expression: {error}") from error
 
 
 def bounded(expression: str, steps: Steps) -> Expression:
@@ -23,7 +23,7 @@ def bounded(expression: str, steps: Steps) -> Expression:
     try:
         return Expression(expression, steps)
     except ValueError as error:
-        reason = f"is no regular expression: {shown(str(error))}"
+        reason = f"is not a regular expression: {shown(str(error))}"
         raise ValueError(f"{steps.label}: {quoted(expression)} {reason}") from error
 
 
@@ -34,7 +34,7 @@ class ByName:
 
     Raises:
         TypeError: `values` is not a mapping with strings as keys.
-        ValueError: a key is not a valid regular expression, or `Expression` does not support it.
+        ValueError: a key is not a regular expression, or `Expression` does not support it.
     """
 
     def __init__(self, values: Any, argument: str, beside: Steps | None = None) -> None:

@@ -39,10 +39,14 @@ def check_layer(
             )
     if weight_norm is not None:
         if magnitude is None:
-            raise ValueError("weight_norm: was given without a magnitude; plain LoRA (magnitude=None) uses no norm")
+            raise ValueError(
+                "weight_norm: expected None without a magnitude, because plain LoRA (magnitude=None) uses no norm"
+            )
         check_magnitude(weight_norm, weight, magnitude_axis, "weight_norm")
         if weight_norm.requires_grad:
-            raise ValueError("weight_norm: requires grad, but it is a constant of the layer; pass weight_norm.detach()")
+            raise ValueError(
+                "weight_norm: requires grad, but the layer treats it as a constant; pass weight_norm.detach()"
+            )
     for name, tensor in (("x", x), ("magnitude", magnitude), ("bias", bias), ("weight_norm", weight_norm)):
         _check_device(tensor, name, weight)
 
@@ -198,7 +202,7 @@ def _check_tensor(value: Any, name: str) -> None:
 
 def _check_device(tensor: Tensor | None, name: str, weight: Tensor) -> None:
     if tensor is not None and tensor.device != weight.device:
-        raise ValueError(f"{name}: expected on the weight's device {weight.device}, got {tensor.device}")
+        raise ValueError(f"{name}: expected the weight's device {weight.device}, got {tensor.device}")
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -100,8 +100,8 @@ def _cast_like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
 def _check_second(named: bool) -> None:
     if named:
         raise UnsupportedError(
-            "backend='triton' has no second derivative, and create_graph=True asks for one; "
-            "use backend='torch', or 'auto', which takes the formula there"
+            "backend='triton' has no second derivative, which create_graph=True needs; "
+            "use backend='torch', or 'auto', which then uses the formula"
         )
 
 
@@ -231,7 +231,8 @@ def _differentiable_compose(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     _check_second(ctx.named)
     if ctx.needs_input_grad[0]:
         raise UnsupportedError(
-            "create_graph=True: a DoRA layer whose product another module makes has no second derivative here"
+            "create_graph=True: no second derivative is available for a DoRA layer whose base product another module "
+            "computes"
         )
     result = torch.zeros_like(dy)
     if base is not None:  # only the magnitude's gradient reads it

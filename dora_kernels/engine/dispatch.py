@@ -72,7 +72,7 @@ def resolve(backend: str, x: Tensor, weights: Weights) -> str:
     if reason is None:
         return "triton"
     if named:
-        raise UnsupportedError(f"backend='triton' was asked for and cannot be used on {x.device}: {reason}")
+        raise UnsupportedError(f"backend='triton' cannot be used on {x.device}: {reason}")
     return "torch"
 
 
@@ -88,7 +88,7 @@ def norm_backend(backend: str, weight: Tensor) -> str:
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise UnsupportedError(f"backend='triton' was asked for and cannot be used on {weight.device}: {reason}")
+        raise UnsupportedError(f"backend='triton' cannot be used on {weight.device}: {reason}")
     warn_once(f"dora_kernels: the triton backend is not used on {weight.device}: {reason}; using backend='torch'")
     return "torch"
 

@@ -58,7 +58,7 @@ def invalidate(module: nn.Module) -> None:
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     found = list(caches(module))
     if any(cache.frozen is not None for cache in found):
-        raise ValueError("module: its norms are frozen; release the handle of frozen_norms before")
+        raise ValueError("module: its norms are frozen; release the handle of frozen_norms first")
     for cache in found:
         cache.invalidate()
 

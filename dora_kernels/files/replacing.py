@@ -39,9 +39,9 @@ def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
             if os.path.lexists(file) and not force:
                 raise FileExistsError(f"{file}: exists already; force=True overwrites it")
             if file.is_dir():
-                raise IsADirectoryError(f"{file}: is a folder, expected a file's name")
+                raise IsADirectoryError(f"{file}: is a folder, expected a file")
             if file.exists() and not file.is_file():
-                raise FileExistsError(f"{file}: is a device or the like, which is not replaced")
+                raise FileExistsError(f"{file}: is not a regular file (a device, for example) and is not replaced")
 
     check()
     places: dict[Path, Path] = {}
@@ -108,8 +108,8 @@ def leftovers(place: Path) -> list[str]:
         return []
     names = sorted(each.name for each in place.parent.iterdir()
                    if each.name.startswith(start) and each.name.endswith(".tmp"))  # fmt: skip
-    what = "it may be removed" if os.path.lexists(place) else f"it may be what {place} was"
-    return [f"{place.parent / name}: left by a run that was killed, if none is at work: {what}" for name in names]
+    what = "it may be removed" if os.path.lexists(place) else f"it may be the former {place}"
+    return [f"{place.parent / name}: left by a killed process, unless one is running: {what}" for name in names]
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -141,7 +141,7 @@ def exchange(one: Path, other: Path) -> None:
                 spare.unlink()  # a rename leaves both if they are two names of one file
         except OSError as second:
             reason = f"{error or type(error).__name__}; then {second}"
-            raise OSError(f"{other}: could not be put back ({reason}); what it was lies in {spare}") from error
+            raise OSError(f"{other}: could not be restored ({reason}); its former content is in {spare}") from error
         raise
 
 
@@ -229,7 +229,7 @@ def _alone(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise TimeoutError(f"{folder}: another process has locked it for {_SECONDS:g} s") from None
+                    raise TimeoutError(f"{folder}: another process has held its lock for {_SECONDS:g} s") from None
                 time.sleep(0.005)
             except OSError:  # a file system without locks
                 break

@@ -41,12 +41,12 @@ def pickle_hint(folder: Path) -> str:
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ValueError, which says that the file is no `what`, for anything else."""
+    """Return the object in a JSON file. Raises ValueError, naming the file and `what` was expected, otherwise."""
     try:
         text = file.read_text(encoding="utf-8")
     except ValueError as error:
-        raise ValueError(f"{file}: no {what}: {type(error).__name__}: {shown(str(error))}") from error
-    return json_object(text, f"{file}: no {what}")
+        raise ValueError(f"{file}: not a valid {what}: {type(error).__name__}: {shown(str(error))}") from error
+    return json_object(text, f"{file}: not a valid {what}")
 
 
 def json_object(text: str, problem: str) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def read_all(
         except (SafetensorError, OverflowError, RuntimeError, AttributeError, TypeError) as error:
             # Other problems: sizes and dtypes that torch does not have.
             reason = shown(str(error).partition("\n")[0])
-            raise ValueError(f"{file}: truncated, or no safetensors file: {reason}") from error
+            raise ValueError(f"{file}: truncated, or not a safetensors file: {reason}") from error
     for key, tensor in tensors.items():
         if tensor.dim() > _MOST_DIMENSIONS or math.prod(max(1, size) for size in tensor.shape) >= 1 << 62:
             raise ValueError(f"{file}: {key} {shown(str(list(tensor.shape)))}: no tensor has such a shape")
@@ -114,7 +114,7 @@ def _held(file: Path) -> Iterator[str]:
     handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         if not os.fstat(handle).st_size:
-            raise ValueError(f"{file}: truncated, or no safetensors file: it is empty")
+            raise ValueError(f"{file}: truncated, or not a safetensors file: it is empty")
         open_files = next((folder for folder in ("/proc/self/fd", "/dev/fd") if os.path.exists(folder)), None)
         yield f"{open_files}/{handle}" if open_files else str(file)
     finally:

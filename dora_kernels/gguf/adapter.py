@@ -68,10 +68,12 @@ def export_adapter(
     else:
         adapter = source
     if base is None:
-        raise TypeError("base: an Adapter does not say whose it is; give the base model or its configuration")
+        raise TypeError(
+            "base: required for an Adapter, which does not know its base model; pass the model or its configuration"
+        )
     layers = adapter.layers
     if not layers:
-        raise ValueError("source: an adapter with no layers")
+        raise ValueError("source: the adapter has no layers")
     layout = Layout.of(getattr(base, "config", base))
     tensors = {}
     for module, name in _weight_names(layout, layers).items():
@@ -118,11 +120,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     except OSError:
         raise
     except Exception as error:  # damaged bytes can raise anything in the package's reader
-        raise ValueError(f"{file}: truncated, or no GGUF file: {shown(str(error))}") from error
+        raise ValueError(f"{file}: truncated, or not a GGUF file: {shown(str(error))}") from error
 
     def value(key: str) -> Any:
         if key not in reader.fields:
-            raise ValueError(f"{file}: has no value {key}; only files that export_adapter wrote are read")
+            raise ValueError(f"{file}: has no value {key}; only files written by export_adapter can be read")
         try:
             return reader.fields[key].contents()
         except (UnicodeDecodeError, IndexError) as error:
@@ -151,7 +153,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     modules, axes = values(MODULES, str), values(AXES, str)
     scalings, all_eps = values(SCALING, float), values(EPS, float)
     if not len(set(modules)) == len(modules) == len(scalings) == len(axes) == len(all_eps):
-        raise ValueError(f"{file}: {MODULES}, {SCALING}, {AXES} and {EPS}: expected one of each for a layer")
+        raise ValueError(f"{file}: {MODULES}, {SCALING}, {AXES} and {EPS}: expected one value of each per layer")
     if set(axes) - {"out", "in"}:
         raise ValueError(f"{file}: {AXES}: expected 'out' or 'in', got {quoted(min(set(axes) - {'out', 'in'}))}")
     if problem := next(filter(None, map(name_problem, modules)), None):
@@ -164,7 +166,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         found = [tensors.pop(name + part, None) for part in PARTS]
         layers[module] = _from_file(layout, f"{file}: {name}", name, found, scaling, axis, eps)
     if tensors:
-        raise ValueError(f"{file}: has tensors of no layer: {shown(', '.join(sorted(tensors)[:3]))}")
+        raise ValueError(f"{file}: has tensors that belong to no layer: {shown(', '.join(sorted(tensors)[:3]))}")
     return Adapter(layers, format="gguf")
 
 
@@ -192,7 +194,9 @@ def as_lora(adapter: Adapter, base: nn.Module, rank: int) -> tuple[Adapter, dict
         module: Any = base.get_submodule(name)
         weight = getattr(module, "base_layer", module).weight.detach()
         if layer.kind != "linear" or rank > min(weight.shape):
-            raise ValueError(f"rank: {rank} is not possible for {name}, {layer.kind} of shape {list(weight.shape)}")
+            raise ValueError(
+                f"rank: {rank} is not possible for {name}, a layer of kind {layer.kind} and shape {list(weight.shape)}"
+            )
         wide = weight.double()
         factors = (layer.lora_A.double(), layer.lora_B.double())
         magnitude = None if layer.magnitude is None else layer.magnitude.double()
@@ -221,7 +225,9 @@ def _weight_names(layout: Layout, modules: Any) -> dict[str, str]:
 
 def _to_file(layout: Layout, module: str, name: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if layer.kind not in ("linear", "embedding"):
-        raise ValueError(f"adapter: layer {module} is of kind {layer.kind}; GGUF adapters have linear and embedding")
+        raise ValueError(
+            f"adapter: layer {module} is of kind {layer.kind}; GGUF adapters can have linear and embedding layers"
+        )
     # llama.cpp reads rows of an embedding's A by token.
     a = layer.lora_A.t() if layer.kind == "embedding" else layer.lora_A
     tensors = [a, layout.to_file(name, layer.lora_B), layer.magnitude]
@@ -248,7 +254,7 @@ def _from_file(
         if magnitude is not None and axis == "out":
             magnitude = layout.from_file(name, magnitude)
     except RuntimeError as error:
-        raise ValueError(f"{where}: {list(b.shape)}: its rows are not those of the heads") from error
+        raise ValueError(f"{where}: {list(b.shape)}: its rows do not fit the attention heads") from error
     layer = AdapterLayer(kind, a, b, magnitude, scaling, axis, eps)
     problem = problem_of(layer)
     if problem is not None:
@@ -261,7 +267,7 @@ def _common_alpha(layers: dict[str, AdapterLayer]) -> float:
     alphas = {round(layer.scaling * layer.rank, 6): name for name, layer in layers.items()}
     if len(alphas) > 1:
         some = ", ".join(f"{alpha:g} in {name}" for alpha, name in list(alphas.items())[:2])
-        raise ValueError(f"adapter: layers need different alphas ({some}), a GGUF file has one; see as_lora")
+        raise ValueError(f"adapter: layers need different alphas ({some}), but a GGUF file has only one; see as_lora")
     return next(iter(alphas))
 
 

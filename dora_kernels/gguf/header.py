@@ -27,12 +27,12 @@ def check_header(file: Path) -> None:
     """Raise ValueError, naming the file, if its header is incomplete or larger than an adapter's."""
     with file.open("rb") as opened:
         if file.stat().st_size < 24:
-            raise ValueError(f"{file}: truncated, or no GGUF file: it has {file.stat().st_size} bytes")
+            raise ValueError(f"{file}: truncated, or not a GGUF file: it has {file.stat().st_size} bytes")
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 _Walk(content).header()
             except (ValueError, struct.error) as error:
-                raise ValueError(f"{file}: truncated, or no GGUF adapter: {error}") from error
+                raise ValueError(f"{file}: truncated, or not a GGUF adapter: {error}") from error
 
 
 class _Walk:
@@ -100,4 +100,4 @@ class _Walk:
     def _skip(self, count: int) -> None:
         self._at += count
         if self._at > len(self._content):
-            raise ValueError("it ends within its header")
+            raise ValueError("it ends inside its header")

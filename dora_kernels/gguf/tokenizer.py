@@ -33,7 +33,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"tokenizer: a {type(tokenizer).__name__} has no tokenizer.json; a fast one is needed")
+        raise ValueError(f"tokenizer: a {type(tokenizer).__name__} has no tokenizer.json; expected a fast tokenizer")
     state = json.loads(backend.to_str())
     model = state["model"]
     pre = _pre_tokenizer(state)
@@ -68,13 +68,13 @@ def _pre_tokenizer(state: dict[str, Any]) -> str:
     kind = model["type"]
     if kind != "BPE" or model.get("byte_fallback"):
         what = "BPE with byte fallback (SentencePiece)" if kind == "BPE" else kind
-        raise ValueError(f"tokenizer: of kind {what}; byte-level BPE is what can be written")
+        raise ValueError(f"tokenizer: expected byte-level BPE, got {what}")
     normalizer = (state.get("normalizer") or {}).get("type")
     steps = tuple(_steps(state["pre_tokenizer"] or {"type": "none"}))
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None or normalizer not in (None, "NFC"):
         raise ValueError(
-            f"tokenizer: GGUF has no name known here for text normalized by {normalizer} and cut by {list(steps)}; "
+            f"tokenizer: no GGUF name is known for text normalized by {normalizer} and split by {list(steps)}; "
             f"known: {', '.join(PRE_TOKENIZERS.values())}"
         )
     return name

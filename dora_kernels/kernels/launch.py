@@ -72,7 +72,7 @@ def _triton() -> _Triton | str:
     except (OSError, TypeError) as error:
         return f"Triton's source cannot be read: {error}"
     if found is None:
-        return "it launches kernels in a way that is not known here"
+        return "it launches kernels in a way that this version does not know"
     if found[1] == "knobs.runtime":
         from triton import knobs
 
@@ -168,7 +168,7 @@ def _ordinarily(kernel: Any, plan: Plan, grid: tuple[int, ...], tensors: Any, fr
 @functools.cache
 def _say(reason: str) -> None:
     warnings.warn(
-        f"dora_kernels: a launch costs the host more than it could, with triton {triton.__version__}: {reason}",
+        f"dora_kernels: kernel launches use Triton's slower path, with triton {triton.__version__}: {reason}",
         RuntimeWarning,
         stacklevel=4,
     )

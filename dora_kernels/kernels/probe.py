@@ -25,4 +25,4 @@ def probe(device: torch.device) -> None:
     }
     for name, (result, expected) in found.items():
         if not torch.allclose(result.float(), torch.full_like(result.float(), expected)):
-            raise RuntimeError(f"{name} of ones came out as {float(result.flatten()[0])}, expected {expected}")
+            raise RuntimeError(f"{name} of ones gave {float(result.flatten()[0])}, expected {expected}")

@@ -272,7 +272,9 @@ def _layers(model: nn.Module, itself: bool = False) -> dict[str, AdaptedLayer]:
     if not layers:
         raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
     if "" in layers and not itself:
-        raise ValueError("model: it is an adapted layer itself, which nothing holds; take its base_layer")
+        raise ValueError(
+            "model: it is itself an adapted layer, so there is no parent to replace it in; use its base_layer"
+        )
     return layers
 
 
@@ -292,6 +294,6 @@ def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
         others = [one for one in owners[weight.data_ptr() or weight] if one != name]
         if others:
             raise ValueError(
-                f"{name}: its weight is shared with {', '.join(others)}, which merging would change as well; give it "
-                "one of its own before: layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone())"
+                f"{name}: its weight is shared with {', '.join(others)}, which merging would also change; give it a "
+                "weight of its own first: layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone())"
             )

@@ -58,8 +58,8 @@ class _Warning:
         if module is not None and any(isinstance(part, AdaptedLayer) for part in module.modules()):
             warnings.warn(
                 f"save_pretrained writes {type(module).__name__}'s adapted layers under names that from_pretrained "
-                "does not know: it gives them random weights. save_adapter(model, path) saves the adapter, for "
-                "load_adapter(path, model); merge_all(model) before save_pretrained saves the adapted model",
+                "does not know: it gives them random weights. Save the adapter with save_adapter(model, path), for "
+                "load_adapter(path, model); or call merge_all(model) before save_pretrained to save the merged model",
                 stacklevel=2,
             )
         return self._original(*args, **options)

@@ -45,10 +45,10 @@ def set_dora_strength(model: nn.Module, strength: float, adapter: str | None = N
             raise ValueError(f"adapter: no patched layer has a DoRA adapter {adapter!r}; {there}")
     for name, one, layer, _ in patched:
         if one in layer.merged_adapters:
-            raise ValueError(f"model: adapter {one!r} of {name} is merged; call unmerge_adapter() before")
+            raise ValueError(f"model: adapter {one!r} of {name} is merged; call unmerge_adapter() first")
     for name, layer in own.items():
         if layer.merged:
-            raise ValueError(f"model: {name} is merged; call unmerge() before")
+            raise ValueError(f"model: {name} is merged; call unmerge() first")
     for _, one, _, strengths in patched:
         strengths[one] = float(strength)
     for layer in own.values():

@@ -130,11 +130,11 @@ def chosen(
     known = [name for names in places.values() for name in names if name]
     missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
     stacks = _stacks(model) if everything else []
-    left = [f"all-linear leaves out {reasons}"] * bool(left_out)
+    left = [f"'all-linear' leaves out {reasons}"] * bool(left_out)
     if stacks:
         more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
-        what = "parameters of three dimensions, as experts in one tensor, are no layers' weights"
-        left.append(f"all-linear leaves out {', '.join(stacks[:3])}{more}: {what}")
+        what = "three-dimensional parameters (such as stacked experts) are not the weights of layers"
+        left.append(f"'all-linear' leaves out {', '.join(stacks[:3])}{more}: {what}")
     return found, left + missed
 
 
@@ -159,11 +159,16 @@ def _nothing(
     if type(model) in _KINDS or is_conv1d(model):
         kind = kind_of(model, use_dora)
         make = "from_linear" if issubclass(kind, LoRALinear) else "from_base"
-        return ValueError(f"model: it is a layer itself, which nothing holds; take {kind.__name__}.{make}(model, ...)")
+        return ValueError(
+            f"model: it is itself a layer, so there is no parent to replace it in; use {kind.__name__}.{make}(model, "
+            "...)"
+        )
     if excluded is not None:
-        return ValueError(f"exclude_modules: {excluded!r} leaves out all that target_modules={target_modules!r} names")
+        return ValueError(
+            f"exclude_modules: {excluded!r} excludes every layer that target_modules={target_modules!r} matches"
+        )
     some = ", ".join(name for names in places.values() for name in names[:1] if name and len(name) < 60)[:300]
-    return ValueError(f"target_modules: {target_modules!r} names no layer of the model; it has {some}")
+    return ValueError(f"target_modules: {target_modules!r} matches no layer of the model; it has {some}")
 
 
 def _pattern(value: Any, argument: str) -> re.Pattern[str] | list[str]:
@@ -251,7 +256,9 @@ def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
     if any(isinstance(one, AdaptedLayer) for one in around):
         raise ValueError(f"{name}: the layer is adapted already")
     if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
-        raise ValueError(f"{name}: the layer is adapted already, by PEFT; dora_kernels.patch_peft is for its adapters")
+        raise ValueError(
+            f"{name}: the layer is adapted already, by PEFT; use dora_kernels.patch_peft for PEFT's adapters"
+        )
 
 
 def _problem(
@@ -262,15 +269,17 @@ def _problem(
     parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
     if held is not module:
-        return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before")
+        return ValueError(f"the layer is wrapped by itself ({type(held).__name__}); adapt it before wrapping it")
     if nn.utils.parametrize.is_parametrized(module):
-        return ValueError("the layer is parametrized; remove the parametrization before")
+        return ValueError("the layer is parametrized; remove the parametrization first")
     weight = module._parameters.get("weight")
     if type(weight).__name__ == "DTensor":
-        return TypeError("the layer is sharded; adapt the model before")
+        return TypeError("the layer is sharded; adapt the model before sharding it")
     if _is_quantised(module, weight):
         of = "" if weight is None else f", weight {type(weight).__name__}"
-        return TypeError(f"the layer is quantised ({kind}{of}); PEFT adapts it, and dora_kernels.patch_peft runs that")
+        return TypeError(
+            f"the layer is quantised ({kind}{of}); use PEFT to adapt it, and dora_kernels.patch_peft to run that"
+        )
     if type(module) not in _KINDS and not is_conv1d(module):
         return TypeError(f"expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}")
     if not use_dora and kind_of(module, use_dora) is not LoRALinear:
@@ -278,16 +287,16 @@ def _problem(
     if weight is None:
         makers = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values()) or "something else"
         return ValueError(
-            f"the weight is no parameter but made anew in each forward, by {makers} (nn.utils.weight_norm, "
-            "spectral_norm, prune); remove that before"
+            f"the weight is not a parameter, but computed in each forward by {makers} (nn.utils.weight_norm, "
+            "spectral_norm, prune); remove that first"
         )
     if weight.dtype not in validation.DTYPES:
-        return TypeError(f"expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
+        return TypeError(f"expected a weight in float32, bfloat16, float16 or float64, got {weight.dtype}")
     if _hooked(module):
-        return ValueError("the layer has hooks or a replaced forward, which would not run any more")
+        return ValueError("the layer has hooks or a replaced forward, which would no longer run")
     if (reader := readers.of(parents, name)) is not None:
         kernels = f"{type(reader).__name__} reads the weight itself in some of its kernels"
-        return TypeError(f"{kernels}, where no adapter would run")
+        return TypeError(f"{kernels}, where the adapter would not run")
     return None
 
 
@@ -307,4 +316,4 @@ def _hooked(module: nn.Module) -> bool:
 def check_loaded(layer: Any, name: str) -> None:
     """Raise if the weight of a base layer is on the meta device or not finite."""
     if layer.weight.is_meta:
-        raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights before")
+        raise ValueError(f"{name}: its weight is on the meta device, without values; load the weights first")

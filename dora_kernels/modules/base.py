@@ -78,7 +78,9 @@ class AdaptedLayer(nn.Module):
         self._check_base(base_layer, rank)
         weight: Any = base_layer.weight
         if weight.dtype not in validation.DTYPES:
-            raise TypeError(f"base_layer: expected float32, bfloat16, float16 or float64 as weight, got {weight.dtype}")
+            raise TypeError(
+                f"base_layer: expected a weight in float32, bfloat16, float16 or float64, got {weight.dtype}"
+            )
         if not weight.is_meta and not bool(weight.detach().isfinite().all()):
             raise ValueError("base_layer: its weight has values that are not finite")
         divisor = math.sqrt(rank) if use_rslora else rank
@@ -134,12 +136,14 @@ class AdaptedLayer(nn.Module):
                 are not finite.
         """
         if type(base) is not cls.kind:
-            raise TypeError(f"base: expected a torch.nn.{cls.kind.__name__} itself, got {type(base).__name__}")
+            raise TypeError(
+                f"base: expected a torch.nn.{cls.kind.__name__} and not a subclass, got {type(base).__name__}"
+            )
         return cls(base_layer=base, rank=rank, **options).train(base.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
-            raise AttributeError(f"{name}: it is the base layer's; set base_layer.{name}")
+            raise AttributeError(f"{name}: it belongs to the base layer; set base_layer.{name}")
         super().__setattr__(name, value)
 
     @property
@@ -230,7 +234,9 @@ class AdaptedLayer(nn.Module):
     def strength(self, value: float) -> None:
         validation.check_strength(value)
         if self.merged:
-            raise ValueError("strength: the layer is merged, with the strength it had; call unmerge() before")
+            raise ValueError(
+                "strength: the layer is merged, and keeps the strength it was merged with; call unmerge() first"
+            )
         self._strength = float(value)
 
     def _merged_weight(self, rounding: str, seed: int) -> Tensor:

@@ -17,8 +17,8 @@ from dora_kernels.engine.model_norms import KeptNorm
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.base import DoRALayer, showing
 
-KEPT_BY = "extract and attach keep it, and safetensors.torch.save_file(dora_state_dict(model), ...)"
-CANNOT_BE_MERGED = f"an adapter of a convolution with groups can be neither merged nor written into a file; {KEPT_BY}"
+KEPT_BY = "use extract and attach, or safetensors.torch.save_file(dora_state_dict(model), ...)"
+CANNOT_BE_MERGED = f"an adapter of a convolution with groups can be neither merged nor saved to a file; {KEPT_BY}"
 
 
 @showing("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")

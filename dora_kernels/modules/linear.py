@@ -107,7 +107,9 @@ class LoRALinear(AdaptedLayer):
         """
         if type(base) is not nn.Linear and not is_conv1d(base):
             kind = type(base).__name__
-            raise TypeError(f"base: expected a torch.nn.Linear itself, whose forward is known, got {kind}")
+            raise TypeError(
+                f"base: expected exactly a torch.nn.Linear, not a subclass, whose forward is unknown; got {kind}"
+            )
         return cls(0, 0, rank=rank, base_layer=base, **options).train(base.training)  # base_layer has its own sizes
 
     @classmethod

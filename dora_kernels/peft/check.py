@@ -46,7 +46,7 @@ def check_layers(model: nn.Module) -> None:
                 raise ValueError(f"model: {name}: adapter {adapter!r} has use_dora=True and no magnitude")
         if adapters and layer.merged_adapters:
             raise ValueError(
-                f"model: {name}: {layer.merged_adapters} are merged into its weight; call unmerge_adapter() before"
+                f"model: {name}: {layer.merged_adapters} are merged into its weight; call unmerge_adapter() first"
             )
         for adapter in adapters:
             a, b = factors(layer, adapter) or (None, None)
@@ -61,7 +61,7 @@ def check_layers(model: nn.Module) -> None:
                         continue
                     raise ValueError(
                         f"model: {name}: the {part} of adapter {adapter!r} is on the meta device; load the weights "
-                        "before, or call patch_peft_globally() before the model is made"
+                        "first, or call patch_peft_globally() before the model is made"
                     )
                 if not bool(tensor.detach().isfinite().all()):
                     raise ValueError(f"model: {name}: the {part} of adapter {adapter!r} has values that are not finite")
@@ -87,7 +87,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected one that save_pretrained has written")
+        raise FileNotFoundError(f"{folder}: no such folder; expected one written by save_pretrained")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             hint = storage.pickle_hint(folder) if name == _WEIGHTS else ""
@@ -108,7 +108,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     try:
         peft_type, use_dora, alpha = config["peft_type"], config["use_dora"], config["lora_alpha"]
     except KeyError as error:
-        raise ValueError(f"{file}: no adapter configuration: it has no {error}") from error
+        raise ValueError(f"{file}: not an adapter configuration: it has no {error}") from error
     if peft_type != "LORA" or not use_dora:
         raise ValueError(f"{file}: expected peft_type 'LORA' with use_dora, got {peft_type!r}, {use_dora!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
@@ -123,7 +123,7 @@ def _parts(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor
         found: Any = _KEY.match(key)
         modules[found["module"].removeprefix("base_model.model.")][found["part"].replace("embedding_", "")] = tensor
     if not modules:
-        raise ValueError(f"{file}: no LoRA tensors in it")
+        raise ValueError(f"{file}: contains no LoRA tensors")
     return modules
 
 
@@ -133,14 +133,14 @@ def _check_parts(file: Path, module: str, parts: dict[str, Tensor], rank: Any) -
         raise ValueError(f"{file}: {module} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
     if a.dim() < 2 or a.shape[0] != rank:
-        said = f"has not the rank {quoted(rank)} that its configuration says"
+        said = f"does not have the rank of its configuration, {quoted(rank)}"
         raise ValueError(f"{file}: {module}.lora_A {list(a.shape)} {said}")
     # In a grouped convolution B has only one group's share of the rank.
     if b.dim() != a.dim() or not b.numel() or a.shape[0] % b.shape[1] or (b.dim() == 2 and b.shape[1] != a.shape[0]):
         raise ValueError(f"{file}: {module}.lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
     shape = [b.shape[0]] if b.dim() == 2 else [1, b.shape[0], *(1 for _ in b.shape[2:])]
     if list(m.shape) != shape:
-        raise ValueError(f"{file}: {module}.lora_magnitude_vector {list(m.shape)}: lora_B asks for {shape}")
+        raise ValueError(f"{file}: {module}.lora_magnitude_vector {list(m.shape)}: lora_B needs {shape}")
 
 
 def _check_layers(
@@ -162,7 +162,7 @@ def _check_layers(
     if known and not replicated:
         for name in others:
             if named(name):
-                raise ValueError(f"{file}: has nothing for {name}, which its configuration's target_modules name")
+                raise ValueError(f"{file}: has no tensors for {name}, which its configuration's target_modules name")
 
 
 def _named(file: Path, config: dict[str, Any]) -> Callable[[str], bool]:
@@ -261,6 +261,6 @@ def _check_sizes(file: Path, module: str, parts: dict[str, Tensor], base: nn.Mod
     size, found = _sizes(base), (parts["lora_A"].shape[1], parts["lora_B"].shape[0])
     if size is not None and size != found:
         raise ValueError(
-            f"{file}: {module} is of a layer with {found[0]} inputs and {found[1]} outputs, the model's has "
+            f"{file}: {module} belongs to a layer with {found[0]} inputs and {found[1]} outputs, the model's has "
             f"{size[0]} and {size[1]}"
         )

@@ -57,7 +57,7 @@ def set_grouped_norm(configs: dict[str, Any], norm: str) -> None:
         elif not isinstance(config, DoraLoraConfig):
             warn_once(
                 f"grouped_norm={norm!r} will not be saved: the adapter's configuration is a {type(config).__name__}, "
-                "no plain LoraConfig"
+                "not a plain LoraConfig"
             )
         config.grouped_norm = norm
 

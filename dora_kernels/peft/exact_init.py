@@ -56,7 +56,7 @@ def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
                 done.append(Rewritten(f"{name} ({adapter})", weakref.ref(magnitude), before, after))
     if unread:
         logger.warning(
-            "exact_init left %d magnitudes as they are, since their weights cannot be read now (sharded, offloaded, "
+            "exact_init left %d magnitudes unchanged, because their weights cannot be read now (sharded, offloaded, "
             "on meta): patch before the model is wrapped; the first: %s", len(unread), unread[0],
         )  # fmt: skip
     return done

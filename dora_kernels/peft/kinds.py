@@ -100,7 +100,7 @@ class LoraModel(lora.LoraModel):
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, lora.LoraLayer)}
         for name, layer in layers.items():
             if layer.merged_adapters:
-                raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() before")
+                raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
         _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         self.peft_config[adapter_name] = dataclasses.replace(
             self.peft_config[known[0]],
@@ -119,7 +119,7 @@ class LoraModel(lora.LoraModel):
             raise
         worst = max(errors, key=lambda name: errors[name])
         logger.info(
-            "combined %d adapters of %d layers into %r, rank %d; of an update is lost at most %.1e, in %s",
+            "combined %d adapters of %d layers into %r, rank %d; at most %.1e of an update is lost, in %s",
             len(adapters), len(errors), adapter_name, rank, errors[worst], worst,
         )  # fmt: skip
 
@@ -207,7 +207,7 @@ def unsupported(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__name__}: this kind of LoRA layer is not supported"
     reason = kind.unsupported(layer)
     if reason is None and not isinstance(layer, DoraLayer) and "forward" in vars(layer):
-        return "it has a forward of its own (a hook of accelerate, for example): patch before that is installed"
+        return "its forward was replaced (by a hook of accelerate, for example); patch before that"
     return reason
 
 

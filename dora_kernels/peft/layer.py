@@ -103,7 +103,7 @@ class DoraVariant:
         k = strength(layer, adapter)
         if state is None or weights is None or (layer.merged_adapters and state.unmerged is None):
             if k != 1.0:
-                raise ValueError(f"adapter {adapter!r} has a strength of {k}, with which PEFT's own code cannot merge")
+                raise ValueError(f"adapter {adapter!r} has a strength of {k}, which PEFT's own code cannot merge")
             return None
         scaling = layer.scaling[adapter]
         unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)

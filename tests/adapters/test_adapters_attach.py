@@ -139,14 +139,14 @@ def test_what_an_earlier_adapter_leaves_is_said(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not load_adapter(tmp_path / "first", model).notes
-    with pytest.warns(UserWarning, match="second: 0, 2 stay adapted as before: .* remove_dora"):
+    with pytest.warns(UserWarning, match="second: 0, 2 stay adapted: .* remove_dora"):
         adapter = load_adapter(tmp_path / "second", model)
-    assert len(adapter.notes) == 1 and adapter.notes[0].startswith("0, 2 stay adapted as before")
+    assert len(adapter.notes) == 1 and adapter.notes[0].startswith("0, 2 stay adapted: ")
     remove_dora(model)
     apply_dora(model, ["1"], rank=2)
     model[1].strength = 0.5
     assert load_adapter(tmp_path / "second", model).notes == [
-        "1 keep a strength other than 1; set_dora_strength sets it"
+        "1 keep a strength other than 1; set_dora_strength changes it"
     ]
 
 
@@ -172,7 +172,7 @@ def test_a_module_under_two_names():
     tied = nn.ModuleDict({"a": nn.Linear(6, 6)})
     tied["c"] = tied["a"]
     before = state(tied)
-    with pytest.raises(ValueError, match="a and c are one module"):
+    with pytest.raises(ValueError, match="a and c are the same module"):
         attach(tied, adapter_for(tied, ["a", "c"]))
     assert_unchanged(tied, before)
 
@@ -212,7 +212,7 @@ def misshapen(adapter):
 
 BAD = {
     "no such layer": (renamed, "adapter: layers.7.q_proj: the model has no such layer"),
-    "another size": (resized, "adapter: lm_head is of a linear with 12 inputs and 12 outputs, the model's is a linear"),
+    "another size": (resized, "adapter: lm_head belongs to a linear with 12 inputs and 12 outputs, the model's is a"),
     "a short magnitude": (misshapen, "adapter: lm_head: magnitude [29]: expected [30]"),
     "too large for the dtype": (huge, "adapter: lm_head: it has values that are not finite in torch.float32"),
 }

@@ -103,7 +103,7 @@ def test_truncated_and_oversized(saved):
     for content in (whole[:-4], whole[: 8 + length], whole[:20], whole[:8], b"", whole + b"\0\0\0\0",
                     struct.pack("<Q", 2**40) + whole[8:], struct.pack("<Q", length + 1) + whole[8:]):  # fmt: skip
         file.write_bytes(content)
-        refused(file, "truncated, or no safetensors file")
+        refused(file, "truncated, or not a safetensors file")
 
 
 def test_a_part_that_is_unknown(saved):
@@ -111,7 +111,7 @@ def test_a_part_that_is_unknown(saved):
     format, file, keys = saved
     key = keys[1].removesuffix(".weight") + ".bias"
     change(file, lambda tensors: tensors.update({key: torch.ones(30)}))
-    refused(file, re.escape(key) + " belongs to an adapted layer and is no part that")
+    refused(file, re.escape(key) + " belongs to an adapted layer, but the format")
 
 
 @pytest.mark.parametrize("part", ["alpha", "dora_scale", "reshape_weight", "lora_mid.weight", "diff_b", "lora_m"])
@@ -147,9 +147,9 @@ def test_other_algorithms_of_lycoris(tmp_path):
     file = tmp_path / "file.safetensors"
     save_adapter(adapter_for(Model(), NAMES), file, format="lycoris")
     change(file, lambda tensors: tensors.update({"lycoris_other.hada_w1_a": torch.ones(3, 3)}))
-    refused(file, "lycoris_other.hada_w1_a is of an algorithm of LyCORIS that is no product of two factors")
+    refused(file, "lycoris_other.hada_w1_a belongs to a LyCORIS algorithm that is not a product of two factors")
     save_file({"lycoris_other.lokr_w1": torch.ones(3, 3)}, file)
-    refused(file, "no adapter of a format that is known: its keys are lycoris_other.lokr_w1")
+    refused(file, "not an adapter in a known format: its keys are lycoris_other.lokr_w1")
 
 
 OTHER_KEYS = ["hada_w1_a", "lokr_w2", "lokr_t2", "oft_blocks", "boft_blocks", "a1.weight", "b2.weight", "w_norm",
@@ -165,7 +165,7 @@ def test_other_algorithms_by_the_end_of_the_key(tmp_path, key):
     save_file({f"{name}.{part}": tensor.clone() for name in names for part, tensor in parts.items()}, file)
     assert list(read_adapter(file).layers) == names
     change(file, lambda tensors: tensors.update({f"x.q.{key}": torch.ones(3)}))
-    refused(file, re.escape(f"x.q.{key} is of an algorithm of LyCORIS"))
+    refused(file, re.escape(f"x.q.{key} belongs to a LyCORIS algorithm"))
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2), torch.empty(0)])
@@ -186,19 +186,19 @@ def test_pickles_are_never_read(tmp_path, suffix):
     file = tmp_path / f"adapter_model{suffix}"
     file.write_bytes(pickle.dumps(Dangerous()))
     safe = suffix == ".safetensors"
-    refused(file, "truncated, or no safetensors file" if safe else "a pickle, which may run anything")
+    refused(file, "truncated, or not a safetensors file" if safe else "a pickle, which can run any code")
     if not safe:
-        refused(tmp_path, f"no safetensors file in it, only adapter_model{suffix}, a pickle", FileNotFoundError)
-        with pytest.raises(ValueError, match="written as safetensors alone"):
+        refused(tmp_path, f"contains no safetensors file, only adapter_model{suffix}, a pickle", FileNotFoundError)
+        with pytest.raises(ValueError, match="only written as safetensors"):
             save_adapter(adapter_for(Model(), NAMES), file, force=True)
 
 
 def test_places(tmp_path):
-    refused(tmp_path, "no safetensors file in it", FileNotFoundError)
+    refused(tmp_path, "contains no safetensors file", FileNotFoundError)
     refused(tmp_path / "nothing", "no such file", FileNotFoundError)
     for name in ("one.safetensors", "two.safetensors"):
         save_adapter(adapter_for(Model(), NAMES), tmp_path / name, format="qdora")
-    refused(tmp_path, "expected one adapter's file, got one.safetensors, two.safetensors")
+    refused(tmp_path, "expected one adapter file, got one.safetensors, two.safetensors")
     (tmp_path / "two.safetensors").unlink()
     assert list(read_adapter(tmp_path).layers) == NAMES
 
@@ -217,7 +217,7 @@ CONFIGS = {
     "a word": ("peft", {"lora_alpha": "16"}, "lora_alpha: expected a number, got '16'"),
     "NaN": ("peft", {"lora_alpha": float("nan"), "alpha_pattern": {}}, "lora_alpha: expected a number, got nan"),
     "too large": ("torchtune", {"lora_alpha": 10**400}, "lora_alpha: expected a number, got 1000"),
-    "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: '(' is no regular expression: missing )"),
+    "bad pattern": ("peft", {"rank_pattern": {"(": 4}}, "rank_pattern: '(' is not a regular expression: missing )"),
     "no patterns": ("peft", {"alpha_pattern": [1]}, "alpha_pattern: expected a mapping of regular expressions"),
     "lora_bias": ("peft", {"lora_bias": True}, "lora_bias=True is not supported"),
     "replication": ("peft", {"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]] is not supported"),
@@ -252,7 +252,7 @@ def test_fields_of_peft(tmp_path):
     save_adapter(adapter_for(Model(), NAMES), tmp_path)
     configure(tmp_path, use_tomorrow={"a": 1}, use_qalora=False, kasa_config=None, use_yesterday=False)
     notes = read_adapter(tmp_path).notes
-    assert notes == ["use_tomorrow={'a': 1} of the configuration is not known: read without it"]
+    assert notes == ["use_tomorrow={'a': 1} in the configuration is unknown and was ignored"]
     peft = pytest.importorskip("peft")
     ours = json.loads((tmp_path / "adapter_config.json").read_text())
     configure(tmp_path, **{**peft.LoraConfig().to_dict(), **ours, "use_tomorrow": None})
@@ -262,8 +262,8 @@ def test_fields_of_peft(tmp_path):
 def test_configurations_that_contradict_the_file(tmp_path):
     for format, values, message in (
         ("peft", {"use_dora": False}, "it has magnitudes, and .*adapter_config.json says use_dora=False"),
-        ("peft", {"r": 5, "rank_pattern": {}}, r"layers.0.q_proj: lora_A \[2, 12\] has not the rank 5"),
-        ("torchtune", {"r": 5}, r"layers.0.q_proj: lora_A \[4, 12\] has not the rank 5"),
+        ("peft", {"r": 5, "rank_pattern": {}}, r"layers.0.q_proj: lora_A \[2, 12\]: the configuration says rank 5"),
+        ("torchtune", {"r": 5}, r"layers.0.q_proj: lora_A \[4, 12\]: the configuration says rank 5"),
         ("mlx", {"fine_tune_type": "lora"}, "it has magnitudes, and .*adapter_config.json says fine_tune_type='lora'"),
     ):
         folder = tmp_path / f"{format}-{'-'.join(values)}"
@@ -272,7 +272,7 @@ def test_configurations_that_contradict_the_file(tmp_path):
         refused(folder / FORMATS[format].weights, message)
     for content in ("{", "[]", "[" * 100_000):
         (folder / "adapter_config.json").write_text(content)
-        with pytest.raises(ValueError, match="adapter_config.json: no adapter configuration"):
+        with pytest.raises(ValueError, match="adapter_config.json: not a valid adapter configuration"):
             read_adapter(folder)
 
 
@@ -331,7 +331,7 @@ def test_many_long_names_inside_a_layer(saved):
     format, file, keys = saved
     tensors = {f"{496 * 'a.'}{i:05}": torch.ones(0) for i in range(300)}
     change(file, lambda whole: whole.update(tensors))
-    assert any("299 more: no adapter, left out" in note for note in read_adapter(file).notes)
+    assert any("299 more: not part of an adapter, left out" in note for note in read_adapter(file).notes)
 
 
 @pytest.mark.timeout(60)
@@ -344,7 +344,7 @@ def test_patterns_that_take_for_ever(tmp_path, field):
     config = configure(tmp_path, **{field: {r"(([a-z]+)+[a-z]+)+!": 7, ".*" * 20 + "!": 8}})
     assert {layer.scaling for layer in read_adapter(tmp_path).layers.values()} == {1.0}
     configure(tmp_path, **{field: {f".*{'(a{1,90}' * 5}{'){1,90}' * 5}!{i}": 7 for i in range(200)}})
-    with pytest.raises(ValueError, match=re.escape(f"{config}: {field}: to match the regular expressions takes more")):
+    with pytest.raises(ValueError, match=re.escape(f"{config}: {field}: matching the regular expressions takes more")):
         read_adapter(tmp_path)
 
 
@@ -355,7 +355,7 @@ def test_configurations_that_are_nested_deeply(tmp_path):
     for depth in (101, 600, 900, 100_000):
         for text in ('{"a":' * depth + "1" + "}" * depth, '{"a":' + "[" * depth + "]" * depth + "}"):
             config.write_text(text)
-            with pytest.raises(ValueError, match=f"{re.escape(str(config))}: no adapter configuration: "):
+            with pytest.raises(ValueError, match=f"{re.escape(str(config))}: not a valid adapter configuration: "):
                 read_adapter(tmp_path)
 
 

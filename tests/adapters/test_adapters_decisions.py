@@ -43,7 +43,7 @@ def test_by_the_other_layers(tmp_path, axis):
     read = read_adapter(file)
     assert {layer.magnitude_axis for layer in read.layers.values()} == {axis}
     assert read.notes[-1] == (
-        f"magnitude_axis of lora_unet_layers_0_q_proj and 1 more: {axis!r}, as of the layers that are not square"
+        f"magnitude_axis of lora_unet_layers_0_q_proj and 1 more: {axis!r}, as in the layers that are not square"
     )
 
 
@@ -54,11 +54,11 @@ def test_by_the_norms(tmp_path, axis, weights):
     model = Model()
     if weights == "state dict":
         # a square matrix of a state dict may be stored either way: no evidence
-        with pytest.raises(ValueError, match="the model's weights do not tell: pass magnitude_axis="):
+        with pytest.raises(ValueError, match="the model's weights do not decide: pass magnitude_axis="):
             read_adapter(file, model.state_dict())
         return
     read = read_adapter(file, model)
-    assert read.notes[0].startswith(f"magnitude_axis of layers.0.q_proj and 1 more: {axis!r}, for the magnitude is ")
+    assert read.notes[0].startswith(f"magnitude_axis of layers.0.q_proj and 1 more: {axis!r}, because the magnitude ")
     assert_same_function(model, read, adapter, 8 * EPS32)
 
 
@@ -77,7 +77,7 @@ def test_no_evidence_is_an_error(tmp_path):
     assert_same_function(model, read_adapter(file, model, magnitude_axis="in"), adapter, 8 * EPS32)
     for name in SQUARE:  # orthogonal: rows and columns have the same norms, and m is neither
         nn.init.orthogonal_(model.get_submodule(name).weight, gain=50.0)
-    with pytest.raises(ValueError, match="the model's weights do not tell"):
+    with pytest.raises(ValueError, match="the model's weights do not decide"):
         read_adapter(file, model)
 
 
@@ -87,7 +87,7 @@ def test_contradicting_evidence_is_an_error(tmp_path):
     file = tmp_path / "file.safetensors"
     save_adapter(one, file, format="lycoris")
     save_file({key: t.flatten() if key.endswith("dora_scale") else t for key, t in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match="the model's weights say both"):
+    with pytest.raises(ValueError, match="the model's weights contradict each other"):
         read_adapter(file, model)
 
 
@@ -103,7 +103,7 @@ def test_a_format_that_fixes_it(tmp_path, format):
     assert read_adapter(tmp_path, magnitude_axis="in").layers[SQUARE[0]].magnitude_axis == "in"
     name = "layers.0.up_proj"
     save_adapter(adapter_for(Model(), [name]), tmp_path, format=format, force=True)
-    with pytest.raises(ValueError, match=r"axis 'in' asks for 12 values; magnitude_axis='out' would fit"):
+    with pytest.raises(ValueError, match=r"axis 'in' needs 12 values; magnitude_axis='out' would fit"):
         read_adapter(tmp_path, magnitude_axis="in")
 
 
@@ -114,7 +114,7 @@ def test_underscores_become_the_models_names(tmp_path):
     save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
     without = read_adapter(tmp_path / "file.safetensors")
     assert list(without.layers) == ["lycoris_layers_0_up_proj", "lycoris_lm_head"]
-    assert any("a model is needed" in note for note in without.notes)
+    assert any("pass the model" in note for note in without.notes)
     with pytest.raises(ValueError, match="lycoris_layers_0_up_proj cannot be written as 'peft': .* its model"):
         save_adapter(without, tmp_path / "peft")
     save_adapter(without, tmp_path / "again.safetensors", format="lycoris")
@@ -136,9 +136,9 @@ def test_ambiguous_names(tmp_path):
     model = ambiguous()
     adapter = adapter_for(model, ["a.b_c"])
     save_adapter(adapter, tmp_path / "file.safetensors", format="lycoris")
-    with pytest.raises(ValueError, match="lycoris_a_b_c may be any of a.b_c, a_b.c"):
+    with pytest.raises(ValueError, match="lycoris_a_b_c may stand for any of a.b_c, a_b.c"):
         read_adapter(tmp_path / "file.safetensors", model)
-    with pytest.raises(ValueError, match="a.b_c cannot be written as 'kohya': .* the same name as a_b.c"):
+    with pytest.raises(ValueError, match="a.b_c cannot be written as 'kohya': .* the same as that of a_b.c"):
         save_adapter(adapter_for(model, ["a.b_c", "a_b.c"]), tmp_path / "two.safetensors", format="kohya")
 
 
@@ -149,12 +149,12 @@ def test_a_name_without_dots_does_not_win(tmp_path):
         adapter, file = adapter_for(model, [name]), tmp_path / f"{name}.safetensors"
         save_adapter(adapter, file, format="lycoris")
         for failing in (lambda: read_adapter(file, model), lambda: attach(model, read_adapter(file))):  # noqa: B023
-            with pytest.raises(ValueError, match=r"lycoris_a_b may be any of a\.b, a_b$"):
+            with pytest.raises(ValueError, match=r"lycoris_a_b may stand for any of a\.b, a_b$"):
                 failing()
         adapted = copy.deepcopy(model)
         attach(adapted, adapter)
         for format in ("lycoris", "kohya"):
-            with pytest.raises(ValueError, match=f"{name} cannot be written as '{format}': .* the same name as a.b"):
+            with pytest.raises(ValueError, match=f"{name} cannot be written as '{format}': .* the same as that of a.b"):
                 save_adapter(adapted, tmp_path / "new.safetensors", format=format)
         save_adapter(adapted, tmp_path / "peft", force=True)
         assert list(read_adapter(tmp_path / "peft", model).layers) == [name]
@@ -184,9 +184,11 @@ def test_a_file_of_several_models(tmp_path):
     file = kohya(tmp_path, ["lora_unet_lm_head", "lora_te1_text_model_encoder", "lora_te2_text_model_encoder"])
     read = read_adapter(file, Model())
     assert list(read.layers) == ["lm_head"]
-    assert read.notes == [f"1 layers with the prefix lora_te{i} are of another model and left out" for i in (1, 2)]
+    assert read.notes == [
+        f"1 layers with the prefix lora_te{i} belong to another model and are left out" for i in (1, 2)
+    ]
     assert len(read_adapter(file).layers) == 3
-    with pytest.raises(ValueError, match="lora_(unet|te)_lm_head and lora_(unet|te)_lm_head are both lm_head"):
+    with pytest.raises(ValueError, match="lora_(unet|te)_lm_head and lora_(unet|te)_lm_head both stand for lm_head"):
         read_adapter(kohya(tmp_path, ["lora_unet_lm_head", "lora_te_lm_head"]), Model())
     with pytest.raises(ValueError, match="lora_unet_other: the model has no such layer"):
         read_adapter(kohya(tmp_path, ["lora_unet_lm_head", "lora_unet_other"]), Model())
@@ -213,10 +215,10 @@ def test_one_model_of_several_by_its_prefix(tmp_path):
     """Read, with or without the model, attached, and written again under the prefix that it had."""
     file, models, adapters = sdxl(tmp_path)
     for prefix, model in models.items():
-        with pytest.raises(ValueError, match="are both text_model.fc.; read it with prefix="):
+        with pytest.raises(ValueError, match="both stand for text_model.fc.; pass prefix="):
             read_adapter(file, model)
         named, unnamed = read_adapter(file, model, prefix=prefix), read_adapter(file, prefix=f"{prefix}_")
-        assert named.notes[0] == f"4 layers without the prefix {prefix} are left out, as asked for"
+        assert named.notes[0] == f"4 layers without the prefix {prefix} are left out"
         assert_same_function(model, named, adapters[prefix])
         for adapter in (named, unnamed):
             save_adapter(adapter, tmp_path / "again.safetensors", format="kohya", force=True)
@@ -238,12 +240,12 @@ def test_prefixes_of_ones_own(tmp_path):
     assert attach(Model(), without) == SQUARE
     with pytest.raises(ValueError, match="my_layers_0_q_proj cannot be written as 'lycoris': .* with its model"):
         save_adapter(without, file, format="lycoris", prefix="lora_te1", force=True)
-    with pytest.raises(ValueError, match="file.safetensors: prefix='lora_te' was asked for, and no layer has it;"):
+    with pytest.raises(ValueError, match="file.safetensors: prefix: no layer has 'lora_te';"):
         read_adapter(file, model, prefix="lora_te")
     save_adapter(adapter_for(model, SQUARE), tmp_path / "peft")
-    with pytest.raises(ValueError, match="prefix: .* is of the format 'peft', whose names have none"):
+    with pytest.raises(ValueError, match="prefix: .* has the format 'peft', whose names have no prefix"):
         read_adapter(tmp_path / "peft", model, prefix="lora_te")
-    with pytest.raises(ValueError, match="prefix: the format 'peft' has none in its names"):
+    with pytest.raises(ValueError, match="prefix: names in the format 'peft' have no prefix"):
         save_adapter(adapter_for(model, SQUARE), tmp_path / "new", prefix="lora_te")
     for prefix, error in (("", ValueError), ("_", ValueError), ("a.b", ValueError), (3, TypeError)):
         with pytest.raises(error, match="prefix: expected"):
@@ -270,7 +272,7 @@ def test_mlx_embeddings(tmp_path):
         read = read_adapter(tmp_path, base)
         assert {name: layer.kind for name, layer in read.layers.items()} == kinds
         assert_same_function(model, read, adapter, 8 * EPS32)
-    assert "wte was taken for a layer of the kind 'embedding' by its name" in read.notes
+    assert "wte was taken for a layer of kind 'embedding' by its name" in read.notes
 
 
 @pytest.mark.parametrize("format, where", [("torchtune", "r"), ("nvidia", "r"), ("mlx", "lora_parameters.scale")])
@@ -278,10 +280,10 @@ def test_scaling_needs_a_configuration(tmp_path, format, where):
     adapter = adapter_for(Model(), SQUARE, rank=4, scaling=0.3)
     save_adapter(adapter, tmp_path, format=format)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=rf"adapter_config.json: {where}: no such file; pass scaling= to do without"):
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {where}: no such file; pass scaling= to read it"):
         read_adapter(tmp_path)
     read = read_adapter(tmp_path, scaling=0.3)
-    assert read.notes[-1] == "scaling 0.3 as asked for"
+    assert read.notes[-1] == "scaling 0.3, as requested"
     assert_same_function(Model(), read, adapter, 0.0)
 
 
@@ -316,7 +318,7 @@ def test_pefts_factors_with_lycoris_alpha_and_scale(tmp_path, names, plain):
     assert_same_function(model, read, adapter)
     assert read.config == ({"prefix": names} if names else {})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
-    with pytest.raises(ValueError, match=r"\.alpha belongs to an adapted layer and is no part that 'peft' knows"):
+    with pytest.raises(ValueError, match=r"\.alpha belongs to an adapted layer, but the format 'peft' has no such"):
         read_adapter(file, model)
 
 
@@ -328,7 +330,7 @@ def test_peft_files_of_torchtune(tmp_path):
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "use_dora"}))
     weights = tmp_path / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
-    assert read_adapter(tmp_path).notes == ["DoRA, for there are magnitudes; no configuration says use_dora"]
+    assert read_adapter(tmp_path).notes == ["read as DoRA because it has magnitudes; no configuration says use_dora"]
 
 
 def test_other_tensors_are_named(tmp_path):
@@ -336,4 +338,4 @@ def test_other_tensors_are_named(tmp_path):
     save_adapter(adapter_for(Model(), SQUARE), tmp_path, format="qdora")
     file = tmp_path / "model_state_dict.safetensors"
     save_file({**load_file(file), "norm.weight": torch.ones(3), "norm.bias": torch.ones(3)}, file)
-    assert read_adapter(file).notes == ["norm.bias and 1 more: no adapter, left out"]
+    assert read_adapter(file).notes == ["norm.bias and 1 more: not part of an adapter, left out"]

@@ -112,7 +112,7 @@ def test_onetrainers(tmp_path, te):
         expected = Adapter({name.partition(".")[2]: layer for name, layer in wanted.layers.items()
                             if name.startswith(f"{component}.")})  # fmt: skip
         assert_same_function(model, read, expected, 8 * EPS32)
-        assert len([note for note in read.notes if "are of another model" in note]) == 2
+        assert len([note for note in read.notes if "belong to another model" in note]) == 2
 
 
 SGM = {

@@ -88,7 +88,7 @@ def test_format_by_name_and_file_by_name(model, format, tmp_path):
     assert_same_function(model, read_adapter(file, model, format=format), adapter, 8 * EPS32)
     alike = {"diffusers", "lycoris", "kohya"}
     for other in EVERY - {format} - (alike if format in alike else set()):
-        with pytest.raises(ValueError, match=f"format='{other}' was asked for, its keys are those of '{format}'"):
+        with pytest.raises(ValueError, match=f"format='{other}', but its keys are those of '{format}'"):
             read_adapter(file, model, format=other)
 
 
@@ -98,11 +98,11 @@ def test_folding_says_so_and_keeps_bfloat16_where_it_is_exact(model, tmp_path):
     object.__setattr__(first, "scaling", 0.5)
     object.__setattr__(second, "scaling", 2.0)
     notes = save_adapter(adapter, tmp_path / "exact", format="qdora")
-    assert notes == ["the scaling of 2 of 2 layers was folded into lora_B, for the format has one"]
+    assert notes == ["the scaling of 2 of 2 layers was folded into lora_B: the format has only one"]
     read = read_adapter(tmp_path / "exact", model)
     assert {layer.lora_B.dtype for layer in read.layers.values()} == {torch.bfloat16}
     assert_same_function(model, read, adapter, 0.0)
     object.__setattr__(second, "scaling", 0.3)
     (note,) = save_adapter(adapter, tmp_path / "rounded", format="qdora")
-    assert note.endswith("1 lora_B are float32 for it")
+    assert note.endswith("1 lora_B became float32")
     assert_same_function(model, read_adapter(tmp_path / "rounded", model), adapter, EPS32)

@@ -88,7 +88,7 @@ def test_names_of_another_release_of_transformers(tmp_path, file, own):
     save_adapter(adapter(file), tmp_path)
     read = load_adapter(tmp_path, built(own))
     assert list(read.layers) == [own]
-    assert read.notes == [f"{file} and its like are {own} and its like, as this model has them"]
+    assert read.notes == [f"names like {file} were read as names like {own}, which this model has"]
     assert attach(built(own), read_adapter(tmp_path)) == [own]
     both = adapter(file)
     both.layers["other"] = both.layers[file]

@@ -76,9 +76,9 @@ def test_a_folder_with_another_formats_adapter(tmp_path, format, there):
 def test_a_file_of_its_own_in_such_a_folder(tmp_path):
     save_adapter(adapter_for(Model(), NAMES), tmp_path)
     save_adapter(adapter_for(Model(), NAMES), tmp_path / "other.safetensors", format="lycoris")
-    with pytest.raises(FileExistsError, match="adapter_config.json in it belongs to an adapter of another format than"):
+    with pytest.raises(FileExistsError, match="contains adapter_config.json of an adapter in another format than"):
         save_adapter(adapter_for(Model(), NAMES), tmp_path / "adapter_model.safetensors", format="lycoris", force=True)
-    with pytest.raises(FileExistsError, match="adapter_model.safetensors in it belongs to .* 'mlx'; give a folder"):
+    with pytest.raises(FileExistsError, match="contains adapter_model.safetensors of .* 'mlx'; choose another folder"):
         save_adapter(adapter_for(Model(), NAMES), tmp_path, format="mlx", force=True)
 
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_written_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="source: base_model.model.lm_head.lora_B.weight has values that are not"):
         save_adapter(adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="file.safetensors: the format 'peft' has a configuration .*; give a folder"):
+    with pytest.raises(ValueError, match="file.safetensors: the format 'peft' has a configuration .*so pass a folder"):
         save_adapter(adapter_for(Model(), NAMES), tmp_path / "file.safetensors")
     (tmp_path / "folder.safetensors" / "adapter_model.safetensors").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):

@@ -373,7 +373,7 @@ def test_the_strength_of_this_packages_layers():
         ({"model": nn.ModuleDict({"first": nn.Linear(17, 11)})}, ValueError, "second: the model has no such layer"),
         (
             {"model": nn.ModuleDict({"first": nn.Linear(17, 12), "second": nn.Linear(17, 11)})}, ValueError,
-            "first is of a linear with 17 inputs and 11 outputs, the model's is a linear with 17 and 12",
+            "first belongs to a linear with 17 inputs and 11 outputs, the model's is a linear with 17 and 12",
         ),
     ],
 )  # fmt: skip

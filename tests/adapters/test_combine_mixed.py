@@ -26,7 +26,7 @@ def test_plain_layers_beside_dora_layers(axis, rank, dtype, tmp_path):
     norm = dora_weight_norm(net.second.weight, layer.lora_A, layer.lora_B, magnitude_axis=axis)
     assert layer.magnitude_axis == axis and torch.equal(layer.magnitude, norm)
     assert total.notes[1:] == [
-        "second is plain LoRA among DoRA layers: its magnitude is the weight's norm (g = 1)"
+        "second is plain LoRA among DoRA layers, so its magnitude was set to the weight's norm (g = 1)"
     ]
     if rank is None:
         assert relative(merged(net.second, layer), dense_sum(net, "second", [mixed, plain], [0.5, 0.25])) < 1e-6

@@ -360,7 +360,7 @@ def test_doctor(monkeypatch, invoke):
     assert lines["torch"] == torch.__version__
     assert lines["python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert lines["auto takes"] and output.count("check") == len(doctor._devices())
-    assert "torch: auto takes triton on GPUs only" in output
+    assert "torch: auto uses triton on GPUs only" in output
     assert lines["triton interpreter"].startswith("on" if doctor._interpreted() else "off")
     assert lines["norm reuse"] == "on"
 

@@ -50,7 +50,7 @@ def test_what_is_wrong_under_another_prefix_is_said(call, tmp_path):
     assert call("merge", base, source, tmp_path / "out")[0] == 0
     rewrite(source / "adapter_model.safetensors", shorten)
     status, _, stderr = call("merge", base, source, tmp_path / "out2")
-    assert status == 2 and f"{name} is of a linear with 16 inputs and 63 outputs" in stderr, stderr
+    assert status == 2 and f"{name} belongs to a linear with 16 inputs and 63 outputs" in stderr, stderr
     source, _ = adapter_file(tmp_path / "two", plain_linears(gpt2()), names=[name, "transformer.h.0.mlp.c_proj"])
     rewrite(base / "model.safetensors", lambda tensors: tensors.pop("h.0.mlp.c_proj.weight"))
     status, _, stderr = call("merge", base, source, tmp_path / "out2")
@@ -64,7 +64,7 @@ def test_an_undecided_axis_under_another_prefix_is_said(call, tmp_path):
     rewrite(source / "adapter_model.safetensors",
             lambda tensors: tensors.update({key: t.flatten() for key, t in tensors.items() if "scale" in key}))
     status, _, stderr = call("merge", tmp_path / "base", source, tmp_path / "out")
-    assert status == 2 and f"the magnitude of {name} fits inputs and outputs" in stderr, stderr
+    assert status == 2 and f"the magnitude of {name} fits the inputs as well as the outputs" in stderr, stderr
     assert call("merge", tmp_path / "base", source, tmp_path / "out", "--axis", "out")[0] == 0
 
 

@@ -96,10 +96,10 @@ def test_what_cannot_be_put_back_is_said(places, call, monkeypatch):
         status, stdout, stderr = call("merge", base, source, out, "--force", "--strength", "0.5")
     spare = renamed[0]
     assert (status, stdout, stderr.count("\n")) == (2, "", 1)
-    assert f"{out}: could not be put back" in stderr and f"what it was lies in {spare}" in stderr
+    assert f"{out}: could not be restored" in stderr and f"its former content is in {spare}" in stderr
     assert snapshot(spare) == old and list(out.parent.glob(".*")) == [spare] and not out.exists()
     status, stdout, _ = call("merge", base, source, out)
-    assert status == 0 and f"note: {spare}: left by a run that was killed, if none is at work: it may be what" in stdout
+    assert status == 0 and f"note: {spare}: left by a killed process, unless one is running: it may be the" in stdout
     status, stdout, _ = call("merge", base, source, out, "--force")
     assert status == 0 and f"note: {spare}: left by" in stdout and "it may be removed" in stdout
     shutil.rmtree(spare)
@@ -184,9 +184,9 @@ def test_links_and_what_is_no_file(call, places, tmp_path):
     assert not any(file.is_symlink() for file in new.rglob("*"))
     assert mode(new / "sub") == 0o700
     for name in ("notes.txt", "sub/other.json"):
-        assert f"note: {base / name}: copied from {outside / 'key.pem'}, where it is a link to" in notes
+        assert f"note: {base / name}: a link; copied from {outside / 'key.pem'}" in notes
     for name in ("folder", "itself", "nowhere", "zero.json", "pipe.json"):
-        assert f"note: {base / name}: left out, for it is neither a file nor a link to one" in notes
+        assert f"note: {base / name}: left out, because it is neither a file nor a link to one" in notes
         assert not (new / name).exists()
     assert not any("inside.json" in note for note in notes) and "\x1b" not in stdout
 
@@ -214,7 +214,7 @@ def test_a_shard_that_is_a_link(call, places, tmp_path):
     (base / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     status, stdout, _ = call("merge", base, source, tmp_path / "new")
     assert status == 0 and snapshot(tmp_path / "new") == snapshot(out)
-    assert f"model.safetensors: copied from {tmp_path / 'elsewhere.safetensors'}, where it is a link to" in stdout
+    assert f"model.safetensors: a link; copied from {tmp_path / 'elsewhere.safetensors'}" in stdout
 
 
 # what is printed

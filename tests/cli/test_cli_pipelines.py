@@ -101,7 +101,7 @@ def test_joining_what_cannot_be(call, tmp_path):
         (("--component", "unet"), "--component names IN's model beside those of --join"),
         (("--join", f"unet={tmp_path / 'te'}"), "--component names IN's model beside those of --join"),
         (("--component", "unet", "--join", f"unet={tmp_path / 'te'}"), "expected NAME=ADAPTER with a name of its own"),
-        (("--component", "unet", "--join", "text_encoder"), "expected NAME=ADAPTER with a name of its own each"),
+        (("--component", "unet", "--join", "text_encoder"), "expected NAME=ADAPTER with a different name each"),
         (("--component", "vae", "--join", f"unet={tmp_path / 'te'}"), "there is no prefix for a pipeline's vae"),
     ):
         status, _, stderr = call(*base, *more)

@@ -225,7 +225,7 @@ def test_a_norm_that_cannot_be_computed_freezes_nothing(monkeypatch):
 def test_invalidate_while_frozen():
     model, x = made("linear")
     with frozen_norms(model):
-        with pytest.raises(ValueError, match="module: its norms are frozen; release the handle of frozen_norms before"):
+        with pytest.raises(ValueError, match="module: its norms are frozen; release the handle of frozen_norms first"):
             invalidate(model)
         model(x)
     invalidate(model)

@@ -142,10 +142,10 @@ def test_killed_between_two_files(tmp_path, format):
     """What is left would read as an adapter of four times the scaling."""
     folder = tmp_path / "adapter"
     killed_between(folder, format)
-    with pytest.raises(ValueError, match=f"{FORMATS[format].weights}: {MIXED}.*tmp: left by a run that was killed"):
+    with pytest.raises(ValueError, match=f"{FORMATS[format].weights}: {MIXED}.*tmp: left by a killed process"):
         read_adapter(folder)
     notes = save_adapter(adapter_for(Model(), NAMES, seed=2, rank=3, scaling=2.0), folder, format=format, force=True)
-    assert any("tmp: left by a run that was killed, if none is at work: it may be removed" in note for note in notes)
+    assert any("tmp: left by a killed process, unless one is running: it may be removed" in note for note in notes)
     read_adapter(folder)
 
 
@@ -232,7 +232,7 @@ def test_another_writer_waits(tmp_path, monkeypatch):
     def exchange(one, other):
         if not tried:
             tried.append(other)
-            with pytest.raises(TimeoutError, match="another process has locked it for 0 s"):
+            with pytest.raises(TimeoutError, match="another process has held its lock for 0 s"):
                 save_adapter(adapter_for(Model(), NAMES, seed=3, rank=5), tmp_path, force=True)
         real(one, other)
 
@@ -328,7 +328,7 @@ def test_a_link_is_replaced(tmp_path):
 def test_a_device_is_not_replaced(tmp_path):
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
-    with pytest.raises(FileExistsError, match="pipe.safetensors: is a device or the like, which is not replaced"):
+    with pytest.raises(FileExistsError, match="pipe.safetensors: is not a regular file .* and is not replaced"):
         save_adapter(adapter_for(Model(), NAMES), pipe, format="lycoris", force=True)
     assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
 

@@ -103,7 +103,7 @@ def test_targets(targets, excluded, names):
     model = Net()
     before = snapshot(model)
     if names is None:
-        with pytest.raises(ValueError, match="exclude_modules: 'block' leaves out all that target_modules='block'"):
+        with pytest.raises(ValueError, match="exclude_modules: 'block' excludes every layer that target_modules"):
             apply_dora(model, targets, exclude_modules=excluded)
         assert unchanged(model, before)
         return
@@ -179,7 +179,7 @@ def test_merging_refuses_tied_weights(targets, other):
     model = Net()
     apply_dora(model, [*targets, "2"], rank=2)
     before = snapshot(moved(model))
-    with pytest.raises(ValueError, match=f"its weight is shared with {other}, which merging would change as well"):
+    with pytest.raises(ValueError, match=f"its weight is shared with {other}, which merging would also change"):
         merge_all(model)
     assert unchanged(model, before)
     layer = adapted_layers(model)[targets[0]]
@@ -246,11 +246,11 @@ def moved_copy(dtype):
 
 def test_merging_refuses_groups():
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=groups) for groups in (1, 2, 2)))
-    kept = r"extract and attach keep it, and safetensors\.torch\.save_file\(dora_state_dict\(model\), \.\.\.\)"
+    kept = r"use extract and attach, or safetensors\.torch\.save_file\(dora_state_dict\(model\), \.\.\.\)"
     with pytest.warns(UserWarning) as warned:
         apply_dora(model, ["0", "1", "2"], rank=2)
     (warning,) = warned
-    assert re.fullmatch(rf"1, 2: .* groups can be neither merged nor written into a file; {kept}", str(warning.message))
+    assert re.fullmatch(rf"1, 2: .* groups can be neither merged nor saved to a file; {kept}", str(warning.message))
     assert warning.filename == __file__
     weight = model[0].base_layer.weight.clone()
     with pytest.raises(ValueError, match=rf"1: the layer cannot be merged: its update reads all channels.*{kept}"):
@@ -357,21 +357,21 @@ REFUSED = [
     (wrapped, NAMED, ValueError, rf"block\.2: the layer has hooks or a replaced forward.*{LEAVE}"),
     (parametrized, NAMED, ValueError, rf"block\.2: the layer is parametrized.*{LEAVE}"),
     (derived, NAMED, TypeError, rf"block\.2: expected a plain nn\.Linear, .* got .*MyLinear{LEAVE}"),
-    (integers, NAMED, TypeError, rf"block\.2: expected float32, .* as weight, got torch.int8{LEAVE}"),
-    (fp8, NAMED, TypeError, rf"block\.2: expected float32, .* as weight, got torch.float8_e4m3fn{LEAVE}"),
-    (pruned, NAMED, ValueError, rf"block\.2: the weight is .* made anew in each forward, by L1Unstructured .*{LEAVE}"),
+    (integers, NAMED, TypeError, rf"block\.2: expected a weight in float32, .* got torch.int8{LEAVE}"),
+    (fp8, NAMED, TypeError, rf"block\.2: expected a weight in float32, .* got torch.float8_e4m3fn{LEAVE}"),
+    (pruned, NAMED, ValueError, rf"block\.2: the weight is .* computed in each forward by L1Unstructured .*{LEAVE}"),
     (None, {"target_modules": ["0", "norm"]}, TypeError, "norm: expected a plain .* got .*LayerNorm"),
     (None, {"target_modules": ".*"}, TypeError, "block: expected a plain .* got .*Sequential"),
     (None, {"target_modules": ["0", "conv"], "use_dora": False}, TypeError, "conv: use_dora=False is for linear"),
     (None, {"target_modules": 3}, TypeError, "target_modules: expected a regular expression or names, got 3"),
-    (None, {"target_modules": ["nothing"]}, ValueError, r"target_modules: \['nothing'\] names no layer"),
-    (None, {"target_modules": "(0"}, ValueError, r"target_modules: '\(0' is no regular expression: missing \)"),
-    (None, {"exclude_modules": "["}, ValueError, r"exclude_modules: '\[' is no regular expression"),
-    (None, {"rank_pattern": {"*": 2}}, ValueError, r"rank_pattern: '\*' is no regular expression: nothing to repeat"),
+    (None, {"target_modules": ["nothing"]}, ValueError, r"target_modules: \['nothing'\] matches no layer"),
+    (None, {"target_modules": "(0"}, ValueError, r"target_modules: '\(0' is not a regular expression: missing \)"),
+    (None, {"exclude_modules": "["}, ValueError, r"exclude_modules: '\[' is not a regular expression"),
+    (None, {"rank_pattern": {"*": 2}}, ValueError, r"rank_pattern: '\*' is not a regular expression: nothing to"),
     (None, {"alpha_pattern": ["2"]}, TypeError, r"alpha_pattern: expected a mapping of regular .*, got \['2'\]"),
     (None, {"adapter_dtype": "bfloat16"}, TypeError, "adapter_dtype: expected float32, .* got 'bfloat16'"),
     (None, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype: expected .* got torch.int8"),
-    (None, {"exclude_modules": ["0", "2", "again"]}, ValueError, "exclude_modules: .* leaves out all that target"),
+    (None, {"exclude_modules": ["0", "2", "again"]}, ValueError, "exclude_modules: .* excludes every layer that"),
     (None, {"rank_pattern": {"2": 0}}, ValueError, r"block\.2: rank: expected at least 1, got 0"),
     (None, {"alpha_pattern": {"2": "x"}}, TypeError, r"block\.2: alpha: expected a number, got str"),
     (None, {"magnitude_axis": "rows"}, ValueError, "magnitude_axis: expected 'out' or 'in'"),
@@ -418,5 +418,5 @@ def test_no_model():
     for call in (apply_dora, adapted_layers, remove_dora, merge_all, mark_only_dora_trainable, dora_state_dict):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
             call({})
-    with pytest.raises(ValueError, match="model: it is an adapted layer itself"):
+    with pytest.raises(ValueError, match="model: it is itself an adapted layer"):
         merge_all(DoRALinear(2, 2, rank=1))

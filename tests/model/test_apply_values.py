@@ -83,7 +83,7 @@ def test_models_on_meta(adapter, tmp_path):
         adapted = Net()
         adapted.block[0] = adapted.again = DoRALinear.from_linear(adapted.block[0], rank=2)
         adapted.block[2] = DoRALinear.from_linear(adapted.block[2], rank=2)
-    text = r"block\.0: its weight is on the meta device, without values; load the weights before"
+    text = r"block\.0: its weight is on the meta device, without values; load the weights first"
     calls = [apply_dora, lambda model: attach(model, adapter)]
     with pytest.raises(ValueError, match=text):
         attach(adapted, adapter)

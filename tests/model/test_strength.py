@@ -86,7 +86,7 @@ def test_between_and_beyond(kind, strength):
     original = layer.base_layer.weight.clone()
     layer.merge()
     torch.testing.assert_close(layer(x), y)
-    with pytest.raises(ValueError, match="strength: the layer is merged, with the strength it had"):
+    with pytest.raises(ValueError, match="strength: the layer is merged, and keeps the strength"):
         layer.strength = 1.0
     layer.unmerge()
     assert torch.equal(layer.base_layer.weight, original)

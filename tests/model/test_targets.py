@@ -51,13 +51,13 @@ def test_all_linear_leaves_out_what_it_cannot_adapt():
     (text,) = warned(lambda: apply_dora(model, rank=2))
     assert list(adapted_layers(model)) == ["first"]
     for part in (
-        "all-linear leaves out encoder.linear1, encoder.linear2: TransformerEncoderLayer reads the weight itself",
+        "'all-linear' leaves out encoder.linear1, encoder.linear2: TransformerEncoderLayer reads the weight itself",
         "; own, other: expected a plain nn.Linear, ",
         "; packed: expected a plain nn.Linear, ",
         "; lazy: expected a plain nn.Linear, ",
-        "; integers: expected float32, bfloat16, float16 or float64 as weight, got torch.int8",
-        "; foreign: the layer is quantised (torch.nn.modules.linear.Linear, weight Weight); PEFT adapts it, and "
-        "dora_kernels.patch_peft runs that",
+        "; integers: expected a weight in float32, bfloat16, float16 or float64, got torch.int8",
+        "; foreign: the layer is quantised (torch.nn.modules.linear.Linear, weight Weight); use PEFT to adapt it, and "
+        "dora_kernels.patch_peft to run that",
         "; hooked: the layer has hooks or a replaced forward",
     ):
         assert part in text
@@ -75,7 +75,7 @@ def test_bitsandbytes():
     (text,) = warned(lambda: apply_dora(model, rank=2))
     assert list(adapted_layers(model)) == ["first"]
     for name in ("four", "eight"):
-        assert re.search(rf"{name}: the layer is quantised \(bitsandbytes.*; PEFT adapts it, .*patch_peft", text)
+        assert re.search(rf"{name}: the layer is quantised \(bitsandbytes.*; use PEFT to adapt it, .*patch_peft", text)
 
 
 def test_nothing_that_can_be_adapted():
@@ -83,7 +83,7 @@ def test_nothing_that_can_be_adapted():
     with pytest.raises(ValueError, match="'all-linear' finds no layer that can be adapted: 0: expected a plain nn"):
         apply_dora(model)
     for layer, make in ((nn.Linear(2, 2), "DoRALinear.from_linear"), (nn.Embedding(2, 2), "DoRAEmbedding.from_base")):
-        with pytest.raises(ValueError, match=rf"model: it is a layer itself, which nothing holds; take {make}\(model"):
+        with pytest.raises(ValueError, match=rf"model: it is itself a layer.*; use {make}\(model"):
             apply_dora(layer)
         assert layer.weight.requires_grad
 
@@ -123,7 +123,7 @@ def test_warnings_as_errors_leave_the_model_alone():
     model = net(own=MyLinear(8, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="all-linear leaves out own"):
+        with pytest.raises(UserWarning, match="'all-linear' leaves out own"):
             apply_dora(model)
     assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
 
@@ -132,7 +132,7 @@ def test_warnings_as_errors_leave_the_model_alone():
 def test_base_layers_of_other_dtypes(dtype):
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
-    with pytest.raises(TypeError, match=f"base_layer: expected float32, .* as weight, got {dtype}"):
+    with pytest.raises(TypeError, match=f"base_layer: expected a weight in float32, .* got {dtype}"):
         DoRALinear.from_linear(layer, rank=2)
     with pytest.raises(TypeError, match="adapter_dtype: expected float32, .* got torch.int8"):
         DoRALinear(4, 4, rank=2, adapter_dtype=torch.int8)
@@ -152,8 +152,8 @@ def test_all_linear_says_which_experts_it_leaves():
     model = net(experts=Experts(gate_up_proj=(4, 8, 16), down_proj=(4, 8, 8)), token=Experts(cls=(1, 5, 8)),
                 conv=nn.Conv1d(8, 8, 3))  # fmt: skip
     assert warned(lambda: apply_dora(model, rank=2)) == [
-        "all-linear leaves out experts.gate_up_proj [4, 8, 16], experts.down_proj [4, 8, 8]: parameters of three "
-        "dimensions, as experts in one tensor, are no layers' weights"
+        "'all-linear' leaves out experts.gate_up_proj [4, 8, 16], experts.down_proj [4, 8, 8]: three-dimensional "
+        "parameters (such as stacked experts) are not the weights of layers"
     ]
     assert not warned(lambda: apply_dora(net(experts=Experts(up=(4, 8, 16))), ["first"], rank=2))
     many = net(**{f"experts{i}": Experts(up=(2, 2, 2)) for i in range(5)})
@@ -168,5 +168,5 @@ def test_experts_of_transformers():
     model = transformers.MixtralForCausalLM(config)
     if not any(parameter.dim() == 3 for parameter in model.parameters()):
         pytest.skip("a layer for each expert, before transformers 5")
-    (text,) = [each for each in warned(lambda: apply_dora(model, rank=2)) if "three dimensions" in each]
+    (text,) = [each for each in warned(lambda: apply_dora(model, rank=2)) if "three-dimensional" in each]
     assert "layers.0.mlp.experts.gate_up_proj [3, 32, 8]" in text

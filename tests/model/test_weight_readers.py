@@ -114,9 +114,9 @@ def test_any_module():
     names, said = adapted(Held())
     assert names == ["mixer.called"]
     assert said == [
-        "all-linear leaves out mixer.read, mixer.alias: Mixer reads the weight itself in some of its kernels, where no "
-        "adapter would run; mixer.inner.deep: Held reads the weight itself in some of its kernels, where no adapter "
-        "would run"
+        "'all-linear' leaves out mixer.read, mixer.alias: Mixer reads the weight itself in some of its kernels, where "
+        "the adapter would not run; mixer.inner.deep: Held reads the weight itself in some of its kernels, where the "
+        "adapter would not run"
     ]
     exact = Mixer()
     assert "called" not in read_layers(exact)

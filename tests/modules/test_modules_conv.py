@@ -172,7 +172,7 @@ def test_merge_and_unmerge(magnitude_axis, eps, dtype):
 
 
 def test_groups_cannot_be_merged():
-    with pytest.warns(UserWarning, match="groups can be neither merged nor written into a file; extract and attach"):
+    with pytest.warns(UserWarning, match="groups can be neither merged nor saved to a file; use extract and attach"):
         layer = random_layer(groups=2)
     before = layer.base_layer.weight.clone()
     with pytest.raises(ValueError, match="the layer cannot be merged: its update reads all channels"):
@@ -243,7 +243,7 @@ def test_numbers_of_pefts_layer(dims):
 @pytest.mark.parametrize(
     "base, options, error, message",
     [
-        (nn.Conv1d(2, 2, 1), {}, TypeError, "base: expected a torch.nn.Conv2d itself, got Conv1d"),
+        (nn.Conv1d(2, 2, 1), {}, TypeError, "base: expected a torch.nn.Conv2d and not a subclass, got Conv1d"),
         (nn.ConvTranspose2d(2, 2, 1), {}, TypeError, "got ConvTranspose2d"),
         (nn.Conv2d(4, 4, 1, groups=4), {}, ValueError, "rank: expected a multiple of the 4 groups, got 2"),
         (nn.Conv2d(4, 4, 1), {"eps": -1}, ValueError, "eps: expected a finite number of at least 0, got -1"),

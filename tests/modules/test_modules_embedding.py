@@ -208,7 +208,7 @@ def test_numbers_of_pefts_layer():
 @pytest.mark.parametrize(
     "base, error, message",
     [
-        (nn.Linear(2, 2), TypeError, "base: expected a torch.nn.Embedding itself, got Linear"),
+        (nn.Linear(2, 2), TypeError, "base: expected a torch.nn.Embedding and not a subclass, got Linear"),
         (type("Scaled", (nn.Embedding,), {})(2, 2), TypeError, "got Scaled"),
         (nn.Embedding(4, 4, max_norm=1.0), ValueError, r"max_norm: expected None, got 1\.0, which writes the table"),
     ],

@@ -96,13 +96,13 @@ def long_named(tensors):
 
 
 FILES = {
-    "truncated": (cut, WEIGHTS, "truncated, or no safetensors file"),
-    "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"pickle"), WEIGHTS, "truncated, or no safetensors file"),
+    "truncated": (cut, WEIGHTS, "truncated, or not a safetensors file"),
+    "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"pickle"), WEIGHTS, "truncated, or not a safetensors file"),
     "no magnitude": (lambda f: rewrite(f, lambda t: t.pop(M)), WEIGHTS, "first has no lora_magnitude_vector"),
     "NaN": (lambda f: rewrite(f, lambda t: t[M].fill_(float("nan"))), WEIGHTS, f"{M} has values that are not finite"),
     "another rank": (
         lambda f: rewrite(f, lambda t: t.update({A: torch.zeros(7, 12)})), WEIGHTS,
-        "first.lora_A [7, 12] has not the rank 3 that its configuration says",
+        "first.lora_A [7, 12] does not have the rank of its configuration, 3",
     ),
     "factors of two ranks": (
         lambda f: rewrite(f, lambda t: t.update({A.replace("_A", "_B"): torch.zeros(20, 2)})), WEIGHTS,
@@ -110,14 +110,14 @@ FILES = {
     ),
     "a short magnitude": (
         lambda f: rewrite(f, lambda t: t.update({M: torch.zeros(5)})), WEIGHTS,
-        "first.lora_magnitude_vector [5]: lora_B asks for [20]",
+        "first.lora_magnitude_vector [5]: lora_B needs [20]",
     ),
     "a magnitude of two dimensions": (
         lambda f: rewrite(f, lambda t: t.update({M: torch.ones(1, 20)})), WEIGHTS,
-        "first.lora_magnitude_vector [1, 20]: lora_B asks for [20]",
+        "first.lora_magnitude_vector [1, 20]: lora_B needs [20]",
     ),
     "a vector for a factor": (
-        lambda f: rewrite(f, lambda t: t.update({A: torch.ones(3)})), WEIGHTS, "first.lora_A [3] has not the rank 3",
+        lambda f: rewrite(f, lambda t: t.update({A: torch.ones(3)})), WEIGHTS, "first.lora_A [3] does not have the",
     ),
     "integers": (
         lambda f: rewrite(f, lambda t: t.update({A: torch.ones(3, 12, dtype=torch.int32)})), WEIGHTS,
@@ -129,7 +129,7 @@ FILES = {
     ),
     "a smaller model": (
         lambda f: rewrite(f, lambda t: [t.pop(key) for key in list(t) if "second" in key]), WEIGHTS,
-        "has nothing for second, which its configuration's target_modules name",
+        "has no tensors for second, which its configuration's target_modules name",
     ),
     "other targets": (
         lambda f: configure(f, target_modules=["second", "conv", "special", "embedding"]), WEIGHTS,
@@ -137,9 +137,9 @@ FILES = {
     ),
     "another size": (
         lambda f: rewrite(f, lambda t: t.update({A: torch.zeros(3, 13)})), WEIGHTS,
-        "first is of a layer with 13 inputs and 20 outputs, the model's has 12 and 20",
+        "first belongs to a layer with 13 inputs and 20 outputs, the model's has 12 and 20",
     ),
-    "empty": (lambda f: save_file({}, f / WEIGHTS), WEIGHTS, "no LoRA tensors in it"),
+    "empty": (lambda f: save_file({}, f / WEIGHTS), WEIGHTS, "contains no LoRA tensors"),
     "no DoRA": (
         lambda f: configure(f, use_dora=False), CONFIG, "expected peft_type 'LORA' with use_dora, got 'LORA', False"
     ),
@@ -148,14 +148,14 @@ FILES = {
         lambda f: configure(f, rank_pattern=[1]), CONFIG, "rank_pattern: expected a mapping of regular expressions to"
     ),
     "a bad rank pattern": (
-        lambda f: configure(f, rank_pattern={"(": 1}), CONFIG, "rank_pattern: '(' is no regular expression: missing )"
+        lambda f: configure(f, rank_pattern={"(": 1}), CONFIG, "rank_pattern: '(' is not a regular expression: "
     ),
     "a word for a rank": (
-        lambda f: configure(f, r="x", rank_pattern={}), WEIGHTS, "conv.lora_A [3, 1, 3, 3] has not the rank 'x'"
+        lambda f: configure(f, r="x", rank_pattern={}), WEIGHTS, "does not have the rank of its configuration, 'x'"
     ),
     "a number for targets": (lambda f: configure(f, target_modules=5), CONFIG, "target_modules, exclude_modules, lay"),
-    "bad targets": (lambda f: configure(f, target_modules="("), CONFIG, "target_modules: '(' is no regular expression"),
-    "bad exclusions": (lambda f: configure(f, exclude_modules="("), CONFIG, "exclude_modules: '(' is no regular"),
+    "bad targets": (lambda f: configure(f, target_modules="("), CONFIG, "target_modules: '(' is not a regular"),
+    "bad exclusions": (lambda f: configure(f, exclude_modules="("), CONFIG, "exclude_modules: '(' is not a regular"),
     "targets that take for ever": (
         lambda f: (rewrite(f, long_named), configure(f, target_modules="(([a-z]+)+[a-z]+)+!")), WEIGHTS,
         "its configuration's target_modules do not name it",
@@ -166,7 +166,7 @@ FILES = {
     ),
     "a rank pattern that takes for ever": (
         lambda f: (rewrite(f, long_named), configure(f, rank_pattern={"(([a-z]+)+[a-z]+)+!": 1}, r=7)), WEIGHTS,
-        "has not the rank 7 that its configuration says",
+        "does not have the rank of its configuration, 7",
     ),
     "saved modules that take for ever": (
         lambda f: (rewrite(f, long_named), configure(f, modules_to_save=["(([a-z]+)+[a-z]+)+!"], target_modules=".*")),
@@ -221,7 +221,7 @@ def test_a_pickle(saved):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("nowhere/there",), FileNotFoundError, "^nowhere/there: no such folder; expected one that save_pretrained"),
+        (("nowhere/there",), FileNotFoundError, "^nowhere/there: no such folder; expected one written by"),
         ((None,), TypeError, r"^path: expected a str or os\.PathLike, got NoneType"),
         ((".", "llama"), TypeError, r"^model: expected a torch\.nn\.Module, got str"),
     ],

@@ -142,7 +142,7 @@ def test_a_configuration_of_another_class():
     torch.manual_seed(0)
     model = move_adapter(get_peft_model(Net(KIND), Own(**VALUES, more=2))).eval()
     before = output(model)
-    with pytest.warns(RuntimeWarning, match="grouped_norm='exact' will not be saved: .* is a Own, no plain LoraConfig"):
+    with pytest.warns(RuntimeWarning, match="grouped_norm='exact' will not be saved: .* is a Own, not a plain Lora"):
         handle = dora_kernels.patch_peft(model, grouped_norm="exact")
     torch.testing.assert_close(output(model), exact_output(model), rtol=1e-5, atol=1e-5)
     handle.restore()

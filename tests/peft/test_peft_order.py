@@ -70,7 +70,7 @@ def test_accelerates_hook_on_every_layer_before_the_patch():
     for layer in lora_layers(model):
         add_hook_to_module(layer, Counting())
     with pytest.raises(
-        ValueError, match="none of its 2 DoRA layers is supported; .*first: it has a forward of its own"
+        ValueError, match="none of its 2 DoRA layers is supported; .*first: its forward was replaced"
     ):
         dora_kernels.patch_peft(model)
 

@@ -48,7 +48,7 @@ def test_the_handle():
     others = [f"base_model.model.{name}" for name in ("embedding", "conv", "special")]
     assert handle.patched == [FIRST, SECOND, *others[:2]]
     assert list(handle.skipped) == others[2:]
-    assert handle.skipped[others[2]].startswith("it has a forward of its own")
+    assert handle.skipped[others[2]].startswith("its forward was replaced")
     assert repr(handle) == "PatchHandle(patched=4, skipped=1)"
     assert type(stock.get_submodule(others[2])) is lora.Linear, "what is skipped is untouched"
 
@@ -249,7 +249,7 @@ NOTHING = {
     "plain LoRA": (lambda: toy(use_dora=False), "none of its 2 LoRA layers has a DoRA adapter; set use_dora=True"),
     "all skipped": (
         lambda: wrapped(toy(others=True, target_modules=["special"]), "special"),
-        r"none of its 1 DoRA layers is supported; base_model\.model\.special: it has a forward of its own",
+        r"none of its 1 DoRA layers is supported; base_model\.model\.special: its forward was replaced",
     ),
     "another method": (lambda: get_peft_model(Toy(False), peft.LoHaConfig(target_modules=["first"])), "no LoRA layers"),
 }

@@ -201,7 +201,7 @@ def test_exact_init_says_what_it_cannot_reach(caplog):
     before = layer.lora_magnitude_vector["default"].weight.detach().clone()
     with caplog.at_level("WARNING", "dora_kernels"):
         assert dora_kernels.patch_peft(model, exact_init=True).rewritten == []
-    assert "left 1 magnitudes as they are" in caplog.text and "model.layer (default)" in caplog.text
+    assert "left 1 magnitudes unchanged" in caplog.text and "model.layer (default)" in caplog.text
     assert torch.equal(layer.lora_magnitude_vector["default"].weight, before)
 
 
@@ -235,6 +235,6 @@ def test_options_where_pefts_own_code_runs(kind):
         torch.testing.assert_close(results[name], wanted[name], rtol=1e-4, atol=1e-5)
     if "groups" not in kind:
         dora_kernels.set_dora_strength(hooked, 0.5)
-        with pytest.raises(ValueError, match="has a strength of 0.5, with which PEFT's own code cannot merge"):
+        with pytest.raises(ValueError, match="has a strength of 0.5, which PEFT's own code cannot merge"):
             hooked.merge_adapter()
         assert not lora_layers(hooked)[0].merged

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 
@@ -59,7 +59,7 @@ class Format:
                     raise reading.error(f"{module} has no {self._called(part)}, only {', '.join(parts.values())}")
                 tensor = reading.check_tensor(parts[part])
                 if not 2 <= tensor.dim() <= 5 or not tensor.numel():
-                    raise reading.error(f"{parts[part]} {list(tensor.shape)} is no factor of a weight")
+                    raise reading.error(f"{parts[part]} {list(tensor.shape)} is not a factor of a weight")
             scaling = self.scaling(reading, module, parts) if reading.scaling is None else reading.scaling
             layers[module] = self.layer(reading, module, parts, scaling)
             reading.check(module, layers[module])
@@ -109,14 +109,14 @@ class Format:
             parts[part] = key
         if not groups:
             shown = ", ".join(others[:3]) or "none"
-            raise reading.error(f"no adapter of the format {self.name!r}: its keys are {shown}")
+            raise reading.error(f"not an adapter of the format {self.name!r}: its keys are {shown}")
         for key in others:
             if _inside(key, groups):
-                raise reading.error(f"{key} belongs to an adapted layer and is no part that {self.name!r} knows")
+                raise reading.error(f"{key} belongs to an adapted layer, but the format {self.name!r} has no such part")
             if any(part in _ADAPTERS_ALONE for part in key.split(".")):
-                raise reading.error(f"{key} is a part of an adapter, and no layer of this {self.name!r} file has it")
+                raise reading.error(f"{key} is part of an adapter, but belongs to no layer of this {self.name!r} file")
         if others:
-            reading.notes.append(f"{some(others)}: no adapter, left out")
+            reading.notes.append(f"{listed(others)}: not part of an adapter, left out")
         return groups
 
     def _called(self, part: str) -> str:

@@ -101,7 +101,7 @@ class Diffusers(Lycoris):
 
 def _configurations(reading: Reading) -> dict[str, dict[str, Any]]:
     """The configurations in the header, by the name of the model."""
-    return _parsed(reading.header.get(HEADER) or "{}", f"{reading.file}: {HEADER}: no JSON object")
+    return _parsed(reading.header.get(HEADER) or "{}", f"{reading.file}: {HEADER}: not a JSON object")
 
 
 def _where(reading: Reading, component: str) -> str:

@@ -40,7 +40,7 @@ class LinearFormat(Format):
         lora_A = reading.tensors[parts["lora_A"]]
         rank = reading.number(reading.config, "r")
         if rank != lora_A.shape[0]:
-            raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
+            raise reading.error(f"{module}: lora_A {list(lora_A.shape)}: the configuration says rank {rank:g}")
         return reading.number(reading.config, "lora_alpha") / rank
 
     def fitted(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, AdapterLayer], dict[str, Any]]:

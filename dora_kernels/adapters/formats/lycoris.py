@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, some
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.components import (
     in_files,
     is_text_encoder,
@@ -84,12 +84,12 @@ class Lycoris(Format):
     def read(self, reading: Reading) -> dict[str, AdapterLayer]:
         for key in reading.tensors:
             if _OTHERS.fullmatch(key):
-                raise reading.error(f"{key} is of an algorithm of LyCORIS that is no product of two factors")
+                raise reading.error(f"{key} belongs to a LyCORIS algorithm that is not a product of two factors")
         layers = super().read(reading)
         groups = self._groups(reading) if reading.scaling is None else {}
         without = [parts["lora_A"] for name, parts in groups.items() if self._own_scaling(reading, name, parts) is None]
         if without:
-            reading.notes.append(f"{some(without)} has no alpha: scaling 1")
+            reading.notes.append(f"{listed(without)} has no alpha: scaling 1")
         return layers
 
     def model_of(self, name: str) -> str:
@@ -144,7 +144,7 @@ class Lycoris(Format):
         mid = reading.check_tensor(parts["mid"])
         if mid.dim() < 3 or mid.shape[:2] != a.shape[:1] * 2 or a.numel() != a.shape[0] * a.shape[1]:
             raise reading.error(f"{parts['mid']} {list(mid.shape)} does not fit lora_down {list(a.shape)}")
-        reading.notes.append(f"{parts['mid']}: the Tucker core was multiplied into lora_down, in float32 at least")
+        reading.notes.append(f"{parts['mid']}: the Tucker core was multiplied into lora_down, in float32 or wider")
         dtype = torch.promote_types(a.dtype, torch.float32)
         return torch.einsum("ij...,jk->ik...", mid.to(dtype), a.flatten(1).to(dtype))
 
@@ -174,7 +174,7 @@ class Lycoris(Format):
         for name, layer in layers.items():
             alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
             if not alpha or alpha.isinf():
-                raise writing.refuse(name, f"scaling {layer.scaling:g} is an alpha of {float(alpha):g} there")
+                raise writing.error(name, f"scaling {layer.scaling:g} would be an alpha of {float(alpha):g}")
             key = keys[name] or name
             tensors[f"{key}.lora_down.weight"] = layer.lora_A
             tensors[f"{key}.lora_up.weight"] = layer.lora_B
@@ -196,7 +196,7 @@ class Lycoris(Format):
             names[name.replace(".", "_")].add(name)
         for name in adapter.layers:
             for other in sorted(names[name.replace(".", "_")] - {name}):
-                raise writing.refuse(name, f"with underscores for dots it has the same name as {other}")
+                raise writing.error(name, f"with underscores for dots its name is the same as that of {other}")
 
 
 class Kohya(Lycoris):
@@ -211,7 +211,7 @@ class Kohya(Lycoris):
             places = {name: name.partition(".")[::2] for name in adapter.layers}
             for name, (component, _) in places.items():
                 if component not in prefixes:
-                    raise writing.refuse(name, f"there is no prefix for a pipeline's {component}")
+                    raise writing.error(name, f"there is no prefix for a pipeline's {component}")
             parted = {name: (prefixes[component], rest) for name, (component, rest) in places.items()}
         else:
             model = model_of(adapter.layers, writing.known)

@@ -57,13 +57,13 @@ class Mlx(Format):
     @staticmethod
     def _kind(reading: Reading, module: str, parts: Parts, features: tuple[int, int]) -> str:
         """Linear or embedding: their keys are the same, so the model, the magnitude's length or the name decides."""
-        base = (reading.bases or {}).get(module)
+        base = (reading.base_layers or {}).get(module)
         if base is not None and base.kind is not None:
             return base.kind
         if "magnitude" in parts and features[0] != features[1]:
             return "embedding" if reading.tensors[parts["magnitude"]].numel() == features[0] else "linear"
         kind = "embedding" if _EMBEDDING.fullmatch(module) else "linear"
-        reading.notes.append(f"{module} was taken for a layer of the kind {kind!r} by its name")
+        reading.notes.append(f"{module} was taken for a layer of kind {kind!r} by its name")
         return kind
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -32,7 +32,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base weight: the file then belongs to another weight than the model's."""
 
 
-_REFUSED = (
+_UNSUPPORTED = (
     "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
@@ -57,7 +57,7 @@ def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
     """Return a sentence for each field of a `LoraConfig` that is not known. Raise ValueError for unsupported ones."""
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{where}: peft_type: expected 'LORA', got {quoted(config['peft_type'])}")
-    for name in _REFUSED:
+    for name in _UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{where}: {name}={quoted(config[name])} is not supported")
     start = config.get("init_lora_weights", True)
@@ -66,7 +66,7 @@ def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
             f"{where}: init_lora_weights={quoted(start)} changes the base weights; save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion, which makes it one of the original weights"
         )
-    return [f"{shown(name)}={quoted(config[name])} of the configuration is not known: read without it"
+    return [f"{shown(name)}={quoted(config[name])} in the configuration is unknown and was ignored"
             for name in sorted(config.keys() - _KNOWN) if config[name]]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def configured_scaling(
     )
     rank = reading.number({"r": rank}, "r", where=where)
     if rank != lora_A.shape[0] or rank < 1:
-        raise reading.error(f"{module}: lora_A {list(lora_A.shape)} has not the rank {rank:g} of its configuration")
+        raise reading.error(f"{module}: lora_A {list(lora_A.shape)}: the configuration says rank {rank:g}")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return reading.number({"lora_alpha": alpha}, "lora_alpha", where=where) / divisor
 
@@ -116,14 +116,14 @@ class Peft(Format):
         if not use_dora and plain is None and layers:
             if use_dora is not None:
                 raise reading.error(f"it has magnitudes, and {where} says use_dora={quoted(use_dora)}")
-            reading.notes.append("DoRA, for there are magnitudes; no configuration says use_dora")
+            reading.notes.append("read as DoRA because it has magnitudes; no configuration says use_dora")
         return layers
 
     def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
-            raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} are of layers of two kinds")
+            raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} belong to different kinds of layers")
         kind = "embedding" if embedding else {3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(a.dim(), "linear")
         magnitude, axis = None, "out"
         if "magnitude" in parts:
@@ -131,7 +131,7 @@ class Peft(Format):
             magnitude, axis = reading.vector(key, reading.check_tensor(key), (a.shape[1], b.shape[0]), "out")
         layer = AdapterLayer(kind, a, b, magnitude, scaling, axis)
         if layer.grouped and magnitude is not None:
-            raise reading.error(f"{module}: PEFT takes another norm of a convolution with groups than the weight's")
+            raise reading.error(f"{module}: for a convolution with groups PEFT's norm is not that of the weight")
         return layer
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:

@@ -24,7 +24,7 @@ class Reading:
     Attributes:
         file, tensors: the safetensors file and everything in it.
         config_file, config: the configuration beside it, and its content; None and empty without one.
-        bases: the base model's layers; None without a model.
+        base_layers: the base model's layers; None without a model.
         magnitude_axis, scaling: the caller's values; "auto" and None mean that the file decides.
         notes: decisions and their reasons.
         header: the metadata of the safetensors file.
@@ -34,7 +34,7 @@ class Reading:
     tensors: Mapping[str, Tensor]
     config_file: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    bases: dict[str, Base] | None = None
+    base_layers: dict[str, BaseLayer] | None = None
     magnitude_axis: str = "auto"
     scaling: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Reading:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
             said = f"expected a number, got {quoted(value)}" if where or self.config_file else "no such file"
             where = where or str(self.config_file or self.file.with_name("adapter_config.json"))
-            raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to do without")
+            raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to read it anyway")
         return float(value)
 
     def by_pattern(self, values: Any, label: str) -> ByName:
@@ -83,13 +83,13 @@ class Reading:
             raise self.error(f"{key} {list(tensor.shape)}: expected one long dimension")
         lengths = {"in": features[0], "out": features[1]}
         fitting = [axis for axis in ("out", "in") if lengths[axis] == tensor.numel()]
-        asked = fixed if self.magnitude_axis == "auto" else self.magnitude_axis
-        if not fitting or (asked is not None and asked not in fitting):
-            along = f"axis {asked!r}" if asked else "a magnitude"
-            wanted = " or ".join(str(lengths[axis]) for axis in ([asked] if asked else ["out", "in"]))
+        requested = fixed if self.magnitude_axis == "auto" else self.magnitude_axis
+        if not fitting or (requested is not None and requested not in fitting):
+            along = f"axis {requested!r}" if requested else "a magnitude"
+            wanted = " or ".join(str(lengths[axis]) for axis in ([requested] if requested else ["out", "in"]))
             hint = f"; magnitude_axis={fitting[0]!r} would fit" if fitting else ""
-            raise self.error(f"{key} {list(tensor.shape)}: {along} asks for {wanted} values{hint}")
-        axis = asked or (fitting[0] if len(fitting) == 1 else UNDECIDED)
+            raise self.error(f"{key} {list(tensor.shape)}: {along} needs {wanted} values{hint}")
+        axis = requested or (fitting[0] if len(fitting) == 1 else UNDECIDED)
         return tensor.reshape(-1), axis
 
     def decide(self, layers: dict[str, AdapterLayer]) -> dict[str, AdapterLayer]:
@@ -105,7 +105,7 @@ class Reading:
         known = {layer.magnitude_axis for name, layer in layers.items() if name not in undecided and _decides(layer)}
         if len(known) == 1:
             axis = known.pop()
-            self.notes.append(f"magnitude_axis of {some(undecided)}: {axis!r}, as of the layers that are not square")
+            self.notes.append(f"magnitude_axis of {listed(undecided)}: {axis!r}, as in the layers that are not square")
         else:
             axis = self._by_norms(undecided)
         return {name: replace(layer, magnitude_axis=axis) if name in undecided else layer
@@ -115,22 +115,24 @@ class Reading:
         axes: set[str] = set()
         found: list[tuple[float, float]] = []
         for name, layer in undecided.items():
-            base = (self.bases or {}).get(name)
+            base = (self.base_layers or {}).get(name)
             if base is not None and base.fits(layer) and (near := axis_by_norms(layer, base)) is not None:
                 axes.add(near[0])
                 found.append(near[1:])
         if len(axes) != 1:
-            reason = ("no model was given to compare its norms" if not self.bases else
-                      "the model's weights say both" if axes else "the model's weights do not tell")  # fmt: skip
+            if not self.base_layers:
+                reason = "no model was given to compare its norms"
+            else:
+                reason = f"the model's weights {'contradict each other' if axes else 'do not decide'}"
             raise self.error(
-                f"the magnitude of {some(undecided)} fits inputs and outputs, which are as many, and {reason}: "
+                f"the magnitude of {listed(undecided)} fits the inputs as well as the outputs, and {reason}: "
                 "pass magnitude_axis='out' or 'in'"
             )
         axis = axes.pop()
         own, other = (sum(each[i] for each in found) / len(found) for i in (0, 1))
         self.notes.append(
-            f"magnitude_axis of {some(undecided)}: {axis!r}, for the magnitude is {own:.1%} from that norm of the "
-            f"adapted weight and {other:.1%} from the other"
+            f"magnitude_axis of {listed(undecided)}: {axis!r}, because the magnitude is {own:.1%} from that norm of "
+            f"the adapted weight and {other:.1%} from the other"
         )
         return axis
 

@@ -36,7 +36,7 @@ class Writing:
     prefix: str = ""
     notes: list[str] = field(default_factory=list)
 
-    def refuse(self, name: str, reason: str) -> ValueError:
+    def error(self, name: str, reason: str) -> ValueError:
         return ValueError(f"{name} cannot be written as {self.format!r}: {reason}")
 
     def fitting(
@@ -61,25 +61,27 @@ class Writing:
         """
         for name, layer in layers.items():
             if problem := problem_of(layer):
-                raise self.refuse(name, problem)
+                raise self.error(name, problem)
             if abs(layer.scaling) > LARGEST:
-                raise self.refuse(name, f"scaling {layer.scaling:g}: expected a finite number up to {LARGEST:g}")
+                raise self.error(name, f"scaling {layer.scaling:g}: expected a finite number up to {LARGEST:g}")
             if layer.kind not in axes:
-                raise self.refuse(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
+                raise self.error(name, f"the format has no {layer.kind}, only {', '.join(axes)}")
             if layer.magnitude is not None and layer.magnitude_axis not in axes[layer.kind]:
                 has = " or ".join(map(repr, axes[layer.kind]))
-                raise self.refuse(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format has {has} alone for "
-                                        f"{layer.kind} layers, and no factors turn one into the other")  # fmt: skip
+                raise self.error(name, f"magnitude_axis is {layer.magnitude_axis!r}, the format only has {has} for "
+                                        f"{layer.kind} layers, and factors cannot turn one into the other")  # fmt: skip
             if layer.grouped and not (grouped and layer.magnitude is None):
-                raise self.refuse(
-                    name, f"a convolution with groups has another low-rank product or norm there; {KEPT_BY}"
+                raise self.error(
+                    name, f"for a convolution with groups the format has another low-rank product or norm; {KEPT_BY}"
                 )
         without = [name for name, layer in layers.items() if layer.magnitude is None]
         dora = {model_of(name) for name, layer in layers.items() if layer.magnitude is not None}
         if mixed := [name for name in without if model_of(name) in dora]:
-            raise self.refuse(mixed[0], "it has no magnitude and others have: a file is DoRA throughout or LoRA")
+            raise self.error(
+                mixed[0], "it has no magnitude, but other layers have one; a file holds either DoRA or LoRA"
+            )
         if without and not plain:
-            raise self.refuse(without[0], "it has no magnitude (plain LoRA), and the format is of DoRA alone")
+            raise self.error(without[0], "it has no magnitude (plain LoRA), but the format only has DoRA")
         return dict(layers)
 
     def with_eps(self, layers: Layers, eps: float = 0.0) -> Layers:
@@ -88,10 +90,10 @@ class Writing:
         different = {name: own for name, own in dora.items() if own != eps}
         for name, own in different.items():
             if abs(own - eps) > SMALL_EPS:
-                raise self.refuse(name, f"eps {own:g} is added to its norm, the format adds {eps:g}")
+                raise self.error(name, f"it adds eps {own:g} to its norm, but the format adds {eps:g}")
         if different:
             change = max(abs(own - eps) for own in different.values())
-            self.notes.append(f"eps became {eps:.2g}: layers move by at most {change:.2g} / norm, float32's rounding")
+            self.notes.append(f"eps became {eps:.2g}: layers change by at most {change:.2g} / norm, float32's rounding")
         return {name: replace(layer, eps=eps) if name in different else layer for name, layer in layers.items()}
 
     def one_scaling(self, layers: Layers, scaling: float | None = None) -> tuple[Layers, float]:
@@ -102,8 +104,8 @@ class Writing:
         changed = sum(folded[name] is not layer for name, layer in layers.items())
         if changed:
             widened = sum(folded[name].lora_B.dtype != layer.lora_B.dtype for name, layer in layers.items())
-            text = f"the scaling of {changed} of {len(layers)} layers was folded into lora_B, for the format has one"
-            self.notes.append(f"{text}; {widened} lora_B are float32 for it" if widened else text)
+            text = f"the scaling of {changed} of {len(layers)} layers was folded into lora_B: the format has only one"
+            self.notes.append(f"{text}; {widened} lora_B became float32" if widened else text)
         return folded, scaling
 
     def one_rank(self, layers: Layers) -> tuple[Layers, int]:
