@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, problem_of, some
-from dora_kernels.adapters.base_layers import Base, axis_by_norms
+from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, listed, problem_of
+from dora_kernels.adapters.base_layers import BaseLayer, axis_by_norms
 from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import ByName, by_pattern
 from dora_kernels.core.shown import quoted
