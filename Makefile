@@ -18,10 +18,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-oldest-peft demo bench bench-run lint types check docs clean
+.PHONY: help test test-slow test-oldest-peft demo bench bench-run lint types check docs clean
 
 help:
-	@echo "make test    run the tests               (ARGS='-k norm -x' goes to pytest)"
+	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
+	@echo "make test-slow   the other tests"
 	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
 	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
 	@echo "make bench   pytest-benchmark over every provider        (ARGS='-k decode --benchmark-save=NAME' goes to pytest)"
@@ -35,8 +36,14 @@ help:
 	@echo "The first of them sets up $(VENV) with pinned versions; later runs reuse it."
 	@echo "Settings: PYTHON=$(PYTHON)  VENV=$(VENV)  WORKERS=$(WORKERS) (pytest processes)  PIP_ARGS='...' (more options for pip)"
 
+PYTEST = $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} )$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The quick tier; with a selection of your own in ARGS, all of that.
 test: $(VENV)/.stamp-dev
-	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} )$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(PYTEST) $(if $(ARGS),$(ARGS),-m "not slow")
+
+test-slow: $(VENV)/.stamp-dev
+	$(PYTEST) -m slow $(ARGS)
 
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
