@@ -62,6 +62,7 @@ def dora_linear(
     weights = Weights(weight, lora_A, lora_B, magnitude, bias)
     validation.check_layer(x, weights, scaling, magnitude_axis, weight_norm, backend)
     validation.check_eps(eps)
+    validation.check_flag(detach_norm, "detach_norm")
     form = Form(float(scaling), magnitude_axis, bool(detach_norm), float(eps))
     norm = None if weight_norm is None else Norm(safe_divisor(weight_norm, form.eps))
     return run_layer(x, weights, form, backend=backend, norm=norm)

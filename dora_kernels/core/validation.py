@@ -110,9 +110,6 @@ def check_real(value: Any, name: str) -> None:
 def check_dense(tensor: Any, name: str) -> None:
     """Check for a floating-point tensor with strides: not a sparse, nested or mkldnn one."""
     _check_tensor(tensor, name)
-    if tensor.layout != torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
 
 
 def check_number(value: Any, name: str, expected: str = "a number") -> None:
@@ -146,6 +143,11 @@ def check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dty
     check_backend(backend)
     if adapter_dtype is not None and adapter_dtype not in DTYPES:
         raise TypeError(f"adapter_dtype: expected float32, bfloat16, float16 or float64, got {adapter_dtype!r}")
+
+
+def check_flag(value: Any, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_strength(strength: Any) -> None:
@@ -198,6 +200,9 @@ def _check_tensor(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
 
 
 def _check_device(tensor: Tensor | None, name: str, weight: Tensor) -> None:

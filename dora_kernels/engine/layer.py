@@ -61,6 +61,12 @@ def run_layer(
 
 is_compiling = torch.compiler.is_compiling
 
+
+def exporting() -> bool:
+    """True under `torch.export`: what leaves PyTorch (ONNX, say) knows no op of this package. torch 2.6 cannot tell."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
 _PLAIN_LORA = Norm(torch.ones(()))
 
 
@@ -124,7 +130,7 @@ def layer_norm(
 def _needs_plain_operations(weights: Weights, form: Form, compiling: bool) -> bool:
     """True if autograd, a transform or a tensor subclass has to see every step of the norm."""
     if compiling:
-        return not form.detach_norm
+        return not form.detach_norm or exporting()
     return not PLAIN.issuperset(map(type, weights)) or formula.transformed()
 
 

@@ -31,7 +31,7 @@ class Norm:
 
     def remember(self, weights: Weights, key: tuple[Any, ...], training: bool, held: Held | None) -> None:
         """Record what the norm was computed from."""
-        self.tensors, self.key, self.training, self.held = weights[:3], key, training, held
+        self.tensors, self.key, self.training, self.held = tuple(t.detach() for t in weights[:3]), key, training, held
         self.version = weights.weight._version
         self.steps, self.backwards = writes.steps, writes.backwards
 

@@ -86,6 +86,7 @@ def apply_dora(
     options = {
         "dropout": dropout, "use_rslora": use_rslora, "backend": backend, "adapter_dtype": adapter_dtype,
     }  # fmt: skip
+    validation.check_flag(use_dora, "use_dora")
     if use_dora:
         options |= {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm, "eps": eps}
     places = places_of(model)

@@ -74,6 +74,7 @@ class AdaptedLayer(nn.Module):
         Returns the adapter's device and dtype.
         """
         validation.check_options(rank, alpha, dropout, backend, adapter_dtype)
+        validation.check_flag(use_rslora, "use_rslora")
         rank = int(rank)
         self._check_base(base_layer, rank)
         weight: Any = base_layer.weight
@@ -366,6 +367,7 @@ class DoRALayer(AdaptedLayer):
     ) -> dict[str, Any]:
         validation.check_axis(magnitude_axis)
         validation.check_eps(eps)
+        validation.check_flag(detach_norm, "detach_norm")
         factory = super()._set_up(base_layer, **options)
         self.magnitude_axis = magnitude_axis
         self.detach_norm = bool(detach_norm)

@@ -96,6 +96,14 @@ class _DoRAConv(DoRALayer):
         channels = base.out_channels if self.magnitude_axis == "out" else base.in_channels
         return (1, channels, *(1 for _ in base.kernel_size))
 
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """``lora_B(lora_A(x))``, unscaled, in the wider of x's and the adapter's dtype."""
+        lora_A, lora_B = self.lora_A, self.lora_B
+        dtype = torch.promote_types(x.dtype, lora_A.weight.dtype)
+        h = lora_A._conv_forward(x.to(dtype), lora_A.weight.to(dtype), None)
+        low: Tensor = lora_B._conv_forward(h, lora_B.weight.to(h.dtype), None)
+        return low
+
     @property
     def _channels_last(self) -> bool:
         return self.base_layer.groups == 1 and not self.base_layer.weight.is_contiguous()
@@ -155,7 +163,7 @@ class _DoRAConv(DoRALayer):
             x = x * g
             read = x if dropped is None else dropped * g  # not rounded, unlike the base layer's input
         result: Tensor = base(x.to(dtype))
-        low = self.lora_B(self.lora_A(read.to(self.lora_A.weight.dtype)))
+        low = self._low_rank(read)
         if self.magnitude_axis == "in":
             return torch.add(result, low, alpha=self.scaling).to(result.dtype)
         bias = None if base.bias is None else self._per_channel(base.bias)

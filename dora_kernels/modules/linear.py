@@ -170,7 +170,10 @@ class LoRALinear(AdaptedLayer):
     def _sum(self, x: Tensor, dropped: Tensor, g: Tensor | None = None) -> Tensor:
         """``g * (W x + scaling * B A dropped) + bias``, in the base product's dtype: x's, or autocast's."""
         base = F.linear(x, self._weight().to(x.dtype))
-        y = base + self.scaling * self.lora_B(self.lora_A(dropped.to(self.lora_A.weight.dtype)))
+        _, lora_A, lora_B = self._problem()
+        dtype = torch.promote_types(dropped.dtype, lora_A.dtype)
+        h = F.linear(dropped.to(dtype), lora_A.to(dtype))
+        y = base + self.scaling * F.linear(h, lora_B.to(h.dtype))
         if g is not None:
             y = y * g
         bias = self.base_layer.bias

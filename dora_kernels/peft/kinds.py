@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.other import _freeze_adapter
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dora_kernels.peft import conv, embedding, gptq, linear, quantized
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.magnitude import DoraMagnitude
-from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, norm_cache, switch
+from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, hooked, norm_cache, switch
 
 logger = logging.getLogger("dora_kernels")
 
@@ -211,6 +212,35 @@ def unsupported(layer: Any) -> str | None:
     return reason
 
 
+def _obstacle(layer: Any) -> str:
+    """Return what stands in the way of reading the tensors of the layer's DoRA adapters."""
+    base = layer.base_layer
+    for name in dora_adapters(layer):
+        if isinstance(layer.scaling[name], Tensor):
+            return f"the scaling of adapter {name!r} is a tensor"
+        parts = {"base_layer": base}
+        for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            holder = getattr(layer, part, None) or {}
+            if name in holder:
+                parts[f"{part}.{name}"] = holder[name]
+        if hooked(parts.get(f"lora_magnitude_vector.{name}", base)):
+            return f"the magnitude of adapter {name!r} has a hook, or a forward of its own"
+        for part, module in parts.items():
+            if parametrize.is_parametrized(module):
+                return f"{part} is parametrized"
+            weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
+            if weight is None:
+                continue
+            if weight.is_meta:
+                return f"{part}.weight is on the meta device (offloaded, or not loaded yet)"
+            if type(weight) not in (nn.Parameter, Tensor):
+                return f"{part}.weight is a {type(weight).__name__}"
+            if weight.numel() == 0 or not weight.data_ptr():
+                return f"{part}.weight has no memory now (sharded by FSDP or ZeRO-3)"
+    kinds = ", ".join(f"{part} is a {type(module).__name__}" for part, module in parts.items())
+    return f"its modules are not PEFT's own, their shapes or devices differ, or a wrapper shards them; {kinds}"
+
+
 def out_of_reach(layer: Any) -> str | None:
     """Return the reason why the calls of `layer` currently do not run on this package, or None if they do."""
     reason = unsupported(layer)
@@ -220,8 +250,5 @@ def out_of_reach(layer: Any) -> str | None:
         return "not patched: restored, or made after the patch"
     variants = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
     if all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
-        return (
-            "its weights cannot be read outside their modules' calls (parametrized, wrapped, sharded, offloaded, "
-            "on meta, a hook on the magnitude), or its scaling is a tensor"
-        )
+        return f"its weights cannot be read outside their modules' calls: {_obstacle(layer)}"
     return None

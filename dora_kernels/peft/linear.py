@@ -11,10 +11,11 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from dora_kernels.core.problem import Weights
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine import formula
 from dora_kernels.engine.kept_divisor import kept_divisor
-from dora_kernels.engine.layer import run_compose, run_layer
+from dora_kernels.engine.layer import exporting, run_compose, run_layer
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.magnitude import DoraMagnitude
@@ -146,10 +147,12 @@ def _traced(layer: Any, x: Tensor) -> Tensor | None:
         norm, g = cache.frozen
         if torch.is_grad_enabled():
             g = m / norm.divisor
+    elif exporting():
+        g = m / safe_divisor(formula.weight_norm(Weights(weight, a, b), Form(scaling)).detach())
     else:
         g = m / kept_divisor(
-                cache.slot, weight.detach(), a.detach(), b.detach(), m.detach(), scaling, layer.training
-            )
+            cache.slot, weight.detach(), a.detach(), b.detach(), m.detach(), scaling, layer.training
+        )
     if g.dtype != torch.float64:
         g = g.to(torch.float32)
     return formula.linear(x, (weight, a, b, m, base.bias), g, scaling)  # type: ignore[arg-type]

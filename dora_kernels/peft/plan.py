@@ -211,7 +211,9 @@ def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
     plan: Plan | None = state.plan
     if plan is None or not plan.holds(layer):
         found = None if transformed() else _single_function(layer)
-        plan = state.plan = None if found is None else Plan(layer, *found)
+        plan = None if found is None else Plan(layer, *found)
+        # Computed parameters (`torch.func.functional_call`) are not kept: their graph would live until the next call.
+        state.plan = None if plan is None or any(t.grad_fn is not None for t in plan.tensors) else plan
         if plan is None:
             return None, False
     usual = (

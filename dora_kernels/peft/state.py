@@ -158,7 +158,8 @@ def read(
     if known is None or known[1:] != (addresses, shapes) or not all(map(operator.is_, known[0], seen)):
         if not (all(addresses) and _fit(layer, adapter, weights, fit)):
             return None
-        cache.checked = seen, addresses, shapes
+        if all(t.grad_fn is None for t in (weight, lora_A, lora_B, m)):  # of computed ones the graph would be kept
+            cache.checked = seen, addresses, shapes
     if magnitude.__dict__.get("_dora_cache") or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
         show_caching(magnitude, cache)
     return weights
