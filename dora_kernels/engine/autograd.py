@@ -42,8 +42,7 @@ class _FusedLinear(torch.autograd.Function):
             g = quotient(magnitude, divisor, x)
             scale = Scale(g, cast(divisor, g.dtype))
         keep_base = fused.keeps_base(form, magnitude is not None, needs)
-        with no_autocast(x.device):
-            y, h, base = fused.forward(_flat(x), weights, scale, form, keep_base)
+        y, h, base = fused.forward(_flat(x), weights, scale, form, keep_base)
         ctx.save_for_backward(x, *weights, *scale, h, base)
         return _unflat(y, x)
 
@@ -79,8 +78,7 @@ def fused_linear(x: Tensor, weights: Weights, divisor: Tensor | None, form: Form
     """
     if torch.is_grad_enabled():
         return _FusedLinear.apply(x, *weights, divisor, form, named)
-    with no_autocast(x.device):
-        y, _, _ = fused.forward(_flat(x), weights, Scale(None, divisor), form, False)
+    y, _, _ = fused.forward(_flat(x), weights, Scale(None, divisor), form, False)
     return _unflat(y, x)
 
 
