@@ -49,8 +49,8 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs, form = Needs(*ctx.needs_input_grad[:6]), ctx.form
+        x, *tensors, g, divisor, h, base = ctx.saved_tensors  # a checkpoint runs the layer again here
         writes.note_backward(needs.norm)
-        x, *tensors, g, divisor, h, base = ctx.saved_tensors
         weights = Weights(*tensors)
         if torch.is_grad_enabled():
             _check_second(ctx.named)
