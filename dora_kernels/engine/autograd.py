@@ -42,16 +42,15 @@ class _FusedLinear(torch.autograd.Function):
             g = quotient(magnitude, divisor, x)
             scale = Scale(g, cast(divisor, g.dtype))
         keep_base = fused.keeps_base(form, magnitude is not None, needs)
-        with no_autocast(x.device):
-            y, h, base = fused.forward(_flat(x), weights, scale, form, keep_base)
+        y, h, base = fused.forward(_flat(x), weights, scale, form, keep_base)
         ctx.save_for_backward(x, *weights, *scale, h, base)
         return _unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs, form = Needs(*ctx.needs_input_grad[:6]), ctx.form
+        x, *tensors, g, divisor, h, base = ctx.saved_tensors  # a checkpoint runs the layer again here
         writes.note_backward(needs.norm)
-        x, *tensors, g, divisor, h, base = ctx.saved_tensors
         weights = Weights(*tensors)
         if torch.is_grad_enabled():
             _check_second(ctx.named)
@@ -79,8 +78,7 @@ def fused_linear(x: Tensor, weights: Weights, divisor: Tensor | None, form: Form
     """
     if torch.is_grad_enabled():
         return _FusedLinear.apply(x, *weights, divisor, form, named)
-    with no_autocast(x.device):
-        y, _, _ = fused.forward(_flat(x), weights, Scale(None, divisor), form, False)
+    y, _, _ = fused.forward(_flat(x), weights, Scale(None, divisor), form, False)
     return _unflat(y, x)
 
 

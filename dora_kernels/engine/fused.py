@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype
+from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.products import mm_accumulate, mm_mixed, mm_wide, scaled_rows
 from dora_kernels.core.scale import norm_of, quotient
@@ -96,8 +96,16 @@ def forward(
     Without gradients g may be None although a divisor is given: `compose` then divides the magnitude itself.
     Along "in", h is computed from ``x * g``; the scaled x is not kept.
     """
+    low_dtype = low_rank_dtype(x, weights.lora_A)  # which asks for autocast
+    with no_autocast(x.device):
+        return _forward(x, weights, scale, form, keep_base, low_dtype)
+
+
+def _forward(
+    x: Tensor, weights: Weights, scale: Scale, form: Form, keep_base: bool, low_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
     weight, lora_A, lora_B, magnitude, bias = weights
-    dtype, low_dtype = x.dtype, low_rank_dtype(x, lora_A)
+    dtype = x.dtype
     (g, divisor), g_in = scale, None
     if divisor is not None and g is None:
         g = magnitude

@@ -87,14 +87,25 @@ def test_a_captured_step_may_be_replayed_at_any_time(layer, x):
 
 
 def test_sharded_parameters_may_be_gathered_anew(layer, x, monkeypatch):
-    optimizer = owned(layer, x)
+    """Their optimizer owns the sharded ones, of which the layer has what was gathered."""
+    layer(x)
     assert counted(layer.cache, lambda: layer(x)) == (0, 1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     if not compares(layer.lane):
         assert counted(layer.cache, lambda: layer(x))[1] == 0
     layer.lora_A.data.mul_(1.5)
     assert layer.is_right(x), "a stale norm"
-    del optimizer
+
+
+def test_an_optimizers_own_parameters_are_not_gathered(layer, x, monkeypatch):
+    """As under `DistributedDataParallel`: what is known of one process is known of several."""
+    optimizer = owned(layer, x)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert counted(layer.cache, lambda: layer(x)) == (0, 1)
+    optimizer.param_groups[0]["lr"] = 0.1
+    layer(x).square().mean().backward()
+    optimizer.step()
+    assert layer.is_right(x), "a stale norm"
 
 
 @pytest.mark.parametrize("magnitude_axis", ["out", "in"])
