@@ -76,8 +76,7 @@ def dora_weight_norm(
     magnitude_axis: str = "out",
     backend: str = "auto",
 ) -> Tensor:
-    """Norm of every row ("out") or column ("in") of ``weight + scaling * lora_B @ lora_A``: the magnitude of a new
-    adapter.
+    """Norm of every row ("out") or column ("in") of ``weight + scaling * lora_B @ lora_A``: a new adapter's magnitude.
 
     Shapes as in `dora_linear`. Returns float32 ``[out_features]`` or ``[in_features]`` (float64 if an input is
     float64), computed from the unrounded factors as stored, to float32 accuracy. For float32 adapters of a 16-bit

@@ -81,8 +81,7 @@ def extract(model: Models) -> Adapter:
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:
-    """Attach an adapter to a model, in place. Layers that are not adapted yet are adapted; adapted layers get its
-    values.
+    """Attach an adapter to a model, in place: adapt its layers, or give adapted layers the adapter's values.
 
     `model` may also be several models of a pipeline by the names it has for them; the adapter then has layers of all of
     them.

@@ -44,8 +44,9 @@ def caches(module: nn.Module) -> Iterator[NormCache]:
 
 
 def invalidate(module: nn.Module) -> None:
-    """Forget every kept norm in `module` and its children. Call it after writing weights in a way that cannot be
-    detected.
+    """Forget every kept norm in `module` and its children.
+
+    Call it after writing weights in a way that cannot be detected.
 
     Raises:
         TypeError: `module` is not a `torch.nn.Module`.
@@ -87,13 +88,12 @@ class FrozenNorms:
 
 @torch.no_grad()
 def frozen_norms(module: nn.Module) -> FrozenNorms:
-    """Freeze the norms of `module`: promise that no weight, factor or magnitude of its adapted layers changes until
-    release.
+    """Freeze the norms of `module` until they are released.
 
-    While frozen, no layer checks whether its norm is still valid: a call costs only its products, and a CUDA graph or a
-    compiled model reads g as a constant. Use it for serving, and wherever a model is called often and not trained. It
-    applies to this package's layers and to those patched by `patch_peft`, with their active adapters. Other layers are
-    unaffected.
+    This is a promise that no weight, factor or magnitude of its adapted layers changes until then. While frozen, no
+    layer checks whether its norm is still valid: a call costs only its products, and a CUDA graph or a compiled model
+    reads g as a constant. Use it for serving, and wherever a model is called often and not trained. It applies to this
+    package's layers and to those patched by `patch_peft`, with their active adapters. Other layers are unaffected.
 
     ```python
     with dora_kernels.frozen_norms(model):

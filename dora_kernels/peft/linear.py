@@ -270,11 +270,11 @@ def _traced(layer: Any, x: Tensor) -> Tensor | None:
 
 
 class Plan:
-    """Everything that a call of a patched layer as one function needs. Valid as long as nothing it was made from
-    changes.
+    """Everything that a call of a patched layer as one function needs.
 
-    Making a plan runs all checks (`_single_function`). It records what may change: dictionaries of modules and hooks,
-    which are compared as wholes, and parameters with their addresses and shapes.
+    It is valid as long as nothing it was made from changes. Making a plan runs all checks (`_single_function`). It
+    records what may change: dictionaries of modules and hooks, which are compared as wholes, and parameters with their
+    addresses and shapes.
     """
 
     def __init__(self, layer: Any, adapter: str, weights: Weights) -> None:
