@@ -407,10 +407,10 @@ def check(
 
 
 def errors(results: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """The relative error of each result, and under ``name + ROW`` that of its worst row. For a list of results, the
-    largest.
+    """The relative error of each result, and that of its worst row under ``name + ROW``.
 
-    The worst row's error is relative to the root mean square of the rows, so that a fault in one place shows.
+    For a list of results, the largest. The worst row's error is relative to the root mean square of the rows, so that a
+    fault in one place shows.
     """
     found = {}
     for name, right in wanted.items():

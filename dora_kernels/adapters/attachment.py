@@ -84,8 +84,7 @@ def extract(model: Models) -> Adapter:
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:
-    """Attach an adapter to a model, in place. Layers that are not adapted yet are adapted; adapted layers get its
-    values.
+    """Attach an adapter to a model, in place: adapt its layers, or give adapted layers the adapter's values.
 
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
     adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers

@@ -126,8 +126,7 @@ def _base_layer_of_weight(weight: Tensor) -> BaseLayer | None:
 
 
 def axis_by_norms(layer: AdapterLayer, base: BaseLayer) -> tuple[str, float, float] | None:
-    """Return the axis whose norm the magnitude follows, and its mean relative distance to that norm and to the other
-    one.
+    """Return the axis whose norm the magnitude follows, and its mean relative distance to that norm and the other.
 
     A magnitude starts as one of the two norms, and training changes it by a few percent. None if neither is clearly
     nearer (by a factor of two), or if the weight cannot be read.

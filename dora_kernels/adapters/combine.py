@@ -62,13 +62,13 @@ class CombineReport:
 def combine_adapters(
     model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int | None = None
 ) -> tuple[Adapter, CombineReport]:
-    """Combine the changes that several adapters make to a model's weights: ``W + Σ w_i (merged_i - W)``, as one
-    adapter.
+    """Combine adapters into one that changes a model's weights by the weighted sum of their changes.
 
-    The sum of DoRA adapters along one axis, and of plain LoRA, is again a DoRA adapter, whose rank is the sum of the
-    ranks. It is exact, in float32 (float64 for float64). A layer that an adapter does not have counts as unchanged by
-    it. The result has a scaling of 1. If some layers are DoRA, layers with plain LoRA only get a magnitude that leaves
-    them unchanged, because a file has either DoRA or plain LoRA.
+    The merged weight is ``W + Σ w_i (merged_i - W)``. The sum of DoRA adapters along one axis, and of plain LoRA, is
+    again a DoRA adapter, whose rank is the sum of the ranks. It is exact, in float32 (float64 for float64). A layer
+    that an adapter does not have counts as unchanged by it. The result has a scaling of 1. If some layers are DoRA,
+    layers with plain LoRA only get a magnitude that leaves them unchanged, because a file has either DoRA or plain
+    LoRA.
 
     Args:
         model: the base model, adapted or not; it is not changed. The norms are computed from its weights.

@@ -104,8 +104,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, dict[str, str]]:
-    """Return an adapter for a checkpoint's model, under the adapter's own names, and the checkpoint's keys of its
-    layers.
+    """Return an adapter for a checkpoint's model, under the adapter's own names, and its layers' checkpoint keys.
 
     The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight has the key
     ``keys[f"{name}.weight"]``.
@@ -131,8 +130,7 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
 
 
 def _keys(checkpoint: Checkpoint, adapter: Contents, requested: str) -> dict[str, str]:
-    """The checkpoint's keys by the adapter's names for them, using the renaming that finds most of the adapter's
-    layers.
+    """Map the adapter's keys to the checkpoint's, with the renaming that finds most of the adapter's layers.
 
     Args:
         requested: only layers whose names in the adapter have this prefix; empty for all.

@@ -38,8 +38,7 @@ def add(app: "typer.Typer") -> None:
     def doctor_command(
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
-        """Show versions, devices, the backend that 'auto' chooses on each and why, and the result of a small real call
-        on each.
+        """Show versions, devices, the backend that 'auto' chooses on each and why, and run a small real call on each.
 
         Exit status 1 if a backend that 'auto' chooses fails.
         """

@@ -13,8 +13,7 @@ PREFIX = "Read only layers with this prefix, e.g. lora_te1 or text_encoder."
 
 
 def read_options(source_format: str, axis: str, scaling: str, prefix: str) -> dict[str, Any]:
-    """Return the arguments of `read_adapter` for ``--from``, ``--axis``, ``--scaling`` and ``--prefix``, which may be
-    "".
+    """Return `read_adapter`'s arguments for ``--from``, ``--axis``, ``--scaling`` and ``--prefix``; each may be "".
 
     Raises:
         ValueError: the scaling is not a number.

@@ -1,5 +1,4 @@
-"""DoRA on a convolution: its form as a linear problem, its norms with groups, its output. See docs/math.md,
-"Convolutions".
+"""DoRA on a convolution: its linear problem, its norms with groups, its output. See docs/math.md, "Convolutions".
 
 As a linear problem the weight is ``[out, in * kernel]``, A ``[r, in * kernel]`` and B, a convolution of kernel 1,
 ``[out, r]``. With g groups the weight is ``[out, in / g * kernel]``, while A reads all channels, as PEFT's does.

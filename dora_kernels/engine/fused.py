@@ -200,8 +200,7 @@ def holds_bias(result: Tensor) -> bool:
 def compose_backward(
     dy: Tensor, lora_B: Tensor, saved: Saved, form: Form, needs: ComposeNeeds, base_bias: Tensor | None = None
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """Return the gradients of ``g * (base + s h Bᵀ)`` for base, h, B and the magnitude, and ``Σ_t dy``; None if not
-    wanted.
+    """Return the gradients of ``g * (base + s h Bᵀ)`` for base, h, B and magnitude, and ``Σ_t dy``; None if not wanted.
 
     Args:
         base_bias: the bias that the kept base product contains; it is removed from the magnitude's gradient.

@@ -90,8 +90,7 @@ class FrozenNorms:
 
 @torch.no_grad()
 def frozen_norms(module: nn.Module) -> FrozenNorms:
-    """Freeze the norms of `module`: promise that no weight, factor or magnitude of its adapted layers changes until
-    release.
+    """Freeze the norms of `module` until they are released.
 
     No layer then asks whether its norm still holds, so a call costs what its products cost, and a CUDA graph or a
     compiled model reads g as a constant. Use it for serving, and wherever a model is called often and not trained. It

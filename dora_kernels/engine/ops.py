@@ -1,5 +1,4 @@
-"""The norm and the merge as `torch.library` ops for compiled graphs. Outside of tracing the backends are called
-directly.
+"""The norm and the merge as `torch.library` ops, for compiled graphs. Other calls go to the backends directly.
 
 | op | result |
 |---|---|

@@ -21,8 +21,7 @@ _SECONDS = 10.0
 
 @contextlib.contextmanager
 def replacing(*files: Path, force: bool = False) -> Iterator[list[Path]]:
-    """Yield temporary names beside `files`. The temporary files replace `files` when the block ends without an
-    exception.
+    """Yield temporary names beside `files`, whose files replace `files` when the block ends without an exception.
 
     Until then, and if it fails, the old files are unchanged and nothing is left behind. A killed process leaves
     `leftovers`. Several files are replaced all or none, unless the process is killed between two of them. A link among

@@ -88,8 +88,7 @@ _salts = itertools.count(1)
 
 
 class KeptNorm:
-    """The divisor of one layer: its norm, infinity in place of 0, for W at one address with given strides, and one
-    scaling.
+    """The divisor of one layer: its norm, infinity in place of 0, for one W (address and strides) and one scaling.
 
     Calls run in order on one stream, from any thread. Nothing is initialised on the device, so a first call may be
     captured in a graph: each object's fingerprints have a salt that was never used before, so uninitialised memory does

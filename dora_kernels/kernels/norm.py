@@ -49,13 +49,12 @@ def sweep(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
     seed=None, index_n=0, index_k=0,
 ):  # fmt: skip
-    """Form ``V = W + s B A`` tile by tile over columns ``[start, stop)`` of BLOCK_N rows. Returns each row's ``Σ_k V²``
-    and terms.
+    """Form ``V = W + s B A`` tile by tile, over columns ``[start, stop)`` of BLOCK_N rows.
 
-    The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is summed from. They are computed only if three
-    products make up the product. If `merged_ptr` is given, ``row_scale * V`` is written there, rounded stochastically
-    if there is a seed, with the element's index ``n * index_n + k * index_k``. HOLD_B: the rank fits in BLOCK_R, and
-    B's rows are held across the loop.
+    Returns ``Σ_k V²`` and the terms of each row. The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is
+    summed from. They are computed only if three products make up the product. If `merged_ptr` is given, ``row_scale *
+    V`` is written there, rounded stochastically if there is a seed, with the element's index ``n * index_n + k *
+    index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
     """
     # 16-bit factors of the same dtype are multiplied as they are, all others as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty

@@ -1,5 +1,4 @@
-"""Stochastic rounding of tiles: the same random words for the same elements, and the same results, as
-`dora_kernels.rounding`.
+"""Stochastic rounding of tiles, with the random words and the results of `dora_kernels.rounding`.
 
 Only a merge rounds this way. Every element computes its own four words and uses one of them: about 100 integer
 instructions, while W's two passes are 6 bytes. On a GPU that is still in the order of the memory's time, and no tile

@@ -216,8 +216,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _replicated(file: Path, layer_map: Any) -> list[tuple[int, int]]:
-    """The ranges of ``layer_replication``, as pairs: the first new layer of a range, and the base layer it is copied
-    from.
+    """The ranges of ``layer_replication``, as pairs: a range's first new layer, and the base layer it is copied from.
 
     Ranges instead of layers, because a file may name any number of layers.
     """

@@ -35,8 +35,7 @@ def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
-    """Write the weighted sum into the adapter `result`, with scaling 1. Returns the share of the update that its rank
-    loses.
+    """Write the weighted sum into the adapter `result`, with scaling 1; return the share of the update that is lost.
 
     Each adapter counts at its strength (`set_dora_strength`).
 

@@ -180,9 +180,9 @@ def _magnitudes(layer: Any, kind: type) -> list[Any]:
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Undo `patch_layers`, after unmerging: without the kept weight and the strengths, PEFT alone might not unmerge
-    exactly.
+    """Undo `patch_layers`.
 
+    Merged layers are unmerged first: without the kept weight and the strengths, PEFT alone might not unmerge exactly.
     Layers for which PEFT has no DoRA can be restored only if they have no DoRA adapter.
     """
     layer: Any

@@ -218,9 +218,9 @@ class DoraLayer:
         return variant.stock() if isinstance(variant, DoraVariant) else variant
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge as PEFT does. The unmerged weight is kept on the CPU, for `unmerge` and for the norms of further
-        adapters.
+        """Merge as PEFT does.
 
+        The unmerged weight is kept on the CPU, for `unmerge` and for the norms of further adapters.
         Without `Options.keep_unmerged` it is kept only while several adapters are merged in one call.
         """
         state = switch(self)

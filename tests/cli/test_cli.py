@@ -264,7 +264,7 @@ def test_an_exceeded_budget(monkeypatch, invoke, call):
     arguments = ["parity", *SMALL, "--dtype", "float32", "--dtype", "bfloat16"]
     status, output = invoke(*arguments)
     assert status == 1
-    assert "2 of 28 errors exceed their budget" in output and "within their budgets" not in output
+    assert "2 of 28 results exceed their budget" in output and "within their budgets" not in output
     status, stdout, stderr = call(*arguments, "--json")
     assert status == 1
     report = strict_json(stdout)

@@ -179,7 +179,7 @@ def test_nothing_is_overwritten_without_force(call, tmp_path, base):
     assert snapshot(out) == {"precious": b"mine"}
     (out / "precious").rename(out / "data.json")
     status, stdout, stderr = call("merge", base, source, out, "--force")
-    assert (status, stdout) == (2, "") and "not replaced: neither config.json nor safetensors" in stderr
+    assert (status, stdout) == (2, "") and "contains neither config.json nor safetensors" in stderr
     (out / "data.json").rename(out / "config.json")
     for _ in range(2):  # the second replaces what has the base model's folder, too
         assert call("merge", base, source, out, "--force")[0] == 0
@@ -261,7 +261,7 @@ KEY = f"base_model.model.{NAMES[1]}.lora_B.weight"
             ),
             [KEY, "not finite"],
         ),
-        (lambda base, adapter: (base / "config.json").write_text("{"), ["config.json", "no model's configuration"]),
+        (lambda base, adapter: (base / "config.json").write_text("{"), ["config.json", "valid model's configuration"]),
     ],
     ids=["folder", "pickle", "base", "adapter", "missing", "layer", "int8", "quantised", "nan", "config"],
 )  # fmt: skip
@@ -284,7 +284,7 @@ def test_bad_files(call, tmp_path, change, words):
         ({}, ["no weight_map"]),
         ({"weight_map": {"a.weight": "../secret.safetensors"}}, ["a.weight", "'../secret.safetensors'"]),
         ({"weight_map": {"a.weight": "gone.safetensors"}}, ["gone.safetensors", "no such file"]),
-        ({"weight_map": {"a.weight": "part.safetensors"}}, ["part.safetensors", "a.weight is not in it"]),
+        ({"weight_map": {"a.weight": "part.safetensors"}}, ["part.safetensors", "a.weight is missing"]),
     ],
     ids=["empty", "outside", "gone", "other"],
 )
@@ -306,9 +306,9 @@ def test_bad_indices(call, tmp_path, index, words):
         (["convert", "adapter", "new"], ["--to"]),
         (["convert", "adapter", "new", "--to", "mlx", "--from", "kohya"], ["'kohya'", "'peft'"]),
         (["convert", "adapter", "new", "--to", "peft", "--base", "nowhere"], ["nowhere", "no such folder"]),
-        (["merge", "base", "adapter", "base"], ["folder of its own"]),
-        (["merge", "base", "adapter", "base/inside"], ["folder of its own"]),
-        (["merge", "base", "adapter", "adapter"], ["folder of its own"]),
+        (["merge", "base", "adapter", "base"], ["expected a folder outside"]),
+        (["merge", "base", "adapter", "base/inside"], ["expected a folder outside"]),
+        (["merge", "base", "adapter", "adapter"], ["expected a folder outside"]),
         (["merge", "base", "adapter", "out", "--rounding", "up"], ["rounding", "'up'"]),
         (["merge", "base", "adapter", "out", "--seed", "-1"], ["--seed"]),
         (["merge", "base", "adapter", "out", "--strength", "nan"], ["strength", "nan"]),

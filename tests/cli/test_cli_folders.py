@@ -184,7 +184,7 @@ def test_links_and_what_is_no_file(call, places, tmp_path):
     assert not any(file.is_symlink() for file in new.rglob("*"))
     assert mode(new / "sub") == 0o700
     for name in ("notes.txt", "sub/other.json"):
-        assert f"note: {base / name}: a link; copied from {outside / 'key.pem'}" in notes
+        assert f"note: {base / name}: a link; copied from {outside / 'key.pem'}, outside the folder" in notes
     for name in ("folder", "itself", "nowhere", "zero.json", "pipe.json"):
         assert f"note: {base / name}: left out, because it is neither a file nor a link to one" in notes
         assert not (new / name).exists()

@@ -98,9 +98,9 @@ def test_joining_what_cannot_be(call, tmp_path):
     save_adapter(trained(clip(), ["q_proj"]), tmp_path / "te")
     base = ("convert", tmp_path / "te", tmp_path / "out", "--to", "kohya")
     for more, said in (
-        (("--component", "unet"), "--component names IN's model beside those of --join"),
-        (("--join", f"unet={tmp_path / 'te'}"), "--component names IN's model beside those of --join"),
-        (("--component", "unet", "--join", f"unet={tmp_path / 'te'}"), "expected NAME=ADAPTER with a name of its own"),
+        (("--component", "unet"), "--component (the name of IN's model) and --join"),
+        (("--join", f"unet={tmp_path / 'te'}"), "--component (the name of IN's model) and --join"),
+        (("--component", "unet", "--join", f"unet={tmp_path / 'te'}"), "expected NAME=ADAPTER with a different name"),
         (("--component", "unet", "--join", "text_encoder"), "expected NAME=ADAPTER with a different name each"),
         (("--component", "vae", "--join", f"unet={tmp_path / 'te'}"), "there is no prefix for a pipeline's vae"),
     ):
@@ -120,7 +120,7 @@ def test_errors_advise_an_option_that_there_is(call, tmp_path):
     clip().save_pretrained(tmp_path / "base")
     arguments = (tmp_path / "base", tmp_path / "0.safetensors", tmp_path / "out")
     status, _, stderr = call("merge", *arguments)
-    assert status == 2 and "read it with --prefix to take one model's" in " ".join(stderr.split()), stderr
+    assert status == 2 and "pass --prefix to read only one model's layers" in " ".join(stderr.split()), stderr
     for command in ("convert", "inspect", "merge"):
         assert "--prefix" in call(command, "--help")[1]
     status, _, stderr = call("merge", *arguments, "--prefix", "lora_te2")

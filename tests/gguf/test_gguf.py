@@ -232,7 +232,7 @@ def test_plain_lora_is_what_llama_cpp_reads(tmp_path):
     shapes = {tensor.name: list(tensor.shape) for tensor in reader.tensors}
     assert shapes["blk.1.attn_k.weight.lora_a"] == [64, 3] and shapes["blk.1.attn_k.weight.lora_b"] == [3, 32]
     plain.layers[names[1]] = layer(32, 64, magnitude=False, scaling=1.0)
-    with pytest.raises(ValueError, match=r"different alphas \(6 in .*q_proj, 3 in .*k_proj\), a GGUF .* see as_lora"):
+    with pytest.raises(ValueError, match=r"different alphas \(6 in .*q_proj, 3 in .*k_proj\), .* see as_lora"):
         export_adapter(plain, tmp_path / "b.gguf", base=random_model())
 
 
@@ -260,7 +260,7 @@ def test_the_nearest_lora():
 def test_adapters_that_are_refused(tmp_path):
     config = random_model().config
     good = Adapter({"model.layers.0.self_attn.q_proj": layer(64, 64)})
-    with pytest.raises(TypeError, match=r"base: an Adapter does not say"):
+    with pytest.raises(TypeError, match=r"base: required for an Adapter"):
         export_adapter(good, tmp_path / "a.gguf")
     with pytest.raises(ValueError, match=r"layer model.layers.0.self_attn.x_proj has no name"):
         export_adapter(Adapter({"model.layers.0.self_attn.x_proj": layer(64, 64)}), tmp_path / "a.gguf", base=config)

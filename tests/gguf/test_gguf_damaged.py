@@ -48,7 +48,7 @@ def test_counts_beyond_the_file(tmp_path, whole, count):
     assert whole[key : key + 8] == struct.pack("<Q", 2)
     changed = whole[:key] + struct.pack("<Q", count) + whole[key + 8 :]
     refused(file, changed, f"truncated, .*: {count} elements")
-    refused(file, whole[:key] + struct.pack("<Q", MOST // 2) + whole[key + 8 :], "truncated, .*: it ends within its")
+    refused(file, whole[:key] + struct.pack("<Q", MOST // 2) + whole[key + 8 :], "truncated, .*: it ends inside its")
     name = whole.index(b"blk.0.attn_q.weight.lora_a")
     changed = whole[: name - 8] + struct.pack("<Q", count) + whole[name:]
     refused(file, changed, f"truncated, .*: a text of {count} bytes")

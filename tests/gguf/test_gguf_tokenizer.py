@@ -43,7 +43,7 @@ def test_tokenizers_that_are_refused(tmp_path):
     model = random_model()
     model.resize_token_embeddings(300)
     unknown = byte_level(*words(r"\w+"))
-    with pytest.raises(ValueError, match=r"no name known here for text .* cut by \['.*w\+', 'bytes'\]; known: gpt-2"):
+    with pytest.raises(ValueError, match=r"no GGUF name is known for .* split by \['.*w\+', 'bytes'\]; known: gpt-2"):
         export_model(model, tmp_path / "m.gguf", tokenizer=unknown)
     piece = Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True))
     with pytest.raises(ValueError, match=r"BPE with byte fallback \(SentencePiece\)"):

@@ -189,7 +189,7 @@ FILES = {
     "no replication": (
         lambda f: configure(f, layer_replication="x"), CONFIG, "layer_replication: expected pairs of numbers, got 'x'"
     ),
-    "no configuration": (lambda f: (f / CONFIG).write_text("{"), CONFIG, "no adapter configuration"),
+    "no configuration": (lambda f: (f / CONFIG).write_text("{"), CONFIG, "not a valid adapter configuration"),
 }  # fmt: skip
 
 

@@ -46,8 +46,9 @@ class Reading:
         return ValueError(f"{self.file}: {text}")
 
     def number(self, config: Mapping[str, Any], *names: str, where: str = "") -> float:
-        """Return a finite number of the configuration: the last of `names`, in the objects that the other names lead
-        to.
+        """Return a finite number of the configuration.
+
+        The last of `names` is its key, in the object that the other names lead to.
 
         Args:
             where: the configuration's name in errors, if it is not its file.
