@@ -104,6 +104,7 @@ def problems():
     )
 
 
+@pytest.mark.slow
 @given(arguments=problems(), needs=st.sets(st.sampled_from(NAMES)))
 def test_any_problem(lane, arguments, needs):
     problem = make_problem(**arguments, device=lane.device)

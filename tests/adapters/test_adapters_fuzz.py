@@ -140,6 +140,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [name for name, format in FORMATS.items() if format.configured])
 @given(data=st.data())
 def test_configurations(folders, tmp_path_factory, data, format):

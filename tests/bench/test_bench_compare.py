@@ -121,21 +121,6 @@ def test_a_worker_measures_the_package_it_was_given(tmp_path):
         Worker(tmp_path, OPTIONS)
 
 
-def test_both_revisions_have_the_working_trees_judge(tmp_path):
-    """A revision from before `dora_kernels.testing`, whose own dense formula is not asked."""
-    shutil.copytree(ROOT / "dora_kernels", tmp_path / "dora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "dora_kernels" / "testing.py").unlink()
-    reference = tmp_path / "dora_kernels" / "reference.py"
-    assert reference.read_text().count("weight.to(dtype) + scaling * ") == 1
-    wrong = reference.read_text().replace("weight.to(dtype) + scaling * ", "weight.to(dtype) + 2 * scaling * ")
-    reference.write_text(wrong)
-    with Worker(tmp_path, OPTIONS, old=True) as old:
-        assert old.cases == ["host: 16x16, rank 2, 2 tokens, fp32"]
-        answer = old.ask(do="prepare", index=0)
-        assert answer["failures"] == [] and len(answer["works"]) == 2
-        assert old.ask(do="finish") == []
-
-
 BAD = {
     "revision": (["no-such-revision"], "there is no revision 'no-such-revision'"),
     "option": (["--help-me"], "the following arguments are required: REF"),
@@ -168,6 +153,7 @@ def test_a_revision_that_cannot_be_measured(capsys, monkeypatch):
     assert stopped.value.code == 2 and "HEAD: the old revision: ImportError: too old" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git repository")
 def test_a_revision_beside_itself(capsys):
     status = main([

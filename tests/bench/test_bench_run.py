@@ -158,7 +158,10 @@ def test_a_missing_library_is_named_as_missing(monkeypatch):
     assert "pip install" in run.record["missing"]["torchtune"]
 
 
-@pytest.mark.parametrize("name", ["norm", "compose", "layer", "decode", "memory", "host", "block"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("compose", "block")]
+
+
+@pytest.mark.parametrize("name", ["norm", "layer", "decode", "memory", "host", *SLOW])
 def test_every_row_states_everything(name):
     quick = ["frozen", "peft_lora", "peft_dora", "ours", "ours_direct"]
     run = Run(options(name, providers=quick, hidden=None if name == "block" else [32], block=(32, 64, 2, 1)))

@@ -63,6 +63,7 @@ def options(suite, **more):
     return Options([suite], "cpu", **{"dtypes": ["fp32"], **given, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32"])
 def test_the_model_suite(tiny, dtypes):
     run = Run(options("model", dtypes=[dtypes]))

@@ -211,6 +211,7 @@ def test_autocast_does_not_round_the_factors(lane, dtypes, magnitude_axis):
         assert torch.equal(dora_weight_norm(*tensors, magnitude_axis=magnitude_axis, backend=lane.backend), norm)
 
 
+@pytest.mark.slow
 @given(
     sizes=st.tuples(st.integers(1, 90), st.integers(1, 90), st.integers(1, 70)),
     dtypes=st.sampled_from(DTYPES),

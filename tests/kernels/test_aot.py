@@ -40,6 +40,7 @@ def test_every_shipped_launch_fits_and_uses_the_matrix_units(target: str):
         pytest.skip(f"{target}: registers, spills and instructions not checked: {'; '.join(sorted(unread))}")
 
 
+@pytest.mark.slow
 def test_no_rank_launches_what_was_not_compiled():
     """The launches compiled are chosen at powers of two; every rank must take the tiles and flags of one of them."""
     bf16, fp32 = torch.bfloat16, torch.float32

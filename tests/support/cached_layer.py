@@ -15,7 +15,15 @@ from dora_kernels.engine.norm_cache import NormCache
 IN, OUT, RANK = 24, 20, 3
 
 
-@pytest.fixture(scope="module", params=[*(lane for lane in LANES if lane.id != "triton"), *FACTORED, *KEPT])
+def _slow(lane):
+    """Interpreted: the quick tier has kernels/test_kept.py and engine/test_model_forward.py."""
+    return pytest.param(*lane.values, id=lane.id, marks=[*lane.marks, pytest.mark.slow])
+
+
+_FORCED = [_slow(lane) if lane.id.startswith("triton") else lane for lane in (*FACTORED, *KEPT)]
+
+
+@pytest.fixture(scope="module", params=[*(lane for lane in LANES if lane.id != "triton"), *_FORCED])
 def lane(request):
     """Not plainly interpreted: how a norm is computed is nothing to the cache. But |W|² is its own to keep."""
     with norm_lane(request.param) as lane:
