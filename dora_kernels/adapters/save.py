@@ -58,7 +58,7 @@ def save_adapter(
     Raises:
         TypeError: an argument has a wrong type.
         ValueError: the format cannot express the adapter, a value is not finite, or the path is not a valid name for
-        it.
+            it.
         FileExistsError: a file exists and `force` is False; or the folder holds an adapter of another format, which
             this would half replace or sit beside.
         OSError: a file cannot be written.

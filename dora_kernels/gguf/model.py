@@ -48,7 +48,7 @@ def export_model(
         model: a model without adapters. Frozen or tied parameters make no difference.
         path: the file. It is first written under a temporary name beside it.
         tokenizer: a fast tokenizer of byte-level BPE. Without one the file has no vocabulary and accepts token ids
-        only.
+            only.
         dtype: a key of `DTYPES`.
         force: replace an existing file.
 
