@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,19 +65,37 @@ class no_autocast:
             self._context.__exit__(*exc)
 
 
+_exact_inside: dict[str, tuple[int, Any]] = {}
+"""By kind of device: how many blocks of `full_precision` are running, and the setting before the first."""
+
+_setting = threading.Lock()
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Keep float32 products in float32, whatever the user's setting (TF32 on CUDA, bfloat16 on the CPU)."""
-    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else None
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    """Keep float32 products in float32, whatever the user's setting (TF32 on CUDA, bfloat16 on the CPU).
+
+    The setting is the process's: the first thread that enters changes it, and the last that leaves changes it back.
+    """
+    kind = device.type
+    matmul: Any = torch.backends.cuda.matmul if kind == "cuda" else None
+    if kind == "cpu" and not torch.compiler.is_compiling():
         matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = exact if matmul is None else getattr(matmul, name)
-    if before == exact or (before == "none" and device.type == "cpu"):
+    if kind not in _exact_inside and (before == exact or (before == "none" and kind == "cpu")):
         yield
         return
-    setattr(matmul, name, exact)
+    with _setting:
+        inside, before = _exact_inside.get(kind, (0, getattr(matmul, name)))
+        _exact_inside[kind] = inside + 1, before
+        setattr(matmul, name, exact)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        with _setting:
+            inside, before = _exact_inside.pop(kind)
+            if inside > 1:
+                _exact_inside[kind] = inside - 1, before
+            else:
+                setattr(matmul, name, before)

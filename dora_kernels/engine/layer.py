@@ -40,6 +40,7 @@ def run_layer(
         norm = _PLAIN_LORA
     elif cache is not None and cache.frozen is not None:
         norm, g = cache.frozen
+        norm = _differentiable(norm, weights, form)
     elif norm is not None:
         norm = _differentiable(norm, weights, form)
     else:
@@ -77,6 +78,7 @@ def run_compose(
     scaling: float,
     divisor: Callable[[], Tensor],
     backend: str = "auto",
+    cache: NormCache | None = None,
 ) -> Tensor:
     """A DoRA layer from another module's ``result = x Wᵀ + bias`` and ``h = x Aᵀ``, in result's dtype.
 
@@ -89,6 +91,8 @@ def run_compose(
     h = cast(h, low_rank_dtype(result, h))
     if chosen == "triton":
         return autograd.fused_compose(result, h, weights, divisor(), scaling, backend != "auto")
+    if cache is not None and torch.is_grad_enabled() and not is_compiling():
+        cache.unnoticed_backward = True  # autograd runs the backward, without note_backward
     assert weights.magnitude is not None
     return formula.compose(result, h, weights, quotient(weights.magnitude, divisor(), result), scaling)
 
@@ -107,11 +111,10 @@ def layer_norm(
         compute: computes the norm, differentiably, if it is not that of a matrix ``W + s B A`` (see `NormCache.norm`).
     """
     compiling = is_compiling()
-    if cache is not None and not compiling:
-        if cache.frozen is not None:
-            return cache.frozen[0]
     if compute is not None and not form.detach_norm and torch.is_grad_enabled():
         return Norm(safe_divisor(compute(), form.eps))
+    if cache is not None and cache.frozen is not None and not compiling:
+        return cache.frozen[0] if compute is not None else _differentiable(cache.frozen[0], weights, form)
     if compute is None and _needs_plain_operations(weights, form, compiling):
         with no_autocast(weights.weight.device):
             dense = formula.weight_norm(weights, form)
@@ -129,9 +132,9 @@ def layer_norm(
 
 def _needs_plain_operations(weights: Weights, form: Form, compiling: bool) -> bool:
     """True if autograd, a transform or a tensor subclass has to see every step of the norm."""
-    if compiling:
-        return not form.detach_norm or exporting()
-    return not PLAIN.issuperset(map(type, weights)) or formula.transformed()
+    if not all(type(tensor) in PLAIN for tensor in weights):
+        return True
+    return not form.detach_norm or exporting() if compiling else formula.transformed()
 
 
 def _differentiable(norm: Norm, weights: Weights, form: Form) -> Norm:

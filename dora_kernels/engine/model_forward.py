@@ -22,7 +22,7 @@ from dora_kernels.engine.dispatch import kernels, norm_backend
 from dora_kernels.engine.fingerprints import sample
 from dora_kernels.engine.model_norms import KeptNorm
 from dora_kernels.engine.norm import Norm, compute_norm
-from dora_kernels.engine.norm_cache import NormCache, answers, device_answers
+from dora_kernels.engine.norm_cache import NormCache, answers, device_answers, norm_reuse
 
 
 class AskOnce:
@@ -43,7 +43,7 @@ class AskOnce:
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Do the check, unless a module around this one has done it."""
-        if not torch.compiler.is_compiling() and not module.training and answers.norms is None:
+        if not torch.compiler.is_compiling() and not module.training and norm_reuse() and answers.norms is None:
             norms = self._ask()
             if norms:
                 answers.asking, answers.norms = module, norms
@@ -60,21 +60,35 @@ class AskOnce:
             return {}
         groups = [_watched(each) for each in kept]
         stream = torch.cuda.current_stream().cuda_stream if kept[0].weights.weight.is_cuda else 0
-        keys = [(id(each.cache), each.weights.weight._version, each.form, stream) for each in kept]
+        keys = [
+            (id(each.cache), each.cache.generation, each.weights.weight._version, each.form, stream) for each in kept
+        ]
         with self._in_order, torch.inference_mode(False):
-            if self._watch is None or not self._watch.holds(groups):
-                self._watch, self._keys = kernels().Watch(groups), []
-            changed = set(self._watch.changed())
-            if len(keys) != len(self._keys):
-                changed, self._norms = set(range(len(keys))), [Norm(keys_of.weights.magnitude) for keys_of in kept]
-            changed |= {i for i, (now, then) in enumerate(zip(keys, self._keys)) if now != then}
-            norms = list(self._norms)  # another thread may still use the old list
-            for i in changed:
-                weights, form = kept[i].weights, kept[i].form
-                norms[i] = compute_norm(weights, form, "triton")
-                norms[i].tensors = weights[:3]
+            try:
+                norms = self._renewed(kept, groups, keys)
+            except BaseException:  # the watch has noted writes whose norms are not there
+                self._watch = None
+                raise
             self._keys, self._norms = keys, norms
         return {each.cache: norm for each, norm in zip(kept, norms)}
+
+
+    def _renewed(
+        self, kept: list[KeptNorm], groups: list[tuple[Tensor, ...]], keys: list[tuple[Any, ...]]
+    ) -> list[Norm]:
+        """The norms of all, those of what has changed computed anew."""
+        if self._watch is None or not self._watch.holds(groups):
+            self._watch, self._keys = kernels().Watch(groups), []
+        changed = set(self._watch.changed())
+        if len(keys) == len(self._keys):
+            changed |= {i for i, (now, then) in enumerate(zip(keys, self._keys)) if now != then}
+            norms = list(self._norms)  # another thread may still use the old list
+        else:
+            changed, norms = set(range(len(keys))), [Norm(each.weights.magnitude) for each in kept]
+        for i in changed:
+            norms[i] = compute_norm(kept[i].weights, kept[i].form, "triton")
+            norms[i].tensors = kept[i].weights[:3]
+        return norms
 
 
 def _is_asked(kept: KeptNorm) -> bool:

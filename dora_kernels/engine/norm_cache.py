@@ -90,6 +90,8 @@ class NormCache:
         """True if autograd may run a backward through this norm without `note_backward`."""
         self.b_was_nonzero = False
         """True if B was seen to be nonzero, on a device that is not checked twice."""
+        self.generation = 0
+        """How often the cache was emptied: what others keep for it is of one generation."""
         self.computed = 0
         self.reused = 0
         self.asked = 0
@@ -102,7 +104,9 @@ class NormCache:
         self.move(torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        return type(self)(self.form, self.backend)
+        copied = type(self)(self.form, self.backend)
+        copied.move(self.slot.device)
+        return copied
 
     def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
         return type(self), (self.form, self.backend)
@@ -120,6 +124,7 @@ class NormCache:
         self._last = None
         self._weight_square = None
         self._on_device = {}
+        self.generation += 1
         self.b_was_nonzero = False
 
     def norm(
@@ -141,7 +146,7 @@ class NormCache:
             return norm
         if not training and answers.norms is not None:
             norm = answers.norms.get(self)
-            if norm is not None and all(now is then for now, then in zip(weights[:3], norm.tensors)):
+            if norm is not None and all(map(_same_memory, weights[:3], norm.tensors)):
                 self.reused += 1
                 return norm
         device = weights.weight.device
@@ -201,15 +206,15 @@ class NormCache:
     ) -> Norm:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
-        answers = compute is None and device_answers(weight, backend)
+        on_device = compute is None and device_answers(weight, backend)
         # A CUDA graph asks the device at every replay; in training A and B change between replays.
-        if not _enabled or (_capturing(device) and (training or not answers)):
+        if not _enabled or (_capturing(device) and (training or not on_device)):
             self.computed += 1
             return compute_norm(weights, form, backend, compute=compute)
         for_backward = training or torch.is_grad_enabled()
         writes.watch_optimizers()
         with torch.inference_mode(False), torch.no_grad():
-            if answers and not self._provable(known, weights, training):
+            if on_device and not self._provable(known, weights, training):
                 self.asked += 1
                 if not training:  # the proof for training does not cover its writes
                     self._norms = {one: kept for one, kept in self._norms.items() if one != device}
@@ -281,6 +286,13 @@ class NormCache:
         if form.eps:  # the kernel returns infinity for 0
             divisor = torch.nan_to_num(divisor, nan=torch.nan, posinf=0.0) + form.eps
         return divisor
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """True for a tensor and itself, or another view of it, as each call on GPT-2's layer makes one."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    )
 
 
 def _key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> tuple[Any, ...]:

@@ -379,6 +379,7 @@ class DoRALayer(AdaptedLayer):
         super()._start()
         dtype, device = self.factors[0].dtype, self.base_layer.weight.device
         self.lora_magnitude_vector = nn.Parameter(torch.empty(self._magnitude_shape(), dtype=dtype, device=device))
+        self._norm_cache.move(device)
         self._reset_magnitude()
 
     state_names = (*AdaptedLayer.state_names, "lora_magnitude_vector")
@@ -392,8 +393,9 @@ class DoRALayer(AdaptedLayer):
         return Form(self.scaling, self.magnitude_axis, self.detach_norm, self.eps)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """PyTorch's, for `to` and similar methods; it also moves the norm cache's slot."""
+        """PyTorch's, for `to` and similar methods; the norm cache forgets, and with it the old tensors' memory."""
         result = super()._apply(*args, **kwargs)
+        self._norm_cache.invalidate()
         self._norm_cache.move(self.base_layer.weight.device)
         return result
 

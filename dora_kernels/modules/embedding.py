@@ -90,7 +90,9 @@ class DoRAEmbedding(DoRALayer):
         result: Tensor = self.base_layer(x)
         h = self._rows(x, self.lora_embedding_A.t())
         if self.magnitude_axis == "out" and self.detach_norm:
-            return run_compose(result, h, self._weights(), self.scaling, self._divisor, self.backend)
+            return run_compose(
+                result, h, self._weights(), self.scaling, self._divisor, self.backend, self._norm_cache
+            )
         with no_autocast(result.device):
             dtype = accumulation_dtype(result, h)
             total = torch.add(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine.layer import run_compose
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
-from dora_kernels.peft.state import interpolated, read
+from dora_kernels.peft.state import interpolated, norm_cache, read
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
@@ -63,8 +63,9 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
         dora = run_compose(
-            result, h, weights, module.scaling[active_adapter], lambda: cls.divisor(module, active_adapter, weights)
-        )
+            result, h, weights, module.scaling[active_adapter], lambda: cls.divisor(module, active_adapter, weights),
+            cache=norm_cache(module, active_adapter),
+        )  # fmt: skip
         return interpolated(module, active_adapter, result, dora)
 
 

@@ -223,8 +223,6 @@ def _obstacle(layer: Any) -> str:
             holder = getattr(layer, part, None) or {}
             if name in holder:
                 parts[f"{part}.{name}"] = holder[name]
-        if hooked(parts.get(f"lora_magnitude_vector.{name}", base)):
-            return f"the magnitude of adapter {name!r} has a hook, or a forward of its own"
         for part, module in parts.items():
             if parametrize.is_parametrized(module):
                 return f"{part} is parametrized"
@@ -237,6 +235,8 @@ def _obstacle(layer: Any) -> str:
                 return f"{part}.weight is a {type(weight).__name__}"
             if weight.numel() == 0 or not weight.data_ptr():
                 return f"{part}.weight has no memory now (sharded by FSDP or ZeRO-3)"
+        if hooked(parts.get(f"lora_magnitude_vector.{name}", base)):
+            return f"the magnitude of adapter {name!r} has a hook, or a forward of its own"
     kinds = ", ".join(f"{part} is a {type(module).__name__}" for part, module in parts.items())
     return f"its modules are not PEFT's own, their shapes or devices differ, or a wrapper shards them; {kinds}"
 

@@ -285,9 +285,13 @@ class DoraLayer:
             state.exact_norms.discard(adapter_name)
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """PyTorch's, for `to` and similar methods; it also moves the slots of the norm caches."""
+        """PyTorch's, for `to` and similar methods; the norm caches forget, and with it the old tensors' memory."""
         result = super()._apply(*args, **kwargs)  # type: ignore[misc]
-        for name, cache in (switch(self) or {}).items():
+        state = switch(self)
+        if state is not None:
+            state.plan = None
+        forget_norms(self)
+        for name, cache in (state or {}).items():
             if name in self.lora_magnitude_vector:
                 cache.move(self.lora_magnitude_vector[name].weight.device)
         return result

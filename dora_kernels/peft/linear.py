@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine import formula
+from dora_kernels.engine.dispatch import PLAIN
 from dora_kernels.engine.kept_divisor import kept_divisor
 from dora_kernels.engine.layer import exporting, run_compose, run_layer
 from dora_kernels.modules.linear import is_conv1d
@@ -25,6 +26,7 @@ from dora_kernels.peft.state import (
     active_dropout,
     hooked,
     interpolated,
+    norm_cache,
 )
 
 
@@ -66,7 +68,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
             dora = run_compose(
                 result.to(torch.promote_types(result.dtype, h.dtype)), h,
                 weights._replace(bias=cls.bias(module, active_adapter, weights)), module.scaling[active_adapter],
-                lambda: cls.divisor(module, active_adapter, weights),
+                lambda: cls.divisor(module, active_adapter, weights), cache=norm_cache(module, active_adapter),
             )  # fmt: skip
         return interpolated(module, active_adapter, result, dora)
 
@@ -131,6 +133,8 @@ def _traced(layer: Any, x: Tensor) -> Tensor | None:
     if layer.training and active_dropout(layer, name):
         return None
     weight, a, b, m = base._parameters.get("weight"), lora_A.weight, lora_B.weight, magnitude.weight
+    if not all(type(tensor) in PLAIN for tensor in (weight, a, b, m)):
+        return None
     if type(base) is not nn.Linear:
         if not is_conv1d(base):
             return None

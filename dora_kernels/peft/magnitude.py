@@ -1,4 +1,4 @@
-"""PEFT's module of a magnitude, as which it calls lora_A and lora_B once."""
+"""PEFT's module of a magnitude, changed to call lora_A and lora_B once instead of twice."""
 
 from __future__ import annotations
 

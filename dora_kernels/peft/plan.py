@@ -206,7 +206,7 @@ def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
     The second value is True if x is plain, in the layer's dtype and on the CPU, without autocast.
     """
     state = layer.__dict__.get(SWITCH)
-    if state is None:
+    if state is None or torch._C._get_tracing_state() is not None:  # a trace would keep the norm as a constant
         return None, False
     plan: Plan | None = state.plan
     if plan is None or not plan.holds(layer):
@@ -232,6 +232,7 @@ def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
         return None, False
     if getattr(peft_dora, "ENABLE_DORA_CACHING", False) or plan.magnitude.__dict__.get("_dora_cache"):
         show_caching(plan.magnitude, plan.cache)
-    if weight.requires_grad and plan.weights.weight is not weight:  # a view made without autograd has no history
+    view = plan.weights.weight
+    if view is not weight and (weight.requires_grad or view.requires_grad):  # its history is that of its first call
         plan.weights = plan.weights._replace(weight=weight.t())
     return plan, usual and plan.on_cpu

@@ -261,7 +261,7 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
     bias = DoraQuantizedVariant.bias(layer, name, weights)
     return run_compose(
         result, h, weights._replace(bias=bias), layer.scaling[name],
-        lambda: DoraQuantizedVariant.divisor(layer, name, weights),
+        lambda: DoraQuantizedVariant.divisor(layer, name, weights), cache=norm_cache(layer, name),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Switch(dict[str, AdapterCache]):
         """The base weight before merging, while something is merged."""
         self.unmerging = False
         self.plan: Any = None
-        """A linear layer's plan from its last call (`linear.Plan`)."""
+        """A linear layer's plan from its last call (`plan.Plan`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this layer's own tensors only."""

@@ -344,7 +344,7 @@ def test_patterns_that_take_for_ever(tmp_path, field):
     config = configure(tmp_path, **{field: {r"(([a-z]+)+[a-z]+)+!": 7, ".*" * 20 + "!": 8}})
     assert {layer.scaling for layer in read_adapter(tmp_path).layers.values()} == {1.0}
     configure(tmp_path, **{field: {f".*{'(a{1,90}' * 5}{'){1,90}' * 5}!{i}": 7 for i in range(200)}})
-    with pytest.raises(ValueError, match=re.escape(f"{config}: {field}: matching the regular expressions takes more")):
+    with pytest.raises(ValueError, match=re.escape(f"{config}: {field}: to match the regular expressions takes more")):
         read_adapter(tmp_path)
 
 

@@ -239,7 +239,7 @@ def hostile(**fields):
 
 HUGE = 1_000_000 * "\x1b[2J"
 HEADERS = {
-    "nested": ('{"text_encoder.r":' + "[" * 900 + "]" * 900 + "}", "no JSON object: "),
+    "nested": ('{"text_encoder.r":' + "[" * 900 + "]" * 900 + "}", "not a JSON object: "),
     "no number": (hostile(r=HUGE), "text_encoder: r: expected a number, got "),
     "refused": (hostile(lora_bias=HUGE), "text_encoder: lora_bias="),
     "a model": (json.dumps({f"{HUGE}.peft_type": "ADALORA"}), r"\\x1b.+: peft_type: expected "),

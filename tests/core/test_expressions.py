@@ -89,14 +89,14 @@ def test_none_runs_for_ever(pattern):
     try:
         assert not expression.fullmatch("a" * 999 + "c")
     except ValueError as error:
-        assert re.fullmatch("rank_pattern: matching the regular expressions takes more than .* steps", str(error))
+        assert re.fullmatch("rank_pattern: to match the regular expressions takes more than .* steps", str(error))
     assert steps._left < expressions.STEPS
 
 
 def test_the_steps_are_those_of_all_together(monkeypatch):
     monkeypatch.setattr(expressions, "STEPS", 2000)
     values = ByName({f".*{i}x": i for i in range(100)}, "alpha_pattern")
-    with pytest.raises(ValueError, match="alpha_pattern: matching the regular expressions takes more than 2000 steps"):
+    with pytest.raises(ValueError, match="alpha_pattern: to match the regular expressions takes more than 2000 steps"):
         for i in range(100):
             values.get(f"layer.{i}", None)
 

@@ -205,7 +205,7 @@ def test_second_derivatives(lane, monkeypatch):
         monkeypatch.setattr("dora_kernels.engine.layer.resolve", lambda *_: "triton")
         agree()
         leaves["x"] = leaves["x"].requires_grad_()
-        with pytest.raises(UnsupportedError, match="another module makes"):
+        with pytest.raises(UnsupportedError, match="another module computes"):
             second(composed)
     else:
         leaves["x"] = leaves["x"].requires_grad_()

@@ -255,7 +255,7 @@ def test_bad_options(options, error, message):
 
 @pytest.mark.parametrize("linear", [None, nn.Conv1d(1, 1, 1), type("Quantised", (nn.Linear,), {})(2, 2)])
 def test_from_something_else(linear):
-    message = r"base: expected a torch\.nn\.Linear itself, .* got (NoneType|Conv1d|Quantised)"
+    message = r"base: expected exactly a torch\.nn\.Linear, .* got (NoneType|Conv1d|Quantised)"
     with pytest.raises(TypeError, match=message):
         LoRALinear.from_linear(linear=linear, rank=2)
 
