@@ -34,6 +34,7 @@ class AdapterCache(NormCache):
     def invalidate(self) -> None:
         """Forget everything."""
         super().invalidate()
+        self.checked = None
         self.constants = None
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import KEPT, norm_lane
 from torch import nn
 
-from dora_kernels import DoRALinear, frozen_norms
+from dora_kernels import DoRALinear, frozen_norms, invalidate, set_norm_reuse
 from dora_kernels.engine import norm_cache
 from dora_kernels.engine.model_forward import AskOnce, ask_once
 
@@ -164,3 +164,53 @@ def test_twice_is_once(model):
 
 def hooks(module):
     return sum(isinstance(getattr(hook, "__self__", None), AskOnce) for hook in module._forward_hooks.values())
+
+
+@pytest.mark.parametrize("remedy", ["invalidate", "no reuse"])
+def test_the_remedies_reach_the_answers(model, x, remedy):
+    """What docs/design.md gives against writes that nothing can see."""
+    with torch.no_grad():
+        model(x)
+        before = counts(model)[0]
+        if remedy == "invalidate":
+            invalidate(model)
+            model(x)
+            torch.testing.assert_close(model(x), wanted(model, x))
+        else:
+            set_norm_reuse(False)
+            try:
+                model(x)
+                assert counts(model)[0] == before + 2  # computed by the layers, not answered
+            finally:
+                set_norm_reuse(True)
+
+
+def test_invalidated_norms_are_computed_anew(model, x, monkeypatch):
+    computed = []
+    right = norm_cache.compute_norm
+    monkeypatch.setattr(
+        "dora_kernels.engine.model_forward.compute_norm",
+        lambda weights, *rest: (computed.append(weights.lora_A.shape[0]), right(weights, *rest))[1],
+    )
+    with torch.no_grad():
+        model(x)
+        invalidate(model.inner[2])
+        model(x)
+    assert computed == [3, 2, 2]
+
+
+def test_a_norm_that_could_not_be_computed_is_computed_later(model, x, monkeypatch):
+    """The watch has noted the write by then."""
+    right = norm_cache.compute_norm
+    with torch.no_grad():
+        model(x)
+        model.inner[0].lora_B.weight.data.mul_(3.0)
+        monkeypatch.setattr("dora_kernels.engine.model_forward.compute_norm", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(x)
+        monkeypatch.setattr("dora_kernels.engine.model_forward.compute_norm", right)
+        torch.testing.assert_close(model(x), wanted(model, x))
+
+
+def failing(*_):
+    raise RuntimeError("out of memory")
