@@ -45,7 +45,9 @@ def dora_linear(
         detach_norm: treat the norm as a constant in the backward (section 4.3 of the paper; PEFT).
         weight_norm: the norm, if the caller already has it, as returned by `dora_weight_norm`. It gets no gradient.
         eps: added to the norm, ``g = magnitude / (norm + eps)`` (1e-8 in several tutorials; PEFT has none).
-        backend: "auto", "torch" or "triton". A backend asked for by name never falls back.
+        backend: "auto", "torch" or "triton". A backend asked for by name never falls back. Under `torch.compile` the
+            products and the rescaling are plain operations for the compiler, whatever the backend; the norm is the
+            backend's.
 
     Returns:
         ``[..., out_features]`` in the compute dtype, which is autocast's if it is on (and x not float64), else x's.
