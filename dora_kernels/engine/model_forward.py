@@ -43,7 +43,7 @@ class AskOnce:
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Do the check, unless a module around this one has done it."""
-        if not torch.compiler.is_compiling() and not module.training and norm_reuse() and answers.norms is None:
+        if not torch.compiler.is_compiling() and not module.training and answers.norms is None and self._may_ask():
             norms = self._ask()
             if norms:
                 answers.asking, answers.norms = module, norms
@@ -52,6 +52,11 @@ class AskOnce:
         """Drop the answers at the end of the forward they were made for."""
         if not torch.compiler.is_compiling() and answers.asking is module:
             answers.asking = answers.norms = None
+
+    def _may_ask(self) -> bool:
+        """True if it is worth looking at all layers: the first one's norm is the kernels'."""
+        first = self._layers[0]
+        return norm_reuse() and (getattr(first, "backend", "") == "triton" or next(first.parameters()).is_cuda)
 
     @torch.no_grad()
     def _ask(self) -> dict[NormCache, Norm]:
