@@ -161,7 +161,8 @@ class _Norm(torch.autograd.Function):
 
 def norm(weights: Weights, divisor: Tensor, form: Form) -> Tensor:
     """Return the computed `divisor` as a differentiable function of W, A and B. The backward does not form V."""
-    return _Norm.apply(*weights[:3], divisor, form) if torch.is_grad_enabled() else divisor
+    result: Tensor = _Norm.apply(*weights[:3], divisor, form)
+    return result
 
 
 class _FusedCompose(torch.autograd.Function):
