@@ -53,6 +53,17 @@ def test_the_handle():
     assert type(stock.get_submodule(others[2])) is lora.Linear, "what is skipped is untouched"
 
 
+def test_a_layer_whose_weight_its_parent_reads():
+    """`nn.MultiheadAttention` never calls its output projection: nobody's adapter runs there."""
+    block = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "after": nn.Linear(8, 8)})
+    stock = get_peft_model(block, LoraConfig(r=2, target_modules=["out_proj", "after"], use_dora=True))
+    handle = dora_kernels.patch_peft(stock)
+    assert handle.patched == ["base_model.model.after"]
+    assert handle.skipped == {
+        "base_model.model.attention.out_proj": "MultiheadAttention reads its weight and never calls it"
+    }
+
+
 def test_names_are_those_of_the_model_that_was_given():
     model = toy()
     assert dora_kernels.patch_peft(model.base_model.model).patched == ["first", "second"]
