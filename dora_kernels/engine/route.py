@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dora_kernels.engine.segments import Plan, plan_of
 
 
 @dataclass(frozen=True)
@@ -14,22 +17,20 @@ class Route:
     """Tokens grouped by slot.
 
     Attributes:
-        slots: ``[T]`` int64, the slot of each token; the number of slots, S, for a token of the base model.
         order: ``[T]`` int64, the tokens sorted by slot, stable; those of the base model last.
         ends: ``[S]`` int32; slot s has the sorted tokens ``ends[s - 1]`` to ``ends[s]``, which may be none.
-        segments: ``(slot, start, end)`` of each slot that has tokens, by slot: the same on the host.
-        in_order: True if `order` is 0, 1, 2, ...
+        rows: on the host, the slot of each row of `tokens` consecutive tokens; -1 for the base model.
+        tokens: tokens of a row.
     """
 
-    slots: Tensor
     order: Tensor
     ends: Tensor
-    segments: tuple[tuple[int, int, int], ...]
-    in_order: bool
+    rows: tuple[int, ...]
+    tokens: int
 
     @staticmethod
     def of(rows: Sequence[int], count: int, tokens: int = 1, device: torch.device | str = "cpu") -> Route:
-        """Return the route of rows of `tokens` consecutive tokens each.
+        """Return the route of rows of consecutive tokens.
 
         Args:
             rows: a slot for each row; -1 for the base model.
@@ -37,24 +38,27 @@ class Route:
             tokens: tokens of a row.
             device: where the tensors will be. Nothing is read back from there.
         """
-        order = sorted((row for row in range(len(rows)) if rows[row] >= 0), key=rows.__getitem__)
-        base = [row for row in range(len(rows)) if rows[row] < 0]
-        ends, segments, start = [0] * count, [], 0
-        for row in order:
-            ends[rows[row]] += tokens
-        for slot, size in enumerate(ends):
-            if size:
-                segments.append((slot, start, start + size))
-            start += size
-            ends[slot] = start
-        order += base
-        by_row = torch.tensor([count if slot < 0 else slot for slot in rows], dtype=torch.int64)
-        sorted_rows = torch.tensor(order, dtype=torch.int64)
-        within = torch.arange(tokens)
+        order = sorted(range(len(rows)), key=[count if slot < 0 else slot for slot in rows].__getitem__)
+        ends = [0] * count
+        for slot in rows:
+            if slot >= 0:
+                ends[slot] += tokens
+        for slot in range(1, count):
+            ends[slot] += ends[slot - 1]
+        sorted_tokens = (torch.tensor(order, dtype=torch.int64).unsqueeze(1) * tokens + torch.arange(tokens)).view(-1)
         return Route(
-            by_row.repeat_interleave(tokens).to(device, non_blocking=True),
-            (sorted_rows.unsqueeze(1) * tokens + within).view(-1).to(device, non_blocking=True),
+            sorted_tokens.to(device, non_blocking=True),
             torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
-            tuple(segments),
-            order == list(range(len(rows))),
+            tuple(rows),
+            tokens,
         )
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """How the CPU visits the slots."""
+        return plan_of(self.rows, self.tokens, batched=True)
+
+    @functools.cached_property
+    def loop(self) -> Plan:
+        """The same, for factors that are not stacked: one slot after another."""
+        return plan_of(self.rows, self.tokens, batched=False)
