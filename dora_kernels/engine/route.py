@@ -55,10 +55,10 @@ class Route:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """How the CPU visits the slots."""
-        return plan_of(self.rows, self.tokens, batched=True)
+        """How plain PyTorch operations visit the slots."""
+        return plan_of(self.rows, self.tokens, batched=True, device=self.order.device)
 
     @functools.cached_property
     def loop(self) -> Plan:
         """The same, for factors that are not stacked: one slot after another."""
-        return plan_of(self.rows, self.tokens, batched=False)
+        return plan_of(self.rows, self.tokens, batched=False, device=self.order.device)

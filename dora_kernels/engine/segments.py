@@ -55,13 +55,14 @@ class Plan:
         return {slot for slot, _, _ in self.segments}
 
 
-def plan_of(rows: Sequence[int], tokens: int, batched: bool) -> Plan:
+def plan_of(rows: Sequence[int], tokens: int, batched: bool, device: torch.device) -> Plan:
     """Return the plan.
 
     Args:
         rows: the slot of each row; -1 for none.
         tokens: consecutive tokens of a row.
         batched: False allows no batched product.
+        device: of the indices.
     """
     runs = _runs(rows, tokens)
     sizes: dict[int, int] = {}
@@ -93,12 +94,13 @@ def plan_of(rows: Sequence[int], tokens: int, batched: bool) -> Plan:
             segments.append((slot, len(gather), len(gather) + sizes[slot]))
             place.update(zip(members[slot], range(len(gather), len(gather) + sizes[slot]), strict=True))
             gather += members[slot]
-    copied = torch.tensor(gather)
+    copied = torch.tensor(gather, device=device)
     if len(gather) == active < total:
         return Plan(copied, None, copied, batch, tuple(segments), slots)
     visited = sorted(place)
-    scatter = torch.tensor([place[token] for token in visited])
-    return Plan(copied, scatter, None if active == total else torch.tensor(visited), batch, tuple(segments), slots)
+    scatter = torch.tensor([place[token] for token in visited], device=device)
+    tokens_at = None if active == total else torch.tensor(visited, device=device)
+    return Plan(copied, scatter, tokens_at, batch, tuple(segments), slots)
 
 
 def _runs(rows: Sequence[int], tokens: int) -> tuple[tuple[int, int, int], ...]:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_kernels.engine.dispatch import kernels
 from dora_kernels.engine.route import Route
 
 Stack = Tensor | Sequence[Tensor | None]
 """A matrix or a vector for each slot: stacked, or in a sequence, which may have None for a slot."""
 
 
-def slots_shrink(x: Tensor, lora_A: Stack, route: Route, ranks: tuple[int, ...]) -> Tensor:
+def slots_shrink(x: Tensor, lora_A: Stack, route: Route, ranks: tuple[int, ...], backend: str = "torch") -> Tensor:
     """Return ``h = x A_sᵀ``.
 
     Args:
@@ -29,12 +30,16 @@ def slots_shrink(x: Tensor, lora_A: Stack, route: Route, ranks: tuple[int, ...])
         lora_A: ``[S, R, K]``, or ``[r_s, K]`` for each slot.
         ranks: the rank of each slot, at most R; 0 for a slot that leaves this layer as it is. Beyond a slot's rank its
             factors are 0.
+        backend: "torch", or for stacked factors "triton".
 
     Returns:
         ``[rows, largest rank at work]``. The rows are in an order of the route's own, and only `slots_compose` with the
-        same route and ranks can read them.
+        same route, ranks and backend can read them.
     """
     stacked = isinstance(lora_A, Tensor)
+    if backend == "triton":  # the product is compose's, onto 0
+        zeros = x.new_zeros(x.shape[0], lora_A.shape[1])  # type: ignore[union-attr]
+        return kernels().compose(zeros, x, lora_A, None, None, 1.0, False, None, route.ends, route.order)
     plan = route.plan if stacked else route.loop
     factors: Any = lora_A
     rows = x if plan.gather is None else x.index_select(0, plan.gather)
@@ -60,6 +65,7 @@ def slots_compose(
     route: Route,
     ranks: tuple[int, ...],
     keep: bool = True,
+    backend: str = "torch",
 ) -> Tensor:
     """Return ``y = g_s * (base + h B_sᵀ) + bias_s``, and base for tokens without a slot.
 
@@ -71,11 +77,15 @@ def slots_compose(
         bias: as g. Where base contains the layer's bias b, this is ``(1 - g) * b``. Not read without g.
         ranks: as for `slots_shrink`.
         keep: False if y may be written into base.
+        backend: as for `slots_shrink`.
 
     Returns:
         ``[T, N]`` in base's dtype.
     """
     stacked = isinstance(lora_B, Tensor)
+    if backend == "triton":
+        y, bias = base.clone() if keep else base, None if g is None else bias
+        return kernels().compose(y, h, lora_B, g, bias, 1.0, False, None, route.ends, route.order)
     plan = route.plan if stacked else route.loop
     factors: Any = lora_B
     scales: Any = g
