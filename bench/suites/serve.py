@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import dora_kernels
 from bench.problem import Judged, dtypes_of
 from bench.providers import Case, Subject, Work, library
-from bench.suites import finetune
 from bench.training import patch_all
 from dora_kernels import Adapter, AdapterLayer
 from dora_kernels.testing import errors, limits

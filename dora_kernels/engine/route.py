@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,23 +20,30 @@ class Route:
         ends: ``[S]`` int32; slot s has the sorted tokens ``ends[s - 1]`` to ``ends[s]``, which may be none.
         rows: on the host, the slot of each row of `tokens` consecutive tokens; -1 for the base model.
         tokens: tokens of a row.
+        ranks: of the slots' adapters; a layer's may be smaller.
+        slots: those with tokens, ascending.
     """
 
     order: Tensor
     ends: Tensor
     rows: tuple[int, ...]
     tokens: int
+    ranks: tuple[int, ...]
+    slots: tuple[int, ...]
+    _widths: dict[tuple[int, ...], int] = field(default_factory=dict, repr=False, compare=False)
+    _plans: dict[tuple[bool, bool], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def of(rows: Sequence[int], count: int, tokens: int = 1, device: torch.device | str = "cpu") -> Route:
+    def of(rows: Sequence[int], ranks: Sequence[int], tokens: int = 1, device: torch.device | str = "cpu") -> Route:
         """Return the route of rows of consecutive tokens.
 
         Args:
             rows: a slot for each row; -1 for the base model.
-            count: the number of slots, S.
+            ranks: of the adapters in the slots.
             tokens: tokens of a row.
             device: where the tensors will be. Nothing is read back from there.
         """
+        count = len(ranks)
         order = sorted(range(len(rows)), key=[count if slot < 0 else slot for slot in rows].__getitem__)
         ends = [0] * count
         for slot in rows:
@@ -51,14 +57,26 @@ class Route:
             torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
             tuple(rows),
             tokens,
+            tuple(ranks),
+            tuple(sorted(set(rows) - {-1})) if tokens else (),
         )
 
-    @functools.cached_property
-    def plan(self) -> Plan:
-        """How plain PyTorch operations visit the slots."""
-        return plan_of(self.rows, self.tokens, batched=True, device=self.order.device)
+    def width(self, ranks: tuple[int, ...]) -> int:
+        """The largest rank at work in a layer with these ranks. Most layers ask the same."""
+        width = self._widths.get(ranks)
+        if width is None:
+            width = self._widths[ranks] = max((ranks[slot] for slot in self.slots), default=0)
+        return width
 
-    @functools.cached_property
-    def loop(self) -> Plan:
-        """The same, for factors that are not stacked: one slot after another."""
-        return plan_of(self.rows, self.tokens, batched=False, device=self.order.device)
+    def plan(self, stacked: bool, narrow: bool) -> Plan:
+        """How plain PyTorch operations visit the slots.
+
+        Args:
+            stacked: True if the factors of all slots are one tensor.
+            narrow: True for elements of 16 bits.
+        """
+        plan = self._plans.get((stacked, narrow))
+        if plan is None:
+            plan = plan_of(self.rows, self.tokens, self.ranks, stacked, narrow, self.order.device)
+            self._plans[stacked, narrow] = plan
+        return plan

@@ -1,23 +1,42 @@
-"""How the CPU visits the slots of a batch: in place, or on a copy of the rows that is sorted by slot.
+"""How plain operations visit the slots of a batch: in which groups, in place or on a copy of the rows sorted by slot.
 
-Products of one slot's tokens at a time cost an operation each. Where many slots have few tokens, a batched product over
-a range of slots costs one operation for all. It reads the factors where they lie; slots with fewer tokens are padded.
+A product of one slot's tokens costs an operation. A batched product over neighbouring slots costs one operation for all
+of them; it reads their factors where they lie, those of slots between that have no tokens too, and slots with fewer
+tokens than others are padded. The groups with the least sum of costs are taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Costs in the time of one slot of a batched product. Two cores, 1024x1024, rank 16: a slot of a batched product takes
-# 2 us in float32 and 4 us in bfloat16, a further row 1 us; an operation of its own takes 8 us and 37 us.
-_SEGMENT, _BATCH, _ROW = 6.0, 2.0, 0.5
+# Costs in the time of reading one slot's factors of rank 16 (two cores, 1024x1024, not in the cache): 6 us in float32,
+# 3 us in 16 bits. A group's operations cost 9 us and 35 us, a row 0.5 us, and a copy of a row, of its result and back
+# 1.2 us.
+_RANK = 16.0
+_GROUP = {False: 1.5, True: 11.0}
+_ROW, _COPY = 0.1, 0.2
 
-# Tokens of a run from which it is worked on in place. Sorting 512 tokens of 8 slots costs 0.12 of the base product.
-_LONG_RUN = 64
+
+class Group(NamedTuple):
+    """Slots whose tokens are multiplied by one operation."""
+
+    first: int
+    """The first slot, and the end of the slots."""
+    end: int
+    size: int
+    """Rows of each slot, some of them padding."""
+    start: int
+    """The first of its rows."""
+
+    @property
+    def stop(self) -> int:
+        """The end of its rows."""
+        return self.start + (self.end - self.first) * self.size
 
 
 @dataclass(frozen=True)
@@ -25,43 +44,66 @@ class Plan:
     """The work of a route. Its rows are the tokens themselves, or a sorted and padded copy of them.
 
     Attributes:
+        groups: in the order of their rows.
         gather: ``[G]``, the token of each row; None if the rows are the tokens.
         scatter: the row of each of `tokens`; None if the rows are these tokens'.
         tokens: the tokens that have an adapter, where the rows are a copy; None if all have one.
-        batch: first slot, end of the slots and rows per slot of the batched product, which has the first rows; None if
-            there is none.
-        segments: ``(slot, start, end)`` of rows that have a product of their own.
-        slots: all slots at work.
+        slots: all slots at work, ascending.
     """
 
+    groups: tuple[Group, ...]
     gather: Tensor | None
     scatter: Tensor | None
     tokens: Tensor | None
-    batch: tuple[int, int, int] | None
-    segments: tuple[tuple[int, int, int], ...]
     slots: tuple[int, ...]
-    _widths: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[int, tuple[Any, Any, list[tuple[Group, int, Any]]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
-    def widths(self, ranks: tuple[int, ...]) -> tuple[int, int]:
-        """The largest rank of all slots at work, and of those in the batched product. Most layers ask the same."""
-        known = self._widths.get(ranks)
-        if known is None:
-            batched = 0 if self.batch is None else max(ranks[slot] for slot in self.slots if slot not in self._alone)
-            known = self._widths[ranks] = max((ranks[slot] for slot in self.slots), default=0), batched
-        return known
+    def parts(self, stack: Any, ranks: tuple[int, ...], side: str) -> list[tuple[Group, int, Any]]:
+        """Return each group with its rank and its part of a stack; groups of rank 0 are left out.
 
-    @property
-    def _alone(self) -> set[int]:
-        return {slot for slot, _, _ in self.segments}
+        The parts of a stacked tensor are views, kept for the further forwards of a batch.
+
+        Args:
+            stack: of factors ("A": ``[S, R, K]``, "B": ``[S, N, R]``) or of vectors ("g": ``[S, N]``).
+        """
+        known = self._kept.get(id(stack))
+        if known is not None and known[0] is stack and known[1] is ranks:
+            return known[2]
+        found = []
+        for group in self.groups:
+            rank = max(ranks[slot] for slot in self.slots if group.first <= slot < group.end)
+            if rank:
+                found.append((group, rank, _part(stack, group, rank, side)))
+        if isinstance(stack, Tensor):
+            self._kept[id(stack)] = stack, ranks, found
+        return found
 
 
-def plan_of(rows: Sequence[int], tokens: int, batched: bool, device: torch.device) -> Plan:
+def _part(stack: Any, group: Group, rank: int, side: str) -> Any:
+    if group.end - group.first > 1:
+        part = stack[group.first : group.end]
+        if side == "g":
+            return part.unsqueeze(1)
+        return part[:, :rank].mT if side == "A" else part.mT[:, :rank]
+    part = stack[group.first]
+    if part is None or side == "g":
+        return part
+    return part[:rank].t() if side == "A" else part.t()[:rank]
+
+
+def plan_of(
+    rows: Sequence[int], tokens: int, ranks: Sequence[int], stacked: bool, narrow: bool, device: torch.device
+) -> Plan:
     """Return the plan.
 
     Args:
         rows: the slot of each row; -1 for none.
         tokens: consecutive tokens of a row.
-        batched: False allows no batched product.
+        ranks: of the slots' adapters.
+        stacked: False allows no group of several slots.
+        narrow: True for elements of 16 bits.
         device: of the indices.
     """
     runs = _runs(rows, tokens)
@@ -70,40 +112,31 @@ def plan_of(rows: Sequence[int], tokens: int, batched: bool, device: torch.devic
         sizes[slot] = sizes.get(slot, 0) + end - start
     slots = tuple(sorted(sizes))
     active, total = sum(sizes.values()), len(rows) * tokens
-    size = _batched_size(sizes) if batched and len(runs) > 1 else 0
-    if size and runs == tuple(
-        (slot, i * size, (i + 1) * size) for i, slot in enumerate(range(slots[0], slots[-1] + 1))
-    ):
-        return Plan(None, None, None, (slots[0], slots[-1] + 1, size), (), slots)
-    if len(runs) <= 1 or active >= _LONG_RUN * len(runs) or (not size and len(runs) == len(slots)):
-        return Plan(None, None, None, None, runs, slots)
+    in_place = _in_place(runs, stacked)
+    groups = _grouped(sizes, ranks, stacked, narrow)
+    if _cost(in_place, ranks, narrow) <= _cost(groups, ranks, narrow) + 1.0 + _COPY * active:
+        return Plan(tuple(in_place), None, None, None, slots)
     members: dict[int, list[int]] = {slot: [] for slot in slots}
     for slot, start, end in runs:
         members[slot] += range(start, end)
-    small = [slot for slot in slots if sizes[slot] <= size]
-    batch = (small[0], small[-1] + 1, size) if small else None
     gather: list[int] = []
     place: dict[int, int] = {}
-    for slot in range(*batch[:2]) if batch else ():
-        own = members[slot] if slot in small else []
-        place.update(zip(own, range(len(gather), len(gather) + size), strict=False))
-        gather += own + [runs[0][1]] * (size - len(own))
-    segments = []
-    for slot in slots:
-        if slot not in small:
-            segments.append((slot, len(gather), len(gather) + sizes[slot]))
-            place.update(zip(members[slot], range(len(gather), len(gather) + sizes[slot]), strict=True))
-            gather += members[slot]
+    for group in groups:
+        for slot in range(group.first, group.end):
+            own = members.get(slot, [])
+            place.update(zip(own, range(len(gather), len(gather) + group.size), strict=False))
+            gather += own + [runs[0][1]] * (group.size - len(own))
     copied = torch.tensor(gather, device=device)
     if len(gather) == active < total:
-        return Plan(copied, None, copied, batch, tuple(segments), slots)
+        return Plan(tuple(groups), copied, None, copied, slots)
     visited = sorted(place)
     scatter = torch.tensor([place[token] for token in visited], device=device)
-    tokens_at = None if active == total else torch.tensor(visited, device=device)
-    return Plan(copied, scatter, tokens_at, batch, tuple(segments), slots)
+    return Plan(
+        tuple(groups), copied, scatter, None if active == total else torch.tensor(visited, device=device), slots
+    )
 
 
-def _runs(rows: Sequence[int], tokens: int) -> tuple[tuple[int, int, int], ...]:
+def _runs(rows: Sequence[int], tokens: int) -> list[tuple[int, int, int]]:
     """Neighbouring tokens of one slot: ``(slot, start, end)``."""
     runs: list[tuple[int, int, int]] = []
     for i, slot in enumerate(rows):
@@ -112,16 +145,49 @@ def _runs(rows: Sequence[int], tokens: int) -> tuple[tuple[int, int, int], ...]:
             start = runs.pop()[1]
         if slot >= 0 and tokens:
             runs.append((slot, start, end))
-    return tuple(runs)
+    return runs
 
 
-def _batched_size(sizes: dict[int, int]) -> int:
-    """The most rows of a slot that takes part in the batched product; 0 if none should."""
-    best, chosen = sum(_SEGMENT + _ROW * size for size in sizes.values()), 0
-    for limit in sorted(set(sizes.values())):
-        small = [slot for slot, size in sizes.items() if size <= limit]
-        cost = _BATCH + (max(small) - min(small) + 1) * (1.0 + _ROW * limit)
-        cost += sum(_SEGMENT + _ROW * size for size in sizes.values() if size > limit)
-        if cost < best:
-            best, chosen = cost, limit
-    return chosen
+def _in_place(runs: Sequence[tuple[int, int, int]], stacked: bool) -> list[Group]:
+    """Groups of the tokens as they lie."""
+    groups: list[Group] = []
+    for slot, start, end in runs:
+        last = groups[-1] if groups else None
+        if stacked and last and (last.end, last.stop, last.size) == (slot, start, end - start):
+            groups[-1] = last._replace(end=slot + 1)
+        else:
+            groups.append(Group(slot, slot + 1, end - start, start))
+    return groups
+
+
+def _grouped(sizes: dict[int, int], ranks: Sequence[int], stacked: bool, narrow: bool) -> list[Group]:
+    """Groups of slots in ascending order, with the least cost."""
+    slots = sorted(sizes)
+    best: list[tuple[float, int]] = [(0.0, 0)]  # the cost of the first n slots, and where their last group begins
+    for n in range(1, len(slots) + 1):
+        size = rank = 0
+        found = (float("inf"), 0)
+        for begin in range(n - 1, -1, -1):
+            if n - begin > 1 and not stacked:
+                break
+            size, rank = max(size, sizes[slots[begin]]), max(rank, ranks[slots[begin]])
+            span = slots[n - 1] - slots[begin] + 1
+            found = min(found, (best[begin][0] + _group_cost(span, size, rank, narrow), begin))
+        best.append(found)
+    cuts, n = [], len(slots)
+    while n:
+        cuts.append((best[n][1], n))
+        n = best[n][1]
+    groups: list[Group] = []
+    for begin, n in reversed(cuts):
+        size = max(sizes[slot] for slot in slots[begin:n])
+        groups.append(Group(slots[begin], slots[n - 1] + 1, size, groups[-1].stop if groups else 0))
+    return groups
+
+
+def _cost(groups: Sequence[Group], ranks: Sequence[int], narrow: bool) -> float:
+    return sum(_group_cost(end - first, size, max(ranks[first:end]), narrow) for first, end, size, _ in groups)
+
+
+def _group_cost(span: int, size: int, rank: int, narrow: bool) -> float:
+    return _GROUP[narrow] + span * (rank / _RANK + _ROW * size)

@@ -10,7 +10,6 @@ The two are for inference: they write into what they made, and nothing is record
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,23 +35,24 @@ def slots_shrink(x: Tensor, lora_A: Stack, route: Route, ranks: tuple[int, ...],
         ``[rows, largest rank at work]``. The rows are in an order of the route's own, and only `slots_compose` with the
         same route, ranks and backend can read them.
     """
-    stacked = isinstance(lora_A, Tensor)
     if backend == "triton":  # the product is compose's, onto 0
         zeros = x.new_zeros(x.shape[0], lora_A.shape[1])  # type: ignore[union-attr]
         return kernels().compose(zeros, x, lora_A, None, None, 1.0, False, None, route.ends, route.order)
-    plan = route.plan if stacked else route.loop
-    factors: Any = lora_A
+    plan = route.plan(isinstance(lora_A, Tensor), x.dtype.itemsize < 4)
     rows = x if plan.gather is None else x.index_select(0, plan.gather)
-    width, batched = plan.widths(ranks)
-    h = x.new_empty(rows.shape[0], width)
-    if batched and plan.batch is not None:
-        first, end, size = plan.batch
-        groups = rows[: (end - first) * size].view(end - first, size, -1)
-        out = h[: (end - first) * size, :batched].view(end - first, size, batched)
-        torch.bmm(groups, factors[first:end, :batched].mT, out=out)
-    for slot, start, end in plan.segments:
-        if rank := ranks[slot]:
-            torch.mm(rows[start:end], factors[slot][:rank].t(), out=h[start:end, :rank])
+    parts = plan.parts(lora_A, ranks, "A")
+    if len(parts) == 1 and parts[0][0].stop - parts[0][0].start == rows.shape[0]:
+        (group, rank, factor), *_ = parts
+        if factor.dim() == 2:
+            return torch.mm(rows, factor)
+        return torch.bmm(rows.view(-1, group.size, rows.shape[1]), factor).view(-1, rank)
+    h = x.new_empty(rows.shape[0], route.width(ranks))
+    for group, rank, factor in parts:
+        part, out = rows[group.start : group.stop], h[group.start : group.stop, :rank]
+        if factor.dim() == 2:
+            torch.mm(part, factor, out=out)
+        else:
+            torch.bmm(part.view(-1, group.size, x.shape[1]), factor, out=out.view(-1, group.size, rank))
     return h
 
 
@@ -82,32 +82,27 @@ def slots_compose(
     Returns:
         ``[T, N]`` in base's dtype.
     """
-    stacked = isinstance(lora_B, Tensor)
     if backend == "triton":
         y, bias = base.clone() if keep else base, None if g is None else bias
         return kernels().compose(y, h, lora_B, g, bias, 1.0, False, None, route.ends, route.order)
-    plan = route.plan if stacked else route.loop
-    factors: Any = lora_B
-    scales: Any = g
-    biases: Any = bias
+    plan = route.plan(isinstance(lora_B, Tensor), base.dtype.itemsize < 4)
     if plan.gather is None:
         rows = base.clone() if keep else base
     else:
         rows = base.index_select(0, plan.gather)
-    _, batched = plan.widths(ranks)
-    if batched and plan.batch is not None:
-        first, end, size = plan.batch
-        part = rows[: (end - first) * size].view(end - first, size, -1)
-        low = h[: (end - first) * size, :batched].view(end - first, size, batched)
-        part.baddbmm_(low, factors.mT[first:end, :batched])
-        if scales is not None:
-            _rescale(part, scales[first:end, None], None if biases is None else biases[first:end, None])
-    for slot, start, end in plan.segments:
-        if rank := ranks[slot]:
-            part = rows[start:end]
-            part.addmm_(h[start:end, :rank], factors[slot].t()[:rank])
-            if scales is not None and (scale := scales[slot]) is not None:
-                _rescale(part, scale, None if biases is None else biases[slot])
+    parts = plan.parts(lora_B, ranks, "B")
+    scales = () if g is None else plan.parts(g, ranks, "g")
+    biases = () if g is None or bias is None else plan.parts(bias, ranks, "g")
+    whole = len(parts) == 1 and parts[0][0].stop - parts[0][0].start == rows.shape[0]
+    for i, (group, rank, factor) in enumerate(parts):
+        z, low = (rows, h) if whole else (rows[group.start : group.stop], h[group.start : group.stop, :rank])
+        if factor.dim() == 2:
+            z.addmm_(low, factor)
+        else:
+            z = z.view(-1, group.size, z.shape[1])
+            z.baddbmm_(low.view(-1, group.size, rank), factor)
+        if scales and (scale := scales[i][2]) is not None:
+            _rescale(z, scale, biases[i][2] if biases else None)
     if plan.gather is None:
         return rows
     if plan.scatter is not None:

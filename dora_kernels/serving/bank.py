@@ -176,9 +176,9 @@ class AdapterBank:
             RuntimeError: at the end, if the model ran and none of its adapted layers did.
         """
         names = _checked(adapters)
-        with self._running(names, "adapters") as (slots, entries):
-            batch = Batch(self, [-1 if name is None else slots[name] for name in names], len(self._residents.slots),
-                          repeats, entries=entries)  # fmt: skip
+        with self._running(names, "adapters") as (slots, ranks, entries):
+            rows = [-1 if name is None else slots[name] for name in names]
+            batch = Batch(self, rows, ranks, repeats, entries=entries)
             with self._batch(batch):
                 yield
 
@@ -208,9 +208,9 @@ class AdapterBank:
                 f"slot_index: there is no adapter at {wrong[0]}; -1 is the base model, and there are {known}"
             )
         used = [None if i < 0 else chosen[i] for i in index]
-        with self._running(used, "names") as (slots, entries):
+        with self._running(used, "names") as (slots, ranks, entries):
             rows = [-1 if name is None else slots[name] for name in used]
-            batch = Batch(self, rows, len(self._residents.slots), packed=True, entries=entries)
+            batch = Batch(self, rows, ranks, packed=True, entries=entries)
             with self._batch(batch):
                 yield
 
@@ -260,7 +260,8 @@ class AdapterBank:
     def _add(self, name: str, parts: list[tuple[Target, Packed]], old: Entry | None) -> None:
         """Add an entry; in the place of `old`, if given. What may fail comes first."""
         entry = Entry(
-            name, frozenset(target.name for target, _ in parts), sum(part.nbytes for _, part in parts),
+            name, frozenset(target.name for target, _ in parts), max(part.lora_A.shape[0] for _, part in parts),
+            sum(part.nbytes for _, part in parts),
             {target.name: part.to(torch.device("cpu")) for target, part in parts},
         )  # fmt: skip
         self._check_host([e for e in self._entries.values() if e is not old] + [entry])
@@ -344,16 +345,18 @@ class AdapterBank:
     @contextmanager
     def _running(
         self, names: Sequence[str | None], argument: str
-    ) -> Iterator[tuple[dict[str, int], tuple[Entry, ...]]]:
-        """Keep the adapters in their slots, which are given by name."""
+    ) -> Iterator[tuple[dict[str, int], list[int], tuple[Entry, ...]]]:
+        """Keep the adapters in their slots, which are given by name, with all
+        slots' ranks."""
         distinct = [name for name in dict.fromkeys(names) if name is not None]
         with self._lock:
             entries = self._seat(distinct, argument)
             for entry in entries:
                 entry.users += 1
             slots = {entry.name: entry.slot for entry in entries if entry.slot is not None}
+            ranks = [0 if entry is None else entry.rank for entry in self._residents.slots]
         try:
-            yield slots, tuple(entries)
+            yield slots, ranks, tuple(entries)
         finally:
             with self._lock:
                 for entry in entries:

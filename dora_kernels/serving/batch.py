@@ -21,7 +21,7 @@ class Batch:
     Attributes:
         bank: whose slots they are.
         slots: of each row, or of each token if `packed`; -1 for the base model.
-        count: slots of the bank.
+        ranks: of the adapters in the bank's slots.
         repeats: how many neighbouring rows of the model's batch one of `slots` may stand for, besides 1.
         packed: True if `slots` has an entry for each token.
         outer: the batch around this one.
@@ -31,7 +31,7 @@ class Batch:
 
     bank: Any
     slots: Sequence[int]
-    count: int
+    ranks: Sequence[int]
     repeats: int = 1
     packed: bool = False
     outer: Batch | None = None
@@ -53,7 +53,7 @@ class Batch:
         if self.packed:
             if tokens != rows:
                 raise ValueError(f"tokens: {rows} slots were given, and {name} got {tokens} tokens: {list(shape)}")
-            return Route.of(self.slots, self.count, 1, device)
+            return Route.of(self.slots, self.ranks, 1, device)
         if len(shape) > 1:  # [rows, ..., features]
             repeats, rest = divmod(shape[0], rows) if rows else (0, shape[0])
             if rest or repeats not in (1, self.repeats):
@@ -63,7 +63,7 @@ class Batch:
             raise ValueError(
                 f"rows: {rows} adapters were given, and {name} got {tokens} tokens, which they do not divide"
             )
-        return Route.of(self.slots, self.count, tokens // rows if rows else 0, device)
+        return Route.of(self.slots, self.ranks, tokens // rows if rows else 0, device)
 
 
 def around(bank: Any) -> Iterator[Batch]:

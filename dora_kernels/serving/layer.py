@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.core.precision import cast, no_autocast
+from dora_kernels.core.precision import no_autocast
 from dora_kernels.engine.dispatch import triton_problem
+from dora_kernels.engine.route import Route
 from dora_kernels.engine.slots import slots_compose, slots_shrink
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.serving.batch import Batch, running
@@ -42,7 +43,7 @@ class Stacks(NamedTuple):
     lora_A: Tensor
     """``[S, R, K]``; zeros beyond a slot's rank."""
     lora_B: Tensor
-    """``[S, R, N]``: so the first r rows of each are contiguous for every r."""
+    """``[S, N, R]``, in memory ``[S, R, N]``: so what belongs to the first r of a slot is contiguous for every r."""
     g: Tensor | None
     """``[S, N]``, 1 for plain LoRA; None until there is a DoRA adapter."""
     bias: Tensor | None
@@ -93,17 +94,18 @@ class LayerSlots:
         rank, wide = packed.lora_A.shape[0], None if packed.g is None else packed.g.dtype
         old = self.stacks
         if old is None:
-            zeros = torch.zeros(0, 0, 0, dtype=self.dtype, device=self.device)
-            old = Stacks(zeros, zeros, None, None, (0,) * slots, frozenset())
+            nothing = torch.zeros(0, 0, 0, dtype=self.dtype, device=self.device)
+            old = Stacks(nothing, nothing, None, None, (0,) * slots, frozenset())
         a, b, g, bias = old[:4]
         if rank > a.shape[1]:
             a, b = (
                 torch.zeros(slots, rank, features, dtype=self.dtype, device=self.device)
                 for features in (self.in_features, self.out_features)
             )
+            b = b.mT
             if old.lora_A.numel():
                 a[:, : old.lora_A.shape[1]] = old.lora_A
-                b[:, : old.lora_B.shape[1]] = old.lora_B
+                b[:, :, : old.lora_B.shape[2]] = old.lora_B
         if g is None and packed.g is not None:
             g = torch.ones(slots, self.out_features, dtype=wide, device=self.device)
         if bias is None and packed.bias is not None:
@@ -116,13 +118,11 @@ class LayerSlots:
             return
         a, b, g, bias, ranks, scaled = self.stacks
         rank = 0 if packed is None else packed.lora_A.shape[0]
-        for stack, part in (
-            (a, None if packed is None else packed.lora_A),
-            (b, None if packed is None else packed.lora_B),
-        ):
-            stack[slot, rank:].zero_()
-            if part is not None:
-                stack[slot, :rank].copy_(part)
+        a[slot, rank:].zero_()
+        b[slot, :, rank:].zero_()
+        if packed is not None:
+            a[slot, :rank].copy_(packed.lora_A)
+            b.mT[slot, :rank].copy_(packed.lora_B)
         if g is not None:
             g[slot] = 1.0 if packed is None or packed.g is None else packed.g
         if bias is not None:
@@ -140,7 +140,7 @@ class LayerSlots:
         a, b, g, bias, _, scaled = self.stacks
         has_g = g is not None and slot in scaled
         part = Packed(
-            a[slot, :rank], b[slot, :rank], g[slot] if g is not None and has_g else None,
+            a[slot, :rank], b.mT[slot, :rank], g[slot] if g is not None and has_g else None,
             bias[slot] if bias is not None and has_g else None,
         )  # fmt: skip
         return part.to(torch.device("cpu"))
@@ -148,24 +148,29 @@ class LayerSlots:
     def run(self, batch: Batch, x: Tensor, base: Tensor) -> Tensor:
         """Return the layer's output in the running batch, from its input and the base layer's output."""
         batch.met = True
-        if self.stacks is None:
+        stacks, dtype = self.stacks, self.dtype
+        if stacks is None:
             return base
-        lora_A, lora_B, g, bias, ranks, scaled = self.stacks
         route = batch.route(self.name, x.shape[:-1], x.device)
-        if not route.plan.widths(ranks)[0]:
-            return base
-        if g is not None and scaled.isdisjoint(route.plan.slots):
-            g = None
-        dtype = self.dtype
-        if base.dtype != dtype and base.dtype.itemsize > dtype.itemsize:  # rows of the base model stay as they are
-            dtype = base.dtype
-            lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
         keep = not (self._fresh and len(self.module._forward_hooks) == 1)
+        if x.dtype == dtype == base.dtype:
+            return self._added(route, stacks, x, base, keep)
+        if base.dtype.itemsize > dtype.itemsize:  # rows of the base model stay as they are
+            dtype = base.dtype
+            stacks = stacks._replace(lora_A=stacks.lora_A.to(dtype), lora_B=stacks.lora_B.to(dtype))
         with no_autocast(x.device):
-            h = slots_shrink(cast(x.reshape(-1, self.in_features), dtype), lora_A, route, ranks, self.backend)
-            rows = cast(base.reshape(-1, self.out_features), dtype)
-            y = slots_compose(rows, h, lora_B.mT, g, bias, route, ranks, keep, self.backend)
-        return cast(y, base.dtype).view(base.shape)
+            return self._added(route, stacks, x.to(dtype), base.to(dtype), keep).to(base.dtype)
+
+    def _added(self, route: Route, stacks: Stacks, x: Tensor, base: Tensor, keep: bool) -> Tensor:
+        """The output, all in the factors' dtype."""
+        lora_A, lora_B, g, bias, ranks, scaled = stacks
+        if not route.width(ranks):
+            return base
+        if g is not None and scaled.isdisjoint(route.slots):
+            g = None
+        h = slots_shrink(x.reshape(-1, self.in_features), lora_A, route, ranks, self.backend)
+        rows = base.reshape(-1, self.out_features)
+        return slots_compose(rows, h, lora_B, g, bias, route, ranks, keep, self.backend).view(base.shape)
 
 
 class Hook:

@@ -15,6 +15,7 @@ class Entry:
     Attributes:
         name: of the adapter. An entry that was replaced keeps its slot while somebody uses it.
         layers: the names of the layers it changes.
+        rank: the largest of its layers.
         nbytes: of its tensors.
         host: its tensors in host memory; None while it is in a slot.
         slot: where it is; None while it is in host memory.
@@ -25,6 +26,7 @@ class Entry:
 
     name: str
     layers: frozenset[str]
+    rank: int
     nbytes: int
     host: dict[str, Packed] | None = field(repr=False)
     slot: int | None = None
