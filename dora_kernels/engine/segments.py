@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Costs in the time of reading one slot's factors of rank 16 (two cores, 1024x1024, not in the cache): 6 us in float32,
-# 3 us in 16 bits. A group's operations cost 9 us and 35 us, a row 0.5 us, and a copy of a row, of its result and back
-# 1.2 us.
+# Microseconds of a group's two products (two cores, 1024x1024, factors not in the cache), between what is measured
+# where the second thread spins while it waits and where it sleeps. For each width of the elements: a group of one row,
+# which needs no second thread (12 to 18 in float32), any other group (10 to 100), and its slots at rank 16.
+_COSTS = {False: (15.0, 60.0, 4.5), True: (60.0, 85.0, 3.5)}
 _RANK = 16.0
-_GROUP = {False: 1.5, True: 11.0}
-_ROW, _COPY = 0.1, 0.2
+_ROW = 0.5
+# Sorting copies the rows of x, of the result, and the result back.
+_SORT, _COPY = 5.0, 1.2
 
 
 class Group(NamedTuple):
@@ -114,7 +116,7 @@ def plan_of(
     active, total = sum(sizes.values()), len(rows) * tokens
     in_place = _in_place(runs, stacked)
     groups = _grouped(sizes, ranks, stacked, narrow)
-    if _cost(in_place, ranks, narrow) <= _cost(groups, ranks, narrow) + 1.0 + _COPY * active:
+    if _cost(in_place, ranks, narrow) <= _cost(groups, ranks, narrow) + _SORT + _COPY * active:
         return Plan(tuple(in_place), None, None, None, slots)
     members: dict[int, list[int]] = {slot: [] for slot in slots}
     for slot, start, end in runs:
@@ -190,4 +192,5 @@ def _cost(groups: Sequence[Group], ranks: Sequence[int], narrow: bool) -> float:
 
 
 def _group_cost(span: int, size: int, rank: int, narrow: bool) -> float:
-    return _GROUP[narrow] + span * (rank / _RANK + _ROW * size)
+    alone, several, slot = _COSTS[narrow]
+    return (alone if span * size == 1 else several) + span * (slot * rank / _RANK + _ROW * size)

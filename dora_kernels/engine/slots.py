@@ -66,18 +66,20 @@ def slots_compose(
     ranks: tuple[int, ...],
     keep: bool = True,
     backend: str = "torch",
+    scalings: Sequence[float] | None = None,
 ) -> Tensor:
     """Return ``y = g_s * (base + h B_sᵀ) + bias_s``, and base for tokens without a slot.
 
     Args:
         base: ``[T, N]``, in lora_B's dtype.
         h: from `slots_shrink`.
-        lora_B: ``[S, N, R]``, scaling included, or ``[N, r_s]`` for each slot.
+        lora_B: ``[S, N, R]``, scaling included, or in a sequence ``[N, r_s]`` for each slot.
         g: ``[S, N]``, or ``[N]`` for each slot, in float32 (float64 for float64); None for plain LoRA.
         bias: as g. Where base contains the layer's bias b, this is ``(1 - g) * b``. Not read without g.
         ranks: as for `slots_shrink`.
         keep: False if y may be written into base.
         backend: as for `slots_shrink`.
+        scalings: of the factors in a sequence, where B does not include it.
 
     Returns:
         ``[T, N]`` in base's dtype.
@@ -97,7 +99,7 @@ def slots_compose(
     for i, (group, rank, factor) in enumerate(parts):
         z, low = (rows, h) if whole else (rows[group.start : group.stop], h[group.start : group.stop, :rank])
         if factor.dim() == 2:
-            z.addmm_(low, factor)
+            z.addmm_(low, factor, alpha=1.0 if scalings is None else scalings[group.first])
         else:
             z = z.view(-1, group.size, z.shape[1])
             z.baddbmm_(low.view(-1, group.size, rank), factor)
