@@ -115,7 +115,7 @@ def chosen(
         raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora)
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
-        _check_bare(model, module, name)
+        check_bare(model, module, name)
         problem = _problem(model, module, name, use_dora, readers)
         if problem is None:
             check_loaded(module, name)
@@ -238,7 +238,7 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
 
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:
     """Raise if the layer may not be replaced, or if its values are not there or not finite."""
-    _check_bare(model, module, name)
+    check_bare(model, module, name)
     problem = _problem(model, module, name, use_dora, readers)
     if problem is not None:
         raise type(problem)(f"{name}: {problem}")
@@ -250,7 +250,7 @@ def parents_of(model: nn.Module, name: str) -> list[nn.Module]:
     return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
 
 
-def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
+def check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
     """Raise if the layer has an adapter already."""
     around = [module, *parents_of(model, name)]
     if any(isinstance(one, AdaptedLayer) for one in around):

@@ -35,6 +35,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
     """PEFT's DoRA variant for calls that go through the modules: with hooks, several adapters or active dropout."""
 
     stock = variants.DoraLinearVariant
+    by_slots = True
     read = staticmethod(read_weights)
 
     @staticmethod
