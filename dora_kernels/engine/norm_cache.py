@@ -206,7 +206,7 @@ class NormCache:
     ) -> Norm:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
-        on_device = compute is None and device_answers(weight, backend)
+        on_device = compute is None and weight.dim() == 2 and device_answers(weight, backend)
         # A CUDA graph asks the device at every replay; in training A and B change between replays.
         if not _enabled or (_capturing(device) and (training or not on_device)):
             self.computed += 1
@@ -223,7 +223,8 @@ class NormCache:
                 return Norm(divisor.clone() if for_backward else divisor)
             self.computed += 1
             held = square = None
-            if (backend == "torch" and device.type == "cpu") or (compute is not None and not training):
+            on_host = compute is not None or weight.dim() == 3  # what the device does not compare
+            if (backend == "torch" and device.type == "cpu") or (on_host and not training):
                 held = Held(weight, lora_A, lora_B)
             if compute is None and not weight.requires_grad:
                 square = self._row_square(weights, form, backend, held)
@@ -249,7 +250,7 @@ class NormCache:
         axis = form.magnitude_axis
         if not ops.norm_module(backend).is_factored(*row_problem(weight, lora_A, lora_B, axis)):
             return None
-        if device_answers(weight, backend):
+        if weight.dim() == 2 and device_answers(weight, backend):
             nothing = weights._replace(lora_A=lora_A[:0].to(weight.dtype), lora_B=lora_B[:, :0].to(weight.dtype))
             divisor = self._ask_device(nothing, Form(0.0, axis))
             return torch.where(divisor == torch.inf, 0.0, divisor.square())

@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import conv, embedding, gptq, linear, quantized
+from dora_kernels.peft import conv, embedding, experts, gptq, linear, quantized
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -41,6 +41,7 @@ _KINDS: dict[Any, Kind] = {
     conv.DoraConv1d.stock: Kind(conv.DoraConv1d, conv.unsupported),
     conv.DoraConv2d.stock: Kind(conv.DoraConv2d, conv.unsupported),
     conv.DoraConv3d.stock: Kind(conv.DoraConv3d, conv.unsupported),
+    experts.ParamWrapper.stock: Kind(experts.ParamWrapper, experts.unsupported),
 }
 
 
@@ -50,6 +51,11 @@ def _kind(stock: type) -> Kind | None:
     if patched is not None:
         kind = _KINDS[stock] = Kind(patched, lambda layer: None)
     return kind
+
+
+def runs_here(layer: Any) -> bool:
+    """True for a LoRA layer of which a patch takes the calls: one with a DoRA adapter, or any on a parameter."""
+    return isinstance(layer, lora.LoraLayer) and (bool(dora_adapters(layer)) or isinstance(layer, experts.STOCK))
 
 
 def _is_ours(layer: Any) -> bool:
@@ -156,7 +162,7 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
             state.options = options
     elif known:
         options = known[0].options
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         kind = _kind(type(layer))
         if kind is not None and unsupported(layer) is None:
             layer.__class__ = kind.patched
@@ -165,12 +171,13 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
         for magnitude in _magnitudes(layer, DoraLinearLayer):
             magnitude.__class__ = DoraMagnitude
         if SWITCH not in vars(layer):
-            for name, variant in layer.lora_variant.items():
-                layer.lora_variant[name] = layer.patched_variant(variant)
+            for adapter, variant in layer.lora_variant.items():
+                layer.lora_variant[adapter] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
-        for name in dora_adapters(layer):
+        vars(layer)[SWITCH].name = name
+        for adapter in dora_adapters(layer):
             # Create the cache before a compiler traces the layer.
-            norm_cache(layer, name).move(layer.lora_magnitude_vector[name].weight.device)
+            norm_cache(layer, adapter).move(layer.lora_magnitude_vector[adapter].weight.device)
 
 
 def _magnitudes(layer: Any, kind: type) -> list[Any]:
@@ -187,7 +194,7 @@ def restore_layers(model: nn.Module) -> None:
     """
     layer: Any
     for layer in model.modules():
-        if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused):
+        if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused | experts.ParamWrapper):
             continue
         if switch(layer) is not None and layer.merged_adapters:
             layer.unmerge()
@@ -249,6 +256,6 @@ def out_of_reach(layer: Any) -> str | None:
     if switch(layer) is None:
         return "not patched: restored, or made after the patch"
     variants = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
-    if all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
+    if variants and all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
         return f"its weights cannot be read outside their modules' calls: {_obstacle(layer)}"
     return None

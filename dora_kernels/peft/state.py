@@ -53,6 +53,8 @@ class Switch(dict[str, AdapterCache]):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
         self.options = options or Options()
+        self.name = ""
+        """The layer's name in its model, for messages, where the layer cannot be told by its class."""
         self.strengths: dict[str, float] = {}
         self.exact_norms: set[str] = set()
         """Adapters of a grouped convolution whose norm is the exact one."""

@@ -1,0 +1,235 @@
+"""LoRA and DoRA on parameters that are targeted by name (``target_parameters``): stacks of experts, above all.
+
+PEFT adapts such a parameter by a parametrization, which forms the adapted stack at every forward and its gradient at
+every backward, and refuses DoRA. Here a `StandIn` takes the parameter's place for the length of the call and computes
+the adapted products. A magnitude has one value for each output of each expert: ``[E, N]``, in a file under
+``lora_magnitude_vector``. PEFT has no DoRA that such a layer could be restored to, so with a DoRA adapter it stays
+patched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from dora_kernels.core.precision import accumulation_dtype, cast
+from dora_kernels.core.problem import Weights
+from dora_kernels.engine import experts, ops
+from dora_kernels.engine.dispatch import norm_backend
+from dora_kernels.modules.stand_in import StandIn, standing_in
+from dora_kernels.peft.layer import DoraLayer, DoraVariant, merged_rows, unmerged_rows
+from dora_kernels.peft.magnitude import DoraMagnitude
+from dora_kernels.peft.state import SWITCH, Switch, norm_cache, strength, switch
+
+STOCK: Any = lora.layer.ParamWrapper
+"""PEFT's class."""
+
+_TRANSPOSED = frozenset({"Llama4TextExperts"})
+"""Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
+    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
+
+
+class ExpertsVariant(DoraVariant):
+    """The DoRA adapter of a parameter."""
+
+    stock = None
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Give the adapter its first magnitude, with which it changes nothing: exact to float32, whatever W's dtype."""
+        weights = module.problem(adapter_name)
+        dtype, device = accumulation_dtype(weights.weight), weights.lora_A.device
+        magnitude = DoraMagnitude(fan_in_fan_out=False)
+        if device.type == "meta" or weights.weight.is_meta:
+            norm = torch.empty(weights.weight.shape[:-1], dtype=dtype, device="meta")
+        else:
+            backend = norm_backend("auto", weights.weight)
+            norm = ops.weight_norm(*weights[:3], module.scaling[adapter_name], "out", backend)
+        magnitude.weight = nn.Parameter(norm.to(device))
+        module.lora_magnitude_vector[adapter_name] = magnitude
+
+    @staticmethod
+    def read(layer: Any, adapter: str) -> Weights | None:
+        return None if switch(layer) is None else layer.problem(adapter)
+
+
+class ParamWrapper(DoraLayer, STOCK):
+    """PEFT's LoRA layer on a parameter, run by this package. PEFT asks for the class's name, so it has the same."""
+
+    stock = STOCK
+    variants: dict[Any, Any] = {}
+
+    def problem(self: Any, adapter: str) -> Weights:
+        """The adapter's tensors: ``[E, N, K]``, ``[E, r, K]``, ``[E, N, r]``, ``[E, N]``; without E for one matrix."""
+        weight = self._stored()
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if weight.dim() == 3:
+            count, rank = self.num_experts, self.r[adapter]
+            a, b = a.view(count, rank, a.shape[1]), b.view(b.shape[0], rank, count).permute(2, 0, 1)
+            transposed = is_transposed(self.get_base_layer())
+            weight = weight.transpose(1, 2) if transposed else weight
+            # PEFT <= 0.18 puts A on the first dimension, later versions on the last unless the module says otherwise.
+            if transposed == getattr(self, "_did_swap_in_out_features", False):
+                a, b = b.transpose(1, 2), a.transpose(1, 2)
+        magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
+        return Weights(weight, a, b, magnitude)
+
+    def _stored(self: Any) -> Tensor:
+        """The parameter as it is now. It is read at each use: a wrapper may show its own shard of it inside a call."""
+        weight: Tensor = self.get_base_layer()._parameters[self.parameter_name]
+        return weight
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward, with a `StandIn` for the parameter in place of the parametrization."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if switch(self) is None or self.disable_adapters or self.merged or not active or kwargs.get("adapter_names"):
+            return STOCK.forward(self, x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        module, ndim = self.get_base_layer(), self._parameter_ndim()
+        stand_in = StandIn(
+            functools.partial(self._experts, active), self._name(), ndim == 2 or not is_transposed(module), ndim == 2
+        )
+        with standing_in(module, self.parameter_name, stand_in):
+            return self.base_layer(x, *args, **kwargs)
+
+    def _parameter_ndim(self: Any) -> int:
+        return 2 if self.num_experts == 1 and self._stored().dim() == 2 else 3
+
+    def _name(self: Any) -> str:
+        state = switch(self)
+        name = "" if state is None else state.name
+        return name or f"{type(self.get_base_layer()).__name__}.{self.parameter_name}"
+
+    def _experts(self: Any, names: list[str]) -> experts.Experts:
+        adapters, weight = [], None
+        for name in names:
+            weights = self.problem(name)
+            weight, g = weights.weight, None
+            if weights.magnitude is not None:
+                g = cast(ExpertsVariant.scale(self, name, weights), accumulation_dtype(weight))
+            a, b = weights.lora_A, weights.lora_B
+            if weight.dim() == 2:
+                weight, a, b = weight.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0)
+                g = None if g is None else g.unsqueeze(0)
+            adapters.append(experts.Adapter(a, b, g, float(self.scaling[name]), strength(self, name)))
+        assert weight is not None
+        return experts.Experts(weight, adapters)
+
+    def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Add an adapter as PEFT does, with a magnitude if its configuration asks for DoRA."""
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
+        if config.use_dora:
+            self.add_magnitude(adapter_name)
+
+    def add_magnitude(self: Any, adapter_name: str) -> None:
+        """Make a plain LoRA adapter a DoRA adapter."""
+        self.use_dora[adapter_name] = True
+        self.lora_variant[adapter_name] = ExpertsVariant()
+        ExpertsVariant.init(self, adapter_name)
+        norm_cache(self, adapter_name).move(self.lora_magnitude_vector[adapter_name].weight.device)
+        trains = self.lora_A[adapter_name].weight.requires_grad
+        self.lora_magnitude_vector[adapter_name].weight.requires_grad_(trains)
+
+    @torch.no_grad()
+    def _merge(self: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Merge one expert at a time, computed in float32 and rounded once."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
+        for name in names:
+            if safe_merge and not all(bool(merged.isfinite().all()) for _, merged in self._merged(name)):
+                raise ValueError(
+                    f"{self._name()}: NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+            for target, merged in self._merged(name):
+                target.copy_(merged)
+            self.merged_adapters.append(name)
+
+    def _merged(self: Any, name: str) -> Any:
+        """Yield each expert's weight ``[N, K]``, and its merged weight."""
+        kept, (weight, a, b, magnitude, _) = switch(self).unmerged, self.problem(name)
+        unmerged = weight
+        if self.merged_adapters and magnitude is not None and kept is not None:
+            unmerged = kept.weight.transpose(1, 2) if weight.stride() != self._stored().stride() else kept.weight
+        norms = []
+        for w, before, one_a, one_b, m in _by_expert(weight.data, unmerged, a, b, magnitude):
+            merged, norm = merged_rows(w, before.to(w.device), one_a, one_b, m, self.scaling[name], strength(self, name))
+            norms.append(norm)
+            yield w, merged
+        if magnitude is not None:
+            self._cache_store(f"{name}-weight_norm", torch.stack(norms).view(magnitude.shape))
+
+    @torch.no_grad()
+    def _unmerge(self: Any) -> None:
+        """Undo merging by arithmetic, as exactly as that allows. Used if no unmerged weight was kept."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            weight, a, b, magnitude, _ = self.problem(name)
+            norm = None if magnitude is None else self._cache_pop(f"{name}-weight_norm")
+            for w, one_a, one_b, m, n in _by_expert(weight.data, a, b, magnitude, norm):
+                w.copy_(unmerged_rows(w, one_a, one_b, m, n, self.scaling[name], strength(self, name)))
+
+    def _merged_into(self: Any) -> Any:
+        return _Holder(self._stored())
+
+    def _keeps_unmerged(self) -> bool:
+        return True  # PEFT's subtraction leaves 5e-4 of a bfloat16 weight
+
+
+def _by_expert(weight: Tensor, *others: Any) -> Any:
+    """The tensors of one expert after another, without a first dimension."""
+    if weight.dim() == 2:
+        return [(weight, *others)]
+    return ((w, *(None if t is None else t[e] for t in others)) for e, w in enumerate(weight))
+
+
+class _Holder:
+    """A parameter under the name `weight`, for what keeps and restores a layer's weight."""
+
+    bias = None
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+
+def _plain(config: Any) -> Any:
+    if not config.use_dora:
+        return config
+    plain = copy.copy(config)
+    plain.use_dora = False
+    return plain
+
+
+def unsupported(layer: Any) -> str | None:
+    """Return the reason why a `ParamWrapper` cannot be patched, or None if it can."""
+    return None
+
+
+def allow() -> Callable[[], None]:
+    """Let PEFT make DoRA adapters of parameters from now on. Returns a function that ends this."""
+    original = STOCK.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
+        original(self, base_layer, adapter_name, parameter_name=parameter_name, config=_plain(config), **kwargs)
+        if config.use_dora:
+            self.__class__ = ParamWrapper
+            setattr(self, SWITCH, Switch())
+            switch(self).name = kwargs.get("target_name") or ""  # type: ignore[union-attr]
+            self.add_magnitude(adapter_name)
+
+    def undo() -> None:
+        if getattr(STOCK.__init__, "__wrapped__", None) is original:
+            STOCK.__init__ = original
+
+    STOCK.__init__ = __init__
+    return undo
