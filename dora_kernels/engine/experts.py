@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.core.precision import cast, compute_dtype, low_rank_dtype
+from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import formula
+from dora_kernels.engine.dispatch import UnsupportedError
 
 
 class Stack(Protocol):
@@ -84,6 +85,8 @@ class Experts:
                 belong to no expert: their results are 0.
         """
         x = cast(x, compute_dtype(x))
+        if torch.compiler.is_compiling() and isinstance(ends, Tensor):
+            return self._op(x, ends)
         bounds = [0, *(ends.tolist() if isinstance(ends, Tensor) else ends), len(x)]
         sizes = [end - start for start, end in zip(bounds, bounds[1:])]
         parts = [(e, rows) for e, rows in enumerate(x.split(sizes)) if sizes[e]]
@@ -98,8 +101,8 @@ class Experts:
     def selected(self, x: Tensor, experts: Tensor) -> Tensor:
         """Row i of x through ``experts[i]``: ``[S, K]`` to ``[S, N]``."""
         ordered, order = experts.sort(stable=True)
-        counts = torch.bincount(ordered, minlength=self.weight.shape[0])
-        y = self.grouped(x[order], counts.cumsum(0))
+        last = torch.arange(self.weight.shape[0], device=experts.device)
+        y = self.grouped(x[order], torch.searchsorted(ordered, last.to(ordered.dtype), right=True))
         return torch.empty_like(y).index_copy(0, order, y)
 
     def formed(self) -> Tensor:
@@ -118,6 +121,19 @@ class Experts:
             if each.strength != 1.0:
                 base = torch.lerp(before.to(base.dtype), base, each.strength)
         return cast(base, self.weight.dtype)
+
+    def _op(self, x: Tensor, ends: Tensor) -> Tensor:
+        """`grouped` as one op of a compiled graph, since the loop depends on the data."""
+        if not isinstance(self.weight, Tensor):
+            raise UnsupportedError("torch.compile: quantised experts with an adapter cannot be compiled")
+        if self.weight.requires_grad:
+            raise UnsupportedError("torch.compile: experts with an adapter whose base weights train cannot be compiled")
+        scales = [each.lora_A.new_empty(0) if each.g is None else each.g for each in self.adapters]
+        y: Tensor = experts_linear(
+            x, ends, self.weight, [each.lora_A for each in self.adapters], [each.lora_B for each in self.adapters],
+            scales, [each.scaling for each in self.adapters], [each.strength for each in self.adapters],
+        )  # fmt: skip
+        return y
 
     def _taken_apart(self) -> list[_Parts]:
         if self._parts is None:
@@ -191,3 +207,110 @@ class _Turned:
 
     def __getitem__(self, expert: int) -> Tensor:
         return self._weight[expert].t()
+
+
+# The op of compiled graphs. Its backward runs the forward again: what that keeps depends on the data.
+
+
+@torch.library.custom_op("dora_kernels::experts_linear", mutates_args=())
+def experts_linear(
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    g: list[Tensor],
+    scaling: list[float],
+    strength: list[float],
+) -> Tensor:
+    """`Experts.grouped`; an empty g stands for None."""
+    return _experts(weight, lora_A, lora_B, g, scaling, strength).grouped(x, ends)
+
+
+@torch.library.custom_op("dora_kernels::experts_linear_backward", mutates_args=())
+def experts_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    g: list[Tensor],
+    scaling: list[float],
+    strength: list[float],
+) -> list[Tensor]:
+    """The gradients of x and of all adapters' A, B and g. Autograd cannot run inside an op, so they are written out."""
+    wide, adapters = accumulation_dtype(x), list(zip(lora_A, lora_B, g, scaling, strength))
+    grads = [torch.zeros_like(t) for t in (x, *lora_A, *lora_B, *g)]
+    dx, *rest = grads
+    of_a, of_b, of_g = (rest[i * len(adapters) : (i + 1) * len(adapters)] for i in range(3))
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if start == end:
+            continue
+        rows, dz, w = x[start:end], dy[start:end].to(wide), weight[e].to(x.dtype)
+        read, steps = rows.to(wide), []
+        z = (rows @ w.t()).to(wide)
+        for a, b, scale, s, k in adapters:
+            h = read @ a[e].to(wide).t()
+            inner = z + s * (h @ b[e].to(wide).t())
+            steps.append((h, inner))
+            z = (1.0 - k) * z + k * (inner * scale[e] if scale.numel() else inner)
+        d_read: Any = 0.0
+        for i in reversed(range(len(adapters))):
+            (a, b, scale, s, k), (h, inner) = adapters[i], steps[i]
+            d_inner = k * dz
+            if scale.numel():
+                of_g[i][e] = (d_inner * inner).sum(0)
+                d_inner = d_inner * scale[e]
+            d_low = s * (d_inner @ b[e].to(wide))
+            of_b[i][e] = s * (d_inner.t() @ h)
+            of_a[i][e] = d_low.t() @ read
+            d_read = d_read + d_low @ a[e].to(wide)
+            dz = (1.0 - k) * dz + d_inner
+        dx[start:end] = d_read + dz.to(x.dtype) @ w
+        start = end
+    return grads
+
+
+def _experts(
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    g: Sequence[Tensor],
+    scaling: Sequence[float],
+    strength: Sequence[float],
+) -> Experts:
+    scales = [each if each.numel() else None for each in g]
+    return Experts(weight, [Adapter(*each) for each in zip(lora_A, lora_B, scales, scaling, strength)])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ends, weight, lora_A, lora_B, g, ctx.scaling, ctx.strength = inputs
+    ctx.save_for_backward(x, ends, weight, *lora_A, *lora_B, *g)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, ends, weight, *tensors = ctx.saved_tensors
+    count = len(ctx.scaling)
+    groups = [tensors[i * count : (i + 1) * count] for i in range(3)]
+    dx, *rest = experts_linear_backward(dy, x, ends, weight, *groups, ctx.scaling, ctx.strength)
+    grads = [rest[i * count : (i + 1) * count] for i in range(3)]
+    return dx, None, None, *grads, None, None
+
+
+experts_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@experts_linear.register_fake
+def _(
+    x: Tensor, ends: Tensor, weight: Tensor, lora_A: Any, lora_B: Any, g: Any, scaling: Any, strength: Any
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@experts_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, ends: Tensor, weight: Tensor, lora_A: Any, lora_B: Any, g: Any, scaling: Any, strength: Any
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (x, *lora_A, *lora_B, *g)]
