@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from dora_kernels.core import weighted_sum
 from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.core.problem import Weights
+from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import experts, ops
 from dora_kernels.engine.dispatch import norm_backend
+from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.stand_in import StandIn, standing_in
 from dora_kernels.peft.layer import DoraLayer, DoraVariant, merged_rows, unmerged_rows
 from dora_kernels.peft.magnitude import DoraMagnitude
@@ -108,8 +113,8 @@ class ParamWrapper(DoraLayer, STOCK):
 
     def _name(self: Any) -> str:
         state = switch(self)
-        name = "" if state is None else state.name
-        return name or f"{type(self.get_base_layer()).__name__}.{self.parameter_name}"
+        name = state.name if state is not None and state.name else type(self.get_base_layer()).__name__
+        return f"{name.replace('.base_layer', '')}.{self.parameter_name}"
 
     def _experts(self: Any, names: list[str]) -> experts.Experts:
         adapters, weight = [], None
@@ -185,6 +190,42 @@ class ParamWrapper(DoraLayer, STOCK):
         return True  # PEFT's subtraction leaves 5e-4 of a bfloat16 weight
 
 
+@torch.no_grad()
+def combine(layer: Any, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
+    """Write the weighted sum of adapters into `result`, expert by expert, as `combine.combine` does for a layer."""
+    parts: list[tuple[float, float, Weights]] = []
+    for one, weight in zip(adapters, weights, strict=True):
+        if one in layer.lora_A:
+            parts.append((weight * strength(layer, one), layer.scaling[one], layer.problem(one)))
+    whole, *new = layer.problem(result)[:4]
+    lost, changed = [], []
+    for e, (w, a, b, m) in enumerate(_by_expert(whole.data, *new)):
+        dtype, own = accumulation_dtype(w, a), []
+        for weight, scaling, problem in parts:
+            _, one_a, one_b, one_m = _one(problem, e)
+            scale = None
+            if one_m is not None:
+                scale = magnitude_scale(one_m, dora_weight_norm(w, one_a, one_b, scaling=scaling))
+            own.append(weighted_sum.Part(weight, weight * scaling * one_b.to(dtype), one_a.to(dtype), scale))
+        b.zero_()
+        norm = functools.partial(dora_weight_norm, w, a, b)
+        full = weighted_sum.weighted_sum(own, norm, dtype, w.shape[0])
+        total, cut = weighted_sum.of_rank(full, a.shape[0])
+        missing = a.shape[0] - total.right.shape[0]
+        a.copy_(F.pad(total.right, (0, 0, 0, missing)))
+        b.copy_(F.pad(weighted_sum.divided(total), (0, missing)))
+        if m is not None:
+            m.copy_(total.factor * dora_weight_norm(w, a, b))
+        lost.append(cut)
+        changed.append(weighted_sum.size(full))
+    return math.hypot(*lost) / math.hypot(*changed) if any(lost) else 0.0
+
+
+def _one(problem: Weights, e: int) -> tuple[Any, ...]:
+    """One expert's tensors."""
+    return tuple(t if t is None or problem.weight.dim() == 2 else t[e] for t in problem[:4])
+
+
 def _by_expert(weight: Tensor, *others: Any) -> Any:
     """The tensors of one expert after another, without a first dimension."""
     if weight.dim() == 2:
@@ -224,7 +265,7 @@ def allow() -> Callable[[], None]:
         if config.use_dora:
             self.__class__ = ParamWrapper
             setattr(self, SWITCH, Switch())
-            switch(self).name = kwargs.get("target_name") or ""  # type: ignore[union-attr]
+            switch(self).name = str(kwargs.get("target_name") or "").rpartition(".")[0]  # type: ignore[union-attr]
             self.add_magnitude(adapter_name)
 
     def undo() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -108,7 +108,8 @@ class LoraModel(lora.LoraModel):
         for name, layer in layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
-        _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        with _unnamed_parameters(self.peft_config[name] for name in adapters if name in self.peft_config):
+            _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         self.peft_config[adapter_name] = dataclasses.replace(
             self.peft_config[known[0]],
             r=rank, lora_alpha=rank, target_modules=target_modules, alpha_pattern={}, rank_pattern={}, use_rslora=False,
@@ -134,6 +135,19 @@ class LoraModel(lora.LoraModel):
         """PEFT's method, without keeping unmerged weights, since no layer is left to unmerge."""
         with _keeping_nothing(self.model):
             return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+@contextmanager
+def _unnamed_parameters(configs: Iterable[Any]) -> Iterator[None]:
+    """Hide the targeted parameters from PEFT, which cannot add up their adapters."""
+    hidden = [(config, config.target_parameters) for config in configs if getattr(config, "target_parameters", None)]
+    for config, _ in hidden:
+        config.target_parameters = None
+    try:
+        yield
+    finally:
+        for config, names in hidden:
+            config.target_parameters = names
 
 
 @contextmanager
