@@ -35,8 +35,11 @@ class StandIn:
         single: True if the parameter is one matrix ``[N, K]``.
     """
 
-    def __init__(self, experts: Callable[[], Experts], name: str, rows_first: bool = True, single: bool = False) -> None:
-        self._make, self._made, self._name = experts, None, name
+    def __init__(
+        self, experts: Callable[[], Experts], name: str, rows_first: bool = True, single: bool = False
+    ) -> None:
+        self._make, self._name = experts, name
+        self._made: Experts | None = None
         self._whole = self
         self._index: Index = 0 if single else None
         self._rows_first = rows_first
@@ -88,6 +91,9 @@ class StandIn:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -114,11 +120,11 @@ class StandIn:
     swapaxes = transpose
 
     @property
-    def mT(self) -> Any:  # noqa: N802
+    def mT(self) -> Any:
         return self.transpose(-2, -1)
 
     @property
-    def T(self) -> Any:  # noqa: N802
+    def T(self) -> Any:
         return self.transpose(0, 1) if self.ndim == 2 else self.formed().T
 
     def t(self) -> Any:
@@ -131,15 +137,15 @@ class StandIn:
     contiguous = to
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)
+        return self.__torch_function__(torch.matmul, (), (self, other))
 
     def __rmatmul__(self, other: Any) -> Any:
-        return torch.matmul(other, self)
+        return self.__torch_function__(torch.matmul, (), (other, self))
 
     def __getattr__(self, name: str) -> Any:
         # No address: a kernel would silently read the base weight there.
         if name.startswith("__") or name in ("data_ptr", "data", "untyped_storage", "storage"):
-            raise AttributeError(f"{self.__dict__.get('_name')}: an adapted weight has no {name} inside its layer's call")
+            raise AttributeError(f"{self.__dict__.get('_name')}: inside its layer's call an adapted weight has no {name}")
         return getattr(self.formed(), name)
 
     def formed(self) -> Tensor:
@@ -163,7 +169,8 @@ class StandIn:
             shape, other = ("[experts, out, in]", "[experts, in, out]")[:: 1 if rows_first else -1]
             raise UnsupportedError(
                 f"{self._name}: the layer's forward reads this weight as {shape}, and the adapter's magnitudes were "
-                f"made for {other}; set is_transposed={not rows_first} on the module that holds it, and make the adapter again"
+                f"made for {other}; set is_transposed={not rows_first} on the module that holds it, and make the "
+                "adapter again"
             )
         return self._experts.turned()
 
@@ -263,7 +270,7 @@ def standing_in(module: nn.Module, name: str, stand_in: StandIn) -> Iterator[Non
     parametrizations = module._modules.get("parametrizations")
     if parametrizations is not None and name in parametrizations._modules:  # a property of the class, which comes first
         own: Any = parametrizations._modules
-        value: Any = _Parametrized(stand_in)
+        value: Any = _Parametrized(stand_in, own[name])
     else:
         own, value = module.__dict__, stand_in
     before = own.get(name, _MISSING)
@@ -278,11 +285,20 @@ def standing_in(module: nn.Module, name: str, stand_in: StandIn) -> Iterator[Non
 
 
 class _Parametrized(nn.Module):
-    """In the place of a parameter's parametrizations."""
+    """In the place of a parameter's parametrizations, which it still shows."""
 
-    def __init__(self, stand_in: StandIn) -> None:
+    def __init__(self, stand_in: StandIn, replaced: Any) -> None:
         super().__init__()
-        self.__dict__["stand_in"] = stand_in
+        self.__dict__.update(stand_in=stand_in, replaced=replaced)
 
     def forward(self) -> Any:
         return self.__dict__["stand_in"]
+
+    @property
+    def original(self) -> Tensor:
+        """The packed parameter."""
+        original: Tensor = self.__dict__["replaced"].original
+        return original
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__dict__["replaced"][index]

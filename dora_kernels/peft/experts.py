@@ -13,7 +13,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from dora_kernels.engine import experts, ops
 from dora_kernels.engine.dispatch import norm_backend
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.stand_in import StandIn, standing_in
-from dora_kernels.peft.layer import DoraLayer, DoraVariant, merged_rows, unmerged_rows
+from dora_kernels.peft import stacks
+from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource, merged_rows, unmerged_rows
 from dora_kernels.peft.magnitude import DoraMagnitude
 from dora_kernels.peft.state import SWITCH, Switch, norm_cache, strength, switch
 
@@ -54,13 +55,12 @@ class ExpertsVariant(DoraVariant):
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Give the adapter its first magnitude, with which it changes nothing: exact to float32, whatever W's dtype."""
         weights = module.problem(adapter_name)
-        dtype, device = accumulation_dtype(weights.weight), weights.lora_A.device
+        device = weights.lora_A.device
         magnitude = DoraMagnitude(fan_in_fan_out=False)
         if device.type == "meta" or weights.weight.is_meta:
-            norm = torch.empty(weights.weight.shape[:-1], dtype=dtype, device="meta")
+            norm = torch.empty(weights.weight.shape[:-1], dtype=accumulation_dtype(weights.weight), device="meta")
         else:
-            backend = norm_backend("auto", weights.weight)
-            norm = ops.weight_norm(*weights[:3], module.scaling[adapter_name], "out", backend)
+            norm = _norm(weights, module.scaling[adapter_name])
         magnitude.weight = nn.Parameter(norm.to(device))
         module.lora_magnitude_vector[adapter_name] = magnitude
 
@@ -68,32 +68,51 @@ class ExpertsVariant(DoraVariant):
     def read(layer: Any, adapter: str) -> Weights | None:
         return None if switch(layer) is None else layer.problem(adapter)
 
+    @classmethod
+    def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
+        """Of a quantised stack the norm is computed expert by expert, and kept while the packed weights stay."""
+        if isinstance(weights.weight, Tensor):
+            return weights, None
+        carrier: Any = weights.weight.carrier
+        return weights._replace(weight=carrier), functools.partial(_norm, weights, layer.scaling[adapter])
+
+
+def _norm(weights: Weights, scaling: float) -> Tensor:
+    """The norm of every row, ``[E, N]``."""
+    weight, lora_A, lora_B, _, _ = weights
+    if isinstance(weight, Tensor):
+        return ops.weight_norm(weight, lora_A, lora_B, scaling, "out", norm_backend("auto", weight))
+    with torch.no_grad():
+        pairs = enumerate(zip(lora_A, lora_B.contiguous(), strict=True))
+        return torch.stack([dora_weight_norm(weight[e], a, b, scaling=scaling) for e, (a, b) in pairs])
+
 
 class ParamWrapper(DoraLayer, STOCK):
     """PEFT's LoRA layer on a parameter, run by this package. PEFT asks for the class's name, so it has the same."""
 
     stock = STOCK
-    variants: dict[Any, Any] = {}
+    variants: ClassVar[dict[Any, Any]] = {}
 
     def problem(self: Any, adapter: str) -> Weights:
         """The adapter's tensors: ``[E, N, K]``, ``[E, r, K]``, ``[E, N, r]``, ``[E, N]``; without E for one matrix."""
-        weight = self._stored()
+        module = self.get_base_layer()
+        transposed = is_transposed(module)
+        weight = stacks.stored(module, self.parameter_name, transposed)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         if weight.dim() == 3:
             count, rank = self.num_experts, self.r[adapter]
             a, b = a.view(count, rank, a.shape[1]), b.view(b.shape[0], rank, count).permute(2, 0, 1)
-            transposed = is_transposed(self.get_base_layer())
-            weight = weight.transpose(1, 2) if transposed else weight
+            if transposed and isinstance(weight, Tensor):
+                weight = weight.transpose(1, 2)
             # PEFT <= 0.18 puts A on the first dimension, later versions on the last unless the module says otherwise.
             if transposed == getattr(self, "_did_swap_in_out_features", False):
                 a, b = b.transpose(1, 2), a.transpose(1, 2)
         magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
         return Weights(weight, a, b, magnitude)
 
-    def _stored(self: Any) -> Tensor:
+    def _stored(self: Any) -> Any:
         """The parameter as it is now. It is read at each use: a wrapper may show its own shard of it inside a call."""
-        weight: Tensor = self.get_base_layer()._parameters[self.parameter_name]
-        return weight
+        return stacks.stored(self.get_base_layer(), self.parameter_name, is_transposed(self.get_base_layer()))
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, with a `StandIn` for the parameter in place of the parametrization."""
@@ -109,7 +128,7 @@ class ParamWrapper(DoraLayer, STOCK):
             return self.base_layer(x, *args, **kwargs)
 
     def _parameter_ndim(self: Any) -> int:
-        return 2 if self.num_experts == 1 and self._stored().dim() == 2 else 3
+        return getattr(self, "_param_ndim", None) or self._stored().dim()
 
     def _name(self: Any) -> str:
         state = switch(self)
@@ -141,6 +160,9 @@ class ParamWrapper(DoraLayer, STOCK):
         """Make a plain LoRA adapter a DoRA adapter."""
         self.use_dora[adapter_name] = True
         self.lora_variant[adapter_name] = ExpertsVariant()
+        for factor in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            if factor.weight.dtype.itemsize < 2:  # PEFT gives them float8, the parameter's dtype
+                factor.weight.data = factor.weight.data.float()
         ExpertsVariant.init(self, adapter_name)
         norm_cache(self, adapter_name).move(self.lora_magnitude_vector[adapter_name].weight.device)
         trains = self.lora_A[adapter_name].weight.requires_grad
@@ -149,6 +171,7 @@ class ParamWrapper(DoraLayer, STOCK):
     @torch.no_grad()
     def _merge(self: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Merge one expert at a time, computed in float32 and rounded once."""
+        self._merged_into()
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         for name in names:
             if safe_merge and not all(bool(merged.isfinite().all()) for _, merged in self._merged(name)):
@@ -161,13 +184,14 @@ class ParamWrapper(DoraLayer, STOCK):
 
     def _merged(self: Any, name: str) -> Any:
         """Yield each expert's weight ``[N, K]``, and its merged weight."""
-        kept, (weight, a, b, magnitude, _) = switch(self).unmerged, self.problem(name)
+        kept, (weight, a, b, magnitude, _) = vars(self)[SWITCH].unmerged, self.problem(name)
         unmerged = weight
         if self.merged_adapters and magnitude is not None and kept is not None:
             unmerged = kept.weight.transpose(1, 2) if weight.stride() != self._stored().stride() else kept.weight
-        norms = []
+        norms: list[Any] = []
         for w, before, one_a, one_b, m in _by_expert(weight.data, unmerged, a, b, magnitude):
-            merged, norm = merged_rows(w, before.to(w.device), one_a, one_b, m, self.scaling[name], strength(self, name))
+            scaling, k = self.scaling[name], strength(self, name)
+            merged, norm = merged_rows(w, before.to(w.device), one_a, one_b, m, scaling, k)
             norms.append(norm)
             yield w, merged
         if magnitude is not None:
@@ -184,7 +208,10 @@ class ParamWrapper(DoraLayer, STOCK):
                 w.copy_(unmerged_rows(w, one_a, one_b, m, n, self.scaling[name], strength(self, name)))
 
     def _merged_into(self: Any) -> Any:
-        return _Holder(self._stored())
+        weight = self._stored()
+        if isinstance(weight, stacks.Quantized):
+            raise ValueError(f"{self._name()}: cannot merge into quantised experts; merge into the dequantised model")
+        return _Holder(weight)
 
     def _keeps_unmerged(self) -> bool:
         return True  # PEFT's subtraction leaves 5e-4 of a bfloat16 weight
@@ -252,7 +279,7 @@ def _plain(config: Any) -> Any:
 
 def unsupported(layer: Any) -> str | None:
     """Return the reason why a `ParamWrapper` cannot be patched, or None if it can."""
-    return None
+    return stacks.unsupported(layer.get_base_layer(), layer.parameter_name)
 
 
 def allow() -> Callable[[], None]:
@@ -260,7 +287,16 @@ def allow() -> Callable[[], None]:
     original = STOCK.__init__
 
     @functools.wraps(original)
-    def __init__(self: Any, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: Any, base_layer: Any, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any
+    ) -> None:
+        if config.use_dora:
+            module = base_layer.get_base_layer() if isinstance(base_layer, STOCK) else base_layer
+            name = kwargs.get("target_name") or f"{type(module).__name__}.{parameter_name}"
+            if reason := stacks.unsupported(module, parameter_name):
+                raise ValueError(f"{name}: DoRA cannot run on this parameter: {reason}")
+            if config.lora_dropout:
+                raise ValueError(f"{name}: lora_dropout: expected 0 for a parameter, got {config.lora_dropout}")
         original(self, base_layer, adapter_name, parameter_name=parameter_name, config=_plain(config), **kwargs)
         if config.use_dora:
             self.__class__ = ParamWrapper

@@ -269,7 +269,7 @@ def out_of_reach(layer: Any) -> str | None:
         return reason
     if switch(layer) is None:
         return "not patched: restored, or made after the patch"
-    variants = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
-    if variants and all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
+    found = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
+    if found and all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in found):
         return f"its weights cannot be read outside their modules' calls: {_obstacle(layer)}"
     return None

@@ -130,9 +130,9 @@ class DoraVariant:
 
 
 def merged_rows(
-    rows: Tensor, unmerged: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float, k: float
-) -> tuple[Tensor, Tensor | None]:
-    """``g * (rows + s B A)`` at strength k, in float32, with g of the unmerged weight; and the norm, if there is one."""
+    rows: Tensor, unmerged: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, scaling: float, k: float
+) -> tuple[Tensor, Any]:
+    """``g * (rows + s B A)`` at strength k, in float32, with g of the unmerged weight; and the norm, if any."""
     factors = lora_A.detach(), lora_B.detach()
     wide = rows.to(accumulation_dtype(rows, *factors))
     merged, norm = ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide)), None
@@ -143,7 +143,7 @@ def merged_rows(
 
 
 def unmerged_rows(
-    rows: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, norm: Tensor | None, scaling: float, k: float
+    rows: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, norm: Tensor | None, scaling: float, k: float
 ) -> Tensor:
     """The inverse of `merged_rows`, in float32."""
     factor: Any = 1.0

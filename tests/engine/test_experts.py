@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine.experts import Adapter, Experts
@@ -118,22 +118,6 @@ def test_several_adapters_apply_one_after_another():
         experts = Experts(one.weight, order)
         y, v = experts.grouped(one.x, ENDS), experts.formed()
         torch.testing.assert_close(y[:3], one.x[:3] @ v[0].t(), rtol=1e-12, atol=1e-12)
-
-
-class Allocations(TorchDispatchMode):
-    """The largest number of elements that an operation made anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, made.numel())
-        return result
 
 
 @pytest.mark.parametrize("weight", [f32, bf16], ids=str)

@@ -1,4 +1,4 @@
-"""Mixtures of experts for the tests: every class of transformers that has stacks, and a small Qwen3-MoE; their oracle."""
+"""Mixtures of experts for the tests: every class of transformers that has stacks, and a small Qwen3-MoE."""
 
 from __future__ import annotations
 
