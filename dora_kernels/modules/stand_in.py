@@ -145,7 +145,7 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         # No address: a kernel would silently read the base weight there.
         if name.startswith("__") or name in ("data_ptr", "data", "untyped_storage", "storage"):
-            raise AttributeError(f"{self.__dict__.get('_name')}: inside its layer's call an adapted weight has no {name}")
+            raise AttributeError(f"{self.__dict__.get('_name')}: inside its layer's call its adapted weight has no {name}")
         return getattr(self.formed(), name)
 
     def formed(self) -> Tensor:

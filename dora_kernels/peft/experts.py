@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dora_kernels.core import weighted_sum
 from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.core.problem import Weights
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import experts, ops
-from dora_kernels.engine.dispatch import norm_backend
+from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.stand_in import StandIn, standing_in
 from dora_kernels.peft import stacks
@@ -54,19 +54,25 @@ class ExpertsVariant(DoraVariant):
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Give the adapter its first magnitude, with which it changes nothing: exact to float32, whatever W's dtype."""
-        weights = module.problem(adapter_name)
+        with torch.no_grad():
+            weights = module.problem(adapter_name)
         device = weights.lora_A.device
         magnitude = DoraMagnitude(fan_in_fan_out=False)
         if device.type == "meta" or weights.weight.is_meta:
             norm = torch.empty(weights.weight.shape[:-1], dtype=accumulation_dtype(weights.weight), device="meta")
         else:
             norm = _norm(weights, module.scaling[adapter_name])
+        if norm.shape[0] != module.num_experts and norm.dim() == 2:
+            norm = _gathered(norm, vars(module)[SWITCH].group)
         magnitude.weight = nn.Parameter(norm.to(device))
         module.lora_magnitude_vector[adapter_name] = magnitude
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
-        return None if switch(layer) is None else layer.problem(adapter)
+        if switch(layer) is None or not layer.lora_A[adapter].weight.numel():
+            return None
+        weights: Weights = layer.problem(adapter)
+        return None if any(hasattr(t, "to_local") for t in weights) else weights  # sharded by FSDP2, outside a call
 
     @classmethod
     def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
@@ -95,24 +101,61 @@ class ParamWrapper(DoraLayer, STOCK):
 
     def problem(self: Any, adapter: str) -> Weights:
         """The adapter's tensors: ``[E, N, K]``, ``[E, r, K]``, ``[E, N, r]``, ``[E, N]``; without E for one matrix."""
-        module = self.get_base_layer()
-        transposed = is_transposed(module)
-        weight = stacks.stored(module, self.parameter_name, transposed)
+        transposed, weight = is_transposed(self.get_base_layer()), self._stored()
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
         if weight.dim() == 3:
             count, rank = self.num_experts, self.r[adapter]
-            a, b = a.view(count, rank, a.shape[1]), b.view(b.shape[0], rank, count).permute(2, 0, 1)
+            if not a.numel():
+                raise UnsupportedError(
+                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed ZeRO-3 "
+                    "has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
+                )
+            own = slice(None)
+            if weight.shape[0] != count:
+                a, b, magnitude, own = self._shared(weight, a, b, magnitude)
+            a, b = a.view(count, rank, a.shape[1])[own], b.view(b.shape[0], rank, count).permute(2, 0, 1)[own]
+            magnitude = None if magnitude is None else magnitude[own]
             if transposed and isinstance(weight, Tensor):
                 weight = weight.transpose(1, 2)
             # PEFT <= 0.18 puts A on the first dimension, later versions on the last unless the module says otherwise.
             if transposed == getattr(self, "_did_swap_in_out_features", False):
                 a, b = b.transpose(1, 2), a.transpose(1, 2)
-        magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
+            if a.shape[-1] != weight.shape[2] or b.shape[1] != weight.shape[1]:
+                raise UnsupportedError(
+                    f"{self._name()}: its weight is {list(weight.shape)} here, as [experts, out, in], and the adapter "
+                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts need "
+                    "another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
+                )
         return Weights(weight, a, b, magnitude)
+
+    def _shared(self: Any, weight: Any, *tensors: Any) -> tuple[Any, ...]:
+        """The adapter's tensors, which all processes hold whole, with gradients summed; and which experts are here."""
+        group = vars(self)[SWITCH].group
+        if group is None or self.num_experts % weight.shape[0]:
+            raise UnsupportedError(
+                f"{self._name()}: expected the weights of {self.num_experts} experts, got {weight.shape[0]}"
+            )
+        present = [t for t in tensors if t is not None]
+        if torch.is_grad_enabled():
+            present = list(_Shared.apply(group, *present))
+        shared = iter(present)
+        first = distributed.get_rank(group) * weight.shape[0]
+        return *(None if t is None else next(shared) for t in tensors), slice(first, first + weight.shape[0])
 
     def _stored(self: Any) -> Any:
         """The parameter as it is now. It is read at each use: a wrapper may show its own shard of it inside a call."""
-        return stacks.stored(self.get_base_layer(), self.parameter_name, is_transposed(self.get_base_layer()))
+        weight = stacks.stored(self.get_base_layer(), self.parameter_name, is_transposed(self.get_base_layer()))
+        return weight.to_local().detach() if self._find_group() is not None else weight
+
+    def _find_group(self: Any) -> Any:
+        """The group whose processes have some of the experts each, if the parameter shows that now."""
+        module, state = self.get_base_layer(), vars(self).get(SWITCH)
+        parameter = module._parameters.get(self.parameter_name)
+        if state is None or not hasattr(parameter, "to_local") or not getattr(module, "_is_expert_parallel", False):
+            return None
+        state.group = parameter.device_mesh.get_group()
+        return state.group
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, with a `StandIn` for the parameter in place of the parametrization."""
@@ -120,6 +163,7 @@ class ParamWrapper(DoraLayer, STOCK):
         if switch(self) is None or self.disable_adapters or self.merged or not active or kwargs.get("adapter_names"):
             return STOCK.forward(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
+        self._find_group()
         module, ndim = self.get_base_layer(), self._parameter_ndim()
         stand_in = StandIn(
             functools.partial(self._experts, active), self._name(), ndim == 2 or not is_transposed(module), ndim == 2
@@ -156,8 +200,16 @@ class ParamWrapper(DoraLayer, STOCK):
         if config.use_dora:
             self.add_magnitude(adapter_name)
 
+    def agree(self: Any, adapter_name: str) -> None:
+        """Give all processes of an expert-parallel group the same first values: each trains a part of them."""
+        group = self._find_group()
+        if group is not None:
+            for factor in (self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight):
+                distributed.broadcast(factor.data, distributed.get_global_rank(group, 0), group)
+
     def add_magnitude(self: Any, adapter_name: str) -> None:
         """Make a plain LoRA adapter a DoRA adapter."""
+        self.agree(adapter_name)
         self.use_dora[adapter_name] = True
         self.lora_variant[adapter_name] = ExpertsVariant()
         for factor in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
@@ -258,6 +310,28 @@ def _by_expert(weight: Tensor, *others: Any) -> Any:
     if weight.dim() == 2:
         return [(weight, *others)]
     return ((w, *(None if t is None else t[e] for t in others)) for e, w in enumerate(weight))
+
+
+class _Shared(torch.autograd.Function):
+    """Tensors that all processes of a group hold whole, and of which each uses a part: their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sums = [grad.contiguous() for grad in grads]
+        for total in sums:
+            distributed.all_reduce(total, group=ctx.group)
+        return None, *sums
+
+
+def _gathered(part: Tensor, group: Any) -> Tensor:
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, part.contiguous(), group)
+    return torch.cat(parts)
 
 
 class _Holder:
