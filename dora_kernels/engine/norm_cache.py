@@ -206,7 +206,7 @@ class NormCache:
     ) -> Norm:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
-        on_device = compute is None and weight.dim() == 2 and device_answers(weight, backend)
+        on_device = compute is None and device_answers(weight, backend)
         # A CUDA graph asks the device at every replay; in training A and B change between replays.
         if not _enabled or (_capturing(device) and (training or not on_device)):
             self.computed += 1
@@ -223,8 +223,7 @@ class NormCache:
                 return Norm(divisor.clone() if for_backward else divisor)
             self.computed += 1
             held = square = None
-            on_host = compute is not None or weight.dim() == 3  # what the device does not compare
-            if (backend == "torch" and device.type == "cpu") or (on_host and not training):
+            if (backend == "torch" and device.type == "cpu") or (compute is not None and not training):
                 held = Held(weight, lora_A, lora_B)
             if compute is None and not weight.requires_grad:
                 square = self._row_square(weights, form, backend, held)
@@ -250,7 +249,7 @@ class NormCache:
         axis = form.magnitude_axis
         if not ops.norm_module(backend).is_factored(*row_problem(weight, lora_A, lora_B, axis)):
             return None
-        if weight.dim() == 2 and device_answers(weight, backend):
+        if device_answers(weight, backend):
             nothing = weights._replace(lora_A=lora_A[:0].to(weight.dtype), lora_B=lora_B[:, :0].to(weight.dtype))
             divisor = self._ask_device(nothing, Form(0.0, axis))
             return torch.where(divisor == torch.inf, 0.0, divisor.square())
@@ -269,7 +268,7 @@ class NormCache:
         """Return the divisor; the device computes it again if it finds that A, B or W's sample have changed."""
         weight, lora_A, lora_B, _, _ = weights
         rows = row_problem(weight, lora_A, lora_B, form.magnitude_axis)
-        device, rank = weight.device, lora_A.shape[0]
+        device, rank = weight.device, lora_A.shape[-2]
         # The device compares every bit of A and B, but only a sample of W.
         key = (
             weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype,
@@ -278,7 +277,7 @@ class NormCache:
         known = self._on_device.get((device, rank))
         captured = _capturing(device)
         if captured or known is None or known[1] != key:
-            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[0], form.scaling, device)
+            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[:-1], form.scaling, device)
             if captured:
                 self._captured.append(known[2])
             else:
