@@ -109,17 +109,9 @@ class DoraVariant:
             if k != 1.0:
                 raise ValueError(f"adapter {adapter!r} has a strength of {k}, which PEFT's own code cannot merge")
             return None
-        scaling = layer.scaling[adapter]
         unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)
-        factors = weights.lora_A.detach(), weights.lora_B.detach()
-        norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)
         rows = cls.rows(layer, weight.detach())
-        wide = rows.to(accumulation_dtype(rows, *factors))
-        backend = norm_backend("auto", wide)
-        merged = ops.merge(wide, *factors, None, scaling, "out", backend)
-        merged.mul_(magnitude_scale(weights.magnitude, norm).unsqueeze(1))
-        if k != 1.0:
-            merged = torch.lerp(wide, merged, k)
+        merged, norm = merged_rows(rows, unmerged.detach(), *weights[1:4], layer.scaling[adapter], k)
         result = torch.empty_like(weight.detach())
         cls.rows(layer, result).copy_(merged)
         # PEFT's own unmerge looks here for the norm that it divides by.
@@ -134,16 +126,38 @@ class DoraVariant:
         if weights is None:
             unmerged: Tensor = cls.stock.unmerge(module, active_adapter, orig_weight)
             return unmerged
-        k = strength(module, active_adapter)
-        g = k * magnitude_scale(weights.magnitude, module._cache_pop(f"{active_adapter}-weight_norm").view(-1))
-        factor = (1.0 - k + g).unsqueeze(1)
-        rows = cls.rows(module, orig_weight.detach())
-        wide = rows.to(accumulation_dtype(rows, weights.lora_A)) / factor
-        factors = weights.lora_A.detach(), weights.lora_B.detach() * (-g.unsqueeze(1) / factor)
+        norm = module._cache_pop(f"{active_adapter}-weight_norm").view(-1)
+        k, rows = strength(module, active_adapter), cls.rows(module, orig_weight.detach())
         result = torch.empty_like(orig_weight.detach())
-        scaling, backend = module.scaling[active_adapter], norm_backend("auto", wide)
-        cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
+        cls.rows(module, result).copy_(unmerged_rows(rows, *weights[1:4], norm, module.scaling[active_adapter], k))
         return result
+
+
+def merged_rows(
+    rows: Tensor, unmerged: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, scaling: float, k: float
+) -> tuple[Tensor, Any]:
+    """``g * (rows + s B A)`` at strength k, in float32, with g of the unmerged weight; and the norm, if any."""
+    factors = lora_A.detach(), lora_B.detach()
+    wide = rows.to(accumulation_dtype(rows, *factors))
+    merged, norm = ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide)), None
+    if magnitude is not None:
+        norm = dora_weight_norm(unmerged, *factors, scaling=scaling)
+        merged.mul_(magnitude_scale(magnitude.detach(), norm).unsqueeze(1))
+    return merged if k == 1.0 else torch.lerp(wide, merged, k), norm
+
+
+def unmerged_rows(
+    rows: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, norm: Tensor | None, scaling: float, k: float
+) -> Tensor:
+    """The inverse of `merged_rows`, in float32."""
+    factor: Any = 1.0
+    wide, factors = rows.to(accumulation_dtype(rows, lora_A)), (lora_A.detach(), -k * lora_B.detach())
+    if magnitude is not None and norm is not None:
+        g = (k * magnitude_scale(magnitude.detach(), norm)).unsqueeze(1)
+        factor = 1.0 - k + g
+        factors = factors[0], lora_B.detach() * (-g / factor)
+    wide = wide / factor
+    return ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide))
 
 
 class Unmerged:
@@ -241,9 +255,9 @@ class DoraLayer:
         names = self.active_adapters if adapter_names is None else adapter_names
         with self._writing():
             if self.merged_adapters:
-                if state.unmerged is not None and not state.unmerged.is_of(self.get_base_layer()):
+                if state.unmerged is not None and not state.unmerged.is_of(self._merged_into()):
                     state.unmerged = None  # somebody has changed the weight since
-            elif names and dora_adapters(self) and (keep or set(names[1:]) & set(dora_adapters(self))):
+            elif names and self._keeps_unmerged() and (keep or set(names[1:]) & set(dora_adapters(self))):
                 state.unmerged = self._keep()
             try:
                 self._merge(safe_merge, adapter_names)
@@ -252,7 +266,7 @@ class DoraLayer:
                 if not self.merged_adapters or not keep:
                     state.unmerged = None
                 elif state.unmerged is not None:
-                    state.unmerged.merged(self.get_base_layer())
+                    state.unmerged.merged(self._merged_into())
 
     def unmerge(self: Any) -> None:
         """Restore the kept weight bit for bit. Without one, or if it was changed since, use PEFT's arithmetic."""
@@ -261,8 +275,8 @@ class DoraLayer:
             return super().unmerge()  # type: ignore[misc]
         kept, state.unmerged = state.unmerged, None
         with self._writing():
-            if kept is not None and self.merged_adapters and kept.is_of(self.get_base_layer()):
-                kept.put_back(self.get_base_layer())
+            if kept is not None and self.merged_adapters and kept.is_of(self._merged_into()):
+                kept.put_back(self._merged_into())
                 for name in self.merged_adapters:
                     self._caches.pop(f"{name}-weight_norm", None)
                 self.merged_adapters.clear()
@@ -277,7 +291,15 @@ class DoraLayer:
         super().unmerge()  # type: ignore[misc]
 
     def _keep(self: Any) -> Any:
-        return Unmerged(self.get_base_layer())
+        return Unmerged(self._merged_into())
+
+    def _keeps_unmerged(self: Any) -> bool:
+        """True if unmerging puts back a copy."""
+        return bool(dora_adapters(self))
+
+    def _merged_into(self: Any) -> Any:
+        """What holds the weight that merging writes."""
+        return self.get_base_layer()
 
     @contextmanager
     def _writing(self: Any) -> Iterator[None]:

@@ -25,7 +25,7 @@ from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.model.targets import parents_of
 from dora_kernels.model.weight_readers import WeightReaders
-from dora_kernels.peft import gptq
+from dora_kernels.peft import experts, gptq
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -36,8 +36,8 @@ from dora_kernels.peft.config import (
     set_grouped_norm,
 )
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
-from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
-from dora_kernels.peft.state import Options, dora_adapters, switch
+from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, runs_here, unsupported
+from dora_kernels.peft.state import Options, switch
 
 logger = logging.getLogger("dora_kernels")
 
@@ -117,7 +117,7 @@ class PatchHandle:
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
-                if isinstance(module, lora.LoraLayer) and dora_adapters(module):
+                if runs_here(module):
                     reader = readers.never_calling(parents_of(model, name), name)
                     read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
                     yield prefix + name, read or out_of_reach(module)
@@ -250,7 +250,7 @@ def _wrap_inject_adapter() -> None:
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, model, *args, **kwargs)
-        if not _on or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
+        if not _on or not any(map(runs_here, model.modules())):
             return
         handle, options, exact_init, grouped_norm = _on[-1]
         patch_layers(model, options)
@@ -262,7 +262,7 @@ def _wrap_inject_adapter() -> None:
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
-        count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
+        count = sum(switch(m) is not None and runs_here(m) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     def unwrap() -> None:
@@ -270,7 +270,7 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), experts.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
 
 
@@ -299,7 +299,7 @@ def _check_something_to_patch(model: nn.Module) -> None:
             "model: nothing to patch, it has no LoRA layers; "
             "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
         )
-    dora = [(name, layer) for name, layer in layers if dora_adapters(layer)]
+    dora = [(name, layer) for name, layer in layers if runs_here(layer)]
     if not dora:
         raise ValueError(
             f"model: nothing to patch, none of its {len(layers)} LoRA layers has a DoRA adapter; "
