@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import conv, embedding, gptq, linear, quantized
+from dora_kernels.peft import conv, embedding, gptq, linear, quantized, shards
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -156,6 +156,7 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
             state.options = options
     elif known:
         options = known[0].options
+    shards.mend(model)
     for layer in model.modules():
         kind = _kind(type(layer))
         if kind is not None and unsupported(layer) is None:
@@ -186,6 +187,7 @@ def restore_layers(model: nn.Module) -> None:
     Layers for which PEFT has no DoRA can be restored only if they have no DoRA adapter.
     """
     layer: Any
+    shards.undo_mend(model)
     for layer in model.modules():
         if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused):
             continue

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype
-from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.problem import Weights
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import ops
 from dora_kernels.engine.dispatch import norm_backend
 from dora_kernels.engine.fingerprints import digest
+from dora_kernels.engine.layer import norm_now
 from dora_kernels.engine.model_norms import KeptNorm
-from dora_kernels.functional import dora_weight_norm
+from dora_kernels.peft.shards import agreed, form_of, like, part, split_of
 from dora_kernels.peft.state import (
     active_dropout,
     divisor,
@@ -105,10 +106,11 @@ class DoraVariant:
             if k != 1.0:
                 raise ValueError(f"adapter {adapter!r} has a strength of {k}, which PEFT's own code cannot merge")
             return None
+        whole, weight = weight, part(weight)
         scaling = layer.scaling[adapter]
         unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)
         factors = weights.lora_A.detach(), weights.lora_B.detach()
-        norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)
+        norm = norm_now(Weights(unmerged.detach(), *factors), form_of(layer, adapter), "auto")
         rows = cls.rows(layer, weight.detach())
         wide = rows.to(accumulation_dtype(rows, *factors))
         backend = norm_backend("auto", wide)
@@ -119,8 +121,8 @@ class DoraVariant:
         result = torch.empty_like(weight.detach())
         cls.rows(layer, result).copy_(merged)
         # PEFT's own unmerge looks here for the norm that it divides by.
-        layer._cache_store(f"{adapter}-weight_norm", norm.view(layer.lora_magnitude_vector[adapter].weight.shape))
-        return result
+        layer._cache_store(f"{adapter}-weight_norm", norm.view(part(layer.lora_magnitude_vector[adapter].weight).shape))
+        return cast(Tensor, like(whole, result))
 
     @classmethod
     @torch.no_grad()
@@ -130,6 +132,7 @@ class DoraVariant:
         if weights is None:
             unmerged: Tensor = cls.stock.unmerge(module, active_adapter, orig_weight)
             return unmerged
+        whole, orig_weight = orig_weight, part(orig_weight)
         k = strength(module, active_adapter)
         g = k * magnitude_scale(weights.magnitude, module._cache_pop(f"{active_adapter}-weight_norm").view(-1))
         factor = (1.0 - k + g).unsqueeze(1)
@@ -139,32 +142,32 @@ class DoraVariant:
         result = torch.empty_like(orig_weight.detach())
         scaling, backend = module.scaling[active_adapter], norm_backend("auto", wide)
         cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
-        return result
+        return cast(Tensor, like(whole, result))
 
 
 class Unmerged:
     """A copy of a base layer's weight and bias on the CPU, and a record of what merging made of them."""
 
     def __init__(self, base: Any) -> None:
-        self.weight = base.weight.detach().to("cpu", copy=True)
+        self.weight = part(base.weight).detach().to("cpu", copy=True)
         self._bias = UnmergedBias(base)
         self._merged: Tensor | None = None
 
     def merged(self, base: Any) -> None:
         """Record what merging made of the layer."""
-        self._merged = digest(base.weight).cpu()
+        self._merged = digest(part(base.weight)).cpu()
         self._bias.merged(base)
 
     def is_of(self, base: Any) -> bool:
         """True if the layer's weight is still what merging made of it."""
-        weight = base.weight
+        weight = part(base.weight)
         if self._merged is None or weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
-            return False
-        return torch.equal(self._merged, digest(weight).cpu())
+            return agreed(base, False)
+        return agreed(base, torch.equal(self._merged, digest(weight).cpu()))
 
     def put_back(self, base: Any) -> None:
         """Write the copies into the layer."""
-        base.weight.data.copy_(self.weight)
+        part(base.weight).data.copy_(self.weight)
         self._bias.put_back(base)
 
 
@@ -183,12 +186,12 @@ class UnmergedBias:
         now = _bias(base)
         if now is not None and self._before is not None and self._merged is not None:
             changed = not torch.equal(now, self._merged)
-            base.bias.data.copy_(now - (self._merged - self._before) if changed else self._before)
+            part(base.bias).data.copy_(now - (self._merged - self._before) if changed else self._before)
 
 
 def _bias(base: Any) -> Tensor | None:
     """A copy on the CPU."""
-    bias = getattr(base, "bias", None)
+    bias = part(getattr(base, "bias", None))
     return None if bias is None else bias.detach().to("cpu", copy=True)
 
 
@@ -296,6 +299,12 @@ class DoraLayer:
                 cache.move(self.lora_magnitude_vector[name].weight.device)
         return result
 
+    @property
+    def norm_group(self: Any) -> Any:
+        """The process group over which the rows of the linear problem are split, or None."""
+        split = split_of(self)
+        return None if split is None else split.norm_group
+
     def kept_norms(self: Any) -> Iterator[KeptNorm]:
         """Yield the norms that `frozen_norms` may freeze: those of the active adapters that can be read."""
         if switch(self) is None or self.merged_adapters or self.disable_adapters:
@@ -307,7 +316,7 @@ class DoraLayer:
                 source, compute = variant.norm_source(self, name, weights)
                 # The magnitude as a vector, whatever the other tensors are.
                 tensors = source._replace(magnitude=weights.magnitude)
-                yield KeptNorm(norm_cache(self, name), tensors, Form(self.scaling[name]), "auto", compute)
+                yield KeptNorm(norm_cache(self, name), tensors, form_of(self, name), "auto", compute)
 
     def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """PEFT's checks, but DoRA is allowed in a batch with several adapters."""

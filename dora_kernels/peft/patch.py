@@ -23,7 +23,7 @@ if not hasattr(lora.layer, "LoraVariant"):
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import gptq
+from dora_kernels.peft import gptq, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -245,7 +245,7 @@ def _wrap_inject_adapter() -> None:
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, model, *args, **kwargs)
-        if not _on or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
+        if not _on or not any(isinstance(m, lora.LoraLayer) and _concerns(m) for m in model.modules()):
             return
         handle, options, exact_init, grouped_norm = _on[-1]
         patch_layers(model, options)
@@ -265,8 +265,13 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
+
+
+def _concerns(layer: Any) -> bool:
+    """True if a LoRA layer has a DoRA adapter, or is split, where PEFT's plain LoRA needs mending."""
+    return bool(dora_adapters(layer)) or shards.split_of(layer) is not None
 
 
 def _warn_of_version() -> None:
@@ -295,6 +300,8 @@ def _check_something_to_patch(model: nn.Module) -> None:
             "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
         )
     dora = [(name, layer) for name, layer in layers if dora_adapters(layer)]
+    if not dora and any(_concerns(layer) for _, layer in layers):
+        return
     if not dora:
         raise ValueError(
             f"model: nothing to patch, none of its {len(layers)} LoRA layers has a DoRA adapter; "
