@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import conv, embedding, gptq, linear, quantized, shards
+from dora_kernels.peft import conv, embedding, gptq, linear, quantized, shards, tensor_parallel
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -63,6 +63,7 @@ class LoraModel(lora.LoraModel):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter as PEFT does, then patch."""
+        tensor_parallel.check_targets(self, model, *args, **kwargs)
         super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
         follow_configs(model, self.peft_config)
@@ -102,6 +103,8 @@ class LoraModel(lora.LoraModel):
         for name, layer in layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
+            if shards.split_of(layer) is not None:
+                raise ValueError(f"{name}: the layer is tensor-parallel; add up its adapters in one process")
         _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         self.peft_config[adapter_name] = dataclasses.replace(
             self.peft_config[known[0]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dora_kernels.engine.dispatch import norm_backend
 from dora_kernels.engine.fingerprints import digest
 from dora_kernels.engine.layer import norm_now
 from dora_kernels.engine.model_norms import KeptNorm
-from dora_kernels.peft.shards import agreed, form_of, like, part, split_of
+from dora_kernels.peft.shards import agreed, form_of, like, part, split_of, write
 from dora_kernels.peft.state import (
     active_dropout,
     divisor,
@@ -84,7 +84,11 @@ class DoraVariant:
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the merged weight."""
         merged = cls._merged(module, active_adapter, orig_weight)
-        return cls.stock.merge_safe(module, active_adapter, orig_weight) if merged is None else merged
+        if merged is None:
+            merged = cls.stock.merge_safe(module, active_adapter, orig_weight)
+        elif split_of(module) is not None and agreed(module.get_base_layer(), bool(part(merged).isfinite().all())):
+            merged = write(module.get_base_layer().weight, merged)
+        return merged
 
     @classmethod
     def merge_unsafe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -93,7 +97,7 @@ class DoraVariant:
         if merged is None:
             cls.stock.merge_unsafe(module, active_adapter, orig_weight)
         else:
-            orig_weight.data = merged
+            orig_weight.data = write(orig_weight, merged)
 
     @classmethod
     @torch.no_grad()
@@ -122,7 +126,7 @@ class DoraVariant:
         cls.rows(layer, result).copy_(merged)
         # PEFT's own unmerge looks here for the norm that it divides by.
         layer._cache_store(f"{adapter}-weight_norm", norm.view(part(layer.lora_magnitude_vector[adapter].weight).shape))
-        return cast(Tensor, like(whole, result))
+        return like(whole, result)
 
     @classmethod
     @torch.no_grad()
@@ -142,7 +146,7 @@ class DoraVariant:
         result = torch.empty_like(orig_weight.detach())
         scaling, backend = module.scaling[active_adapter], norm_backend("auto", wide)
         cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
-        return cast(Tensor, like(whole, result))
+        return write(whole, like(whole, result))
 
 
 class Unmerged:

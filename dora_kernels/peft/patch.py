@@ -244,6 +244,8 @@ def _wrap_inject_adapter() -> None:
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if _on:
+            tensor_parallel.check_targets(self, model, *args, **kwargs)
         original(self, model, *args, **kwargs)
         if not _on or not any(isinstance(m, lora.LoraLayer) and _concerns(m) for m in model.modules()):
             return

@@ -111,6 +111,17 @@ def part(tensor: Any) -> Any:
     return own
 
 
+def write(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a split parameter's ``data`` after writing `value` into it; for any other, return `value` as it is.
+
+    Setting the ``data`` of a DTensor leaves this process's part as it was.
+    """
+    if not hasattr(parameter, "to_local"):
+        return value
+    part(parameter).data.copy_(part(value))
+    return parameter.data
+
+
 def like(whole: Any, own: Tensor) -> Any:
     """Return `own` as this process's part of a tensor that is split as `whole` is."""
     if not hasattr(whole, "to_local"):

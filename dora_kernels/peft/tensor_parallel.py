@@ -7,11 +7,12 @@ it is on. Which process has which part of a tensor: `shards`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora import variants
+from peft.tuners.lora import LoraLayer, LoraModel, variants
 from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
 from torch import Tensor, distributed, nn
 
@@ -41,6 +42,29 @@ def allow() -> Callable[[], None]:
     return undo
 
 
+def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
+    """Raise ValueError, before PEFT adds an adapter, if a target is split in a way that PEFT has no adapters for.
+
+    PEFT warns of it and raises at the first forward.
+    """
+    plan = getattr(model, "tp_plan", None) if getattr(model, "_device_mesh", None) is not None else None
+    if not plan or not isinstance(tuner, LoraModel):
+        return
+    config = tuner.peft_config[adapter_name]
+    if config.target_modules in (None, "all-linear"):
+        return
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+        if style is None or style in shards.STYLES or not isinstance(base, nn.Linear | nn.Embedding):
+            continue
+        if tuner._check_target_module_exists(config, name):
+            raise ValueError(
+                f"target_modules: {name} cannot have an adapter: its tensor-parallel style is {style!r}; expected one "
+                f"of {', '.join(shards.STYLES)}"
+            )
+
+
 def wrapped(original: Callable[..., None]) -> Callable[..., None]:
     """Return PEFT's ``init`` of a variant, with `start` for split layers."""
 
@@ -64,7 +88,7 @@ def start(module: Any, adapter: str) -> bool:
     base = module.get_base_layer()
     reason = shards.problem(base)
     if reason is not None:
-        raise ValueError(f"DoRA cannot be added to a {type(base).__name__}: {reason}")
+        raise ValueError(f"a {type(base).__name__} cannot have a DoRA adapter: {reason}")
     split = shards.split_of(module)
     if split is None:
         return False
