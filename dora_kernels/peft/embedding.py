@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraEmbeddingLayer
@@ -80,6 +81,11 @@ class DoraEmbedding(DoraLayer, lora.Embedding):
 
     stock = lora.Embedding
     variants = {variants.DoraEmbeddingVariant: DoraEmbeddingVariant}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() and shards.is_split(self) and not (args or kwargs):
+            return tensor_parallel.untraced(self, x)
+        return lora.Embedding.forward(self, x, *args, **kwargs)
 
     def _adapter_input(self, x: Tensor, adapter: str) -> Tensor:
         """Return x as it is: indices need no cast to the adapter's dtype."""

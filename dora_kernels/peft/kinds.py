@@ -159,7 +159,7 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
             state.options = options
     elif known:
         options = known[0].options
-    shards.mend(model)
+    tensor_parallel.prepare(model)
     for layer in model.modules():
         kind = _kind(type(layer))
         if kind is not None and unsupported(layer) is None:

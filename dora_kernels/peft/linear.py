@@ -104,7 +104,7 @@ class DoraLinear(DoraLayer, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
             if torch.compiler.is_compiling():
-                y = _traced(self, x)
+                y = tensor_parallel.untraced(self, x) if shards.is_split(self) else _traced(self, x)
                 if y is not None:
                     return y
             else:

@@ -76,6 +76,11 @@ def split_of(layer: Any) -> Split | None:
     return Split(style, mesh) if getattr(weight, "device_mesh", None) == mesh else None
 
 
+def is_split(layer: Any) -> bool:
+    """True if the layer is split, whether or not its parts can be read."""
+    return _STYLE in layer._modules["base_layer"].__dict__
+
+
 def problem(base: Any) -> str | None:
     """Return the reason why a tensor-parallel base layer cannot be adapted, or None."""
     style = base.__dict__.get(_STYLE)
@@ -135,8 +140,8 @@ def like(whole: Any, own: Tensor) -> Any:
 _LOCAL = "_dora_kernels_local_features"
 
 
-def mend(model: nn.Module) -> None:
-    """Tell split lora_A and lora_B the number of features of all processes together.
+def mend(model: nn.Module) -> bool:
+    """Tell split lora_A and lora_B the number of features of all processes together; False if no layer is split.
 
     transformers needs that, and PEFT (0.21) gives them their own part's: plain LoRA raises in row-parallel layers.
     """
@@ -145,6 +150,7 @@ def mend(model: nn.Module) -> None:
         if (module.in_features, module.out_features) != (inputs, outputs):
             setattr(module, _LOCAL, (module.in_features, module.out_features))
             module.in_features, module.out_features = inputs, outputs
+    return any(isinstance(layer, lora.LoraLayer) and is_split(layer) for layer in model.modules())
 
 
 def undo_mend(model: nn.Module) -> None:

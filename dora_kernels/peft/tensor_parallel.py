@@ -139,6 +139,21 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     return y.view(*x.shape[:-1], y.shape[1])
 
 
+def untraced(layer: Any, x: Tensor) -> Tensor:
+    """Run a split layer between two graphs of a compiled model: the compiler cannot trace what processes agree on."""
+    y: Tensor = _uncompiled[0](layer, x)
+    return y
+
+
+_uncompiled: list[Callable[..., Tensor]] = []
+
+
+def prepare(model: nn.Module) -> None:
+    """Make a model with split layers ready, if it has some: see `shards.mend` and `untraced`."""
+    if shards.mend(model) and not _uncompiled:
+        _uncompiled.append(torch.compiler.disable(lambda layer, x: layer(x)))  # imports the compiler
+
+
 def base_product(split: shards.Split, x: Tensor, weight: Tensor) -> Tensor:
     """``x Wᵀ`` for one process's part of the weight."""
     if split.of_rows:

@@ -285,6 +285,16 @@ def modules(rank, folder):
         assert len(calls) == 2 * 2 * 14
 
 
+def compiled(rank, folder):
+    """Split layers run between the graphs."""
+    with patched():
+        one, split = twins(folder)
+        model = torch.compile(split, backend="eager")
+        results = solve(model)
+        agree({name.removeprefix("_orig_mod."): t for name, t in results.items()}, solve(one))
+        agree(logits(model), logits(one))
+
+
 def merging(rank, folder):
     """Merged weights, whole, and the very bits again; several adapters; arithmetic where no copy was kept."""
     with patched():
@@ -357,8 +367,8 @@ def restored(rank, folder):
 
 
 CHECKS = [
-    lora, gradients, float32, fresh, untrained_start, training, one_process_changes, modes, modules, merging,
-    exact_start, refused, restored,
+    lora, gradients, float32, fresh, untrained_start, training, one_process_changes, modes, modules, compiled,
+    merging, exact_start, refused, restored,
 ]  # fmt: skip
 
 
