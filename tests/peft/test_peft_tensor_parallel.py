@@ -7,6 +7,7 @@ one process, in float64 but where it says so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 
 import pytest
@@ -31,6 +32,10 @@ from tensor_parallel import (
     whole,
 )
 from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import dora_kernels
 from dora_kernels.engine import collectives, model_forward
@@ -380,4 +385,46 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("function", CHECKS, ids=lambda function: function.__name__)
 def test_as_in_one_process(outcomes, function):
     errors = [outcome[function.__name__] for outcome in outcomes]
+    assert not any(errors), "\n".join(errors)
+
+
+def with_fsdp2(rank, folder):
+    """Two by two processes: inside a block's forward its parameters are split by tensor parallelism alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    targets = [name for name in TARGETS if name != "embed_tokens"]  # FSDP2 refuses PEFT's strided factor there
+    config = LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=targets)
+    with patched():
+        base = base_model(folder, False)
+        apply_tensor_parallelism(base, mesh["tp"], base._expand_parallel_plan(base.tp_plan))
+        base._device_mesh, base._tp_size, base.config.distributed_config = mesh, 2, DistributedConfig(tp_size=2)
+        one, split = (
+            move(get_peft_model(each, config, autocast_adapter_dtype=False)).train()
+            for each in (base_model(folder, False), base)
+        )
+        for block in split.get_submodule("base_model.model.model.layers"):
+            fully_shard(block, mesh=mesh["fsdp"])
+        fully_shard(split, mesh=mesh["fsdp"])
+        optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], **ADAM) for m in (one, split)]
+        for step in range(2):
+            for i in range(2):
+                ids = tokens(10 * step + i)
+                wanted = one(input_ids=ids, labels=ids, use_cache=False).loss
+                ids = ids.chunk(2)[mesh["fsdp"].get_local_rank()]
+                loss = split(input_ids=ids, labels=ids, use_cache=False).loss
+                for each in (wanted, loss):
+                    each.backward()
+                mean = loss.detach() / 2
+                distributed.all_reduce(mean, group=mesh["fsdp"].get_group())
+                torch.testing.assert_close(mean, wanted.detach())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # the loss is float32
+        close(logits(split.eval()), logits(one.eval()))
+        close({n: whole(p) for n, p in split.named_parameters()}, {n: p.detach() for n, p in one.named_parameters()})
+
+
+@pytest.mark.slow
+def test_with_fsdp2(tmp_path):
+    errors = [outcome["with_fsdp2"] for outcome in run([with_fsdp2], tmp_path, 4)]
     assert not any(errors), "\n".join(errors)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, distributed, multiprocessing, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-RANKS, VOCAB = 2, 61
+VOCAB = 61
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
 
 
@@ -93,12 +93,12 @@ def agree(got: Any, wanted: Any) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
-def _in_group(rank: int, checks: list[Any], folder: Path) -> None:
+def _in_group(rank: int, checks: list[Any], folder: Path, ranks: int) -> None:
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in place.items()})  # the process ends with this
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS,
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
     outcomes = {}
@@ -115,12 +115,12 @@ def _in_group(rank: int, checks: list[Any], folder: Path) -> None:
         distributed.destroy_process_group()
 
 
-def run(checks: list[Any], folder: Path) -> list[dict[str, str]]:
-    """Run all checks in two processes, in one launch; return each process's errors by check."""
+def run(checks: list[Any], folder: Path, ranks: int = 2) -> list[dict[str, str]]:
+    """Run all checks in `ranks` processes, in one launch; return each process's errors by check."""
     write_base(folder / "base")
     multiprocessing.set_forkserver_preload(["peft", "transformers.models.llama.modeling_llama"])  # slow to import
     context: Any = multiprocessing.start_processes(
-        _in_group, (checks, folder), nprocs=RANKS, join=False, start_method="forkserver"
+        _in_group, (checks, folder, ranks), nprocs=ranks, join=False, start_method="forkserver"
     )
     try:
         while not context.join():
@@ -128,5 +128,5 @@ def run(checks: list[Any], folder: Path) -> list[dict[str, str]]:
     except Exception as error:  # what ran until then is in the files
         print(error)
     missing = dict.fromkeys((check.__name__ for check in checks), "did not run")
-    files = [folder / f"{rank}.pt" for rank in range(RANKS)]
+    files = [folder / f"{rank}.pt" for rank in range(ranks)]
     return [{**missing, **(torch.load(file) if file.exists() else {})} for file in files]
