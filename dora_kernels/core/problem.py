@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """The tensors of a layer. Views if it stores another shape (GPT-2's `Conv1D`, convolutions, embeddings)."""
+    """The tensors of a layer. Views if it stores another shape (GPT-2's `Conv1D`, convolutions, embeddings).
+
+    Those of a stack of experts have one more dimension, E, in front.
+    """
 
     weight: Tensor
     """``[N, K]``, with N output and K input features."""

@@ -284,7 +284,7 @@ class NormCache:
         """Return the divisor; the device computes it again if it finds that A, B or W's sample have changed."""
         weight, lora_A, lora_B, _, _ = weights
         rows = row_problem(weight, lora_A, lora_B, form.magnitude_axis)
-        device, rank = weight.device, lora_A.shape[0]
+        device, rank = weight.device, lora_A.shape[-2]
         # The device compares every bit of A and B, but only a sample of W.
         key = (
             weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype,
@@ -293,7 +293,7 @@ class NormCache:
         known = self._on_device.get((device, rank))
         captured = _capturing(device)
         if captured or known is None or known[1] != key:
-            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[0], form.scaling, device)
+            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[:-1], form.scaling, device)
             if captured:
                 self._captured.append(known[2])
             else:

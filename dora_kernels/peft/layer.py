@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype
-from dora_kernels.core.problem import Weights
+from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import ops
 from dora_kernels.engine.dispatch import norm_backend
@@ -112,17 +112,11 @@ class DoraVariant:
                 raise ValueError(f"adapter {adapter!r} has a strength of {k}, which PEFT's own code cannot merge")
             return None
         whole, weight = weight, part(weight)
-        scaling = layer.scaling[adapter]
         unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)
-        factors = weights.lora_A.detach(), weights.lora_B.detach()
-        norm = norm_now(Weights(unmerged.detach(), *factors), form_of(layer, adapter), "auto")
         rows = cls.rows(layer, weight.detach())
-        wide = rows.to(accumulation_dtype(rows, *factors))
-        backend = norm_backend("auto", wide)
-        merged = ops.merge(wide, *factors, None, scaling, "out", backend)
-        merged.mul_(magnitude_scale(weights.magnitude, norm).unsqueeze(1))
-        if k != 1.0:
-            merged = torch.lerp(wide, merged, k)
+        merged, norm = merged_rows(
+            rows, unmerged.detach(), *weights[1:4], layer.scaling[adapter], k, form_of(layer, adapter).group
+        )
         result = torch.empty_like(weight.detach())
         cls.rows(layer, result).copy_(merged)
         # PEFT's own unmerge looks here for the norm that it divides by.
@@ -138,16 +132,43 @@ class DoraVariant:
             unmerged: Tensor = cls.stock.unmerge(module, active_adapter, orig_weight)
             return unmerged
         whole, orig_weight = orig_weight, part(orig_weight)
-        k = strength(module, active_adapter)
-        g = k * magnitude_scale(weights.magnitude, module._cache_pop(f"{active_adapter}-weight_norm").view(-1))
-        factor = (1.0 - k + g).unsqueeze(1)
-        rows = cls.rows(module, orig_weight.detach())
-        wide = rows.to(accumulation_dtype(rows, weights.lora_A)) / factor
-        factors = weights.lora_A.detach(), weights.lora_B.detach() * (-g.unsqueeze(1) / factor)
+        norm = module._cache_pop(f"{active_adapter}-weight_norm").view(-1)
+        k, rows = strength(module, active_adapter), cls.rows(module, orig_weight.detach())
         result = torch.empty_like(orig_weight.detach())
-        scaling, backend = module.scaling[active_adapter], norm_backend("auto", wide)
-        cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
+        cls.rows(module, result).copy_(unmerged_rows(rows, *weights[1:4], norm, module.scaling[active_adapter], k))
         return write(whole, like(whole, result))
+
+
+def merged_rows(
+    rows: Tensor, unmerged: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, scaling: float, k: float,
+    group: Any = None,
+) -> tuple[Tensor, Any]:
+    """``g * (rows + s B A)`` at strength k, in float32, with g of the unmerged weight; and the norm, if any.
+
+    Args:
+        group: over which the rows are split, if they are.
+    """
+    factors = lora_A.detach(), lora_B.detach()
+    wide = rows.to(accumulation_dtype(rows, *factors))
+    merged, norm = ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide)), None
+    if magnitude is not None:
+        norm = norm_now(Weights(unmerged, *factors), Form(scaling, group=group), "auto")
+        merged.mul_(magnitude_scale(magnitude.detach(), norm).unsqueeze(1))
+    return merged if k == 1.0 else torch.lerp(wide, merged, k), norm
+
+
+def unmerged_rows(
+    rows: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, norm: Tensor | None, scaling: float, k: float
+) -> Tensor:
+    """The inverse of `merged_rows`, in float32."""
+    factor: Any = 1.0
+    wide, factors = rows.to(accumulation_dtype(rows, lora_A)), (lora_A.detach(), -k * lora_B.detach())
+    if magnitude is not None and norm is not None:
+        g = (k * magnitude_scale(magnitude.detach(), norm)).unsqueeze(1)
+        factor = 1.0 - k + g
+        factors = factors[0], lora_B.detach() * (-g / factor)
+    wide = wide / factor
+    return ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide))
 
 
 class Unmerged:
@@ -245,9 +266,9 @@ class DoraLayer:
         names = self.active_adapters if adapter_names is None else adapter_names
         with self._writing():
             if self.merged_adapters:
-                if state.unmerged is not None and not state.unmerged.is_of(self.get_base_layer()):
+                if state.unmerged is not None and not state.unmerged.is_of(self._merged_into()):
                     state.unmerged = None  # somebody has changed the weight since
-            elif names and dora_adapters(self) and (keep or set(names[1:]) & set(dora_adapters(self))):
+            elif names and self._keeps_unmerged() and (keep or set(names[1:]) & set(dora_adapters(self))):
                 state.unmerged = self._keep()
             try:
                 self._merge(safe_merge, adapter_names)
@@ -256,7 +277,7 @@ class DoraLayer:
                 if not self.merged_adapters or not keep:
                     state.unmerged = None
                 elif state.unmerged is not None:
-                    state.unmerged.merged(self.get_base_layer())
+                    state.unmerged.merged(self._merged_into())
 
     def unmerge(self: Any) -> None:
         """Restore the kept weight bit for bit. Without one, or if it was changed since, use PEFT's arithmetic."""
@@ -265,8 +286,8 @@ class DoraLayer:
             return super().unmerge()  # type: ignore[misc]
         kept, state.unmerged = state.unmerged, None
         with self._writing():
-            if kept is not None and self.merged_adapters and kept.is_of(self.get_base_layer()):
-                kept.put_back(self.get_base_layer())
+            if kept is not None and self.merged_adapters and kept.is_of(self._merged_into()):
+                kept.put_back(self._merged_into())
                 for name in self.merged_adapters:
                     self._caches.pop(f"{name}-weight_norm", None)
                 self.merged_adapters.clear()
@@ -281,7 +302,15 @@ class DoraLayer:
         super().unmerge()  # type: ignore[misc]
 
     def _keep(self: Any) -> Any:
-        return Unmerged(self.get_base_layer())
+        return Unmerged(self._merged_into())
+
+    def _keeps_unmerged(self: Any) -> bool:
+        """True if unmerging puts back a copy."""
+        return bool(dora_adapters(self))
+
+    def _merged_into(self: Any) -> Any:
+        """What holds the weight that merging writes."""
+        return self.get_base_layer()
 
     @contextmanager
     def _writing(self: Any) -> Iterator[None]:

@@ -25,7 +25,7 @@ from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.model.targets import parents_of
 from dora_kernels.model.weight_readers import WeightReaders
-from dora_kernels.peft import gptq, shards, tensor_parallel
+from dora_kernels.peft import experts, gptq, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -36,8 +36,8 @@ from dora_kernels.peft.config import (
     set_grouped_norm,
 )
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
-from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
-from dora_kernels.peft.state import Options, dora_adapters, switch
+from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, runs_here, unsupported
+from dora_kernels.peft.state import Options, switch
 
 logger = logging.getLogger("dora_kernels")
 
@@ -117,7 +117,7 @@ class PatchHandle:
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
-                if isinstance(module, lora.LoraLayer) and dora_adapters(module):
+                if runs_here(module):
                     reader = readers.never_calling(parents_of(model, name), name)
                     read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
                     yield prefix + name, read or out_of_reach(module)
@@ -252,7 +252,7 @@ def _wrap_inject_adapter() -> None:
         if _on:
             tensor_parallel.check_targets(self, model, *args, **kwargs)
         original(self, model, *args, **kwargs)
-        if not _on or not any(isinstance(m, lora.LoraLayer) and _concerns(m) for m in model.modules()):
+        if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm = _on[-1]
         patch_layers(model, options)
@@ -264,7 +264,7 @@ def _wrap_inject_adapter() -> None:
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
-        count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
+        count = sum(switch(m) is not None and runs_here(m) for m in model.modules())
         logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
 
     def unwrap() -> None:
@@ -272,13 +272,13 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), experts.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
 
 
 def _concerns(layer: Any) -> bool:
-    """True if a LoRA layer has a DoRA adapter, or is split, where PEFT's plain LoRA needs mending."""
-    return bool(dora_adapters(layer)) or shards.split_of(layer) is not None
+    """True if a patch changes something for a layer: it runs it, or mends PEFT's plain LoRA on a split one."""
+    return runs_here(layer) or (isinstance(layer, lora.LoraLayer) and shards.split_of(layer) is not None)
 
 
 def _warn_of_version() -> None:
@@ -306,7 +306,7 @@ def _check_something_to_patch(model: nn.Module) -> None:
             "model: nothing to patch, it has no LoRA layers; "
             "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
         )
-    dora = [(name, layer) for name, layer in layers if dora_adapters(layer)]
+    dora = [(name, layer) for name, layer in layers if runs_here(layer)]
     if not dora and any(_concerns(layer) for _, layer in layers):
         return
     if not dora:

@@ -54,6 +54,10 @@ class Switch(dict[str, AdapterCache]):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
         self.options = options or Options()
+        self.name = ""
+        """The layer's name in its model, for messages, where the layer cannot be told by its class."""
+        self.group: Any = None
+        """The process group over which a parameter's experts are spread."""
         self.strengths: dict[str, float] = {}
         self.exact_norms: set[str] = set()
         """Adapters of a grouped convolution whose norm is the exact one."""
@@ -65,7 +69,7 @@ class Switch(dict[str, AdapterCache]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this layer's own tensors only."""
-        return {**vars(self), "plan": None}
+        return {**vars(self), "plan": None, "group": None}
 
 
 def switch(layer: nn.Module) -> Switch | None:
