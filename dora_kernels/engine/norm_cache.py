@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.engine import blocked, dispatch, ops, writes
+from dora_kernels.engine import blocked, collectives, dispatch, ops, writes
 from dora_kernels.engine.fingerprints import Held, Sample, sample
 from dora_kernels.engine.norm import Norm, compute_norm
 
@@ -141,21 +141,37 @@ class NormCache:
             compute: computes the norm if it is not that of a dense matrix ``W + s B A``. `weights` are then the tensors
                 it depends on, of any shapes, and the host compares them on a GPU too.
         """
+        answered = None if answers.norms is None else answers.norms.get(self)
+        if form.group is not None:
+            if answered is not None:  # for all processes alike, whatever has happened to this one's tensors
+                return answered
+            norm = self.known(weights, form, training)
+            (fresh,) = collectives.all_true(form.group, [norm is not None], weights.weight.device)
+            return norm if fresh and norm is not None else self.renewed(weights, form, training, backend)
         norm = self.known(weights, form, training)
         if norm is not None:
             return norm
-        if not training and answers.norms is not None:
-            norm = answers.norms.get(self)
-            if norm is not None and all(map(_same_memory, weights[:3], norm.tensors)):
-                self.reused += 1
-                return norm
+        if not training and answered is not None and all(map(_same_memory, weights[:3], answered.tensors)):
+            self.reused += 1
+            return answered
+        return self.renewed(weights, form, training, backend, compute)
+
+    def renewed(
+        self,
+        weights: Weights,
+        form: Form,
+        training: bool,
+        backend: str,
+        compute: Callable[[], Tensor] | None = None,
+    ) -> Norm:
+        """Compute the layer's norm, or have the device ask whether the kept one holds. Arguments as in `norm`."""
         device = weights.weight.device
         try:
             key = _key(*weights[:3], form)
         except RuntimeError:  # inference tensors have no version
             self.computed += 1
             return compute_norm(weights, form, backend, compute=compute)
-        return self._renewed(self._norms.get(device), key, weights, form, training, backend, compute)
+        return self._kept(self._norms.get(device), key, weights, form, training, backend, compute)
 
     def known(self, weights: Weights, form: Form, training: bool) -> Norm | None:
         """Return the kept norm if it is known to be still valid, else None."""
@@ -194,7 +210,7 @@ class NormCache:
         self.reused += held
         return held
 
-    def _renewed(
+    def _kept(
         self,
         known: Norm | None,
         key: tuple[Any, ...],
@@ -206,7 +222,7 @@ class NormCache:
     ) -> Norm:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
-        on_device = compute is None and device_answers(weight, backend)
+        on_device = compute is None and form.group is None and device_answers(weight, backend)
         # A CUDA graph asks the device at every replay; in training A and B change between replays.
         if not _enabled or (_capturing(device) and (training or not on_device)):
             self.computed += 1

@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import conv, embedding, experts, gptq, linear, quantized
+from dora_kernels.peft import conv, embedding, experts, gptq, linear, quantized, shards, tensor_parallel
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -69,6 +69,7 @@ class LoraModel(lora.LoraModel):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter as PEFT does, then patch."""
+        tensor_parallel.check_targets(self, model, *args, **kwargs)
         super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
         follow_configs(model, self.peft_config)
@@ -108,6 +109,8 @@ class LoraModel(lora.LoraModel):
         for name, layer in layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
+            if shards.split_of(layer) is not None:
+                raise ValueError(f"{name}: the layer is tensor-parallel; add up its adapters in one process")
         with _unnamed_parameters(self.peft_config[name] for name in adapters if name in self.peft_config):
             _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         self.peft_config[adapter_name] = dataclasses.replace(
@@ -176,6 +179,7 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
             state.options = options
     elif known:
         options = known[0].options
+    tensor_parallel.prepare(model)
     for name, layer in model.named_modules():
         kind = _kind(type(layer))
         if kind is not None and unsupported(layer) is None:
@@ -207,6 +211,7 @@ def restore_layers(model: nn.Module) -> None:
     Layers for which PEFT has no DoRA can be restored only if they have no DoRA adapter.
     """
     layer: Any
+    shards.undo_mend(model)
     for layer in model.modules():
         if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused | experts.ParamWrapper):
             continue

@@ -25,7 +25,7 @@ from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.model.targets import parents_of
 from dora_kernels.model.weight_readers import WeightReaders
-from dora_kernels.peft import experts, gptq
+from dora_kernels.peft import experts, gptq, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -249,8 +249,10 @@ def _wrap_inject_adapter() -> None:
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if _on:
+            tensor_parallel.check_targets(self, model, *args, **kwargs)
         original(self, model, *args, **kwargs)
-        if not _on or not any(map(runs_here, model.modules())):
+        if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm = _on[-1]
         patch_layers(model, options)
@@ -270,8 +272,13 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), experts.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), experts.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
     BaseTuner.inject_adapter = inject_adapter
+
+
+def _concerns(layer: Any) -> bool:
+    """True if a patch changes something for a layer: it runs it, or mends PEFT's plain LoRA on a split one."""
+    return runs_here(layer) or (isinstance(layer, lora.LoraLayer) and shards.split_of(layer) is not None)
 
 
 def _warn_of_version() -> None:
@@ -300,6 +307,8 @@ def _check_something_to_patch(model: nn.Module) -> None:
             "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
         )
     dora = [(name, layer) for name, layer in layers if runs_here(layer)]
+    if not dora and any(_concerns(layer) for _, layer in layers):
+        return
     if not dora:
         raise ValueError(
             f"model: nothing to patch, none of its {len(layers)} LoRA layers has a DoRA adapter; "

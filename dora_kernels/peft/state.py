@@ -10,10 +10,11 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor, nn
 
-from dora_kernels.core.problem import Form, Weights
+from dora_kernels.core.problem import Weights
 from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.layer import layer_norm
 from dora_kernels.engine.norm_cache import NormCache
+from dora_kernels.peft import shards
 
 # The instance attribute that holds a patched layer's `Switch`. Deleting it turns the patch off, even if some wrapper
 # still holds the patched forward.
@@ -139,6 +140,8 @@ def read(
 ) -> Weights | None:
     """Return the adapter's tensors as PEFT stores them, or None if they cannot be read outside their modules' calls.
 
+    Under tensor parallelism they are this process's parts.
+
     That is the case for layers that are switched off, and under wrappers that leave the tensors empty, flattened,
     sharded or on another device (FSDP1, DeepSpeed ZeRO-3, offloading).
 
@@ -154,6 +157,8 @@ def read(
     if hooked(magnitude):  # nothing here calls the module, so a hook on it would not run
         return None
     m = magnitude._parameters.get("weight")
+    if type(weight) not in _PLAIN and shards.split_of(layer) is not None:
+        weight, lora_A, lora_B, m, bias = map(shards.part, (weight, lora_A, lora_B, m, bias))
     # Not sharded, not gathered away, not on meta.
     if not (type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN and type(m) in _PLAIN):
         return None
@@ -190,7 +195,7 @@ def _fit(layer: Any, adapter: str, weights: Weights, fit: Callable[[Any, str, We
 
 
 def hooked(*modules: Any) -> bool:
-    """True if one of `modules` has a hook, or a forward that somebody has replaced."""
+    """True if one of `modules` has a hook, or a forward that somebody has replaced (but for tensor parallelism)."""
     for module in modules:
         own = module.__dict__
         if (
@@ -198,7 +203,7 @@ def hooked(*modules: Any) -> bool:
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or "forward" in own
+            or ("forward" in own and not shards.is_parallel(own["forward"]))
         ):
             return True
     return False
@@ -206,7 +211,7 @@ def hooked(*modules: Any) -> bool:
 
 def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Tensor] | None = None) -> Tensor:
     """The divisor of the magnitude: the linear problem's norm, or that of `compute`, with infinity in place of 0."""
-    form, cache = Form(layer.scaling[adapter]), norm_cache(layer, adapter)
+    form, cache = shards.form_of(layer, adapter), norm_cache(layer, adapter)
     return layer_norm(weights, form, cache, layer.training, "auto", compute).divisor
 
 
