@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_kernels.core.precision import accumulation_dtype, cast
+
 # Smaller products are left to autograd, whose own node costs 20 us less than one in Python.
 _LEAST_ELEMENTS = 1 << 15
 
@@ -57,7 +59,7 @@ class _Rescale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if dy is None or d_kept is not None:  # of a second derivative
+        if d_kept is not None:  # of a second derivative
             dy = d_kept if dy is None else dy + d_kept
         if dy is None:
             return None, None
@@ -65,12 +67,18 @@ class _Rescale(torch.autograd.Function):
         if torch.is_grad_enabled():
             return dy * g, (dy * y).sum(0) / g
         dz = torch.empty_like(y) if ctx.needs_input_grad[0] else None
-        dg = torch.zeros_like(g)
-        step = max(1, _BLOCK_ELEMENTS // g.shape[0])
-        for start in range(0, y.shape[0], step):
-            rows = slice(start, start + step)
-            part = dy[rows]
-            if dz is not None:
-                torch.mul(part, g, out=dz[rows])
-            dg += (part * y[rows]).sum(0)
-        return dz, dg.div_(g)
+        return dz, dot_over_rows(dy, y, g, dz).div_(g)
+
+
+def dot_over_rows(dy: Tensor, y: Tensor, g: Tensor | None = None, scaled: Tensor | None = None) -> Tensor:
+    """``Σ_t dy ⊙ y`` per column of ``[M, N]``, summed in float32 or wider; ``g * dy`` is written into `scaled`."""
+    dtype = accumulation_dtype(y)
+    total = torch.zeros(y.shape[1], dtype=dtype, device=y.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, y.shape[1])) if y.is_cpu else y.shape[0]
+    for start in range(0, y.shape[0], max(1, step)):
+        rows = slice(start, start + step)
+        part = dy[rows]
+        if scaled is not None:
+            torch.mul(part, g, out=scaled[rows])
+        total += (cast(part, dtype) * y[rows]).sum(0)
+    return total

@@ -43,6 +43,8 @@ class Options(NamedTuple):
 
     dropout: str = "peft"
     """"peft": active dropout also drops in the base product; "lora": in the low-rank branch only."""
+    forward: str = "composed"
+    """"merged": linear layers multiply by one merged weight (`engine.merged`)."""
     keep_unmerged: bool = True
     """True if merging keeps a copy of the unmerged weight on the CPU."""
 
@@ -74,9 +76,11 @@ def switch(layer: nn.Module) -> Switch | None:
 
 def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """Return the layer's kept norm for one adapter."""
-    caches: dict[str, AdapterCache] = vars(layer)[SWITCH]
+    caches: Switch = vars(layer)[SWITCH]
     cache = caches.get(adapter)
-    return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
+    if cache is None:
+        cache = caches.setdefault(adapter, AdapterCache(Form(), "auto", caches.options.forward == "merged"))
+    return cache
 
 
 def forget_norms(layer: Any) -> None:
