@@ -177,6 +177,8 @@ def patch_layers(model: nn.Module, options: Options | None = None) -> None:
     if options is not None:
         for state in known:
             state.options = options
+            for cache in state.values():
+                cache.merges, cache.merged = options.forward == "merged", None
     elif known:
         options = known[0].options
     tensor_parallel.prepare(model)

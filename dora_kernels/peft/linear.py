@@ -110,7 +110,7 @@ class DoraLinear(DoraLayer, lora.Linear):
                     return y
             else:
                 plan, usual = ready(self, x)
-                if usual:
+                if usual and not plan.cache.merges:
                     g, b_is_zero = plan.scale(self.training)
                     return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
                 if plan is not None:

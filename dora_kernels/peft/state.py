@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor, nn
 
-from dora_kernels.core.problem import Weights
+from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.layer import layer_norm
 from dora_kernels.engine.norm_cache import NormCache
@@ -44,6 +44,8 @@ class Options(NamedTuple):
 
     dropout: str = "peft"
     """"peft": active dropout also drops in the base product; "lora": in the low-rank branch only."""
+    forward: str = "composed"
+    """"merged": linear layers multiply by one merged weight (`engine.merged`)."""
     keep_unmerged: bool = True
     """True if merging keeps a copy of the unmerged weight on the CPU."""
 
@@ -87,7 +89,9 @@ def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """Return the layer's kept norm for one adapter."""
     caches = settings(layer)
     cache = caches.get(adapter)
-    return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
+    if cache is None:
+        cache = caches.setdefault(adapter, AdapterCache(Form(), "auto", caches.options.forward == "merged"))
+    return cache
 
 
 def forget_norms(layer: Any) -> None:
