@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import conv, embedding, gptq, linear, quantized
+from dora_kernels.peft import calls, conv, embedding, gptq, linear, quantized
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -251,4 +251,4 @@ def out_of_reach(layer: Any) -> str | None:
     variants = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
     if all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
         return f"its weights cannot be read outside their modules' calls: {_obstacle(layer)}"
-    return None
+    return calls.REASON if calls.bypassed(layer) else None

@@ -30,6 +30,13 @@ class AdapterCache(NormCache):
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
         """|W|² and bias of a base layer that shows its weight only through its forward."""
+        self.record: Any = None
+        """Where it is noted that the model's layers are called (`calls.Record`)."""
+
+    def _renewed(self, *args: Any) -> Any:
+        if self.record is not None:
+            self.record.called = True
+        return super()._renewed(*args)
 
     def invalidate(self) -> None:
         """Forget everything."""
@@ -59,12 +66,15 @@ class Switch(dict[str, AdapterCache]):
         self.unmerged: Any = None
         """The base weight before merging, while something is merged."""
         self.unmerging = False
+        self.record: Any = None
+        self.trained_elsewhere = False
+        """True if B has received a gradient while the layer had never been called (`calls`)."""
         self.plan: Any = None
         """A linear layer's plan from its last call (`plan.Plan`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this layer's own tensors only."""
-        return {**vars(self), "plan": None}
+        return {**vars(self), "plan": None, "record": None}
 
 
 def switch(layer: nn.Module) -> Switch | None:
@@ -74,9 +84,12 @@ def switch(layer: nn.Module) -> Switch | None:
 
 def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """Return the layer's kept norm for one adapter."""
-    caches: dict[str, AdapterCache] = vars(layer)[SWITCH]
+    caches: Switch = vars(layer)[SWITCH]
     cache = caches.get(adapter)
-    return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
+    if cache is None:
+        cache = caches.setdefault(adapter, AdapterCache())
+        cache.record = caches.record
+    return cache
 
 
 def forget_norms(layer: Any) -> None:
