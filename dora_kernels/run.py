@@ -14,7 +14,6 @@ own options come before the command.
 from __future__ import annotations
 
 import argparse
-import atexit
 import importlib.util
 import json
 import os
@@ -25,9 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from dora_kernels.startup import sitecustomize
-
-OPTIONS, PREFIX = "DORA_KERNELS_RUN", "DORA_KERNELS_PREFIX"
-"""Environment variables: the options of the patch, as JSON, and where the launcher's Python is installed."""
+from dora_kernels.startup.sitecustomize import OPTIONS, PREFIX
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,24 +105,6 @@ def _become(command: list[str]) -> None:
     if os.name == "nt":  # where `exec` would return to the shell at once
         raise SystemExit(subprocess.call(command))
     os.execv(command[0], command)
-
-
-def patch_this_process() -> None:
-    """Patch PEFT in this process, with the launcher's options, and say so on standard error for each model."""
-    from dora_kernels.peft.patch import patch_and_report
-
-    handle = patch_and_report(_say, **json.loads(os.environ.get(OPTIONS, "{}")))
-
-    def at_exit() -> None:
-        for message in handle._never_called():
-            _say(message)
-
-    atexit.register(at_exit)
-
-
-def _say(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all processes of a machine
-        print(f"dora_kernels: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PACKAGE = os.path.dirname(os.path.dirname(HERE))
+OPTIONS, PREFIX = "DORA_KERNELS_RUN", "DORA_KERNELS_PREFIX"
+"""Environment variables: the options of the patch, as JSON, and where the launcher's Python is installed."""
 
 
 class Finder:
@@ -47,13 +50,13 @@ def install() -> None:
 def patch() -> None:
     """Patch PEFT in this process."""
     if importlib.util.find_spec("dora_kernels") is None:
-        if os.environ.get("DORA_KERNELS_PREFIX") != sys.prefix:
+        if os.environ.get(PREFIX) != sys.prefix:
             print(f"dora_kernels: not installed for {sys.executable}: its PEFT models are not patched", file=sys.stderr)
             return
         sys.path.append(PACKAGE)  # run from a folder that is on the path of the first process alone
-    from dora_kernels.run import patch_this_process
+    from dora_kernels.peft.launched import patch_this_process
 
-    patch_this_process()
+    patch_this_process(**json.loads(os.environ.get(OPTIONS, "{}")))
 
 
 def run_hidden() -> None:

@@ -132,7 +132,7 @@ sys.exit(subprocess.run([sys.executable, "train.py", *sys.argv[1:]]).returncode)
 
 
 def test_a_command_and_what_it_starts(project, tmp_path_factory):
-    """A command's child process is patched and says so; a `sitecustomize` of the user's runs; nothing is left behind."""
+    """A command's child process is patched and says so; the user's `sitecustomize` runs; nothing is left behind."""
     (project / "outer").write_text(f"#!{sys.executable}\n{OUTER}")
     (project / "outer").chmod(0o755)
     hidden, temporary = tmp_path_factory.mktemp("hidden"), tmp_path_factory.mktemp("temporary")
