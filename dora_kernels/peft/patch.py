@@ -16,7 +16,7 @@ from torch import nn
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import calls, gptq
+from dora_kernels.peft import calls, gptq, registered
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -255,6 +255,7 @@ _unwrap: list[Callable[[], None]] = []
 
 def _wrap_inject_adapter() -> None:
     original = BaseTuner.inject_adapter
+    exchange = not registered.available()
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -262,12 +263,13 @@ def _wrap_inject_adapter() -> None:
         if not _on or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
             return
         handle, options, exact_init, grouped_norm, report = _on[-1]
-        patch_layers(model, options)
+        patch_layers(model, options, exchange_linear=exchange)
         if grouped_norm is not None:
             set_grouped_norm(self.peft_config, grouped_norm)
         follow_configs(model, self.peft_config)
         handle._add(model)
-        handle._take(self)
+        if exchange:
+            handle._take(self)
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
@@ -282,7 +284,7 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), read_from_files(), unwrap, *([] if exchange else [registered.register()])])
     BaseTuner.inject_adapter = inject_adapter
 
 
