@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-oldest-peft test-newest-torch demo bench bench-run lint types check docs clean
+.PHONY: help test test-slow test-oldest-peft test-newest-torch demo bench bench-run lint types check docs dist clean
 
 help:
 	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
@@ -33,6 +33,7 @@ help:
 	@echo "make types   mypy"
 	@echo "make check   lint and types"
 	@echo "make docs    build the site of the documents into site/      (ARGS='--site-dir DIR' goes to mkdocs)"
+	@echo "make dist    build the sdist and the wheel into dist/, and check them"
 	@echo "make clean   remove $(VENV), caches and what the demo wrote"
 	@echo
 	@echo "The first of them sets up $(VENV) with pinned versions; later runs reuse it."
@@ -80,6 +81,13 @@ check: lint types
 # Strict: a broken link, an unknown name or a parameter that a docstring names and the signature lacks is an error.
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+# Without isolation: the backend is the pinned one of this environment.
+dist: $(VENV)/.stamp-dist
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m check_wheel_contents dist/*.whl
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-newest-torch .constraints-newest-torch.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
@@ -134,6 +142,12 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-venv $(PINS)
 $(VENV)/.stamp-docs: PKGS = -e '.[docs]'
 $(VENV)/.stamp-docs: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing what the site needs: MkDocs, Material for MkDocs, mkdocstrings"
+	$(pip_install)
+	@touch $@
+
+$(VENV)/.stamp-dist: PKGS = -e '.[dist]'
+$(VENV)/.stamp-dist: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what builds and checks a release: build, twine, check-wheel-contents"
 	$(pip_install)
 	@touch $@
 

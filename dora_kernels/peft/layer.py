@@ -249,7 +249,8 @@ class DoraLayer:
     @classmethod
     def patched_variant(cls, variant: Any) -> Any:
         """Return this package's variant in place of PEFT's DoRA variant; any other is returned as it is."""
-        return cls.variants[type(variant)]() if type(variant) in cls.variants else variant
+        stock = getattr(variant, "stock", type(variant))  # a registered variant of this package is not yet this layer's
+        return cls.variants[stock]() if stock in cls.variants else variant
 
     @classmethod
     def restored_variant(cls, variant: Any) -> Any:

@@ -8,25 +8,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import peft
 import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-
-try:
-    import peft
-    from peft.tuners import lora
-    from peft.tuners.tuners_utils import BaseTuner
-except ImportError as error:
-    raise ImportError(f"patch_peft needs the peft package: pip install 'dora-kernels[peft]' ({error})") from error
-
-if not hasattr(lora.layer, "LoraVariant"):
-    raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.model.targets import parents_of
 from dora_kernels.model.weight_readers import WeightReaders
-from dora_kernels.peft import experts, gptq, shards, tensor_parallel
+from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -56,6 +49,7 @@ class PatchHandle:
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
         """Each model, with a function that removes its hooks."""
+        self._calls: list[calls.Record] = []
         self._tuners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = undo
         self._rewritten: list[Rewritten] = []
@@ -94,12 +88,24 @@ class PatchHandle:
                 tuner.__class__ = lora.LoraModel
                 forget_grouped_norm(tuner.peft_config)
 
+    def _never_called(self) -> list[str]:
+        """A warning for each model none of whose layers has ever been called."""
+        return [text for record in self._calls if (text := record.warning()) is not None]
+
     def __repr__(self) -> str:
         return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
 
     def _add(self, model: nn.Module) -> None:
         if model not in self._models:
-            self._models[model] = ask_once(model)
+            record, unwatch = calls.watch(model)
+            unask = ask_once(model)
+
+            def without_hooks() -> None:
+                unwatch()
+                unask()
+
+            self._calls.append(record)
+            self._models[model] = without_hooks
 
     def _rewrite(self, model: nn.Module) -> None:
         rewritten = rewrite_magnitudes(model)
@@ -202,6 +208,7 @@ class _Globally(NamedTuple):
     options: Options
     exact_init: bool
     grouped_norm: str | None
+    report: Callable[[str], None] = logger.info
 
 
 _on: list[_Globally] = []
@@ -243,6 +250,13 @@ def patch_peft_globally(
     return handle
 
 
+def patch_and_report(report: Callable[[str], None], **options: Any) -> PatchHandle:
+    """`patch_peft_globally`, with one line to `report` for each model that it patches."""
+    handle = patch_peft_globally(**options)
+    _on[-1] = _on[-1]._replace(report=report)
+    return handle
+
+
 def _off(handle: PatchHandle) -> None:
     _on[:] = [one for one in _on if one.handle is not handle]
     if not _on:
@@ -255,6 +269,7 @@ _unwrap: list[Callable[[], None]] = []
 
 def _wrap_inject_adapter() -> None:
     original = BaseTuner.inject_adapter
+    exchange = not registered.available()
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -263,18 +278,22 @@ def _wrap_inject_adapter() -> None:
         original(self, model, *args, **kwargs)
         if not _on or not any(map(_concerns, model.modules())):
             return
-        handle, options, exact_init, grouped_norm = _on[-1]
-        patch_layers(model, options)
+        handle, options, exact_init, grouped_norm, report = _on[-1]
+        patch_layers(model, options, exchange_linear=exchange)
         if grouped_norm is not None:
             set_grouped_norm(self.peft_config, grouped_norm)
         follow_configs(model, self.peft_config)
         handle._add(model)
-        handle._take(self)
+        if exchange:
+            handle._take(self)
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
-        count = sum(switch(m) is not None and runs_here(m) for m in model.modules())
-        logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
+        layers = [m for m in model.modules() if runs_here(m)]
+        others = [reason for m in layers if switch(m) is None and (reason := unsupported(m)) is not None]
+        left = f", left {len(others)} to PEFT ({others[0]})" if others else ""
+        done = len(layers) - len(others)
+        report(f"patched {done} DoRA layers of {type(model).__name__}, backend {_backend(model)}{left}")
 
     def unwrap() -> None:
         # If another wrapper was put on top, this one stays in the chain and does nothing from now on.
@@ -282,6 +301,7 @@ def _wrap_inject_adapter() -> None:
             BaseTuner.inject_adapter = original
 
     _unwrap.extend([gptq.allow(), experts.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
+    _unwrap.extend([] if exchange else [registered.register()])
     BaseTuner.inject_adapter = inject_adapter
 
 

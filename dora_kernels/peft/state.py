@@ -31,6 +31,14 @@ class AdapterCache(NormCache):
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
         """|W|² and bias of a base layer that shows its weight only through its forward."""
+        self.record: Any = None
+        """Where it is noted that the model's layers are called (`calls.Record`)."""
+
+    def renewed(self, *args: Any) -> Any:
+        """`NormCache`'s, which a first call on this package asks for; so it is noted."""
+        if self.record is not None:
+            self.record.called = True
+        return super().renewed(*args)
 
     def invalidate(self) -> None:
         """Forget everything."""
@@ -66,12 +74,15 @@ class Switch(dict[str, AdapterCache]):
         self.unmerged: Any = None
         """The base weight before merging, while something is merged."""
         self.unmerging = False
+        self.record: Any = None
+        self.trained_elsewhere = False
+        """True if B has received a gradient while the layer had never been called (`calls`)."""
         self.plan: Any = None
         """A linear layer's plan from its last call (`plan.Plan`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this layer's own tensors only."""
-        return {**vars(self), "plan": None, "group": None}
+        return {**vars(self), "plan": None, "group": None, "record": None}
 
 
 def switch(layer: nn.Module) -> Switch | None:
@@ -91,6 +102,7 @@ def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     cache = caches.get(adapter)
     if cache is None:
         cache = caches.setdefault(adapter, AdapterCache(Form(), "auto", caches.options.forward == "merged"))
+        cache.record = caches.record
     return cache
 
 
