@@ -1,6 +1,6 @@
 """Read a quantised base layer's weight, one block of rows at a time: bitsandbytes, HQQ and torchao.
 
-None of these libraries is imported. Other layers show their weight only through their forward: `engine/opaque.py`.
+None of these libraries is imported. Other layers show their weight only through their forward: `through_forward`.
 """
 
 from __future__ import annotations
@@ -139,3 +139,21 @@ def _hqq(base: Any) -> Blocks:
         for segment in range(segments):
             start = segment * (per_segment // columns) + first
             yield slice(start, start + length), block[segment]
+
+
+def through_forward(base: Any, like: Tensor, columns: int) -> Callable[[], Blocks]:
+    """Blocks of *columns* of W, ``W[:, columns]`` transposed: the layer's outputs for rows of an identity matrix.
+
+    Args:
+        like: a tensor with the input's dtype and device.
+    """
+
+    def blocks() -> Blocks:
+        bias = base.forward(like.new_zeros(1, columns))
+        for part in _steps(columns, columns):
+            size = part.stop - part.start
+            identity = like.new_zeros(size, columns)
+            identity[:, part].fill_diagonal_(1.0)
+            yield part, base.forward(identity) - bias
+
+    return blocks

@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 
 from dora_kernels.core.precision import accumulation_dtype, no_autocast
 from dora_kernels.core.problem import Weights
-from dora_kernels.engine import opaque
+from dora_kernels.engine.blocked import CANCELLATION
 from dora_kernels.engine.fingerprints import Sample
 from dora_kernels.engine.layer import run_compose
 from dora_kernels.functional import dora_weight_norm
@@ -56,7 +56,7 @@ def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> tupl
         with torch.inference_mode(False), torch.no_grad(), no_autocast(like.device):
             like = like.detach().to(_input_dtype(base, like))
             bias = base.forward(like.new_zeros(1, layer.in_features))[0].detach()
-            square = opaque.square(lambda x: base.forward(x) - bias, like, layer.in_features)
+            square = _forward_square(layer, base, like, None, None, 0.0)
             held = None if of_base is None else Sample(of_base)
         cache.constants = known = key, held, square, bias, (base, tensors)  # last: keeps the ids from being reused
     return known[2], known[3]
@@ -75,6 +75,20 @@ def _input_dtype(base: nn.Module, a: Tensor) -> torch.dtype:
     return next(floating, a.dtype)
 
 
+def _forward_square(
+    layer: Any, base: Any, like: Tensor, a: Tensor | None, b: Tensor | None, scaling: float
+) -> Tensor:
+    """Squared row norms of ``W + s B A``, one block of columns at a time."""
+    total: Any = 0.0
+    for part, block in dequantize.through_forward(base, like, layer.in_features)():
+        wide = block.to(accumulation_dtype(block))
+        if a is not None and b is not None:
+            wide = torch.addmm(wide, a[:, part].t().to(wide.dtype), b.t().to(wide.dtype), alpha=scaling)
+        total = total + wide.square().sum(0)
+    result: Tensor = total
+    return result
+
+
 def _norm(cache: AdapterCache, layer: Any, base: Any, weights: Weights, scaling: float) -> Tensor:
     """Row norms of ``W + s B A``."""
     a, b = weights.lora_A.detach(), weights.lora_B.detach()
@@ -85,8 +99,16 @@ def _norm(cache: AdapterCache, layer: Any, base: Any, weights: Weights, scaling:
             norm[rows] = dora_weight_norm(block, a, b[rows], scaling=scaling)
         return norm
     square, bias = _constants(cache, layer, base, a)
-    like = a.new_empty(0, dtype=_input_dtype(base, a))
-    return opaque.norm(lambda x: base.forward(x) - bias, like, square, a, b, scaling)
+    low = a.to(square.dtype), b.to(square.dtype)
+    gram = low[0] @ low[0].t()
+    like = a.to(_input_dtype(base, a))
+    u = (base.forward(like) - bias).t().to(square.dtype)
+    found = square + 2.0 * scaling * ((u + 0.5 * scaling * (low[1] @ gram)) * low[1]).sum(1)
+    terms = square + scaling * scaling * (low[1].square() @ gram.diagonal())
+    lost = found < CANCELLATION * terms
+    if not (a.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(lost.any()):
+        found = torch.where(lost, _forward_square(layer, base, like, a, b, scaling), found)
+    return found.clamp_min_(0.0).sqrt_()
 
 
 class DoraQuantizedVariant(DoraLinearVariant):
