@@ -39,7 +39,10 @@ class _Make:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int, dtype: torch.dtype = F32, layout: str = "") -> Tensor:
-        """`layout`: "rows" leaves gaps between rows, "offset" starts at an odd element, "t" is stored transposed."""
+        """`layout`: "rows" leaves gaps between rows, "offset" starts at an odd element, "t" is stored transposed.
+
+        "peft" has the first of three dimensions last, as PEFT stores B of experts.
+        """
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
         if layout == "rows":
             memory = torch.zeros(*shape[:-1], shape[-1] + 3, dtype=dtype, device=self.device)
@@ -49,7 +52,12 @@ class _Make:
             return memory[1:].view(shape).copy_(values)
         if layout == "t":
             return torch.zeros(shape[::-1], dtype=dtype, device=self.device).t().copy_(values)
+        if layout == "peft" and len(shape) == 3:
+            return values.permute(1, 2, 0).contiguous().to(self.device).permute(2, 0, 1)
         return values.to(self.device)
+
+    def ends(self, counts: tuple[int, ...]) -> Tensor:
+        return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=self.device)
 
     def positive(self, *shape: int) -> Tensor:
         return self(*shape).abs_() + 0.5
@@ -121,6 +129,7 @@ def _composes(make: _Make) -> Iterator[Case]:
     for layout in ("rows", "offset", "t"):
         yield _compose(make, BF, BF, BF, 20, 64, 16, layout=layout)
     yield _compose(make, F32, F32, F32, 20, 64, 64, layout="offset")
+    yield from _grouped_composes(make)
 
 
 def _compose(
@@ -160,6 +169,79 @@ def _compose(
     said = "" if gain else "no g", "" if bias else "no bias", "div" if divisor else "", "" if keep else "inplace"
     name = _words("compose", f"{M}x{N}", f"r{R}", *said, "wide h" if h_dtype != base_dtype else "", layout)
     return name, _labels(base_dtype, h_dtype, b_dtype), call, (reference,)
+
+
+def _grouped_composes(make: _Make) -> Iterator[Case]:
+    for base, adapter in PAIRS:
+        for h in dict.fromkeys((base, F32 if base == F32 else adapter)):
+            yield _grouped_compose(make, base, h, adapter, (40, 0, 24), 64, 16)
+    for counts in ((5, 0, 37, 1, 90), (0, 0, 0), (0, 70), (1,) * 9, (33, 0, 0)):
+        yield _grouped_compose(make, BF, BF, BF, counts, 67, 19, rows=True, sentinels=5, biases=True)
+    yield _grouped_compose(make, BF, BF, BF, (3, 0, 2, 64), 128, 64, layout="peft", rows=True)
+    yield _grouped_compose(make, BF, F32, F32, (3, 0, 20), 64, 16, layout="peft", sentinels=2, divisor=True)
+    yield _grouped_compose(make, BF, BF, BF, (60, 70), 128, 70, layout="offset", gain=False, keep=True)
+    yield _grouped_compose(make, BF, BF, BF, (60, 70), 64, 8, layout="rows", rows=True, biases=True, keep=True)
+    yield _grouped_compose(make, F32, F32, F32, (4, 5, 0), 70, 5, divisor=True, number=True, biases=True)
+
+
+def _grouped_compose(
+    make: _Make,
+    base_dtype: torch.dtype,
+    h_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    counts: tuple[int, ...],
+    N: int,
+    R: int,
+    rows: bool = False,
+    sentinels: int = 0,
+    gain: bool = True,
+    divisor: bool = False,
+    biases: bool = False,
+    number: bool = False,
+    keep: bool = False,
+    layout: str = "",
+) -> Case:
+    """Groups of those sizes, and `sentinels` rows after them that belong to none.
+
+    `rows`: they lie in another order. `biases`: one for each group. `number`: one scaling for all.
+    """
+    from dora_kernels import kernels
+
+    G, M = len(counts), sum(counts) + sentinels
+    base, h = make(M, N, dtype=base_dtype, layout=layout), make(M, R, dtype=h_dtype, layout=layout)
+    B = make(G, N, R, dtype=b_dtype, layout=layout)
+    g = make.positive(G, N) if gain else None
+    n = make.positive(G, N) if divisor else None
+    c = make(G, N, dtype=base_dtype) if biases else make(N, dtype=base_dtype)
+    scalings = make(G)
+    order = torch.randperm(M, generator=make.generator) if rows else torch.arange(M)
+    ends = make.ends(counts)
+    given_rows = order.to(make.device) if rows else None
+
+    def call() -> Results:
+        given = base if keep else base.clone()
+        scaling = SCALING if number else scalings
+        return (kernels.compose(given, h, B, g, c, scaling, keep, n, ends, given_rows),)
+
+    reference = base.double()
+    for group, (start, stop) in enumerate(_spans(counts)):
+        mine = order[start:stop].to(make.device)
+        y = base[mine].double() + (SCALING if number else scalings[group].double()) * (
+            h[mine].double() @ B[group].to(h_dtype).double().t()
+        )
+        if g is not None:
+            y = y * (g[group].double() if n is None else g[group].double() / n[group].double())
+        reference[mine] = y + (c[group] if biases else c).double()
+    said = "" if gain else "no g", "div" if divisor else "", "wide h" if h_dtype != base_dtype else "", layout
+    also = "rows" if rows else "", f"sentinels {sentinels}" if sentinels else ""
+    name = _words("compose in groups", "+".join(map(str, counts)), f"x{N}", f"r{R}", *also, *said)
+    return name, _labels(base_dtype, h_dtype, b_dtype), call, (reference,)
+
+
+def _spans(counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where each group's rows start and stop."""
+    ends = list(itertools.accumulate(counts))
+    return list(zip([0, *ends], ends))
 
 
 # --- weight_norm, merge, KeptNorm ------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def fingerprints(elements: int) -> int:
 
 
 def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
-    """`few`: at most 16 tokens."""
+    """`few`: at most 16 tokens, or 16 for each group."""
     if products > 1:
         # BLOCK_R 32 spills a few registers with 3 products on sm_80.
         largest = 32 if products == 6 else 16
@@ -183,6 +183,17 @@ def scale_reduce_config(few: bool) -> ScaleReduceConfig:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`. `triton.cdiv` would cost the host as much as a small torch operation."""
     return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def group_tiles(rows: int, groups: int, block: int) -> int:
+    """The most blocks that cover `rows` in that many groups, wherever the groups end, if no block has rows of two."""
+    filled = min(rows, groups)
+    return filled + (rows - filled) // block
 
 
 def full_grid() -> int:
