@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 TESTED = ("0.32.0",)
-"""The versions of vLLM that `make test-vllm` was run with. The plugin replaces methods of vLLM, so no other is taken."""
+"""The versions of vLLM that `make test-vllm` was run with. It replaces methods, so it takes no other."""
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""What is replaced in vLLM. Each function here wraps the method it is named for in `install`, `stock` being vLLM's own."""
+"""What is replaced in vLLM: each function wraps the method that `install` names beside it; `stock` is vLLM's own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from dora_kernels.vllm.layers import magnitudes_here, write_scale
-from dora_kernels.vllm.scale import scale_slots_
+from dora_kernels.vllm.scale import Route, scale_slots_
 
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 
@@ -46,6 +47,7 @@ def install() -> None:
     _wrap(WorkerLoRAManager, "set_active_adapters", _in_one_order)
     _wrap(BaseLinearLayerWithLoRA, "reset_lora", _reset)
     # the forward
+    _wrap(PunicaWrapperBase, "_update_base_metadata", _route)
     _wrap(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _scaled)
 
 
@@ -97,7 +99,7 @@ def _keep_magnitudes(stock: Any, cls: Any, lora_model_id: int, tensors: Any, pef
     for name, lora in adapter.loras.items() if peft_helper.use_dora else ():
         absent = [part for part in ("lora_a", "lora_b", "magnitude") if getattr(lora, part) is None]
         if absent:
-            raise ValueError(f"{name}: the configuration says use_dora, and the adapter has no {' and no '.join(absent)}")
+            raise ValueError(f"{name}: the configuration says use_dora, and the adapter has no {', no '.join(absent)}")
     return adapter
 
 
@@ -123,7 +125,7 @@ def _check(manager: Any, adapter: Any) -> None:
         raise ValueError("fully_sharded_loras is not supported with DoRA")
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ValueError("VLLM_LORA_ENABLE_DUAL_STREAM=1 is not supported with DoRA")
-    found = set()
+    found: set[int] = set()
     for name, layer in manager.modules.items():
         loras = [manager._get_lora_layer_weights(adapter, part) for part in manager.packed_modules.get(name, [name])]
         found.update(id(lora) for lora in loras)
@@ -132,7 +134,7 @@ def _check(manager: Any, adapter: Any) -> None:
     ignored = sorted(name for name, lora in adapter.loras.items() if id(lora) not in found)
     elsewhere = any(isinstance(module, PPMissingLayer) for module in manager.model.modules())
     if ignored and not elsewhere:
-        raise ValueError(f"{', '.join(ignored[:3])}: no such layer in the model, or none that --lora-target-modules lists")
+        raise ValueError(f"{', '.join(ignored[:3])}: no such layer here, or --lora-target-modules leaves it out")
 
 
 def _check_layer(name: str, layer: BaseLayerWithLoRA, loras: list[Any]) -> None:
@@ -164,34 +166,57 @@ def _rows(layer: Any) -> int:
     """Output features of the whole layer, over all ranks."""
     base = layer.base_layer
     if hasattr(base, "total_num_kv_heads"):  # its output_size counts key and value heads once per rank
-        return int((base.total_num_heads + base.total_num_kv_heads) * base.head_size + base.total_num_kv_heads * base.v_head_size)
+        query_key, value = base.total_num_heads + base.total_num_kv_heads, base.total_num_kv_heads
+        return int(query_key * base.head_size + value * base.v_head_size)
     return int(base.output_size)
 
 
 def _add_slots(stock: Any, manager: Any, name: str, layer: Any) -> None:
     stock(manager, name, layer)
-    if isinstance(layer, BaseLinearLayerWithLoRA):
-        rows = sum(b.shape[2] for b in layer.lora_b_stacked)
-        layer.dora_scale = torch.ones(manager.lora_slots, rows, dtype=torch.float32, device=layer.device)
-        layer.dora_weight_square = None
+    if not isinstance(layer, BaseLinearLayerWithLoRA):
+        return
+    slots, rows = manager.lora_slots, sum(b.shape[2] for b in layer.lora_b_stacked)
+    base = layer.base_layer
+    # What the output that is scaled holds: a row-parallel layer adds its bias on rank 0 only.
+    elsewhere = base.skip_bias_add or (isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_rank > 0)
+    layer.dora_scale = torch.ones(slots, rows, dtype=torch.float32, device=layer.device)
+    layer.dora_offset = None if base.bias is None or elsewhere else torch.zeros_like(layer.dora_scale)
+    layer.dora_constants = None
+    wrapper = manager._get_punica_wrapper(name)
+    if not hasattr(wrapper, "dora_route"):
+        wrapper.dora_route = Route(wrapper._token_lora_indices.shape[0], slots, wrapper.device)
+
+
+def _routes(manager: Any) -> list[Route]:
+    wrappers = manager.punica_wrapper_mapping.values()
+    return [wrapper.dora_route for wrapper in wrappers if hasattr(wrapper, "dora_route")]
 
 
 def _activate(stock: Any, manager: Any, lora_id: int) -> bool:
+    """vLLM has written the factors into a slot: the norms can be computed from it."""
     if not stock(manager, lora_id):
         return False
     adapter, slot = manager._registered_adapters[lora_id], manager.lora_index_to_id.index(lora_id)
+    has_magnitudes = False
     try:
         for name, layer in manager.modules.items():
             lora = manager._get_lora_layer_weights(adapter, name)
-            magnitudes = None if lora is None else lora.magnitude
-            magnitudes, factors = (magnitudes, lora.lora_a) if isinstance(magnitudes, list) else ([magnitudes], [lora and lora.lora_a])
-            if any(m is not None for m in magnitudes):
-                rank = max(a.shape[0] for a in factors if a is not None)
-                sharded = isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_size > 1
-                write_scale(layer, slot, rank, magnitudes, get_tp_group().all_reduce if sharded else None)
+            if lora is None or lora.magnitude is None:
+                continue
+            packed = isinstance(lora.magnitude, list)
+            magnitudes, factors = (lora.magnitude, lora.lora_a) if packed else ([lora.magnitude], [lora.lora_a])
+            if all(magnitude is None for magnitude in magnitudes):
+                continue
+            has_magnitudes = True
+            sharded = isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_size > 1
+            rank = max(a.shape[0] for a in factors if a is not None)
+            write_scale(layer, slot, rank, magnitudes, get_tp_group().all_reduce if sharded else None)
     except BaseException:
         manager.deactivate_adapter(lora_id)
         raise
+    for route in _routes(manager):
+        route.scaled[slot] = has_magnitudes
+    manager._last_mapping = None  # an adapter reloaded under its id leaves the mapping as it was, and not the route
     return True
 
 
@@ -199,22 +224,29 @@ def _forget_weights(stock: Any, manager: Any) -> None:
     """vLLM removes all adapters when the base weights have been replaced."""
     stock(manager)
     for layer in manager.modules.values():
-        layer.dora_weight_square = None
+        layer.dora_constants = None
 
 
 def _in_one_order(stock: Any, manager: Any, requests: Any, mapping: Any) -> None:
-    """Ranks iterate over a set of names, in an order of their own, and would wait for one another's norms."""
-    stock(manager, sorted(requests, key=lambda request: request.lora_int_id), mapping)
+    """Each rank iterates over a set of names in an order of its own, and would wait for another's norms for ever."""
+    stock(manager, sorted((one for one in requests if one), key=lambda one: one.lora_int_id), mapping)
 
 
 def _reset(stock: Any, layer: Any, index: int) -> None:
     stock(layer, index)
     layer.dora_scale[index] = 1.0
+    if layer.dora_offset is not None:
+        layer.dora_offset[index] = 0.0
+
+
+def _route(stock: Any, wrapper: Any, *args: Any, **kwargs: Any) -> None:
+    stock(wrapper, *args, **kwargs)
+    if hasattr(wrapper, "dora_route"):
+        wrapper.dora_route.fill(wrapper.token_lora_indices)
 
 
 def _scaled(stock: Any, layer: Any, x: Tensor, output: Tensor) -> Tensor:
     y: Tensor = stock(layer, x, output)
-    base = layer.base_layer
-    absent = base.skip_bias_add or (isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_rank > 0)
-    scale_slots_(y, layer.punica_wrapper._token_lora_indices, layer.dora_scale, None if absent else base.bias)
+    route = layer.punica_wrapper.dora_route
+    scale_slots_(y, route.order, route.ends, layer.dora_scale, layer.dora_offset)
     return y

@@ -1,21 +1,22 @@
 """A slot of one of vLLM's LoRA layers: its magnitudes on this rank, its norm, its g.
 
-vLLM keeps the factors of slot i in ``lora_a_stacked[s][i, 0]`` ``[rank, K]`` and ``lora_b_stacked[s][i, 0]`` ``[N, rank]``
-for each slice s of the layer's output: cut for this rank, padded to the largest rank, B times the scaling. A merged layer
-has a slice for each of its projections. Only attributes of the layer are used here, so vLLM need not be installed.
+For each slice s of the layer's output vLLM keeps the factors of slot i in ``lora_a_stacked[s][i, 0]`` ``[rank, K]`` and
+``lora_b_stacked[s][i, 0]`` ``[N, rank]``: cut for this rank, padded to the largest rank, B times the scaling. A merged
+layer has a slice for each of its projections. Only attributes of the layer are used here: vLLM need not be installed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_kernels.core.scale import magnitude_scale
-from dora_kernels.engine import opaque
 from dora_kernels.functional import dora_weight_norm
+from dora_kernels.modules.opaque import constants_of, opaque_norm
 
 Magnitudes = Sequence[Tensor | None]
 
@@ -45,13 +46,15 @@ def write_scale(
         rank: the adapter's largest rank; the rest of the slot is padding.
         reduce: sums a tensor over the ranks that hold parts of each row of W; None if each row is whole here.
     """
-    here = magnitudes_here(layer, magnitudes)
     norms = torch.cat(row_norms(layer, slot, rank))
     if reduce is not None:
         norms = reduce(norms.square()).sqrt()
+    here = magnitudes_here(layer, magnitudes)
     for g, magnitude, norm in zip(_slices(layer, layer.dora_scale[slot]), here, _slices(layer, norms)):
         if magnitude is not None:
-            g.copy_(magnitude_scale(magnitude.to(norm.device, non_blocking=True), norm))
+            g.copy_(magnitude_scale(magnitude.to(norm.device), norm))
+    if layer.dora_offset is not None:
+        layer.dora_offset[slot] = (1.0 - layer.dora_scale[slot]) * layer.base_layer.bias
 
 
 def row_norms(layer: Any, slot: int, rank: int) -> list[Tensor]:
@@ -60,20 +63,27 @@ def row_norms(layer: Any, slot: int, rank: int) -> list[Tensor]:
     weight = _weight(layer)
     if weight is not None:
         return [dora_weight_norm(w, a, b) for w, (a, b) in zip(_slices(layer, weight), factors)]
-    apply = layer.base_layer.quant_method.apply
-
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = apply(layer.base_layer, x, None)
-        return y
-
-    like = layer.lora_a_stacked[0].new_empty(0)
-    if layer.dora_weight_square is None:
-        layer.dora_weight_square = opaque.square(forward, like, factors[0][0].shape[1])
+    if layer.dora_constants is None:
+        like = factors[0][0]
+        layer.dora_constants = constants_of(_Rows(layer.base_layer, slice(None)), like, like.shape[1])
     norms, start = [], 0
-    for (a, b), square in zip(factors, _slices(layer, layer.dora_weight_square)):
+    for a, b in factors:
         rows = slice(start, start := start + b.shape[0])
-        norms.append(opaque.norm(lambda x, rows=rows: forward(x)[:, rows], like, square, a, b, 1.0))
+        constants: Any = functools.partial(tuple, [whole[rows] for whole in layer.dora_constants])
+        norms.append(opaque_norm(_Rows(layer.base_layer, rows), a, b, 1.0, constants))
     return norms
+
+
+class _Rows(nn.Module):
+    """Some rows of a layer that shows its weight only through its forward, without the bias."""
+
+    def __init__(self, base: Any, rows: slice) -> None:
+        super().__init__()
+        self._product, self._rows = functools.partial(base.quant_method.apply, base), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._product(x, None)
+        return y[:, self._rows]
 
 
 def _slices(layer: Any, rows: Tensor) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ def main(given: str, out: str) -> None:
             except Exception as error:
                 return str(error)
             return None
-        sampling = SamplingParams(temperature=0.0, max_tokens=job.get("tokens", 12), logprobs=1, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True, detokenize=False)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for _, prompt in job["generate"]],
             sampling,
