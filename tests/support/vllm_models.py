@@ -15,7 +15,7 @@ from torch import Tensor
 
 VOCABULARY = 256
 PROMPTS = [[7, 45, 201, 33, 9, 120], [88, 3, 250], [14, 14, 60, 190, 77, 31, 5, 101, 9, 222], [131], [64, 65, 66, 67]]
-"""Token ids: no tokenizer is needed."""
+"""Token ids."""
 
 
 def config(kind: str) -> Any:
@@ -52,7 +52,18 @@ def save_model(kind: str, folder: Path) -> Path:
             if "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.5 if name.endswith("bias") else 0.12)
     model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
     return folder
+
+
+def _tokenizer() -> Any:
+    """A word for each token: the server wants a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2")
 
 
 def save_adapter(model: Path, folder: Path, seed: int, **options: Any) -> Path:
@@ -109,5 +120,5 @@ def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {
         **inherited, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1", **more,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **more,
     }  # fmt: skip
