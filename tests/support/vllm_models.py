@@ -98,8 +98,11 @@ def peft_logits(model: Path, adapter: Path | None, dtype: torch.dtype = torch.fl
     return logits
 
 
-def run_engine(jobs: list[dict[str, Any]], model: Path, **options: Any) -> list[Any]:
-    """Start vLLM in a process of its own, do one thing after the other there, and return what each gave.
+def run_engine(jobs: list[dict[str, Any]], model: Path, processes: int = 1, **options: Any) -> list[Any]:
+    """Start vLLM in another process, do one thing after the other there, and return what each gave.
+
+    Its engine and its worker are in that process too, which starts two to three times sooner; with more `processes` in
+    their own, as in production, one for each rank.
 
     A job ``{"generate": [[adapter, prompt], ...]}`` gives tokens and log-probabilities, one batch; an adapter is a
     folder or None. ``{"load": adapter}`` gives the error, or None.
@@ -109,7 +112,7 @@ def run_engine(jobs: list[dict[str, Any]], model: Path, **options: Any) -> list[
         given.write_text(json.dumps({"model": str(model), "options": options, "jobs": jobs}))
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(given), str(out)],
-            env=environment(), capture_output=True, text=True, timeout=600, check=False,
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes > 1))), capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr)[-40000:]
         return json.loads(out.read_text())  # type: ignore[no-any-return]

@@ -160,7 +160,7 @@ def test_two_ranks(models, kind):
     """Two processes: a row-parallel layer's norm is summed over them. OPT's have biases; Qwen2's has merged layers."""
     folders = models(kind)
     batch = mixed(folders, ("base", "lora", "dora", "partial"))
-    (served,) = run_engine([{"generate": batch}], folders["base"], tensor_parallel_size=2)
+    (served,) = run_engine([{"generate": batch}], folders["base"], processes=4, tensor_parallel_size=2)
     wrong, worst = judge(folders, batch, served)
     assert sum(wrong.values()) == 0 and as_exact(worst, "dora", "partial")
 
@@ -170,7 +170,8 @@ def test_one_slot(models):
     folders = models("llama")
     names = ("dora", "lora", "partial", "dora", "other lora", "partial")
     batches = [mixed(folders, (name,)) for name in names]
-    served = run_engine([{"generate": batch} for batch in batches], folders["base"], max_loras=1, max_cpu_loras=2)
+    jobs = [{"generate": batch} for batch in batches]
+    served = run_engine(jobs, folders["base"], processes=3, max_loras=1, max_cpu_loras=2)
     wrong, _ = judge(folders, sum(batches, []), sum(served, []))
     assert sum(wrong.values()) == 0
 
