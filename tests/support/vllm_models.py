@@ -112,7 +112,8 @@ def run_engine(jobs: list[dict[str, Any]], model: Path, processes: int = 1, **op
         given.write_text(json.dumps({"model": str(model), "options": options, "jobs": jobs}))
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(given), str(out)],
-            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes > 1))), capture_output=True, text=True, timeout=600, check=False,
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1" if processes > 1 else "0"),
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr)[-40000:]
         return json.loads(out.read_text())  # type: ignore[no-any-return]
