@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-TESTED = ("0.32.0",)
+TESTED = ("0.32.0", "0.33.0")
 """The versions of vLLM that `make test-vllm` was run with. It replaces methods, so it takes no other."""
 
 
