@@ -245,14 +245,14 @@ def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, 
     check_loaded(module, name)
 
 
-def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+def parents_of(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules around a layer, innermost first."""
     return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
 
 
 def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
     """Raise if the layer has an adapter already."""
-    around = [module, *_parents(model, name)]
+    around = [module, *parents_of(model, name)]
     if any(isinstance(one, AdaptedLayer) for one in around):
         raise ValueError(f"{name}: the layer is adapted already")
     if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
@@ -265,7 +265,7 @@ def _problem(
     model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders
 ) -> Exception | None:
     """Return the error, without the layer's name, if a layer without adapter cannot get one; else None."""
-    parents = _parents(model, name)
+    parents = parents_of(model, name)
     parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
     if held is not module:

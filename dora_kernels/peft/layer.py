@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -192,6 +193,13 @@ def _bias(base: Any) -> Tensor | None:
     return None if bias is None else bias.detach().to("cpu", copy=True)
 
 
+def _stock_method(layer: Any, name: str) -> Callable[..., Any]:
+    """PEFT's own method of a layer that another thread may be restoring: then `super()` raises."""
+    cls = type(layer)
+    method: Callable[..., Any] = getattr(cls.stock if issubclass(cls, DoraLayer) else cls, name)
+    return functools.partial(method, layer)
+
+
 class DoraLayer:
     """A LoRA layer with DoRA adapters that run on this package.
 
@@ -314,14 +322,14 @@ class DoraLayer:
         names = kwargs.get("adapter_names")
         if names is not None and switch(self) is not None:
             kwargs["adapter_names"] = self._without_ours(names)
-        super()._check_forward_args(x, *args, **kwargs)  # type: ignore[misc]
+        _stock_method(self, "_check_forward_args")(x, *args, **kwargs)
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """PEFT's forward for the base model and other adapters, then the rows of each DoRA adapter."""
         if switch(self) is None:
-            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
+            return _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=adapter_names, **kwargs)
         others = self._without_ours(adapter_names)
-        result = super()._mixed_batch_forward(x, *args, adapter_names=others, **kwargs)  # type: ignore[misc]
+        result = _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=others, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name not in others and name in self.lora_variant:
                 rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=result.device)
