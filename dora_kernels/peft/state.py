@@ -77,6 +77,8 @@ class Switch(dict[str, AdapterCache]):
         self.record: Any = None
         self.trained_elsewhere = False
         """True if B has received a gradient while the layer had never been called (`calls`)."""
+        self.by_modules = False
+        """True once a call has run PEFT's modules, because the weights could not be read."""
         self.plan: Any = None
         """A linear layer's plan from its last call (`plan.Plan`)."""
 
