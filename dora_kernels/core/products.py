@@ -35,57 +35,6 @@ def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(matrix, rows, out=torch.empty(matrix.shape, dtype=dtype, device=matrix.device))
 
 
-def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` in `dtype`, rounded at most once from its float32 accumulation.
-
-    A bfloat16 product rounds its output. A float32 result of bfloat16 operands therefore needs the BLAS's mixed output
-    (CUDA) or operands that are upcast, block by block. If one operand is narrower, `dtype` is the other's.
-    """
-    if left.dtype != right.dtype:
-        return mm_mixed(left, right) if right.dtype == dtype else mm_mixed(right.t(), left.t()).t()
-    if left.dtype == dtype:
-        return torch.mm(left, right)
-    if torch.finfo(dtype).bits < torch.finfo(left.dtype).bits:
-        return (left @ right).to(dtype)
-    if left.device.type == "cuda" and dtype == torch.float32 and _MM_OUT_DTYPE:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    tokens, rows, columns = right.shape[0], left.shape[0], right.shape[1]
-    result = torch.zeros(rows, columns, dtype=dtype, device=left.device)
-    step = block_rows(tokens, rows + columns)
-    wide_left, wide_right = scratch(step, rows + columns, dtype, left.device).split((rows, columns), dim=1)
-    for left_part, right_part in blocks(step, left.t(), right):
-        size = left_part.shape[0]
-        result.addmm_(wide_left[:size].copy_(left_part).t(), wide_right[:size].copy_(right_part))
-    return result
-
-
-_MM_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
-
-
-def mm_mixed(narrow: Tensor, wide: Tensor) -> Tensor:
-    """``narrow @ wide`` in wide's dtype, without rounding `wide` and without a full copy of `narrow`.
-
-    On CUDA a large bfloat16 matrix is multiplied on the tensor cores by bfloat16 pieces of `wide`; a small one, of a
-    single block, is upcast, which needs fewer launches. float16 has too few exponent bits for pieces.
-    """
-    pieces = narrow.device.type == "cuda" and _MM_OUT_DTYPE and narrow.numel() > BLOCK_ELEMENTS
-    if pieces and narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32:
-        return _mm_pieces(narrow, wide)
-    return mm_wide(narrow, wide)
-
-
-def _mm_pieces(narrow: Tensor, wide: Tensor) -> Tensor:
-    """Product of a bfloat16 and a float32 matrix, by three bfloat16 pieces that hold every bit of the float32 one."""
-    rows, columns = wide.shape
-    pieces = narrow.new_empty(rows, 3, columns)
-    rest = wide
-    for i in range(3):
-        pieces[:, i] = rest
-        rest = rest - pieces[:, i]
-    product = torch.mm(narrow, pieces.view(rows, 3 * columns), out_dtype=wide.dtype)
-    return product.view(-1, 3, columns).sum(1)
-
-
 def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
     """``weight @ other`` in other's dtype. `weight` is upcast block by block, so no full copy of it is made."""
     if weight.dtype == other.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import warnings
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dora_kernels.core.precision import low_rank_dtype
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine.formula import transformed
 
@@ -25,6 +25,10 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # gradients it saves one pass and needs no more launches.
 FUSED_ELEMENTS = 1 << 21
 FUSED_ELEMENTS_INFERENCE = 1 << 18
+
+# What one program of `kernels.one_pass` holds.
+ONE_PASS_TOKENS = 64
+ONE_PASS_RANK = 64
 
 
 class UnsupportedError(RuntimeError):
@@ -41,12 +45,26 @@ class Call(NamedTuple):
     in_features: int
     rank: int
     gradients: bool
+    one_pass: bool = False
+
+
+def takes_one_pass(x: Tensor, weights: Weights) -> bool:
+    """True if the kernels compute this forward in one launch and one read of W (`kernels.one_pass`).
+
+    That is so for few tokens in 16 bits, if W and the low-rank branch are in x's dtype. The vendor's products would
+    take as long for W, which is all that few tokens read, and need four launches more.
+    """
+    tokens, dtype, lora_A = x.numel() // max(x.shape[-1], 1), x.dtype, weights.lora_A
+    few = 0 < tokens <= ONE_PASS_TOKENS and 0 < lora_A.shape[0] <= ONE_PASS_RANK
+    return few and dtype.itemsize == 2 and weights.weight.dtype == dtype == low_rank_dtype(x, lora_A)
 
 
 def prefers_fused(call: Call) -> bool:
     """True if ``backend="auto"`` should use the fused kernels, given that they can run."""
     if call.device != "cuda" or not call.dtypes <= set(KERNEL_DTYPES):
         return False
+    if call.one_pass and not call.gradients:
+        return True
     return call.tokens * call.out_features >= (FUSED_ELEMENTS if call.gradients else FUSED_ELEMENTS_INFERENCE)
 
 
@@ -66,6 +84,8 @@ def resolve(backend: str, x: Tensor, weights: Weights) -> str:
         tokens = x.numel() // max(x.shape[-1], 1) if x.dim() else 1
         (rank, in_features), out_features = weights.lora_A.shape, weights.lora_B.shape[0]
         call = Call(x.device.type, dtypes, tokens, out_features, in_features, rank, torch.is_grad_enabled())
+        if x.dim():
+            call = call._replace(one_pass=takes_one_pass(x, weights))
         if not prefers_fused(call):
             return "torch"
     reason = _unfit((x, *weights)) or triton_problem(x.device)
@@ -123,8 +143,16 @@ def warn_once(message: str) -> None:
 
 
 def triton_problem(device: torch.device) -> str | None:
-    """Return the reason why the triton backend cannot run on `device`, or None if it can. Cached per device."""
-    return _triton_problem(device)
+    """Return the reason why the triton backend cannot run on `device`, or None if it can.
+
+    It is found out once per device, with a first launch. While a CUDA graph is captured nothing can be tried, so an
+    unknown device has a reason until the capture ends.
+    """
+    if device not in _problems:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "no kernel has run there yet, and none can be tried in a CUDA graph's capture; call the layer before"
+        _problems[device] = _find_problem(device)
+    return _problems[device]
 
 
 # torch.compile must use the answer without tracing how it was found. torch.compiler.assume_constant_result would set
@@ -132,8 +160,10 @@ def triton_problem(device: torch.device) -> str | None:
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache
-def _triton_problem(device: torch.device) -> str | None:
+_problems: dict[torch.device, str | None] = {}
+
+
+def _find_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
