@@ -7,6 +7,7 @@ WORKERS ?= $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg),0,2)
 PIP_ARGS ?=
 CONSTRAINTS = constraints.txt
 EXTRAS = test,dev
+NEWEST_TORCH = 2.14.1
 ARGS =
 
 BIN := $(VENV)/bin
@@ -18,12 +19,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-oldest-peft demo bench bench-run lint types check docs clean
+.PHONY: help test test-slow test-oldest-peft test-newest-torch demo bench bench-run lint types check docs clean
 
 help:
 	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
 	@echo "make test-slow   the other tests"
 	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
+	@echo "make test-newest-torch   the tests of layers, patch and kernels with torch $(NEWEST_TORCH), in $(VENV)-newest-torch"
 	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
 	@echo "make bench   pytest-benchmark over every provider        (ARGS='-k decode --benchmark-save=NAME' goes to pytest)"
 	@echo "make bench-run   python -m bench run: side by side, five minutes  (ARGS='--suite layer --hidden 2048', '--help')"
@@ -47,8 +49,16 @@ test-slow: $(VENV)/.stamp-dev
 
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-oldest-peft \
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-versions \
 		ARGS='$(or $(ARGS),tests/peft)' test
+
+# The same, with the pins of constraints.txt and a later torch.
+test-newest-torch: .constraints-newest-torch.txt
+	@$(MAKE) --no-print-directory VENV=$(VENV)-newest-torch CONSTRAINTS=$< EXTRAS=test-versions \
+		ARGS='$(or $(ARGS),-m "not slow" tests/core tests/engine tests/kernels tests/modules tests/peft)' test
+
+.constraints-newest-torch.txt: constraints.txt Makefile
+	sed 's/^torch==.*/torch==$(NEWEST_TORCH)/' constraints.txt > $@
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -72,7 +82,7 @@ docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-newest-torch .constraints-newest-torch.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.

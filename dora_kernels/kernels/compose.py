@@ -135,16 +135,14 @@ def compose(
     g = None if g is None else g.contiguous()
     bias = None if bias is None else bias.contiguous()
     groups = 0 if ends is None else ends.shape[0]
-    scalings = None
-    if isinstance(scaling, Tensor):
-        scaling, scalings = 1.0, scaling
+    scalings, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     plan = _plan(
         M <= 16 * max(groups, 1), power_of_two(groups), N, h.shape[1], base.dtype, h.dtype,
         base.stride()[0], h.stride()[0], lora_B.stride(), y.stride()[0], bias is not None and bias.dim() == 2,
     )  # fmt: skip
     tiles = blocks(M, plan.config.BLOCK_M) if ends is None else group_tiles(M, groups, plan.config.BLOCK_M)
     tensors = base, h, lora_B, g, divisor, bias, y, ends, rows, scalings
-    launch(compose_kernel, plan, (tiles * blocks(N, plan.config.BLOCK_N),), tensors, (M, groups, float(scaling)))
+    launch(compose_kernel, plan, (tiles * blocks(N, plan.config.BLOCK_N),), tensors, (M, groups, number))
     return y
 
 

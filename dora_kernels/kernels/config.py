@@ -100,14 +100,14 @@ def norm_products(
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """True if the norm uses the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
+    """True if the norm uses the factored form: at high rank, for one bfloat16 weight, whose BLAS product is exact.
 
     float16 has too few exponent bits for the pieces of float32 adapters. Products with a wider result exist on CUDA
     since torch 2.8.
     """
-    if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16 or lora_A.dtype != lora_B.dtype:
+    if weight.dim() > 2 or lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16:
         return False
-    if lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
         return False  # the BLAS would copy a W with gaps
     if weight.device.type != "cuda":  # interpreted
         return True

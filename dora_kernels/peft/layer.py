@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -195,6 +196,13 @@ def _bias(base: Any) -> Tensor | None:
     return None if bias is None else bias.detach().to("cpu", copy=True)
 
 
+def _stock_method(layer: Any, name: str) -> Callable[..., Any]:
+    """PEFT's own method of a layer that another thread may be restoring: then `super()` raises."""
+    cls = type(layer)
+    method: Callable[..., Any] = getattr(cls.stock if issubclass(cls, DoraLayer) else cls, name)
+    return functools.partial(method, layer)
+
+
 class DoraLayer:
     """A LoRA layer with DoRA adapters that run on this package.
 
@@ -317,15 +325,15 @@ class DoraLayer:
         names = kwargs.get("adapter_names")
         if names is not None and switch(self) is not None:
             kwargs["adapter_names"] = self._without_ours(names)
-        super()._check_forward_args(x, *args, **kwargs)  # type: ignore[misc]
+        _stock_method(self, "_check_forward_args")(x, *args, **kwargs)
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """The adapters that can be read run by slots, all at once; the others as PEFT runs them, one after another."""
         if switch(self) is None:
-            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
+            return _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=adapter_names, **kwargs)
         read = mixed.readable(self, x, adapter_names)
         others = ["__base__" if name in read else name for name in self._without_ours(adapter_names)]
-        result = super()._mixed_batch_forward(x, *args, adapter_names=others, **kwargs)  # type: ignore[misc]
+        result = _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=others, **kwargs)
         if read:
             result = mixed.routed(self, x, result, adapter_names, read)
         for name in dict.fromkeys(adapter_names):

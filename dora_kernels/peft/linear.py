@@ -27,6 +27,7 @@ from dora_kernels.peft.state import (
     hooked,
     interpolated,
     norm_cache,
+    settings,
 )
 
 
@@ -55,7 +56,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         dropped = None
         if active_dropout(module, active_adapter):
             x = dropped = module.lora_dropout[active_adapter](x)
-        of_base = dropped is not None and vars(module)[SWITCH].options.dropout == "peft"
+        of_base = dropped is not None and settings(module).options.dropout == "peft"
         if of_base or hooked(lora_B) or nn_module._has_any_global_hook():
             base = result
             if of_base:

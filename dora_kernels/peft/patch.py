@@ -23,6 +23,8 @@ if not hasattr(lora.layer, "LoraVariant"):
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.model_forward import ask_once
+from dora_kernels.model.targets import parents_of
+from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.peft import gptq
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
@@ -68,13 +70,12 @@ class PatchHandle:
         The list shows this moment. FSDP2 gathers tensors only for the duration of a call, so layers that it has sharded
         are listed in `skipped` although their calls run on this package.
         """
-        return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
+        return [name for name, reason in self._reasons() if reason is None]
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Names of the DoRA layers that PEFT runs, each with the reason."""
-        reasons = ((name, out_of_reach(layer)) for name, layer in self._dora_layers())
-        return {name: reason for name, reason in reasons if reason is not None}
+        """Names of the DoRA layers whose calls do not run on this package, each with the reason."""
+        return {name: reason for name, reason in self._reasons() if reason is not None}
 
     def restore(self) -> None:
         """Restore every model, unmerged. Calling it twice does nothing."""
@@ -109,13 +110,17 @@ class PatchHandle:
         if type(tuner) is LoraModel:
             self._tuners.add(tuner)
 
-    def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
+    def _reasons(self) -> Iterator[tuple[str, str | None]]:
+        """Yield each DoRA layer's name and why its calls do not run on this package, None if they do."""
         models = list(self._models)
+        readers = WeightReaders()
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
                 if isinstance(module, lora.LoraLayer) and dora_adapters(module):
-                    yield prefix + name, module
+                    reader = readers.never_calling(parents_of(model, name), name)
+                    read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
+                    yield prefix + name, read or out_of_reach(module)
 
 
 def patch_peft(

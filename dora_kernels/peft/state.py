@@ -72,9 +72,15 @@ def switch(layer: nn.Module) -> Switch | None:
     return vars(layer).get(SWITCH)
 
 
+def settings(layer: nn.Module) -> Switch:
+    """Return the layer's state, or the defaults if another thread has restored the layer since its call began."""
+    state = switch(layer)
+    return Switch() if state is None else state
+
+
 def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """Return the layer's kept norm for one adapter."""
-    caches: dict[str, AdapterCache] = vars(layer)[SWITCH]
+    caches = settings(layer)
     cache = caches.get(adapter)
     return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
 
