@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
+from dora_kernels.engine.merged import check_forward
 from dora_kernels.model.saving import unwatch_saving, watch_saving
 from dora_kernels.model.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
+from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.rounding import seed_for
 
 
@@ -36,6 +38,7 @@ def apply_dora(
     eps: float = 0.0,
     backend: str = "auto",
     adapter_dtype: torch.dtype | None = None,
+    forward: str = "composed",
 ) -> list[str]:
     """Replace every layer of `model` that the patterns name by an adapted layer.
 
@@ -69,6 +72,7 @@ def apply_dora(
         eps: added to the norm.
         backend: as `dora_linear`.
         adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
+        forward: "composed", or "merged" for linear layers that multiply by one merged weight (docs/merged.md).
 
     Returns:
         The names of the adapted layers, in the model's order. A warning names patterns that match nothing, and
@@ -87,6 +91,7 @@ def apply_dora(
         "dropout": dropout, "use_rslora": use_rslora, "backend": backend, "adapter_dtype": adapter_dtype,
     }  # fmt: skip
     validation.check_flag(use_dora, "use_dora")
+    check_forward(forward)
     if use_dora:
         options |= {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm, "eps": eps}
     places = places_of(model)
@@ -97,6 +102,8 @@ def apply_dora(
     try:
         for module, name in found.items():
             own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
+            if use_dora and forward != "composed" and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                own["forward"] = forward
             layers[module] = adapted_layer(module, name, use_dora, **own, **options)
         notes += ranks.unmatched(found.values()) + alphas.unmatched(found.values())
         unmergeable = [found[module] for module, layer in layers.items() if layer._cannot_be_merged]

@@ -274,7 +274,10 @@ def _problem(
         return ValueError("the layer is parametrized; remove the parametrization first")
     weight = module._parameters.get("weight")
     if type(weight).__name__ == "DTensor":
-        return TypeError("the layer is sharded; adapt the model before sharding it")
+        return TypeError(
+            "the layer is sharded; adapt the model before sharding it, or use PEFT and "
+            "dora_kernels.patch_peft_globally() on a tensor-parallel model"
+        )
     if _is_quantised(module, weight):
         of = "" if weight is None else f", weight {type(weight).__name__}"
         return TypeError(
