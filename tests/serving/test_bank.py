@@ -243,28 +243,54 @@ def test_no_norm_in_a_forward(bank, customers, monkeypatch):
     assert len(calls) == loaded
 
 
+@torch.no_grad()
 def test_the_model_stays_as_it_is(bank, customers):
-    """Modules, parameters and state dict; a copy has no bank; hooks of others see the base layer's output."""
-    base = customers[0]
+    """Modules, parameters and state dict; a copy has no bank; hooks and forwards of others run as ever."""
+    base, _, folder = customers
     assert not any("lora" in key for key in base.state_dict())
     ids = tokens(1)
-    seen = []
-    layer = base.model.layers[0].self_attn.q_proj
+    plain = base(ids).logits
     for copied in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
         with bank.rows(["alice"]):
-            assert torch.equal(copied(ids).logits, base_logits(base, ids, bank))
+            assert torch.equal(copied(ids).logits, plain)
+    with bank.rows(["alice"]):
+        adapted = base(ids).logits
+    layer, seen = base.model.layers[0].self_attn.q_proj, []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    inner = layer.forward
+    layer.forward = lambda x: (seen.append(x), inner(x))[1]
     with bank.rows(["alice"]):
-        with_hook = base(ids).logits
+        assert torch.equal(base(ids).logits, adapted) and len(seen) == 2
+    bank.close()
+    assert torch.equal(base(ids).logits, plain) and len(seen) == 4
     handle.remove()
-    with bank.rows(["alice"]):
-        torch.testing.assert_close(base(ids).logits, with_hook)
-    assert seen and not base(ids).logits.equal(with_hook)
+    del layer.forward
+    twice = AdapterBank(base)
+    twice.load("alice", folder / "alice")
+    with twice.rows(["alice"]):
+        assert torch.equal(base(ids).logits, adapted)
+    twice.close()
+    assert not any("forward" in vars(module) for module in base.modules())
 
 
-def base_logits(base, ids, bank):
-    with bank.rows([None]):
-        return base(ids).logits
+@pytest.mark.parametrize("early", [True, False], ids=["compiled before", "compiled after"])
+@torch.no_grad()
+def test_compiled(early):
+    """What was compiled before there was a bank is compiled anew."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4))
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 5)
+    if early:
+        compiled(x)
+    bank = AdapterBank(model)
+    bank.load("one", small())
+    for names in (["one", None], [None, "one"], ["one", None]):
+        with bank.rows(names):
+            y = compiled(x)
+            assert torch.equal(y, model(x))
+        plain = compiled(x)
+        assert torch.equal(plain, model(x))
+        assert not torch.equal(y[names.index("one")], plain[names.index("one")])
 
 
 @torch.no_grad()
