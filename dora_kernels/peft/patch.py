@@ -249,9 +249,11 @@ def _wrap_inject_adapter() -> None:
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if _on:
-            tensor_parallel.check_targets(self, model, *args, **kwargs)
-        original(self, model, *args, **kwargs)
+        if not _on:
+            return original(self, model, *args, **kwargs)
+        tensor_parallel.check_targets(self, model, *args, **kwargs)
+        with tensor_parallel.whole_parameters():
+            original(self, model, *args, **kwargs)
         if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm = _on[-1]
