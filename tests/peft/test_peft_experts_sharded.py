@@ -98,8 +98,8 @@ def in_process(rank, wrapper, path):
     os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=RANKS)
     losses, model, whole = WRAPPERS[wrapper](rank, path)
-    if rank == 0:
-        model.save_pretrained(path / "out", state_dict=whole)
+    # All processes: under expert parallelism saving is one gathering for all.
+    model.save_pretrained(path / ("out" if rank == 0 else f"out_{rank}"), state_dict=whole)
     torch.save(losses, path / f"losses_{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
