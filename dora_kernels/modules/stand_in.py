@@ -264,6 +264,15 @@ for _name in ("grouped_mm", "_grouped_mm"):
             _PRODUCTS[getattr(_module, _name)] = _grouped_mm
 
 
+_TRANSPOSED = frozenset({"Llama4TextExperts"})
+"""Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
+    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
+
+
 @contextlib.contextmanager
 def standing_in(module: nn.Module, name: str, stand_in: StandIn) -> Iterator[None]:
     """Let `stand_in` be ``module.name`` for the length of a call. A module's own attributes come before parameters."""

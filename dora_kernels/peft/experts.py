@@ -28,7 +28,7 @@ from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import experts, ops
 from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.modules.stand_in import StandIn, standing_in
+from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
 from dora_kernels.peft import stacks
 from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource, merged_rows, unmerged_rows
 from dora_kernels.peft.magnitude import DoraMagnitude
@@ -36,15 +36,6 @@ from dora_kernels.peft.state import SWITCH, Switch, norm_cache, strength, switch
 
 STOCK: Any = lora.layer.ParamWrapper
 """PEFT's class."""
-
-_TRANSPOSED = frozenset({"Llama4TextExperts"})
-"""Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
-    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
-
 
 class ExpertsVariant(DoraVariant):
     """The DoRA adapter of a parameter."""
