@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.experts import plan_stacks, stacked
+from dora_kernels.adapters.formats.stacks import EXCHANGED
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers
 from dora_kernels.model.saving import watch_saving
 from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
+from dora_kernels.modules.stand_in import hidden_transposed
 
 Models = nn.Module | Mapping[str, nn.Module]
 """A model, or several models of a pipeline by the names it has for them: ``{"unet": ..., "text_encoder": ...}``."""
@@ -58,6 +61,7 @@ def extract(model: Models) -> Adapter:
         ValueError: it has no adapted layer, or one whose strength is not 1, which an adapter cannot hold.
     """
     layers: dict[str, AdapterLayer] = {}
+    exchanged: list[str] = []
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
@@ -76,6 +80,8 @@ def extract(model: Models) -> Adapter:
             layers[name] = AdapterLayer(
                 "experts", stacked_a.detach().clone(), stacked_b.detach().contiguous(), magnitude, layer.scaling
             )
+            if hidden_transposed(layer._holder()):
+                exchanged.append(name)
             continue
         a, b = (factor.detach().clone() for factor in layer.factors)
         layers[name] = AdapterLayer(
@@ -89,7 +95,8 @@ def extract(model: Models) -> Adapter:
         )
     if not layers:
         raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
-    return Adapter(layers, "model", config={COMPONENTS: True} if several else {})
+    config: dict[str, Any] = {COMPONENTS: True} if several else {}
+    return Adapter(layers, "model", config={**config, EXCHANGED: exchanged} if exchanged else config)
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:
@@ -117,7 +124,8 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
     model = joined(model)
     base_layers = base_layers_of(model)
-    layers = own_layers(stacked(adapter, base_layers), base_layers, _error, adapter.notes)
+    single = stacked(adapter.layers, base_layers, adapter.notes)
+    layers = own_layers(replace(adapter, layers=single), base_layers, _error, adapter.notes)
     check_fit(layers, base_layers, _error)
     check_plain(layers)
     stacks = {name: layer for name, layer in layers.items() if layer.kind == "experts"}

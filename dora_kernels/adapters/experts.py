@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import modules
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, problem_of
+from dora_kernels.adapters.adapter import AdapterLayer, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.model.targets import adapted_stack
 
@@ -56,15 +56,17 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
     return found
 
 
-def stacked(adapter: Adapter, known: Mapping[str, BaseLayer]) -> Adapter:
-    """Return the adapter with the linear layers of experts stacked, where the model (`known`) has stacks of them.
+def stacked(
+    adapter: Mapping[str, AdapterLayer], known: Mapping[str, BaseLayer], notes: list[str]
+) -> dict[str, AdapterLayer]:
+    """Return an adapter's layers with those of experts stacked, where the model (`known`) has stacks of them.
 
     Raises:
         ValueError: an expert, or one of its layers, is missing.
     """
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.items():
         match = _EXPERT.fullmatch(name)
         if match is None or layer.kind != "linear" or name in known:
             continue
@@ -73,13 +75,12 @@ def stacked(adapter: Adapter, known: Mapping[str, BaseLayer]) -> Adapter:
             if own in known and known[own].kind == "experts" and any(match["part"] in each for each in spellings):
                 stacks.setdefault(own, {})[int(match["expert"]), match["part"]] = layer
                 names[name] = own
-    if not stacks:
-        return adapter
-    layers = {name: layer for name, layer in adapter.layers.items() if name not in names}
+    layers = {name: layer for name, layer in adapter.items() if name not in names}
     for own, parts in stacks.items():
         layers[own] = _stack(own, parts, known[own].weight.shape[0])
-    notes = [*adapter.notes, f"the layers of single experts became {len(stacks)} stacks"]
-    return Adapter(layers, adapter.format, notes, adapter.config)
+    if stacks:
+        notes.append(f"the layers of single experts became {len(stacks)} stacks")
+    return layers
 
 
 def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int) -> AdapterLayer:

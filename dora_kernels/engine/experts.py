@@ -150,7 +150,9 @@ class Experts:
         plain = isinstance(weight, Tensor) and not weight.requires_grad
         if others or adapter.strength != 1.0 or not plain:
             if self.backend == "triton":
-                raise UnsupportedError("backend='triton' runs experts with one adapter, at strength 1, and frozen weights")
+                raise UnsupportedError(
+                    "backend='triton' runs experts with one adapter, at strength 1, on frozen weights"
+                )
             return False
         g = None if adapter.g is None else adapter.g[0]
         one = Weights(weight[0], adapter.lora_A[0], adapter.lora_B[0], g)

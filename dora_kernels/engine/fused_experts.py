@@ -1,7 +1,7 @@
-"""A stack of experts around the Triton kernels: forward and hand-written backward, each kernel one launch for all experts.
+"""A stack of experts around the Triton kernels: forward and hand-written backward, one launch for all experts each.
 
-As `engine.fused` for one layer, with `ends` for the groups of rows; docs/math.md has the derivation. The products with W
-and those of rank r are grouped products. Nothing is read back to the host where PyTorch's grouped product runs.
+As `engine.fused` for one layer, with `ends` for the groups of rows; docs/math.md has the derivation. The products with
+W and those of rank r are grouped products. Nothing is read back to the host where PyTorch's grouped product runs.
 Rows after the last end are not computed: results and gradients are uninitialized there, as those of PyTorch's grouped
 product.
 """

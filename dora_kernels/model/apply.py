@@ -84,8 +84,8 @@ def apply_dora(
             and `dropout` has to be 0.
 
     Returns:
-        The names of the adapted layers, in the model's order, and then those of the parameters. A warning names patterns that match nothing, and
-        convolutions with groups, whose adapters cannot be saved to a file.
+        The names of the adapted layers, in the model's order, and then those of the parameters. A warning names
+        patterns that match nothing, and convolutions with groups, whose adapters cannot be saved to a file.
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
@@ -105,7 +105,8 @@ def apply_dora(
     places = places_of(model)
     ranks, alphas = ByName(rank_pattern, "rank_pattern"), ByName(alpha_pattern, "alpha_pattern")
     stacks = chosen_stacks(model, places, target_parameters)
-    found, notes = {}, []
+    found: dict[nn.Module, str] = {}
+    notes: list[str] = []
     if not stacks or not (isinstance(target_modules, list | tuple) and not target_modules):
         found, notes = chosen(model, places, target_modules, exclude_modules, use_dora)
         notes = [note for note in notes if not stacks or "three-dimensional parameters" not in note]

@@ -94,8 +94,7 @@ class LoRAExperts(AdaptedLayer):
         stored, (a, b) = self.weight, self.factors
         count = stored.shape[0]
         weight = stored.transpose(1, 2) if is_transposed(self._holder()) else stored
-        a = a.view(count, self.rank, a.shape[1])
-        return weight, a, b.view(b.shape[0], self.rank, count).permute(2, 0, 1)
+        return weight, a.view(count, self.rank, a.shape[1]), b.view(b.shape[0], self.rank, count).permute(2, 0, 1)
 
     @property
     def bias(self) -> Tensor | None:

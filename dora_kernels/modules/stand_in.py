@@ -145,7 +145,8 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         # No address: a kernel would silently read the base weight there.
         if name.startswith("__") or name in ("data_ptr", "data", "untyped_storage", "storage"):
-            raise AttributeError(f"{self.__dict__.get('_name')}: inside its layer's call its adapted weight has no {name}")
+            who = self.__dict__.get("_name")
+            raise AttributeError(f"{who}: inside its layer's call the adapted weight has no {name}")
         return getattr(self.formed(), name)
 
     def formed(self) -> Tensor:
@@ -270,7 +271,12 @@ _TRANSPOSED = frozenset({"Llama4TextExperts"})
 
 def is_transposed(module: nn.Module) -> bool:
     """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
-    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
+    return bool(getattr(module, "is_transposed", False)) or hidden_transposed(module)
+
+
+def hidden_transposed(module: nn.Module) -> bool:
+    """True if the module's stacks are ``[E, in, out]`` and it does not say so."""
+    return type(module).__name__ in _TRANSPOSED and not getattr(module, "is_transposed", False)
 
 
 @contextlib.contextmanager

@@ -99,8 +99,8 @@ class ParamWrapper(DoraLayer, STOCK):
             count, rank = self.num_experts, self.r[adapter]
             if not a.numel():
                 raise UnsupportedError(
-                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed ZeRO-3 "
-                    "has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
+                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed "
+                    "ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
                 )
             own = slice(None)
             if weight.shape[0] != count:
@@ -115,8 +115,8 @@ class ParamWrapper(DoraLayer, STOCK):
             if a.shape[-1] != weight.shape[2] or b.shape[1] != weight.shape[1]:
                 raise UnsupportedError(
                     f"{self._name()}: its weight is {list(weight.shape)} here, as [experts, out, in], and the adapter "
-                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts need "
-                    "another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
+                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts "
+                    "need another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
                 )
         return Weights(weight, a, b, magnitude)
 

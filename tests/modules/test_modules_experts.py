@@ -131,7 +131,7 @@ WRONG = {
     "name": ({"target_parameters": ["experts.nothing"]}, ValueError, "the model has no 'experts.nothing'"),
     "string": ({"target_parameters": "experts"}, TypeError, "target_parameters: expected a list of names"),
     "dropout": ({"dropout": 0.1}, ValueError, r"experts\.gate_up_proj: dropout: expected 0 for experts, got 0\.1"),
-    "axis": ({"magnitude_axis": "in"}, ValueError, "gate_up_proj: magnitude_axis: expected 'out' for experts, got 'in'"),
+    "axis": ({"magnitude_axis": "in"}, ValueError, "gate_up_proj: magnitude_axis: expected 'out' for experts"),
     "gradient": ({"detach_norm": False}, ValueError, "detach_norm: expected True for experts, got False"),
     "rank": ({"rank": 0}, ValueError, "rank"),
 }
