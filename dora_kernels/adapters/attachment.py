@@ -76,7 +76,7 @@ def extract(model: Models) -> Adapter:
         if isinstance(layer, modules.LoRAExperts):
             _, stacked_a, stacked_b = layer._problem()
             name = f"{name.replace('.base_layer', '')}.{layer.parameter}"
-            magnitude = layer.magnitude.detach().clone() if dora else None
+            magnitude = layer.magnitude.detach().clone() if isinstance(layer, modules.DoRAExperts) else None
             layers[name] = AdapterLayer(
                 "experts", stacked_a.detach().clone(), stacked_b.detach().contiguous(), magnitude, layer.scaling
             )

@@ -111,7 +111,8 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
 def mm_groups(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Each group's rows times its matrix: ``[S, K]`` and ``[E, K, N]`` to ``[S, N]``.
 
-    Group e has the rows ``ends[e - 1]`` to ``ends[e]``. Rows after the last end are left out, and their results uninitialized.
+    Group e has the rows ``ends[e - 1]`` to ``ends[e]``. Rows after the last end are left out, and their results
+    uninitialized.
     """
     if _grouped(rows):
         return _grouped_mm(rows, stack, ends)
