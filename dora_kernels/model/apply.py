@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
+from dora_kernels.engine.merged import check_forward
 from dora_kernels.model.saving import unwatch_saving, watch_saving
 from dora_kernels.model.targets import (
     adapted_layer,
@@ -25,6 +26,7 @@ from dora_kernels.model.targets import (
 )
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
+from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.rounding import seed_for
 
 
@@ -46,6 +48,7 @@ def apply_dora(
     backend: str = "auto",
     adapter_dtype: torch.dtype | None = None,
     target_parameters: Iterable[str] | None = None,
+    forward: str = "composed",
 ) -> list[str]:
     """Replace every layer of `model` that the patterns name by an adapted layer.
 
@@ -82,6 +85,7 @@ def apply_dora(
         target_parameters: names, or ends of names, of parameters that are stacks of experts, as PEFT's:
             ``["experts.gate_up_proj", "experts.down_proj"]`` (`DoRAExperts`). With them `target_modules` may be ``[]``,
             and `dropout` has to be 0.
+        forward: "composed", or "merged" for linear layers that multiply by one merged weight (docs/merged.md).
 
     Returns:
         The names of the adapted layers, in the model's order, and then those of the parameters. A warning names
@@ -100,6 +104,7 @@ def apply_dora(
         "dropout": dropout, "use_rslora": use_rslora, "backend": backend, "adapter_dtype": adapter_dtype,
     }  # fmt: skip
     validation.check_flag(use_dora, "use_dora")
+    check_forward(forward)
     if use_dora:
         options |= {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm, "eps": eps}
     places = places_of(model)
@@ -120,6 +125,8 @@ def apply_dora(
                 around[module] = adapted_stack(around.get(module, module), name, use_dora, **own, **options)
         for module, name in found.items():
             own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
+            if use_dora and forward != "composed" and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                own["forward"] = forward
             layers[module] = adapted_layer(module, name, use_dora, **own, **options)
         named = [*found.values(), *(name for names in stacks.values() for name in names)]
         notes += ranks.unmatched(named) + alphas.unmatched(named)

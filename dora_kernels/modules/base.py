@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 _OPTIONS = frozenset({
-    "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps",
+    "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps", "forward",
 })  # fmt: skip
 """The keyword arguments that belong to the adapter; a layer's other keyword arguments go to its base layer."""
 
