@@ -261,7 +261,7 @@ def chosen_stacks(
             known.append(name)
             if parameter is None or not _matches(targets, name):
                 continue
-            _check_bare(model, module, name.rpartition(".")[0])
+            check_bare(model, module, name.rpartition(".")[0])
             if parameter.dim() != 3:
                 raise TypeError(f"{name}: expected a stack of experts with 3 dimensions, got {list(parameter.shape)}")
             if parameter.dtype not in validation.DTYPES:
