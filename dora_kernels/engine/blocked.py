@@ -126,6 +126,7 @@ def merge(
     scaling: float,
     seed: int | None = None,
     transposed: bool = False,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """``g * (W + s B A)`` with ``g = magnitude / norm`` per row, 0 where the norm is 0; without a magnitude g is 1.
 
@@ -135,12 +136,14 @@ def merge(
     Args:
         transposed: True if this is the transposed problem (``magnitude_axis="in"``). Its columns are then the rows of
             the original weight; stochastic rounding numbers the elements along those.
+        norm: the norm of the rows, if it is known.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     g = None
     if magnitude is not None:
-        g = magnitude_scale(magnitude, weight_norm(weight, lora_A, lora_B, scaling)).unsqueeze(1)
+        norm = weight_norm(weight, lora_A, lora_B, scaling) if norm is None else norm
+        g = magnitude_scale(magnitude, norm).unsqueeze(1)
     merged = torch.empty_like(weight)
     start = 0
     with full_precision(weight.device):
@@ -166,6 +169,11 @@ def _merge_block(
     seed: int | None,
     start: int,
 ) -> None:
+    if w.dtype == target.dtype == left.dtype:
+        direction = torch.addmm(w, left, right, alpha=scaling, out=target)
+        if scale is not None:
+            direction.mul_(scale)
+        return
     direction = torch.addmm(w.to(left.dtype), left, right, alpha=scaling)
     merged = direction if scale is None else direction.mul_(scale)
     target.copy_(merged if seed is None else stochastic(merged, target.dtype, seed, start))

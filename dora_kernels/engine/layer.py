@@ -10,7 +10,7 @@ from torch import Tensor
 from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient, safe_divisor
-from dora_kernels.engine import autograd, collectives, formula, ops
+from dora_kernels.engine import autograd, collectives, formula, merged, ops
 from dora_kernels.engine.dispatch import PLAIN, norm_backend, resolve
 from dora_kernels.engine.kept_divisor import kept_divisor
 from dora_kernels.engine.norm import Norm, compute_norm
@@ -35,6 +35,8 @@ def run_layer(
     kind, magnitude, g = x.device.type, weights.magnitude, None
     if kind != "meta" and torch.is_autocast_enabled(kind):
         x = cast(x, compute_dtype(x))
+    if cache is not None and cache.merges and merged.runs_merged(x, weights, cache, training):
+        return merged.run_merged(x, weights, form, cache, training, backend)
     chosen = "torch" if kind == "cpu" and backend != "triton" else resolve(backend, x, weights)
     if magnitude is None:
         norm = _PLAIN_LORA

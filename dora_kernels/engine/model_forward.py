@@ -140,20 +140,24 @@ def _watched(kept: KeptNorm) -> tuple[Tensor, ...]:
     return lora_A.detach(), lora_B.detach(), sample(weight.detach())
 
 
+def around(model: nn.Module, layers: dict[str, Any]) -> list[nn.Module]:
+    """The modules of `model` that contain all of `layers`, by name; none if there are no layers."""
+    return [
+        module
+        for name, module in (model.named_modules() if layers else ())
+        if name not in layers and all(not name or one.startswith(f"{name}.") for one in layers)
+    ]
+
+
 def ask_once(model: nn.Module) -> Callable[[], None]:
     """Make `model` check its norms once in each forward. Returns a function that removes the hooks.
 
     The layers are the modules that have a `kept_norms` method.
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(type(layer), "kept_norms")}
-    around = [
-        module
-        for name, module in model.named_modules()
-        if name not in layers and all(not name or one.startswith(f"{name}.") for one in layers)
-    ]
     hooks = AskOnce(list(layers.values()))
     handles = []
-    for module in around if layers else ():
+    for module in around(model, layers):
         if not any(isinstance(getattr(hook, "__self__", None), AskOnce) for hook in module._forward_hooks.values()):
             handles.append(module.register_forward_pre_hook(hooks.before))
             handles.append(module.register_forward_hook(hooks.after, always_call=True))

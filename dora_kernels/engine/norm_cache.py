@@ -17,6 +17,7 @@ that is kept by the same rules. A norm handed out for a backward is a snapshot: 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -61,6 +62,8 @@ class _Answers(threading.local):
 answers = _Answers()
 
 
+_numbers = itertools.count()
+
 _by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
 
 
@@ -75,10 +78,15 @@ class NormCache:
     Args:
         form: the layer's options; the scaling is passed to each call instead.
         backend: as in `dora_linear`.
+        merges: True if the layer runs merged (`engine.merged`).
     """
 
-    def __init__(self, form: Form = Form(), backend: str = "auto") -> None:  # noqa: B008 (immutable)
-        self.form, self.backend = form, backend
+    def __init__(self, form: Form = Form(), backend: str = "auto", merges: bool = False) -> None:  # noqa: B008 (immutable)
+        self.form, self.backend, self.merges = form, backend, merges
+        self.merged: Any = None
+        """The merged weight of the last call, and what it was made from."""
+        self.refreshes, self.number = 0, next(_numbers)
+        """How often a merged weight was made, and the cache's number in this process: seeds of its rounding."""
         self._norms: dict[torch.device, Norm] = {}
         self._last: Norm | None = None
         self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None
@@ -104,12 +112,12 @@ class NormCache:
         self.move(torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        copied = type(self)(self.form, self.backend)
+        copied = type(self)(self.form, self.backend, self.merges)
         copied.move(self.slot.device)
         return copied
 
     def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
-        return type(self), (self.form, self.backend)
+        return type(self), (self.form, self.backend, self.merges)
 
     def move(self, device: torch.device) -> None:
         """Move `slot` to the layer's device, because a CUDA graph takes no input from the CPU."""
@@ -124,6 +132,7 @@ class NormCache:
         self._last = None
         self._weight_square = None
         self._on_device = {}
+        self.merged = None
         self.generation += 1
         self.b_was_nonzero = False
 

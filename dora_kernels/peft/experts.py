@@ -29,7 +29,7 @@ from dora_kernels.engine import experts, ops
 from dora_kernels.engine.collectives import all_true, copied, gathered, whole_norm
 from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.modules.stand_in import StandIn, standing_in
+from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
 from dora_kernels.peft import stacks
 from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource, merged_rows, unmerged_rows
 from dora_kernels.peft.magnitude import DoraMagnitude
@@ -38,15 +38,6 @@ from dora_kernels.peft.state import SWITCH, Switch, norm_cache, strength, switch
 
 STOCK: Any = lora.layer.ParamWrapper
 """PEFT's class."""
-
-_TRANSPOSED = frozenset({"Llama4TextExperts"})
-"""Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
-    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
-
 
 class ExpertsVariant(DoraVariant):
     """The DoRA adapter of a parameter."""
@@ -127,8 +118,8 @@ class ParamWrapper(DoraLayer, STOCK):
             count, rank = self.num_experts, self.r[adapter]
             if not a.numel():
                 raise UnsupportedError(
-                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed ZeRO-3 "
-                    "has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
+                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed "
+                    "ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
                 )
             own, cut = slice(None), None if (state := switch(self)) is None else state.cut
             if weight.shape[0] != count or cut is not None:
@@ -147,8 +138,8 @@ class ParamWrapper(DoraLayer, STOCK):
             if a.shape[-1] != weight.shape[2] or b.shape[1] != weight.shape[1]:
                 raise UnsupportedError(
                     f"{self._name()}: its weight is {list(weight.shape)} here, as [experts, out, in], and the adapter "
-                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts need "
-                    "another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
+                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts "
+                    "need another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
                 )
         return Weights(weight, a, b, magnitude)
 

@@ -18,11 +18,12 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import conv, embedding, experts, gptq, linear, quantized, shards, tensor_parallel
+from dora_kernels.peft import calls, conv, embedding, experts, gptq, linear, quantized, shards, tensor_parallel
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
 from dora_kernels.peft.magnitude import DoraMagnitude
+from dora_kernels.peft.registered import RegisteredLinearVariant
 from dora_kernels.peft.state import SWITCH, Options, Switch, dora_adapters, hooked, norm_cache, switch
 
 logger = logging.getLogger("dora_kernels")
@@ -56,6 +57,12 @@ def _kind(stock: type) -> Kind | None:
 def runs_here(layer: Any) -> bool:
     """True for a LoRA layer of which a patch takes the calls: one with a DoRA adapter, or any on a parameter."""
     return isinstance(layer, lora.LoraLayer) and (bool(dora_adapters(layer)) or isinstance(layer, experts.STOCK))
+
+
+def _is_registered(layer: Any) -> bool:
+    """True for PEFT's own linear layer with a variant that PEFT asks for the whole output."""
+    variants = layer.lora_variant.values() if type(layer) is lora.Linear else ()
+    return any(isinstance(variant, RegisteredLinearVariant) for variant in variants)
 
 
 def _is_ours(layer: Any) -> bool:
@@ -167,30 +174,34 @@ def _keeping_nothing(model: nn.Module) -> Iterator[None]:
             state.options = before
 
 
-def patch_layers(model: nn.Module, options: Options | None = None) -> None:
+def patch_layers(model: nn.Module, options: Options | None = None, *, exchange_linear: bool = True) -> None:
     """Patch every layer of `model` that can be patched, with or without DoRA adapters, since one may be added later.
 
     Args:
         options: also set on layers that are patched already. None: new layers take the options of those.
+        exchange_linear: False leaves linear layers with a registered variant (`registered`) their class.
     """
     layer: Any
     known = [state for layer in model.modules() if (state := switch(layer)) is not None]
     if options is not None:
         for state in known:
             state.options = options
+            for cache in state.values():
+                cache.merges, cache.merged = options.forward == "merged", None
     elif known:
         options = known[0].options
     tensor_parallel.prepare(model)
     for name, layer in model.named_modules():
         kind = _kind(type(layer))
-        if kind is not None and unsupported(layer) is None:
+        stays = not exchange_linear and _is_registered(layer)
+        if kind is not None and unsupported(layer) is None and not stays:
             layer.__class__ = kind.patched
-        if not _is_ours(layer):
+        if not (_is_ours(layer) or (stays and unsupported(layer) is None)):
             continue
         for magnitude in _magnitudes(layer, DoraLinearLayer):
             magnitude.__class__ = DoraMagnitude
         if SWITCH not in vars(layer):
-            for adapter, variant in layer.lora_variant.items():
+            for adapter, variant in layer.lora_variant.items() if not stays else ():
                 layer.lora_variant[adapter] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
             if isinstance(layer, experts.ParamWrapper):
@@ -221,7 +232,7 @@ def restore_layers(model: nn.Module) -> None:
             continue
         if switch(layer) is not None and layer.merged_adapters:
             layer.unmerge()
-        if isinstance(layer, DoraLayer):
+        if isinstance(layer, DoraLayer) or _is_registered(layer):
             if _is_ours(layer):  # a class that FSDP2 derived from it stays, with the switch off
                 layer.__class__ = layer.stock
             for name, variant in layer.lora_variant.items():
@@ -237,7 +248,7 @@ def unsupported(layer: Any) -> str | None:
     if kind is None:
         return f"{type(layer).__module__}.{type(layer).__name__}: this kind of LoRA layer is not supported"
     reason = kind.unsupported(layer)
-    if reason is None and not isinstance(layer, DoraLayer) and "forward" in vars(layer):
+    if reason is None and switch(layer) is None and "forward" in vars(layer):
         return "its forward was replaced (by a hook of accelerate, for example); patch before that"
     return reason
 
@@ -281,4 +292,4 @@ def out_of_reach(layer: Any) -> str | None:
     found = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
     if found and all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in found):
         return f"its weights cannot be read outside their modules' calls: {_obstacle(layer)}"
-    return None
+    return calls.REASON if calls.bypassed(layer) else None

@@ -18,6 +18,7 @@ from dora_kernels.engine.dispatch import norm_backend
 from dora_kernels.engine.fingerprints import digest
 from dora_kernels.engine.layer import norm_now
 from dora_kernels.engine.model_norms import KeptNorm
+from dora_kernels.peft import mixed
 from dora_kernels.peft.shards import agreed, form_of, like, part, split_of, write
 from dora_kernels.peft.state import (
     active_dropout,
@@ -27,6 +28,7 @@ from dora_kernels.peft.state import (
     interpolated,
     norm_cache,
     scale,
+    settings,
     strength,
     switch,
 )
@@ -38,6 +40,8 @@ class DoraVariant:
     """PEFT's DoRA variant for one kind of layer, on this package. It is mixed in before PEFT's own, `stock`."""
 
     stock: ClassVar[Any]
+    by_slots: ClassVar[bool] = False
+    """True if it is a linear layer's, so that batches of several adapters may run by slots."""
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
@@ -71,8 +75,9 @@ class DoraVariant:
     @classmethod
     def pefts_forward(cls, module: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Run PEFT's modules, with this package's options, for an adapter whose tensors cannot be read."""
-        state = switch(module)
-        if state is None or state.options.dropout == "peft" or not active_dropout(module, adapter):
+        state = settings(module)
+        state.by_modules = True
+        if state.options.dropout == "peft" or not active_dropout(module, adapter):
             dora = cls.stock.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
         else:
             dora = result + module.lora_magnitude_vector[adapter](
@@ -246,7 +251,8 @@ class DoraLayer:
     @classmethod
     def patched_variant(cls, variant: Any) -> Any:
         """Return this package's variant in place of PEFT's DoRA variant; any other is returned as it is."""
-        return cls.variants[type(variant)]() if type(variant) in cls.variants else variant
+        stock = getattr(variant, "stock", type(variant))  # a registered variant of this package is not yet this layer's
+        return cls.variants[stock]() if stock in cls.variants else variant
 
     @classmethod
     def restored_variant(cls, variant: Any) -> Any:
@@ -367,13 +373,16 @@ class DoraLayer:
         _stock_method(self, "_check_forward_args")(x, *args, **kwargs)
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """PEFT's forward for the base model and other adapters, then the rows of each DoRA adapter."""
+        """The adapters that can be read run by slots, all at once; the others as PEFT runs them, one after another."""
         if switch(self) is None:
             return _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=adapter_names, **kwargs)
-        others = self._without_ours(adapter_names)
+        read = mixed.readable(self, x, adapter_names)
+        others = ["__base__" if name in read else name for name in self._without_ours(adapter_names)]
         result = _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=others, **kwargs)
+        if read:
+            result = mixed.routed(self, x, result, adapter_names, read)
         for name in dict.fromkeys(adapter_names):
-            if name not in others and name in self.lora_variant:
+            if name not in others and name not in read and name in self.lora_variant:
                 rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=result.device)
                 part = result.index_select(0, rows)
                 own = self._adapter_input(x.index_select(0, rows), name)

@@ -37,6 +37,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
     """PEFT's DoRA variant for calls that go through the modules: with hooks, several adapters or active dropout."""
 
     stock = variants.DoraLinearVariant
+    by_slots = True
     init = staticmethod(tensor_parallel.wrapped(stock.init))
     read = staticmethod(read_weights)
 
@@ -103,22 +104,24 @@ class DoraLinear(DoraLayer, lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
-            if torch.compiler.is_compiling():
-                y = tensor_parallel.untraced(self, x) if shards.is_split(self) else _traced(self, x)
-                if y is not None:
-                    return y
-            else:
-                plan, usual = ready(self, x)
-                if usual:
-                    g, b_is_zero = plan.scale(self.training)
-                    return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
-                if plan is not None:
-                    return run_layer(x, plan.weights, plan.form, plan.cache, self.training)
-                y = tensor_parallel.forward(self, x)
-                if y is not None:
-                    return y
+            y = whole_layer(self, x)
+            if y is not None:
+                return y
         # Not super(): a wrapper may call this after the layer's class has been restored.
         return lora.Linear.forward(self, x, *args, **kwargs)
+
+
+def whole_layer(layer: Any, x: Tensor) -> Tensor | None:
+    """Run the layer as one function; returns None if PEFT's forward has to call the modules."""
+    if torch.compiler.is_compiling():
+        return tensor_parallel.untraced(layer, x) if shards.is_split(layer) else _traced(layer, x)
+    plan, usual = ready(layer, x)
+    if usual and not plan.cache.merges:
+        g, b_is_zero = plan.scale(layer.training)
+        return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
+    if plan is not None:
+        return run_layer(x, plan.weights, plan.form, plan.cache, layer.training)
+    return tensor_parallel.forward(layer, x)
 
 
 def _traced(layer: Any, x: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dora_kernels.engine.dispatch import UnsupportedError
-from dora_kernels.peft.dequantize import bnb_4bit_elements
+from dora_kernels.modules.dequantize import bnb_4bit_elements
 
 _PACKED = frozenset({"Mxfp4GptOssExperts", "FbgemmFp8Llama4TextExperts"})
 """Classes whose own kernels read the packed weights, where an adapter could not run."""

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor, nn
 
-from dora_kernels.core.problem import Weights
+from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.layer import layer_norm
 from dora_kernels.engine.norm_cache import NormCache
@@ -31,6 +31,14 @@ class AdapterCache(NormCache):
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
         """|W|² and bias of a base layer that shows its weight only through its forward."""
+        self.record: Any = None
+        """Where it is noted that the model's layers are called (`calls.Record`)."""
+
+    def renewed(self, *args: Any) -> Any:
+        """`NormCache`'s, which a first call on this package asks for; so it is noted."""
+        if self.record is not None:
+            self.record.called = True
+        return super().renewed(*args)
 
     def invalidate(self) -> None:
         """Forget everything."""
@@ -44,6 +52,8 @@ class Options(NamedTuple):
 
     dropout: str = "peft"
     """"peft": active dropout also drops in the base product; "lora": in the low-rank branch only."""
+    forward: str = "composed"
+    """"merged": linear layers multiply by one merged weight (`engine.merged`)."""
     keep_unmerged: bool = True
     """True if merging keeps a copy of the unmerged weight on the CPU."""
 
@@ -66,12 +76,17 @@ class Switch(dict[str, AdapterCache]):
         self.unmerged: Any = None
         """The base weight before merging, while something is merged."""
         self.unmerging = False
+        self.record: Any = None
+        self.trained_elsewhere = False
+        """True if B has received a gradient while the layer had never been called (`calls`)."""
+        self.by_modules = False
+        """True once a call has run PEFT's modules, because the weights could not be read."""
         self.plan: Any = None
         """A linear layer's plan from its last call (`plan.Plan`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this layer's own tensors only."""
-        return {**vars(self), "plan": None, "group": None}
+        return {**vars(self), "plan": None, "group": None, "record": None}
 
 
 def switch(layer: nn.Module) -> Switch | None:
@@ -89,7 +104,10 @@ def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """Return the layer's kept norm for one adapter."""
     caches = settings(layer)
     cache = caches.get(adapter)
-    return caches.setdefault(adapter, AdapterCache()) if cache is None else cache
+    if cache is None:
+        cache = caches.setdefault(adapter, AdapterCache(Form(), "auto", caches.options.forward == "merged"))
+        cache.record = caches.record
+    return cache
 
 
 def forget_norms(layer: Any) -> None:
