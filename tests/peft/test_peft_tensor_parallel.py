@@ -429,6 +429,8 @@ def refused(rank, folder):
         with pytest.raises(ValueError, match=r"embed_tokens: the layer is tensor-parallel"):
             model.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
         assert list(model.peft_config) == ["default"]
+        with pytest.raises(ValueError, match="expected 'composed', since .*q_proj is tensor-parallel"):
+            dora_kernels.patch_peft(model, forward="merged")
 
 
 def restored(rank, folder):
