@@ -171,8 +171,8 @@ def patch_peft(
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
         ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
             "merged" and a linear layer is tensor-parallel, or its weight has a dtype that it is not offered in; or a
-            layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and the reason. The model
-            is unchanged.
+            layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
+            the reason. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
