@@ -24,6 +24,8 @@ LABELS = {
     "ours": "ours: patch_peft",
     "ours_frozen": "ours, frozen norms",
     "ours_compiled": "ours, compiled",
+    "ours_lora": "ours: LoRA",
+    "parametrized_dora": "DoRA, parametrized",
     "ours_triton": "ours, triton",
     "ours_torch": "ours, torch",
     "ours_reference": "ours, reference",  # in earlier records

@@ -67,7 +67,9 @@ class Switch(dict[str, AdapterCache]):
         self.name = ""
         """The layer's name in its model, for messages, where the layer cannot be told by its class."""
         self.group: Any = None
-        """The process group over which a parameter's experts are spread."""
+        """The process group over which a parameter's experts, or parts of each, are spread."""
+        self.cut: Any = None
+        """How each expert is cut, if it is (`shards.Cut`)."""
         self.strengths: dict[str, float] = {}
         self.exact_norms: set[str] = set()
         """Adapters of a grouped convolution whose norm is the exact one."""
