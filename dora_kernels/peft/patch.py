@@ -22,8 +22,8 @@ if not hasattr(lora.layer, "LoraVariant"):
     raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
-from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
+from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.peft import gptq
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
