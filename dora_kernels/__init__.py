@@ -41,12 +41,14 @@ if TYPE_CHECKING:
         with_strength,
     )
     from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally
+    from dora_kernels.serving import AdapterBank
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedLayer",
     "Adapter",
+    "AdapterBank",
     "AdapterLayer",
     "DoRAConv1d",
     "DoRAConv2d",
@@ -91,6 +93,7 @@ _LAZY = {
         "save_adapter", "with_strength",
     ),
     "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
+    "serving": ("AdapterBank",),
 }
 
 if importlib.util.find_spec("peft") is None:  # keeps `from dora_kernels import *` working

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import AdapterLayer, article
 from dora_kernels.adapters.names import proposal
 from dora_kernels.model.targets import named_modules
-from dora_kernels.modules import AdaptedLayer
+from dora_kernels.modules import AdaptedLayer, dequantize
 from dora_kernels.modules.linear import is_conv1d
 
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -105,7 +106,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _base_layer(module: nn.Module) -> BaseLayer | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return None
+        return _of_opaque(module)
     if is_conv1d(module):  # stored transposed
         return BaseLayer("linear", (weight.shape[0], weight.shape[1]), weight.transpose(0, 1))
     if isinstance(module, nn.Linear):
@@ -115,7 +116,18 @@ def _base_layer(module: nn.Module) -> BaseLayer | None:
     for kind, convolution in CONVOLUTIONS.items():
         if isinstance(module, convolution):
             return BaseLayer(kind, (module.in_channels, module.out_channels), weight)
-    return None
+    return _of_opaque(module)
+
+
+def _of_opaque(module: Any) -> BaseLayer | None:
+    """A linear layer of another library, which names its sizes, and whose weight has a format of its own."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes) or module._modules:
+        return None
+    held = dequantize.carrier(module)
+    if held is None:
+        return None
+    return BaseLayer("linear", sizes, held if held.shape == sizes[::-1] else held.new_empty(0))  # type: ignore[arg-type]
 
 
 def _base_layer_of_weight(weight: Tensor) -> BaseLayer | None:

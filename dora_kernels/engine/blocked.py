@@ -41,8 +41,13 @@ def weight_norm(
     the cancelled rows would make the host wait.
 
     Args:
+        weight: ``[N, K]``, or a stack of experts ``[E, N, K]`` with factors ``[E, r, K]`` and ``[E, N, r]``.
         weight_square: ``|w|²`` per row (`row_square`), which is constant for a frozen weight; computed if None.
     """
+    if weight.dim() == 3:
+        squares = [None] * len(weight) if weight_square is None else weight_square
+        stacks = zip(weight, lora_A, lora_B.contiguous(), squares, strict=True)
+        return torch.stack([weight_norm(w, a, b, scaling, square) for w, a, b, square in stacks])
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     with full_precision(weight.device):
@@ -55,8 +60,9 @@ def weight_norm(
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """True if `weight_norm` uses the factored form, which needs `row_square`."""
-    wide = weight.shape[1] >= _FACTORED_FEATURES * lora_A.shape[0]
-    return wide and weight.numel() >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
+    (rows, features), rank = weight.shape[-2:], lora_A.shape[-2]
+    wide = features >= _FACTORED_FEATURES * rank
+    return wide and rows * features >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
 
 
 def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
@@ -105,6 +111,8 @@ def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared norm of every row of `weight`, in `dtype`."""
+    if weight.dim() == 3:
+        return torch.stack([row_square(w, dtype) for w in weight])
     nothing = weight.new_empty(0, dtype=dtype)
     rank_0 = nothing.view(0, weight.shape[1]), nothing.view(weight.shape[0], 0)
     return direct_norm(weight, *rank_0, 0.0).square_()

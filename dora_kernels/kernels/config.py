@@ -100,14 +100,14 @@ def norm_products(
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """True if the norm uses the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
+    """True if the norm uses the factored form: at high rank, for one bfloat16 weight, whose BLAS product is exact.
 
     float16 has too few exponent bits for the pieces of float32 adapters. Products with a wider result exist on CUDA
     since torch 2.8.
     """
-    if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16 or lora_A.dtype != lora_B.dtype:
+    if weight.dim() > 2 or lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16:
         return False
-    if lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
         return False  # the BLAS would copy a W with gaps
     if weight.device.type != "cuda":  # interpreted
         return True
@@ -164,7 +164,7 @@ def fingerprints(elements: int) -> int:
 
 
 def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
-    """`few`: at most 16 tokens."""
+    """`few`: at most 16 tokens, or 16 for each group."""
     if products > 1:
         # BLOCK_R 32 spills a few registers with 3 products on sm_80.
         largest = 32 if products == 6 else 16
@@ -183,6 +183,17 @@ def scale_reduce_config(few: bool) -> ScaleReduceConfig:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`. `triton.cdiv` would cost the host as much as a small torch operation."""
     return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def group_tiles(rows: int, groups: int, block: int) -> int:
+    """The most blocks that cover `rows` in that many groups, wherever the groups end, if no block has rows of two."""
+    filled = min(rows, groups)
+    return filled + (rows - filled) // block
 
 
 def full_grid() -> int:

@@ -1,7 +1,7 @@
 """Weight norm: ``n_i = sqrt(Σ_k (W[i, k] + s Σ_r B[i, r] A[r, k])²)``, in one read of W unless digits are lost.
 
 Shapes: W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; n ``[N]`` float32. Column norms are the row norms of
-``(W.T, B.T, A.T)``.
+``(W.T, B.T, A.T)``. Stacks (experts) have one more dimension in front, in W, A, B and n; one launch serves them all.
 
 A program forms tiles of ``W + s B A`` for BLOCK_N rows in registers, with the product on the matrix units, squares them
 and sums in float32. Nothing as large as W is written. If a product in pieces cancels most of the sum, the program
@@ -15,6 +15,7 @@ Bytes: N·K of W, plus A once per block of rows and B once per split, or once pe
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -47,14 +48,14 @@ def sweep(
     scaling,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
-    seed=None, index_n=0, index_k=0,
+    seed=None, index=0, index_n=0, index_k=0,
 ):  # fmt: skip
     """Form ``V = W + s B A`` tile by tile, over columns ``[start, stop)`` of BLOCK_N rows.
 
     Returns ``Σ_k V²`` and the terms of each row. The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is
     summed from. They are computed only if three products make up the product. If `merged_ptr` is given, ``row_scale *
-    V`` is written there, rounded stochastically if there is a seed, with the element's index ``n * index_n + k *
-    index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
+    V`` is written there, rounded stochastically if there is a seed, with the element's index ``index + n * index_n + k
+    * index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
     """
     # 16-bit factors of the same dtype are multiplied as they are, all others as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty
@@ -101,7 +102,7 @@ def sweep(
         if merged_ptr is not None:
             merged = row_scale[:, None] * v
             if seed is not None:
-                words = draw(seed, offs_n[:, None] * index_n + offs_k[None, :] * index_k)
+                words = draw(seed, index + offs_n[:, None] * index_n + offs_k[None, :] * index_k)
                 merged = round_by_words(merged, words, merged_ptr.dtype.element_ty)
             merged = cast(merged, merged_ptr.dtype.element_ty, INTERPRETED)
             tl.store(merged_ptr + offs_n[:, None] * stride_mn + offs_k[None, :] * stride_mk, merged, mask=mask_w)
@@ -117,20 +118,29 @@ def _low_rank_terms(b, a):
 @triton.jit(do_not_specialize=["shares"])
 def weight_norm_kernel(
     w_ptr, a_ptr, b_ptr, norm_ptr, changed_ptr,
-    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, span,
+    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_wg, stride_ag, stride_bg, span,
     shares, scaling,
-    REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
+    GROUPS: tl.constexpr, REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, HOLD_B: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows.
+    """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows of one of GROUPS weights.
 
     A program exits without writing if `changed_ptr` is given and none of its `shares` flags is set (kept.py; 0 is then
     written as infinity, ready to divide by), or with REPAIR if none of its norms is negative (factored.py).
     """
-    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    block = tl.program_id(0)
     split = tl.program_id(1)
-    norm_ptrs = norm_ptr + split.to(tl.int64) * N + offs_n
+    norm_ptr += split.to(tl.int64) * N * GROUPS
+    if GROUPS > 1:
+        group = (block // tl.cdiv(N, BLOCK_N)).to(tl.int64)
+        block = block % tl.cdiv(N, BLOCK_N)
+        w_ptr += group * stride_wg
+        a_ptr += group * stride_ag
+        b_ptr += group * stride_bg
+        norm_ptr += group * N
+    offs_n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    norm_ptrs = norm_ptr + offs_n
     start = split * span
     stop = tl.minimum(start + span, K)
     if changed_ptr is not None:
@@ -185,7 +195,7 @@ def combine_kernel(parts_ptr, norm_ptr, N, parts, BLOCK: tl.constexpr):
 def weight_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
 ) -> Tensor:
-    """Row norms of ``W + s B A``, float32 ``[N]``.
+    """Row norms of ``W + s B A``, float32 ``[N]``, or ``[G, N]`` of stacks, whose norms are always computed directly.
 
     `weight_square` is ``|W|²`` per row, which the factored form needs.
     """
@@ -196,15 +206,14 @@ def weight_norm(
 
 def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The norm in one read of W."""
-    N = weight.shape[0]
     plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid())
-    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    norm = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     count = grid[1]
-    parts = norm if count == 1 else torch.empty(count, N, dtype=torch.float32, device=weight.device)
+    parts = norm if count == 1 else torch.empty((count, *norm.shape), dtype=torch.float32, device=weight.device)
     launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, parts, None), (0, float(scaling)))
     if count > 1:
-        vector = _combine_plan(N)
-        launch(combine_kernel, vector, (blocks(N, vector.config.BLOCK),), (parts, norm), (count,))
+        vector = _combine_plan(norm.numel())
+        launch(combine_kernel, vector, (blocks(norm.numel(), vector.config.BLOCK),), (parts, norm), (count,))
     return norm
 
 
@@ -246,20 +255,27 @@ def row_square(weight: Tensor) -> Tensor:
 def _described(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Any, ...]:
     """The arguments that `_plan` gets for these tensors."""
     return (
-        *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype, lora_B.dtype,
-        (*weight.stride(), *lora_A.stride(), *lora_B.stride()),
+        math.prod(weight.shape[:-2]), *weight.shape[-2:], lora_A.shape[-2], weight.dtype, lora_A.dtype, lora_B.dtype,
+        strides(weight, lora_A, lora_B),
     )  # fmt: skip
+
+
+def strides(*stacks: Tensor) -> tuple[int, ...]:
+    """The strides of rows and columns of each, and then those of the stacks, 0 for a matrix."""
+    inner = [stride for one in stacks for stride in one.stride()[-2:]]
+    return (*inner, *(one.stride()[0] if one.dim() == 3 else 0 for one in stacks))
 
 
 @functools.lru_cache(PLANS)
 def _plan(
+    groups: int,
     N: int,
     K: int,
     R: int,
     weight: torch.dtype,
     lora_A: torch.dtype,
     lora_B: torch.dtype,
-    strides: tuple[int, ...],
+    lie: tuple[int, ...],
     programs: int = 1,
     shares: int = 0,
     repair: bool = False,
@@ -270,10 +286,10 @@ def _plan(
     """
     products = norm_products(weight, lora_A, lora_B, K, exact=repair)
     config = norm_config(R, products)
-    rows, steps = blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
+    rows, steps = groups * blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
     span = blocks(steps, splits(rows, steps, programs)) * config.BLOCK_K
-    flags = repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
-    return Plan((N, K, R, *strides, span), flags, config), (rows, blocks(K, span))
+    flags = groups, repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
+    return Plan((N, K, R, *lie, span), flags, config), (rows, blocks(K, span))
 
 
 @functools.lru_cache(PLANS)

@@ -115,7 +115,7 @@ def chosen(
         raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora)
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
-        _check_bare(model, module, name)
+        check_bare(model, module, name)
         problem = _problem(model, module, name, use_dora, readers)
         if problem is None:
             check_loaded(module, name)
@@ -238,21 +238,21 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
 
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:
     """Raise if the layer may not be replaced, or if its values are not there or not finite."""
-    _check_bare(model, module, name)
+    check_bare(model, module, name)
     problem = _problem(model, module, name, use_dora, readers)
     if problem is not None:
         raise type(problem)(f"{name}: {problem}")
     check_loaded(module, name)
 
 
-def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+def parents_of(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules around a layer, innermost first."""
     return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
 
 
-def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
+def check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
     """Raise if the layer has an adapter already."""
-    around = [module, *_parents(model, name)]
+    around = [module, *parents_of(model, name)]
     if any(isinstance(one, AdaptedLayer) for one in around):
         raise ValueError(f"{name}: the layer is adapted already")
     if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
@@ -265,7 +265,7 @@ def _problem(
     model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders
 ) -> Exception | None:
     """Return the error, without the layer's name, if a layer without adapter cannot get one; else None."""
-    parents = _parents(model, name)
+    parents = parents_of(model, name)
     parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
     if held is not module:
@@ -274,7 +274,10 @@ def _problem(
         return ValueError("the layer is parametrized; remove the parametrization first")
     weight = module._parameters.get("weight")
     if type(weight).__name__ == "DTensor":
-        return TypeError("the layer is sharded; adapt the model before sharding it")
+        return TypeError(
+            "the layer is sharded; adapt the model before sharding it, or use PEFT and "
+            "dora_kernels.patch_peft_globally() on a tensor-parallel model"
+        )
     if _is_quantised(module, weight):
         of = "" if weight is None else f", weight {type(weight).__name__}"
         return TypeError(

@@ -8,23 +8,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import peft
 import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-
-try:
-    import peft
-    from peft.tuners import lora
-    from peft.tuners.tuners_utils import BaseTuner
-except ImportError as error:
-    raise ImportError(f"patch_peft needs the peft package: pip install 'dora-kernels[peft]' ({error})") from error
-
-if not hasattr(lora.layer, "LoraVariant"):
-    raise ImportError(f"patch_peft needs peft 0.16 or later, found {peft.__version__}")
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import gptq
+from dora_kernels.model.targets import parents_of
+from dora_kernels.model.weight_readers import WeightReaders
+from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -35,7 +30,7 @@ from dora_kernels.peft.config import (
     set_grouped_norm,
 )
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
-from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
+from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, runs_here, unsupported
 from dora_kernels.peft.linear import DoraLinear
 from dora_kernels.peft.state import Options, dora_adapters, switch
 
@@ -54,6 +49,7 @@ class PatchHandle:
     def __init__(self, undo: Callable[[], None] | None = None) -> None:
         self._models: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
         """Each model, with a function that removes its hooks."""
+        self._calls: list[calls.Record] = []
         self._tuners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo = undo
         self._rewritten: list[Rewritten] = []
@@ -70,13 +66,12 @@ class PatchHandle:
         The list shows this moment. FSDP2 gathers tensors only for the duration of a call, so layers that it has sharded
         are listed in `skipped` although their calls run on this package.
         """
-        return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
+        return [name for name, reason in self._reasons() if reason is None]
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Names of the DoRA layers that PEFT runs, each with the reason."""
-        reasons = ((name, out_of_reach(layer)) for name, layer in self._dora_layers())
-        return {name: reason for name, reason in reasons if reason is not None}
+        """Names of the DoRA layers whose calls do not run on this package, each with the reason."""
+        return {name: reason for name, reason in self._reasons() if reason is not None}
 
     def restore(self) -> None:
         """Restore every model, unmerged. Calling it twice does nothing."""
@@ -93,12 +88,24 @@ class PatchHandle:
                 tuner.__class__ = lora.LoraModel
                 forget_grouped_norm(tuner.peft_config)
 
+    def _never_called(self) -> list[str]:
+        """A warning for each model none of whose layers has ever been called."""
+        return [text for record in self._calls if (text := record.warning()) is not None]
+
     def __repr__(self) -> str:
         return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
 
     def _add(self, model: nn.Module) -> None:
         if model not in self._models:
-            self._models[model] = ask_once(model)
+            record, unwatch = calls.watch(model)
+            unask = ask_once(model)
+
+            def without_hooks() -> None:
+                unwatch()
+                unask()
+
+            self._calls.append(record)
+            self._models[model] = without_hooks
 
     def _rewrite(self, model: nn.Module) -> None:
         rewritten = rewrite_magnitudes(model)
@@ -111,13 +118,17 @@ class PatchHandle:
         if type(tuner) is LoraModel:
             self._tuners.add(tuner)
 
-    def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
+    def _reasons(self) -> Iterator[tuple[str, str | None]]:
+        """Yield each DoRA layer's name and why its calls do not run on this package, None if they do."""
         models = list(self._models)
+        readers = WeightReaders()
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
-                if isinstance(module, lora.LoraLayer) and dora_adapters(module):
-                    yield prefix + name, module
+                if runs_here(module):
+                    reader = readers.never_calling(parents_of(model, name), name)
+                    read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
+                    yield prefix + name, read or out_of_reach(module)
 
 
 def patch_peft(
@@ -197,6 +208,7 @@ class _Globally(NamedTuple):
     options: Options
     exact_init: bool
     grouped_norm: str | None
+    report: Callable[[str], None] = logger.info
 
 
 _on: list[_Globally] = []
@@ -238,6 +250,13 @@ def patch_peft_globally(
     return handle
 
 
+def patch_and_report(report: Callable[[str], None], **options: Any) -> PatchHandle:
+    """`patch_peft_globally`, with one line to `report` for each model that it patches."""
+    handle = patch_peft_globally(**options)
+    _on[-1] = _on[-1]._replace(report=report)
+    return handle
+
+
 def _off(handle: PatchHandle) -> None:
     _on[:] = [one for one in _on if one.handle is not handle]
     if not _on:
@@ -250,32 +269,45 @@ _unwrap: list[Callable[[], None]] = []
 
 def _wrap_inject_adapter() -> None:
     original = BaseTuner.inject_adapter
+    exchange = not registered.available()
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if _on:
+            tensor_parallel.check_targets(self, model, *args, **kwargs)
         original(self, model, *args, **kwargs)
-        if not _on or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
+        if not _on or not any(map(_concerns, model.modules())):
             return
-        handle, options, exact_init, grouped_norm = _on[-1]
-        patch_layers(model, options)
+        handle, options, exact_init, grouped_norm, report = _on[-1]
+        patch_layers(model, options, exchange_linear=exchange)
         if grouped_norm is not None:
             set_grouped_norm(self.peft_config, grouped_norm)
         follow_configs(model, self.peft_config)
         handle._add(model)
-        handle._take(self)
+        if exchange:
+            handle._take(self)
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
-        count = sum(switch(m) is not None and bool(dora_adapters(m)) for m in model.modules())
-        logger.info("patched %d DoRA layers of %s, backend %s", count, type(model).__name__, _backend(model))
+        layers = [m for m in model.modules() if runs_here(m)]
+        others = [reason for m in layers if switch(m) is None and (reason := unsupported(m)) is not None]
+        left = f", left {len(others)} to PEFT ({others[0]})" if others else ""
+        done = len(layers) - len(others)
+        report(f"patched {done} DoRA layers of {type(model).__name__}, backend {_backend(model)}{left}")
 
     def unwrap() -> None:
         # If another wrapper was put on top, this one stays in the chain and does nothing from now on.
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), read_from_files(), unwrap])
+    _unwrap.extend([gptq.allow(), experts.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
+    _unwrap.extend([] if exchange else [registered.register()])
     BaseTuner.inject_adapter = inject_adapter
+
+
+def _concerns(layer: Any) -> bool:
+    """True if a patch changes something for a layer: it runs it, or mends PEFT's plain LoRA on a split one."""
+    return runs_here(layer) or (isinstance(layer, lora.LoraLayer) and shards.split_of(layer) is not None)
 
 
 def _warn_of_version() -> None:
@@ -313,7 +345,9 @@ def _check_something_to_patch(model: nn.Module) -> None:
             "model: nothing to patch, it has no LoRA layers; "
             "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
         )
-    dora = [(name, layer) for name, layer in layers if dora_adapters(layer)]
+    dora = [(name, layer) for name, layer in layers if runs_here(layer)]
+    if not dora and any(_concerns(layer) for _, layer in layers):
+        return
     if not dora:
         raise ValueError(
             f"model: nothing to patch, none of its {len(layers)} LoRA layers has a DoRA adapter; "

@@ -18,6 +18,8 @@ from aot.traffic import LARGE, Traffic, issued, least
 
 _WEIGHTS = (((4096, 4096), 16), ((4096, 4096), 64), ((4096, 4096), 384), ((8192, 8192), 384), ((8192, 28672), 384))
 _TOKENS = (8192, 1)
+_EXPERTS = 64
+_STACK = ((1536, 2048), 16)
 _RANKS = (16, 64, 384)
 
 
@@ -117,6 +119,8 @@ def _weight_norms() -> Iterator[Call]:
             given = launches.weight_norm(dtypes, rank, shape, square=True, device="cuda")
             # The direct form has no use for |W|².
             yield from (alone,) if alone.config == given.config else (alone, given)
+    for dtypes in DTYPES:
+        yield launches.weight_norm(dtypes, _STACK[1], _STACK[0], groups=_EXPERTS, device="cuda")
 
 
 def _kept_norms() -> Iterator[Call]:
@@ -130,6 +134,8 @@ def _merges() -> Iterator[Call]:
     for shape, rank in _WEIGHTS:
         for dtypes in DTYPES:
             yield launches.merge(dtypes, rank, shape, device="cuda")
+    for dtypes in DTYPES:
+        yield launches.merge(dtypes, _STACK[1], _STACK[0], groups=_EXPERTS, device="cuda")
 
 
 def _composes() -> Iterator[Call]:
@@ -137,6 +143,10 @@ def _composes() -> Iterator[Call]:
         for rank in _RANKS:
             for dtypes in DTYPES:
                 yield launches.compose(dtypes, tokens, rank, device="cuda")
+    for dtypes in DTYPES:
+        yield launches.compose(dtypes, 16384, 16, groups=_EXPERTS, bias=False, device="cuda")
+        for tokens in (32, 8192):
+            yield launches.compose(dtypes, tokens, 64, groups=32, adapters=True, keep=False, device="cuda")
 
 
 def _scale_reduces() -> Iterator[Call]:
@@ -144,12 +154,15 @@ def _scale_reduces() -> Iterator[Call]:
         for base, adapter in DTYPES:
             if base is adapter:
                 yield launches.scale_reduce(base, tokens, device="cuda")
+    yield launches.scale_reduce(torch.bfloat16, 16384, groups=_EXPERTS, device="cuda")
 
 
 def _factor_grads() -> Iterator[Call]:
     for rank in _RANKS:
         for dtypes in DTYPES:
             yield launches.factor_grads(dtypes, rank, device="cuda")
+    for dtypes in DTYPES:
+        yield launches.factor_grads(dtypes, 16, strips=1, groups=_EXPERTS, device="cuda")
 
 
 _CALLS = {

@@ -59,17 +59,24 @@ class Traffic:
 
 
 def compose(launch: Launch, unchanged: bool) -> Traffic:
-    """Every row block asks for B, g, its divisor and bias, every column block for h."""
-    M, N, R = launch["M"], launch["N"], launch["R"]
+    """Every row block asks for B, g, its divisor and bias, every column block for h.
+
+    In groups of equally many tokens, which have row blocks of their own, every program looks for its group, but some do
+    not have one.
+    """
+    M, N, R, groups = launch["M"], launch["N"], launch["R"], launch["groups"]
     blocks_n = _blocks(N, launch["BLOCK_N"])
-    blocks_m = launch.grid[0] // blocks_n
+    sizes = _group_sizes(M, groups)
+    blocks_m = sum(_blocks(size, launch["BLOCK_M"]) for size in sizes)
     return Traffic(
         _bytes(
             launch, base=M * N, h=M * R * blocks_n, b=N * R * blocks_m,
             g=N * blocks_m, divisor=N * blocks_m, bias=N * blocks_m,
+            ends=(2 * groups - 1) * launch.grid[0], rows=M * blocks_n, scalings=blocks_m * blocks_n,
         ),
         _bytes(launch, y=M * N),
-        launch.grid[0]
+        blocks_m
+        * blocks_n
         * _blocks(R, launch["BLOCK_R"])
         * launch["PRODUCTS"]
         * _product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_R"),
@@ -79,13 +86,15 @@ def compose(launch: Launch, unchanged: bool) -> Traffic:
 def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
     """Every strip asks for g if there is something to scale, and writes a row of partials; no tile products."""
     M, F = launch["M"], launch["F"]
-    strips = launch.grid[1]
+    columns, strips = launch.grid
+    groups = strips // launch["strips"]
     return Traffic(
         _bytes(
             launch,
             grad=M * F,
             other=M * F if launch["dot_ptr"] else 0,
             g=F * strips if launch["scaled_ptr"] else 0,
+            ends=columns * launch["strips"] * (2 * groups - 1),
         ),
         _bytes(launch, scaled=M * F, dot=F * strips, sum=F * strips),
     )
@@ -93,7 +102,7 @@ def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
 
 def factor_grads(launch: Launch, unchanged: bool) -> Traffic:
     """Everything once; no tile products."""
-    N, R = launch["N"], launch["R"]
+    N, R = launch["N"] * (launch.grid[1] if launch["GROUPED"] else 1), launch["R"]
     rows = _bytes(launch, dot=N * launch["strips"], g=N, divisor=N)
     return Traffic({**_bytes(launch, p=N * R, b=N * R), **rows}, _bytes(launch, db=N * R, dm=N))
 
@@ -106,13 +115,13 @@ def weight_norm(launch: Launch, unchanged: bool) -> Traffic:
         asked.add(Traffic(_bytes(launch, norm=launch["N"])))
     elif not unchanged:
         asked.add(_sweep(launch, blocks, parts))
-        asked.add(Traffic(stored=_bytes(launch, norm=launch["N"] * parts)))
+        asked.add(Traffic(stored=_bytes(launch, norm=launch["N"] * launch["GROUPS"] * parts)))
     return asked
 
 
 def merge(launch: Launch, unchanged: bool) -> Traffic:
     """A sweep for the norms, where there is a magnitude, and one to write."""
-    N, K = launch["N"], launch["K"]
+    N, K = launch["N"] * launch["GROUPS"], launch["K"]
     total = Traffic(_bytes(launch, m=N), _bytes(launch, merged=N * K))
     for _ in range(2 if launch["m_ptr"] else 1):
         total.add(_sweep(launch, launch.grid[0], 1))
@@ -121,7 +130,7 @@ def merge(launch: Launch, unchanged: bool) -> Traffic:
 
 def _sweep(launch: Launch, blocks: int, parts: int) -> Traffic:
     """Every block of rows asks for A, and for B once per part of K or, where B is not held, once per step of K."""
-    N, K, R = launch["N"], launch["K"], launch["R"]
+    N, K, R = launch["N"] * launch["GROUPS"], launch["K"], launch["R"]
     steps = _blocks(K, launch["BLOCK_K"])
     products = blocks * steps * (1 if launch["HOLD_B"] else _blocks(R, launch["BLOCK_R"]))
     return Traffic(
@@ -184,10 +193,16 @@ def least(call: Call, results: dict[str, Tensor]) -> Traffic:
     flops = 0
     if call.primitive in _FACTORS:
         left, right = (there[name] for name in _FACTORS[call.primitive])
-        flops = 2 * left.numel() * right.numel() // left.shape[1]
+        flops = 2 * left.numel() * right.shape[-2 if call.primitive == "compose" else -1]
     return Traffic(
         {name: size(one) for name, one in there.items()}, {name: size(one) for name, one in results.items()}, flops
     )
+
+
+def _group_sizes(rows: int, groups: int) -> list[int]:
+    """Of `launches`' groups; all rows if there are none."""
+    ends = [(group + 1) * rows // groups for group in range(groups)]
+    return [end - start for start, end in zip([0, *ends], ends)] or [rows]
 
 
 def _blocks(size: int, block: int) -> int:
