@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally
     from dora_kernels.serving import AdapterBank
+    from dora_kernels.tuning import Tuned, tune
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "LoRALinear",
     "PatchHandle",
     "TrainableSummary",
+    "Tuned",
     "UnsupportedError",
     "adapted_layers",
     "apply_dora",
@@ -87,6 +89,7 @@ __all__ = [
     "set_dora_strength",
     "set_norm_reuse",
     "trainable_summary",
+    "tune",
     "with_strength",
 ]
 
@@ -98,6 +101,7 @@ _LAZY = {
     ),
     "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
     "serving": ("AdapterBank",),
+    "tuning": ("Tuned", "tune"),
 }
 
 if importlib.util.find_spec("peft") is None:  # keeps `from dora_kernels import *` working

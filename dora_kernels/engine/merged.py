@@ -1,7 +1,7 @@
 """The merged forward: ``V' = g ⊙ (W + s B A)`` is written once per optimizer step, and a call is one product with it.
 
-    Y  = X V'ᵀ + b          H  = X Aᵀ                 D  = dY (s g ⊙ B)
-    dX = dY V'              dB = s g ⊙ (dYᵀ H)         dA = Dᵀ X            dm = Σ_t dY ⊙ (X V'ᵀ) / m        (axis "out")
+    Y  = X V'ᵀ + b       H  = X Aᵀ                D  = dY (s g ⊙ B)                             (axis "out")
+    dX = dY V'           dB = s g ⊙ (dYᵀ H)        dA = Dᵀ X          dm = Σ_t dY ⊙ (X V'ᵀ) / m
 
 It multiplies less than LoRA from about K/2 tokens per optimizer step on, and holds another copy of W. What the backward
 reads of the output is a lazy clone, which costs no memory where the consumer keeps its input, and is right where the
@@ -127,7 +127,7 @@ def _current(weights: Weights, form: Form, cache: NormCache, training: bool, bac
 
 
 def _make(weights: Weights, form: Form, norm: Norm, backend: str, seed: int) -> MergedWeight:
-    weight, lora_A, lora_B, magnitude, _ = (None if t is None else t.detach() for t in weights)
+    weight, lora_A, lora_B, magnitude = (t.detach() for t in weights[:4])
     axis, drawn = form.magnitude_axis, seed if is_coarse(weight.dtype) else None
     rows = row_problem(weight, lora_A, lora_B, axis)
     if drawn is not None and backend == "torch":
@@ -184,7 +184,7 @@ class _MergedLinear(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:6])
         ctx.form, ctx.lost, ctx.norm = form, merged.lost, merged.norm.divisor
         with no_autocast(x.device):
-            product, kept = None, None
+            kept = None
             if bias is None or not fused.keeps_base(form, True, needs):
                 y = F.linear(rows, merged.weight, None if bias is None else cast(bias, x.dtype))
                 if fused.keeps_base(form, True, needs):
@@ -248,9 +248,9 @@ def _backward(
         if lost is not None:
             dm[lost] = _of_lost(dy, x, weights, lost, form) / divisor[lost]
     if not form.detach_norm and needs.norm:
-        of_w, of_a, of_b = fused.norm_gradient(weights, -dm * g / norm_of(divisor, form.eps), form, needs)
-        d_a = None if d_a is None else d_a + of_a
-        d_b = None if d_b is None else d_b + of_b
+        assert dm is not None
+        _, of_a, of_b = fused.norm_gradient(weights, -dm * g / norm_of(divisor, form.eps), form, needs)
+        d_a, d_b = fused.add(d_a, of_a), fused.add(d_b, of_b)
     return (
         dx if needs.x else None,
         None,
