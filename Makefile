@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-oldest-peft test-hub test-frameworks demo bench bench-run lint types check docs dist hub clean
+.PHONY: help test test-slow test-oldest-peft test-hub run-test-hub test-frameworks demo bench bench-run lint types check docs dist hub clean
 
 help:
 	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
@@ -57,7 +57,9 @@ test-oldest-peft:
 
 # The package is not installed there: it is loaded as the Hub has it.
 test-hub:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-hub EXTRAS=hub WORKERS=0 ARGS='$(or $(ARGS),tests/hub)' test
+	@$(MAKE) --no-print-directory VENV=$(VENV)-hub run-test-hub
+run-test-hub: $(VENV)/.stamp-hub
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist $(or $(ARGS),tests/hub)
 
 # In no environment of this repository: each framework pins its own PEFT and transformers. What ran is recorded.
 FRAMEWORKS ?= $(basename $(notdir $(wildcard tests/frameworks/environments/*.txt)))
@@ -158,6 +160,12 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-venv $(PINS)
 $(VENV)/.stamp-docs: PKGS = -e '.[docs]'
 $(VENV)/.stamp-docs: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing what the site needs: MkDocs, Material for MkDocs, mkdocstrings"
+	$(pip_install)
+	@touch $@
+
+$(VENV)/.stamp-hub: PKGS = torch peft transformers accelerate kernels pytest pytest-timeout
+$(VENV)/.stamp-hub: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what loads a kernel of Hugging Face's Hub: PyTorch, kernels, PEFT"
 	$(pip_install)
 	@touch $@
 

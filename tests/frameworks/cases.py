@@ -75,7 +75,7 @@ def _axolotl(kernels: bool) -> Callable[[Path, Path], list[str]]:
     def command(inputs: Path, out: Path) -> list[str]:
         config = {
             "base_model": f"{inputs}/model", "adapter": "lora", "peft_use_dora": True, "lora_r": 4, "lora_alpha": 8,
-            "lora_dropout": 0.0, "lora_target_linear": True, "sequence_len": 128, "micro_batch_size": 2,
+            "lora_dropout": 0.0, "lora_target_linear": True, "sequence_len": 1024, "micro_batch_size": 2,
             "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": 1e-3, "optimizer": "adamw_torch",
             "lr_scheduler": "constant", "output_dir": str(out), "logging_steps": 1, "save_steps": STEPS,
             "datasets": [{"path": f"{inputs}/data/alpaca.json", "type": "alpaca", "ds_type": "json"}],

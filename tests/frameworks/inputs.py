@@ -32,7 +32,7 @@ def write(folder: Path) -> None:
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     ).save_pretrained(folder / "model")  # fmt: skip
     data = folder / "data"
