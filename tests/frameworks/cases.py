@@ -28,7 +28,11 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
     started: str = ""
     """What a reader types after the launcher's name."""
+    paths: tuple[str, ...] = ()
+    """More folders on PYTHONPATH."""
     layers: int = 14
+    own_layers: bool = False
+    """The framework has DoRA layers of its own; the command with "ours" replaces them, on the same weights."""
     fused: int | None = None
     """Calls that run as one function; None: all."""
 
@@ -100,7 +104,7 @@ CASES = {
     "trl": Case("TRL", ("trl", *BASE), _trl, started="trl sft ..."),
     "llamafactory": Case(
         "LLaMA-Factory", ("llamafactory", *BASE), _llamafactory, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"},
-        "llamafactory-cli train x.yaml",
+        "llamafactory-cli train x.yaml", ("stubs",),
     ),
     "swift": Case("ms-swift", ("ms-swift", *BASE), _swift, {"USE_HF": "1"}, started="swift sft ... --use_dora true"),
     "axolotl": Case("axolotl, its kernels off", ("axolotl", *BASE), _axolotl(False), started="axolotl train x.yml"),
@@ -110,5 +114,9 @@ CASES = {
     "unsloth": Case("Unsloth", ("unsloth", *BASE), _script("unsloth_sft"), started="train.py"),
     "trainer": Case("transformers' Trainer", BASE, _script("trainer"), started="train.py"),
     "accelerate": Case("Accelerate", ("accelerate", *BASE), _script("accelerate_loop"), started="train.py"),
+    "torchtune": Case(
+        "torchtune's own DoRA and `DoRALinear`", ("torchtune", "torch"), _script("torchtune_model"),
+        started="scripts/torchtune_model.py", own_layers=True,
+    ),
     "lightning": Case("Lightning", ("lightning", *BASE), _script("lightning_module"), started="train.py"),
 }  # fmt: skip
