@@ -20,6 +20,7 @@ LABELS = {
     "peft_dora_compiled": "PEFT DoRA, compiled",
     "torchtune": "torchtune DoRA",
     "lycoris": "LyCORIS DoRA",
+    "axolotl": "axolotl DoRA kernels",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
     "ours_frozen": "ours, frozen norms",

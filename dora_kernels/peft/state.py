@@ -223,10 +223,21 @@ def hooked(*modules: Any) -> bool:
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or ("forward" in own and not shards.is_parallel(own["forward"]))
+            or ("forward" in own and not (shards.is_parallel(own["forward"]) or _only_moves_its_input(module)))
         ):
             return True
     return False
+
+
+def _only_moves_its_input(module: Any) -> bool:
+    """True for the forward that ms-swift gives lora_A and lora_B: a plain call, on the device of the weight.
+
+    Tensors on several devices are not read in any case, so here it moves nothing.
+    """
+    function = getattr(module.__dict__["forward"], "__func__", None)
+    named = (getattr(function, "__module__", ""), getattr(function, "__name__", ""))
+    origin = getattr(module.__dict__.get("forward_origin"), "__func__", None)
+    return named == ("swift.tuners.peft", "keep_device_forward") and origin is nn.Linear.forward
 
 
 def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Tensor] | None = None) -> Tensor:
