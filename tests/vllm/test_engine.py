@@ -119,6 +119,7 @@ def refused(folders, folder):
         edit(folder / "another model", seventh_layer): ["layers.7.self_attn.q_proj"],
         edit(folder / "embedding", lambda t: t.update(embedding)): ["embed_tokens", "linear layers"],
         edit(folder / "wide", put(a, lambda x: torch.cat((x, x), 1))): ["q_proj", "lora_A", "128"],
+        edit(folder / "another rank", nothing, rank_pattern={"q_proj": 4}): ["q_proj", "lora_A [4, 128]"],
         # what vLLM's plain LoRA refuses
         edit(folder / "rank", nothing, r=64): ["rank 64", "16"],
         edit(folder / "pissa", nothing, init_lora_weights="pissa"): ["pissa"],

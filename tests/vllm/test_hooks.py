@@ -24,19 +24,25 @@ def hooks():
     return hooks
 
 
-def manager_of(**config):
-    """What a check reads of vLLM's manager: no layers."""
+def manager_of(**modules):
+    """What a check reads of vLLM's manager, whose adapters have what it is asked for."""
     return SimpleNamespace(
-        lora_config=SimpleNamespace(**{"fully_sharded_loras": False, **config}),
-        modules={}, packed_modules={}, model=torch.nn.Module(),
+        modules=modules, packed_modules={}, model=torch.nn.Module(),
+        _get_lora_layer_weights=lambda adapter, name: adapter.loras.get(name),
     )  # fmt: skip
 
 
 def test_what_is_not_supported_is_refused_by_name(hooks, monkeypatch):
+    """Layers whose output takes another way, as with --fully-sharded-loras, and embeddings."""
+    from vllm.lora import layers
+
+    for name in ("RowParallelLinearWithShardedLoRA", "VocabParallelEmbeddingWithLoRA", "FusedMoEWithLoRA"):
+        kind = getattr(layers, name)
+        adapter = SimpleNamespace(loras={"layer": object()})
+        with pytest.raises(ValueError, match=f"layer: .*{name}"):
+            hooks._check(manager_of(layer=kind.__new__(kind)), adapter)
     adapter = SimpleNamespace(loras={})
     hooks._check(manager_of(), adapter)
-    with pytest.raises(ValueError, match="fully_sharded_loras"):
-        hooks._check(manager_of(fully_sharded_loras=True), adapter)
     monkeypatch.setattr(hooks.envs, "VLLM_LORA_ENABLE_DUAL_STREAM", True, raising=False)
     with pytest.raises(ValueError, match="VLLM_LORA_ENABLE_DUAL_STREAM"):
         hooks._check(manager_of(), adapter)
