@@ -1,30 +1,39 @@
-"""Run a training script unchanged, with every PEFT model that it makes patched by this package.
+"""Run a training command unchanged, with every PEFT model that it makes patched by this package.
 
     python -m dora_kernels.run train.py --lr 1e-4
     python -m dora_kernels.run -m package.train --lr 1e-4
+    python -m dora_kernels.run trl sft --config sft.yaml
+    python -m dora_kernels.run torchrun --nproc-per-node 8 train.py --lr 1e-4
     accelerate launch -m dora_kernels.run train.py --lr 1e-4
-    torchrun --nproc-per-node 8 -m dora_kernels.run train.py --lr 1e-4
 
-It calls `dora_kernels.patch_peft_globally` and then runs the script as ``python`` would. Its own options come before
-the script.
+Every Python process of the command calls `dora_kernels.patch_peft_globally` when it imports peft
+(`startup/sitecustomize.py`, which the environment of these processes names). Nothing is written to disk. The launcher's
+own options come before the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
 import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 
+from dora_kernels.startup import sitecustomize
+from dora_kernels.startup.sitecustomize import OPTIONS, PREFIX
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Patch, then run the script."""
+    """Prepare the environment, then run the script, the module or the command."""
     parser = argparse.ArgumentParser(
         prog="python -m dora_kernels.run",
-        usage="%(prog)s [--dropout {peft,lora}] [--exact-init] (SCRIPT | -m MODULE) ...",
-        description="Run a training script or module with every PEFT DoRA model on dora_kernels.",
-        epilog="Arguments after SCRIPT or MODULE are passed on to it.",
+        usage="%(prog)s [--dropout {peft,lora}] [--exact-init] (SCRIPT | -m MODULE | COMMAND) ...",
+        description="Run a training script, module or command with every PEFT DoRA model on dora_kernels.",
+        epilog="Arguments after SCRIPT, MODULE or COMMAND are passed on to it.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -41,17 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if module:
         script = ([script[0][2:]] if script[0] != "-m" else []) + script[1:]
     if not script:
-        parser.error("expected a MODULE after -m" if module else "expected a SCRIPT, or -m and a MODULE")
+        parser.error("expected a MODULE after -m" if module else "expected a SCRIPT, a COMMAND, or -m and a MODULE")
     name = script[0]
-    if not module and not os.path.exists(name):
-        parser.error(f"no file {name!r}; a module's name needs -m before it")
-
-    import dora_kernels
-
-    try:
-        dora_kernels.patch_peft_globally(dropout=options.dropout, exact_init=options.exact_init)
-    except ImportError as error:
-        parser.error(str(error))
+    command = None if module or _is_python(name) else _command(name)
+    if command is None and not module and not os.path.exists(name):
+        parser.error(f"no file and no command {name!r}; a module's name needs -m before it")
+    _prepare_environment(vars(options))
+    if command is not None:
+        _become([command, *script[1:]])
+    if importlib.util.find_spec("peft") is None:
+        parser.error("peft is not installed: pip install 'dora-kernels[peft]'")
+    sitecustomize.install()
     sys.argv = script
     if module:
         sys.path[0] = os.getcwd()
@@ -68,6 +77,34 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     while place < len(arguments) and arguments[place].startswith("-") and not arguments[place].startswith("-m"):
         place += 2 if arguments[place] == "--dropout" else 1
     return list(arguments[:place]), list(arguments[place:])
+
+
+def _is_python(name: str) -> bool:
+    """True for a file that this process runs itself: a Python script, or whatever cannot be executed."""
+    return os.path.isfile(name) and (name.endswith(".py") or not os.access(name, os.X_OK))
+
+
+def _command(name: str) -> str | None:
+    """The program of that name: a path, or beside this Python, or on PATH."""
+    beside = os.path.dirname(sys.executable)
+    return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+
+
+def _prepare_environment(options: dict[str, object]) -> None:
+    """Let every Python process below this one import `sitecustomize` of this package first."""
+    folder = sitecustomize.HERE
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != folder]
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
+    os.environ.update({OPTIONS: json.dumps(options), PREFIX: sys.prefix})
+
+
+def _become(command: list[str]) -> None:
+    """Replace this process by the command: signals and the exit status are then its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "nt":  # where `exec` would return to the shell at once
+        raise SystemExit(subprocess.call(command))
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

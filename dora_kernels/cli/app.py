@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import dora_kernels
-from dora_kernels.cli import convert, doctor, inspect, merge, parity
+from dora_kernels.cli import convert, doctor, inspect, merge, parity, serve_check, tune
+from dora_kernels.core.extras import load
 
 if TYPE_CHECKING:
     import typer
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     try:
-        import rich.console  # noqa: F401
-        import typer  # noqa: F401
+        for package in ("rich", "typer"):
+            load(package, "cli", "the command line needs")
     except ImportError as error:
-        missing = (error.name or "typer and rich").partition(".")[0]
-        print(f"dora-kernels: the command line needs {missing}: pip install 'dora-kernels[cli]'", file=sys.stderr)
+        print(f"dora-kernels: {error}", file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of files, if it is ASCII
@@ -65,6 +65,6 @@ def build_app() -> "typer.Typer":
             print(context.get_help())
             raise typer.Exit(2)
 
-    for command in (doctor, parity, convert, merge, inspect):
+    for command in (doctor, parity, tune, convert, merge, inspect, serve_check):
         command.add(app)
     return app

@@ -74,8 +74,6 @@ def errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         text = str(error)
-        if isinstance(error, ImportError):
-            text = f"adapter files need {error.name}: pip install 'dora-kernels[files]'"
         for argument, option in _OPTIONS.items():
             text = re.sub(rf"\b{argument}", option, text)
         print("error: " + shown(" ".join(text.split()), _LONGEST), file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one block: 4 MB in float32. With blocks of half or a quarter of this size the direct norm took up to 1.2
@@ -54,6 +55,50 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
     for columns, rows in blocks(step, weight.t(), other):
         out.addmm_(buffer[: rows.shape[0]].copy_(columns).t(), rows)
     return out
+
+
+def mm_groups(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """Each group's rows times its matrix: ``[S, K]`` and ``[E, K, N]`` to ``[S, N]``.
+
+    Group e has the rows ``ends[e - 1]`` to ``ends[e]``. Rows after the last end are left out, and their results
+    uninitialized.
+    """
+    if _grouped(rows):
+        return _grouped_mm(rows, stack, ends)
+    result = rows.new_empty(rows.shape[0], stack.shape[2])
+    for e, part in _groups(ends):
+        torch.mm(rows[part], stack[e], out=result[part])
+    return result
+
+
+def mm_groups_reduced(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Each group's ``leftᵀ right``: ``[S, M]`` and ``[S, N]`` to ``[E, M, N]``, with zeros for a group without rows."""
+    if _grouped(left):
+        result = _grouped_mm(left.t(), right, ends)
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+        return result.masked_fill_(sizes.eq(0).view(-1, 1, 1), 0.0)
+    result = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
+    for e, part in _groups(ends):
+        torch.mm(left[part].t(), right[part], out=result[e])
+    return result
+
+
+def _grouped(rows: Tensor) -> bool:
+    """True if PyTorch's grouped product runs: it reads `ends` on the device."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+
+
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    result: Tensor = F.grouped_mm(left, right, offs=ends.to(torch.int32))
+    return result
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+        start = end
 
 
 def row_major(weight: Tensor) -> bool:

@@ -13,18 +13,12 @@ from torch import Tensor
 
 from dora_kernels.core.precision import low_rank_dtype
 from dora_kernels.core.problem import Weights
+from dora_kernels.engine import choices, cost
 from dora_kernels.engine.formula import transformed
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Output elements from which the fused path is faster on a GPU, with and without gradients. These are estimates, not yet
-# timed on a GPU. With gradients the fused path saves about four passes over [tokens, out_features] and needs about four
-# launches more than the formula. A launch takes about 5 us of host time, in which a GPU of 4 TB/s moves 20 MB. Without
-# gradients it saves one pass and needs no more launches.
-FUSED_ELEMENTS = 1 << 21
-FUSED_ELEMENTS_INFERENCE = 1 << 18
 
 # What one program of `kernels.one_pass` holds.
 ONE_PASS_TOKENS = 64
@@ -65,7 +59,20 @@ def prefers_fused(call: Call) -> bool:
         return False
     if call.one_pass and not call.gradients:
         return True
-    return call.tokens * call.out_features >= (FUSED_ELEMENTS if call.gradients else FUSED_ELEMENTS_INFERENCE)
+    first = cost.first_tokens("fused", "formula", call.gradients, call.out_features, call.in_features, call.rank)
+    return first is not None and call.tokens >= first
+
+
+def _chosen(call: Call, x: Tensor, weight: Tensor) -> bool:
+    """`prefers_fused`, or what was measured for such a layer on this device."""
+    if call.device != "cuda":
+        return False
+    known = choices.measured(x.device, weight.dtype, call.out_features, call.in_features, call.rank)
+    part = "training" if call.gradients else "evaluation"
+    if part in known.get("fused_from_tokens", ()):
+        first = known["fused_from_tokens"][part]
+        return first is not None and call.tokens >= first and call.dtypes <= set(KERNEL_DTYPES)
+    return prefers_fused(call)
 
 
 def resolve(backend: str, x: Tensor, weights: Weights) -> str:
@@ -86,7 +93,7 @@ def resolve(backend: str, x: Tensor, weights: Weights) -> str:
         call = Call(x.device.type, dtypes, tokens, out_features, in_features, rank, torch.is_grad_enabled())
         if x.dim():
             call = call._replace(one_pass=takes_one_pass(x, weights))
-        if not prefers_fused(call):
+        if not _chosen(call, x, weights.weight):
             return "torch"
     reason = _unfit((x, *weights)) or triton_problem(x.device)
     if reason is None:

@@ -24,7 +24,7 @@ def sample(weight: Tensor) -> Tensor:
 
     They are evenly spread over memory and over both dimensions.
     """
-    if weight.dim() != 2:  # a convolution's weight, or a packed one: sampled as it lies in memory
+    if weight.dim() != 2:  # a convolution's weight, a stack or a packed one: sampled as it lies in memory
         weight = weight.as_strided((weight.numel(), 1), (1, 1))
     rows, columns = weight.shape
     if weight.stride() not in ((columns, 1), (1, rows)):
@@ -84,7 +84,7 @@ class Record:
     __slots__ = ("_kept", "_tensor", "kept_bytes", "memory")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor = tensor.detach()
+        self._tensor = tensor = _as_stored(tensor.detach())
         words = _words(tensor)
         self.memory = self.kept_bytes = None
         self._kept: Any = None
@@ -97,7 +97,8 @@ class Record:
             self._kept = tensor.clone()
 
     def is_held_by(self, tensor: Tensor) -> bool:
-        """True if a tensor of the same dtype and shape holds the same values."""
+        """True if a tensor of the same dtype, shape and strides holds the same values."""
+        tensor = _as_stored(tensor)
         if self.kept_bytes is not None:
             if tensor.data_ptr() == self._tensor.data_ptr() and tensor.is_contiguous():
                 return self.kept_bytes == self.memory
@@ -106,6 +107,13 @@ class Record:
             words = _words(tensor)
             return words is not None and torch.equal(words.sum(1), self._kept)
         return torch.equal(tensor, self._kept)
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """A view with the dimensions in the order in which they lie in memory: of PEFT's B of experts, a contiguous one."""
+    if tensor.dim() < 3 or tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
 
 
 def _words(tensor: Tensor) -> Tensor | None:

@@ -160,7 +160,7 @@ def backward(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Need
         c = -grads.magnitude * g / norm_of(divisor, form.eps)
         of_w, of_a, of_b = norm_gradient(weights, c, form, needs)
         grads = grads._replace(
-            weight=_sum(grads.weight, of_w), lora_A=_sum(grads.lora_A, of_a), lora_B=_sum(grads.lora_B, of_b)
+            weight=add(grads.weight, of_w), lora_A=add(grads.lora_A, of_a), lora_B=add(grads.lora_B, of_b)
         )
     return grads._replace(
         weight=as_parameter(grads.weight, weights.weight),
@@ -329,7 +329,7 @@ def _t(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.t()
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first if first is None or second is None else first.to(second.dtype) + second
 
 

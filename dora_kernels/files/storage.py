@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_kernels.core.extras import load
 from dora_kernels.core.shown import name_problem, shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -133,11 +134,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _check_installed() -> None:
-    try:
-        import safetensors  # noqa: F401
-    except ImportError as error:
-        text = "adapter files need safetensors: pip install 'dora-kernels[files]'"
-        raise ModuleNotFoundError(text, name="safetensors") from error
+    load("safetensors", "files", "adapter files need")
 
 
 def check_tensor(file: Path, key: str, tensor: Tensor) -> None:

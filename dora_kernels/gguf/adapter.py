@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, AdapterLayer, extract
 from dora_kernels.adapters.adapter import problem_of
+from dora_kernels.core.extras import load
 from dora_kernels.core.shown import name_problem, quoted, shown
 from dora_kernels.files.replacing import replacing
 from dora_kernels.files.storage import as_path, check_tensor
@@ -61,7 +62,7 @@ def export_adapter(
             has factors of a dtype that is not in `TYPES`; or layers of a plain LoRA need different alphas, while the
             file has one.
     """
-    import gguf
+    gguf = load("gguf", "gguf", "GGUF files need")
 
     if isinstance(source, nn.Module):
         base, adapter = source if base is None else base, extract(source)
@@ -109,7 +110,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         ValueError: it is not a GGUF file, is truncated, lacks the values that `export_adapter` writes, or has tensors
             that are missing, left over, of wrong shapes, not finite, or of a dtype that is not in `TYPES`.
     """
-    import gguf
+    gguf = load("gguf", "gguf", "GGUF files need")
 
     file = as_path(path)
     if not file.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_kernels.core.extras import load
 from dora_kernels.files.replacing import replacing
 from dora_kernels.files.storage import as_path
 from dora_kernels.gguf.layout import INTERLEAVED, Layout
@@ -58,7 +59,7 @@ def export_model(
         ValueError: the file cannot hold the model type, one of its settings or the tokenizer; the model has adapters;
             or a tensor has no name in GGUF, is not floating-point, or is beyond the dtype's range.
     """
-    import gguf
+    gguf = load("gguf", "gguf", "GGUF files need")
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")

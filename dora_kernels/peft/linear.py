@@ -14,10 +14,12 @@ from torch.nn.modules import module as nn_module
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine import formula
+from dora_kernels.engine.collectives import copied
 from dora_kernels.engine.dispatch import PLAIN
 from dora_kernels.engine.kept_divisor import kept_divisor
 from dora_kernels.engine.layer import exporting, run_compose, run_layer
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.peft import shards, tensor_parallel
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.magnitude import DoraMagnitude
 from dora_kernels.peft.plan import read_weights, ready
@@ -35,6 +37,8 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
     """PEFT's DoRA variant for calls that go through the modules: with hooks, several adapters or active dropout."""
 
     stock = variants.DoraLinearVariant
+    by_slots = True
+    init = staticmethod(tensor_parallel.wrapped(stock.init))
     read = staticmethod(read_weights)
 
     @staticmethod
@@ -66,6 +70,9 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
             dora = result + (g - 1) * base + (g * module.scaling[active_adapter]) * lora_B(lora_A(x))
         else:
             h = lora_A(x)
+            split = shards.split_of(module)
+            if split is not None and split.of_rows:
+                (h,) = copied(split.group, h)
             dora = run_compose(
                 result.to(torch.promote_types(result.dtype, h.dtype)), h,
                 weights._replace(bias=cls.bias(module, active_adapter, weights)), module.scaling[active_adapter],
@@ -81,7 +88,8 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
     @classmethod
     def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights, result: Tensor) -> Tensor:
         """``x Wᵀ`` for the x that dropout left; `result` is the product for all of x."""
-        return F.linear(x, weights.weight.to(x.dtype))
+        weight, split = weights.weight.to(x.dtype), shards.split_of(module)
+        return F.linear(x, weight) if split is None else tensor_parallel.base_product(split, x, weight)
 
 
 class DoraLinear(DoraLayer, lora.Linear):
@@ -96,19 +104,24 @@ class DoraLinear(DoraLayer, lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
-            if torch.compiler.is_compiling():
-                y = _traced(self, x)
-                if y is not None:
-                    return y
-            else:
-                plan, usual = ready(self, x)
-                if usual:
-                    g, b_is_zero = plan.scale(self.training)
-                    return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
-                if plan is not None:
-                    return run_layer(x, plan.weights, plan.form, plan.cache, self.training)
+            y = whole_layer(self, x)
+            if y is not None:
+                return y
         # Not super(): a wrapper may call this after the layer's class has been restored.
         return lora.Linear.forward(self, x, *args, **kwargs)
+
+
+def whole_layer(layer: Any, x: Tensor) -> Tensor | None:
+    """Run the layer as one function; returns None if PEFT's forward has to call the modules."""
+    if torch.compiler.is_compiling():
+        return tensor_parallel.untraced(layer, x) if shards.is_split(layer) else _traced(layer, x)
+    plan, usual = ready(layer, x)
+    if usual and not plan.cache.merges:
+        g, b_is_zero = plan.scale(layer.training)
+        return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
+    if plan is not None:
+        return run_layer(x, plan.weights, plan.form, plan.cache, layer.training)
+    return tensor_parallel.forward(layer, x)
 
 
 def _traced(layer: Any, x: Tensor) -> Tensor | None:
@@ -170,4 +183,4 @@ def unsupported(layer: Any) -> str | None:
         return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not an nn.Linear or Conv1D"
     if bool(layer.fan_in_fan_out) != is_conv1d(base):
         return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its base layer, a {type(base).__name__}"
-    return None
+    return shards.problem(base)

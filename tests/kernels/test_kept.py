@@ -136,7 +136,7 @@ def test_threads(lane, kernels, monkeypatch):
     first = threading.Thread(target=kept)
     second = threading.Thread(target=lambda: (kept(), overtaken.set()))
     first.start()
-    held_up.wait()
+    assert held_up.wait(60)
     second.start()
     first.join()
     second.join()

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import dora_kernels
+from dora_kernels.run import main
 
 SCRIPT = """
 import os, sys
@@ -31,6 +32,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = get_peft_model(Net(), LoraConfig(r=2, use_dora=True, target_modules=["first"], lora_dropout=0.1))
     layer = model.base_model.model.first
+    if "--bypass" in sys.argv:
+        layer.forward = lambda x: x @ (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).T
     loss = model(torch.randn(3, 6)).sum()
     loss.backward()
     options = getattr(layer, "_dora_kernels", None)
@@ -50,8 +53,12 @@ def project(tmp_path):
     return tmp_path
 
 
-def run(project, *command, code=0, cwd=None):
-    environment = {**os.environ, "PYTHONPATH": str(Path(dora_kernels.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+STARTUP = Path(dora_kernels.__file__).parent / "startup"
+
+
+def run(project, *command, code=0, cwd=None, paths=(), **variables):
+    path = os.pathsep.join(map(str, [*paths, STARTUP.parent.parent]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     environment.pop("TRITON_INTERPRET", None)
     command = [str(part) for part in command]
     result = subprocess.run(
@@ -96,25 +103,60 @@ def test_where_the_script_is(project):
     assert run(project, sys.executable, "-m", "dora_kernels.run", "where.py")[0] == plain
 
 
-def test_its_exit_status(project):
-    run(project, sys.executable, "-m", "dora_kernels.run", "train.py", "--fail", code=7)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "error: expected a SCRIPT, or -m and a MODULE"),
-        (["--exact-init"], "error: expected a SCRIPT, or -m and a MODULE"),
+        ([], "error: expected a SCRIPT, a COMMAND, or -m and a MODULE"),
+        (["--exact-init"], "error: expected a SCRIPT, a COMMAND, or -m and a MODULE"),
         (["-m"], "error: expected a MODULE after -m"),
         (["--drop", "lora", "train.py"], "unrecognized arguments: --drop"),
         (["--lr", "train.py"], "unrecognized arguments: --lr"),
-        (["nowhere.py"], "no file 'nowhere.py'; a module's name needs -m before it"),
+        (["nowhere.py"], "no file and no command 'nowhere.py'; a module's name needs -m before it"),
         (["--dropout", "torchtune", "train.py"], "argument --dropout: invalid choice: 'torchtune'"),
     ],
 )
-def test_bad_arguments(project, arguments, message):
-    _, errors = run(project, sys.executable, "-m", "dora_kernels.run", *arguments, code=2)
-    assert message in errors and "Traceback" not in errors
+def test_bad_arguments(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+OUTER = """
+import os, subprocess, sys
+assert "peft" not in sys.modules and "dora_kernels" not in sys.modules
+print("RESULT outer", os.environ["HIDDEN"], flush=True)
+sys.exit(subprocess.run([sys.executable, "train.py", *sys.argv[1:]]).returncode)
+"""
+
+
+def test_a_command_and_what_it_starts(project, tmp_path_factory):
+    """A command's child process is patched and says so; the user's `sitecustomize` runs; nothing is left behind."""
+    (project / "outer").write_text(f"#!{sys.executable}\n{OUTER}")
+    (project / "outer").chmod(0o755)
+    hidden, temporary = tmp_path_factory.mktemp("hidden"), tmp_path_factory.mktemp("temporary")
+    (hidden / "sitecustomize.py").write_text("import os\nos.environ['HIDDEN'] = 'ran'\n")
+    command = [sys.executable, "-m", "dora_kernels.run", "--dropout", "lora", "./outer", "--fail"]
+    files = sorted(path for path in STARTUP.rglob("*") if "__pycache__" not in path.parts)
+    lines, errors = run(project, *command, code=7, paths=[hidden], TMPDIR=str(temporary))
+    assert lines == ["RESULT DoraLinear lora beside train.py --fail -", "RESULT outer ran"]
+    assert errors.count("dora_kernels: patched 1 DoRA layers of Net, backend torch\n") == 1
+    assert "WARNING" not in errors
+    assert files == sorted(path for path in STARTUP.rglob("*") if "__pycache__" not in path.parts)
+    assert not list(temporary.iterdir())
+
+
+def test_layers_that_are_never_called(project):
+    _, errors = run(project, sys.executable, "-m", "dora_kernels.run", "train.py", "--bypass")
+    assert "dora_kernels: WARNING: none of the 1 patched DoRA layers of Net was ever called: other code" in errors
+
+
+def test_peft_that_cannot_be_imported(project):
+    """The script's own import fails, with its own cause."""
+    (project / "peft.py").write_text("import nowhere")
+    _, errors = run(project, sys.executable, "-m", "dora_kernels.run", "train.py", code=1)
+    assert errors.endswith("ModuleNotFoundError: No module named 'nowhere'\n")
 
 
 def test_torchrun(project):

@@ -1,0 +1,28 @@
+"""Import optional packages, with errors that say what to install or why an installed one cannot be used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def load(package: str, extra: str, use: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        package: the name to import.
+        extra: the extra of this package that brings it.
+        use: what needs it, with the verb: the first words of the message.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+        ImportError: it is installed, and importing it failed. The message has the cause.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            text = f"{use} {package}: pip install 'dora-kernels[{extra}]'"
+            raise ModuleNotFoundError(text, name=package) from error
+        text = f"{use} {package}, which is installed but cannot be imported: {type(error).__name__}: {error}"
+        raise ImportError(text, name=package) from error
