@@ -279,7 +279,7 @@ def peft_model(base: nn.Module, adapters: dict[str, Adapter], dora: bool, dtype:
 class ServeModelCase(ServeCase):
     """One batch on SmolLM2-135M, all linear layers of its blocks adapted."""
 
-    share = 0.1
+    share = 0.03
     place = "SmolLM2-135M"
 
     @property

@@ -122,7 +122,7 @@ _LONG = 128
 
 
 def _rescale(z: Tensor, g: Tensor, bias: Tensor | None) -> None:
-    """``z = g * z + bias``, in place, rounded once; for several slots z is ``[W, P, N]``, and g and bias ``[W, 1, N]``."""
+    """``z = g * z + bias``, in place, rounded once; of several slots z is ``[W, P, N]``, g and bias ``[W, 1, N]``."""
     if z.dtype != g.dtype and z.shape[-2] >= _LONG:
         if z.dim() == 2:
             z.copy_(scaled(z, g, bias))
