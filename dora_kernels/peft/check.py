@@ -107,7 +107,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         else:
             _check_parts(file, module, parts, rank)
     if model is not None:
-        parameters.check_sizes(file, stacks, modules)
+        parameters.check_sizes(file, stacks, modules, config.get("peft_version"))
         modules = {module: parts for module, parts in modules.items() if module not in stacks}
         _check_layers(file, modules, model, config_file, config)
 

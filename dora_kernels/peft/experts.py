@@ -47,6 +47,11 @@ class ExpertsVariant(DoraVariant):
         """Give the adapter its first magnitude, with which it changes nothing: exact to float32, whatever W's dtype."""
         with torch.no_grad():
             weights = module.problem(adapter_name)
+        if hasattr(weights.weight, "to_local"):
+            raise UnsupportedError(
+                f"{module._name()}: it is split as {weights.weight.placements}; expected a whole parameter, or experts "
+                "spread over processes by expert parallelism (DistributedConfig(ep_size=...))"
+            )
         device = weights.lora_A.device
         magnitude = DoraMagnitude(fan_in_fan_out=False)
         if device.type == "meta" or weights.weight.is_meta:
@@ -74,14 +79,14 @@ class ExpertsVariant(DoraVariant):
         return weights._replace(weight=carrier), functools.partial(_norm, weights, layer.scaling[adapter])
 
 
+@torch.no_grad()
 def _norm(weights: Weights, scaling: float) -> Tensor:
     """The norm of every row, ``[E, N]``."""
     weight, lora_A, lora_B, _, _ = weights
     if isinstance(weight, Tensor):
         return ops.weight_norm(weight, lora_A, lora_B, scaling, "out", norm_backend("auto", weight))
-    with torch.no_grad():
-        pairs = enumerate(zip(lora_A, lora_B.contiguous(), strict=True))
-        return torch.stack([dora_weight_norm(weight[e], a, b, scaling=scaling) for e, (a, b) in pairs])
+    pairs = enumerate(zip(lora_A, lora_B.contiguous(), strict=True))
+    return torch.stack([dora_weight_norm(weight[e], a, b, scaling=scaling) for e, (a, b) in pairs])
 
 
 class ParamWrapper(DoraLayer, STOCK):
@@ -160,7 +165,10 @@ class ParamWrapper(DoraLayer, STOCK):
             functools.partial(self._experts, active), self._name(), ndim == 2 or not is_transposed(module), ndim == 2
         )
         with standing_in(module, self.parameter_name, stand_in):
-            return self.base_layer(x, *args, **kwargs)
+            result = self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            stand_in.check_met(x)
+        return result
 
     def _parameter_ndim(self: Any) -> int:
         return getattr(self, "_param_ndim", None) or self._stored().dim()
