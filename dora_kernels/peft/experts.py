@@ -41,6 +41,7 @@ class ExpertsVariant(DoraVariant):
     """The DoRA adapter of a parameter."""
 
     stock = None
+    starts_exact = True
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
