@@ -66,7 +66,7 @@ class ExpertsVariant(DoraVariant):
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
-        if switch(layer) is None or not layer.lora_A[adapter].weight.numel():
+        if switch(layer) is None or not (layer.lora_A[adapter].weight.numel() and math.prod(layer._stored().shape)):
             return None
         weights: Weights = layer.problem(adapter)
         return None if any(hasattr(t, "to_local") for t in weights) else weights  # sharded by FSDP2, outside a call
@@ -101,13 +101,14 @@ class ParamWrapper(DoraLayer, STOCK):
         transposed, weight = is_transposed(self.get_base_layer()), self._stored()
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
+        if not (a.numel() and math.prod(weight.shape)):
+            raise UnsupportedError(
+                f"{self._name()}: {'the adapter ' + repr(adapter) if math.prod(weight.shape) else 'the parameter'} is not "
+                "in memory inside its layer's call (DeepSpeed ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert "
+                "parallelism for adapters of experts"
+            )
         if weight.dim() == 3:
             count, rank = self.num_experts, self.r[adapter]
-            if not a.numel():
-                raise UnsupportedError(
-                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed "
-                    "ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
-                )
             own = slice(None)
             if weight.shape[0] != count:
                 a, b, magnitude, own = self._shared(weight, a, b, magnitude)

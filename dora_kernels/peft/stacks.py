@@ -86,6 +86,8 @@ def stored(module: nn.Module, name: str, transposed: bool) -> Any:
         UnsupportedError: its format is not known.
     """
     parameter = module._parameters.get(name)
+    if parameter is None:  # a replica of `torch.nn.DataParallel`
+        parameter = vars(module).get("_former_parameters", {}).get(name)
     if parameter is not None:
         scale = module._parameters.get(f"{name}_scale_inv")
         if parameter.dtype == torch.float8_e4m3fn and scale is not None and parameter.dim() == 3:

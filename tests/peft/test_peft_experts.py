@@ -421,3 +421,13 @@ def test_a_first_norm_in_factored_form():
     (layer,) = wrappers(model)
     weight, _, _, m, _ = layer.problem("default")
     torch.testing.assert_close(m, torch.linalg.vector_norm(weight.float(), dim=2), rtol=1e-5, atol=0)
+
+
+def test_partitioned_adapters_are_refused():
+    """As DeepSpeed ZeRO-3 leaves them."""
+    model = dora()
+    layer = wrappers(model)[0]
+    layer.lora_A["default"].weight.data = torch.empty(0)
+    with pytest.raises(dora_kernels.UnsupportedError, match=r"layers\.0\.mlp\.experts\.down_proj: .*'default' .*ZeRO-3"):
+        model(IDS)
+    assert "gate_up_proj" not in vars(layer.get_base_layer())  # nothing is left in the parameter's place
