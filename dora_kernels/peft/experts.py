@@ -102,10 +102,10 @@ class ParamWrapper(DoraLayer, STOCK):
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
         if not (a.numel() and math.prod(weight.shape)):
+            which = f"the adapter {adapter!r}" if math.prod(weight.shape) else "the parameter"
             raise UnsupportedError(
-                f"{self._name()}: {'the adapter ' + repr(adapter) if math.prod(weight.shape) else 'the parameter'} is not "
-                "in memory inside its layer's call (DeepSpeed ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert "
-                "parallelism for adapters of experts"
+                f"{self._name()}: {which} is not in memory inside its layer's call (DeepSpeed ZeRO-3 has partitioned "
+                "it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
             )
         if weight.dim() == 3:
             count, rank = self.num_experts, self.r[adapter]
