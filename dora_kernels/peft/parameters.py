@@ -79,17 +79,17 @@ def of_file(
     return found
 
 
-def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], rank: Any) -> None:
-    """Raise ValueError if the tensors of a stack's adapter do not fit together."""
+def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], ranks: list[Any]) -> None:
+    """Raise ValueError if the tensors of a stack's adapter do not fit together, or have none of the ranks."""
     missing = {"lora_A", "lora_B"} - parts.keys()
     if missing:
         raise ValueError(f"{file}: {parameter.name} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
     count, outputs = m.shape
-    if not isinstance(rank, int) or a.dim() != 2 or not count or a.shape[0] != count * rank:
+    if a.dim() != 2 or not count or not any(isinstance(rank, int) and a.shape[0] == count * rank for rank in ranks):
         raise ValueError(
             f"{file}: {parameter.name}: lora_A {list(a.shape)}: expected {count} experts times the configuration's "
-            f"rank, {quoted(rank)}, in the first dimension"
+            f"rank, {' or '.join(map(quoted, ranks))}, in the first dimension"
         )
     if b.dim() != 2 or b.shape[1] != a.shape[0]:
         raise ValueError(f"{file}: {parameter.name}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
