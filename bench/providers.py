@@ -22,6 +22,7 @@ LABELS = {
     "lycoris": "LyCORIS DoRA",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
+    "ours_merged": "ours, merged",
     "ours_frozen": "ours, frozen norms",
     "ours_compiled": "ours, compiled",
     "ours_triton": "ours, triton",

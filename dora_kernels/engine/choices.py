@@ -82,6 +82,8 @@ def key_of(out_features: int, in_features: int, rank: int) -> str:
 
 @functools.cache
 def _layers(kind: str, index: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    if kind == "cuda" and not torch.cuda.is_available():
+        return {}
     path = table_path(torch.device(kind if index is None else f"{kind}:{index}"), dtype)
     found, reason = read_table(path)
     if reason is not None:

@@ -110,17 +110,17 @@ def tune(
     comparisons = len(shapes) * (2 + len(counts) * (2 if where.type == "cuda" else 1))
     each = seconds / comparisons
     layers: dict[str, Any] = {}
+    path = choices.table_path(where, dtype)
+    table = {
+        "format": choices.FORMAT, "device": choices.device_name(where), "dtype": str(dtype).removeprefix("torch."),
+        "versions": choices.versions(), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
+    }  # fmt: skip
     wrong: dict[str, str] = {}
     with _progress(comparisons, progress) as advance:
         for shape in shapes:
             name = choices.key_of(*shape)
             layers[name] = _measure(Layer(shape, dtype, where), name, counts, each, advance, wrong)
-    table = {
-        "format": choices.FORMAT, "device": choices.device_name(where), "dtype": str(dtype).removeprefix("torch."),
-        "versions": choices.versions(), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
-    }  # fmt: skip
-    path = choices.table_path(where, dtype)
-    _write(path, table)
+            _write(path, table)  # as they come: a run that is cut short is not lost
     choices.forget()
     return Tuned(path, table, wrong)
 
