@@ -24,7 +24,9 @@ from dora_kernels.modules import (
     DoRAConv2d,
     DoRAConv3d,
     DoRAEmbedding,
+    DoRAExperts,
     DoRALinear,
+    LoRAExperts,
     LoRALinear,
 )
 
@@ -55,8 +57,10 @@ __all__ = [
     "DoRAConv2d",
     "DoRAConv3d",
     "DoRAEmbedding",
+    "DoRAExperts",
     "DoRALinear",
     "FrozenNorms",
+    "LoRAExperts",
     "LoRALinear",
     "PatchHandle",
     "TrainableSummary",

@@ -69,6 +69,22 @@ def test_an_example(name, project):
     assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in moved)
 
 
+def test_serve(project):
+    """Each customer's tokens are those that it has alone; the base model's are the base model's."""
+    script = ROOT / "examples" / "serve.py"
+    command = [sys.executable, script, "--model", "model", "--prompt", "the cat", "--tokens", "6"]
+    text = printed(command, project)
+    rows = dict(re.findall(r"^(base model|alice|bob|carol) +'(.*)'$", text, re.MULTILINE))
+    assert len(rows) == 4 and all(row.startswith("the cat") for row in rows.values()) and len(set(rows.values())) > 2
+    ((base, slots, host),) = numbers(r"base model ([\d,]+) bytes, slots ([\d,]+), host ([\d,]+)", text)
+    assert base == sum(p.nbytes for p in base_model("llama").parameters()) and slots and not host
+    model = base_model("llama").eval()
+    dora_kernels.apply_dora(model, ["q_proj", "v_proj"], rank=3)
+    dora_kernels.save_adapter(model, project / "mine")
+    text = printed([*command, "--adapter", "mine=mine"], project)
+    assert f"mine         {rows['base model']!r}" in text, "a fresh adapter changes nothing"
+
+
 def variant(name, folder):
     return printed([sys.executable, ROOT / "examples" / "variants" / f"{name}.py"], folder)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.core.products import block_rows, blocks, mm_accumulate, mm_mixed
+from dora_kernels.core.products import block_rows, blocks
 from dora_kernels.core.scale import norm_of, quotient
 from dora_kernels.engine import autograd, blocked, dispatch, fused, ops, writes
 from dora_kernels.engine.fingerprints import Record
@@ -26,6 +26,7 @@ from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.fused import Needs
 from dora_kernels.engine.norm import Norm
 from dora_kernels.engine.norm_cache import NormCache, norm_reuse
+from dora_kernels.engine.products import mm
 from dora_kernels.engine.rescale import dot_over_rows, lazy_clone
 from dora_kernels.rounding import is_coarse, seed_for
 
@@ -236,12 +237,14 @@ def _backward(
     dx = torch.mm(dy, merged) if needs.x or (along_in and need_dm) else None
     d_a = d_b = dm = None
     if needs.lora_A:
-        d_low = _product(dy, cast(lora_B, low_dtype) * (scaling if along_in else (g * scaling).unsqueeze(1)))
-        d_a = mm_accumulate(d_low.t(), x, accumulate)
+        right = cast(lora_B, low_dtype) * (scaling if along_in else (g * scaling).unsqueeze(1))
+        d_low = mm(dy, right, right.dtype)
+        d_a = mm(d_low.t(), x, accumulate)
         d_a = d_a.mul_(g) if along_in else d_a
     if needs.lora_B:
-        h = _product(x, (cast(lora_A, low_dtype) * g if along_in else cast(lora_A, low_dtype)).t())
-        d_b = mm_accumulate(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
+        left = cast(lora_A, low_dtype) * g if along_in else cast(lora_A, low_dtype)
+        h = mm(x, left.t(), left.dtype)
+        d_b = mm(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
     if need_dm:
         first, second = (x, dx) if along_in else (dy, kept)
         dm = dot_over_rows(first, second) / (g * divisor)  # type: ignore[arg-type]
@@ -259,11 +262,6 @@ def _backward(
         cast(dm, magnitude.dtype) if needs.magnitude and dm is not None else None,
         cast(dy.sum(0, dtype=accumulate), bias.dtype) if needs.bias and bias is not None else None,
     )
-
-
-def _product(rows: Tensor, other: Tensor) -> Tensor:
-    """``rows @ other`` in the dtype of the low-rank branch."""
-    return torch.mm(rows, cast(other, rows.dtype)) if other.dtype == rows.dtype else mm_mixed(rows, other)
 
 
 def _of_lost(dy: Tensor, x: Tensor, weights: Weights, lost: Tensor, form: Form) -> Tensor:

@@ -35,8 +35,8 @@ class AdapterBank:
 
     DoRA and plain LoRA of different ranks and on different layers serve side by side. The scale of each row of a
     DoRA weight, its magnitude over its norm, is computed when an adapter is loaded, in float32 from the base weight:
-    no forward computes or compares a norm. The model keeps its parameters, its state dict and its modules; the bank
-    adds a forward hook to each layer that an adapter changes. Outside of `rows`, `tokens` and `generate` the model is
+    no forward computes or compares a norm. The model keeps its parameters, its state dict and its modules; the layers
+    that an adapter changes get a `forward` of their own. Outside of `rows`, `tokens` and `generate` the model is
     the base model. Do not write its weights while adapters are loaded.
 
     All methods may be called by several threads. A slot is written only while no batch uses it: `rows` waits until
@@ -147,7 +147,7 @@ class AdapterBank:
             return {"slots": sum(layer.nbytes for layer in self._layers.values()), "host": host}
 
     def close(self) -> None:
-        """Unload everything and take the hooks off the model.
+        """Unload everything and leave the model as it was.
 
         Raises:
             ValueError: a batch is running.

@@ -1,4 +1,4 @@
-"""The slots of one layer of a model: stacked factors, scales and biases, and the hook that puts them to work."""
+"""The slots of one layer of a model: stacked factors, scales and biases, and the forward that puts them to work."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Target(NamedTuple):
 
 
 class LayerSlots:
-    """A layer's slots, and its hook."""
+    """A layer's slots, which its forward uses from here on."""
 
     def __init__(self, bank: Any, target: Target) -> None:
         self.bank, self.name, self.module = bank, target.name, target.module
@@ -78,12 +78,12 @@ class LayerSlots:
         self.dtype, self.device = target.dtype, target.device
         self.stacks: Stacks | None = None
         self.backend = "triton" if self.device.type == "cuda" and triton_problem(self.device) is None else "torch"
-        self._fresh = type(self.module) is nn.Linear or is_conv1d(self.module)
-        self._handle = self.module.register_forward_hook(Hook(self), with_kwargs=True)
+        self._forward = self.module.__dict__["forward"] = Forward(self)
+        self._fresh = self._forward.former is None and (type(self.module) is nn.Linear or is_conv1d(self.module))
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        self._handle.remove()
+        self._forward.remove()
 
     @property
     def nbytes(self) -> int:
@@ -152,7 +152,7 @@ class LayerSlots:
         if stacks is None:
             return base
         route = batch.route(self.name, x.shape[:-1], x.device)
-        keep = not (self._fresh and len(self.module._forward_hooks) == 1)
+        keep = not self._fresh
         if x.dtype == dtype == base.dtype:
             return self._added(route, stacks, x, base, keep)
         if base.dtype.itemsize > dtype.itemsize:  # rows of the base model stay as they are
@@ -173,17 +173,35 @@ class LayerSlots:
         return slots_compose(rows, h, lora_B, g, bias, route, ranks, keep, self.backend).view(base.shape)
 
 
-class Hook:
-    """A layer's forward hook. A copy of the model, also a pickled one, has a hook that does nothing."""
+class Forward:
+    """The forward of a layer with slots, in the layer's own dictionary: whoever compiled the layer compiles it anew.
 
-    def __init__(self, layer: LayerSlots | None) -> None:
-        self.layer = layer
+    In a copy of the model, also a pickled one, it is the layer's former forward.
+    """
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return the output with the adapters of the running batch; None keeps it."""
+    def __init__(self, layer: LayerSlots) -> None:
+        self.layer: LayerSlots | None = layer
+        self.module = layer.module
+        self.former = self.module.__dict__.get("forward")
+        """What somebody had put into the layer's dictionary before; None for the forward of its class."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, with the adapters of the running batch."""
+        module = self.module
+        base = (
+            type(module).forward(module, x, *args, **kwargs) if self.former is None else self.former(x, *args, **kwargs)
+        )
         if self.layer is None or (batch := running(self.layer.bank)) is None:
-            return None
-        return self.layer.run(batch, args[0] if args else next(iter(kwargs.values())), output)
+            return base
+        return self.layer.run(batch, x, base)
 
-    def __reduce__(self) -> Any:
-        return Hook, (None,)
+    def remove(self) -> None:
+        """Leave the layer as it was; where somebody has wrapped this since, do nothing but call the former one."""
+        self.layer = None
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.former is not None:
+                self.module.__dict__["forward"] = self.former
+
+    def __getstate__(self) -> Any:
+        return {**vars(self), "layer": None}
