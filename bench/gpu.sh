@@ -73,16 +73,18 @@ check() {
 
 # A run of `python -m bench run`: NAME, share of the stage's time in percent, options.
 measure() {
-    local name=tables-$1 limit=$((seconds * $2 / 100)) code
+    local name=tables-$1 limit=$((seconds * $2 / 100)) hard code
     shift 2
-    if [ "$(left)" -lt "$limit" ]; then limit=$(left); fi
+    hard=$((limit + 15))
+    if [ "$(left)" -lt "$hard" ]; then hard=$(left); fi
+    if [ "$((hard - 5))" -lt "$limit" ]; then limit=$((hard - 5)); fi
     if [ "$limit" -lt 10 ]; then
         echo "== $name: left out, $seconds s were over"
         status=1
         return
     fi
     echo "== $name, at most $limit s: $out/$name.json"
-    timeout --kill-after=10 $((limit + 15)) "$python" -m bench run --limit-s "$limit" --rounds 11 \
+    timeout --kill-after=10 "$hard" "$python" -m bench run --limit-s "$limit" --rounds 11 \
         --out "$out/$name.json" "$@" >"$out/$name.txt" 2>"$out/$name.log"
     code=$?
     if [ "$code" -ne 0 ]; then
@@ -96,11 +98,12 @@ measure() {
 tables() {
     local few=(--providers frozen peft_lora ours ours_triton ours_torch ours_merged)
     measure layer 30 --suite layer --rank 16 --tokens 8192 1024 64 "${few[@]}" "$@"
-    measure decode 15 --suite decode host --rank 16 --tokens 1 64 "$@"
+    measure decode 15 --suite decode host --rank 16 --tokens 1 64 --providers frozen peft_lora peft_lora_compiled ours \
+        ours_frozen ours_merged ours_compiled "$@"
     measure ranks 20 --suite layer decode --rank 64 384 --tokens 8192 1 "${few[@]}" "$@"
     measure norm 10 --suite norm --rank 16 384 --providers peft_dora ours ours_direct ours_factored "$@"
     measure block 10 --suite block --rank 16 "$@"
-    measure everybody 15 --suite layer --rank 16 --tokens 1024 "$@"
+    measure everybody 10 --suite layer --rank 16 --tokens 1024 "$@"
 }
 
 tune() {
