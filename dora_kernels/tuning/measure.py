@@ -168,7 +168,7 @@ def _measure(
                 "training": _first(training, "fused", ["formula"], {}),
                 "evaluation": _first(evaluation, "fused", ["formula"], {}),
             }
-        found["tiles"] = tiles.tuned(layer, max(tokens), each, lambda what, timed: keep(what, timed))
+        found["tiles"] = tiles.tuned(layer, max(tokens), each, keep)
     others = [way for way in ways if way != "merged"]
     if "merged" in ways and others:
         found["merged_from_tokens"] = _first(training, "merged", others, refresh)

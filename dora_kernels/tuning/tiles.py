@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def neighbours(config: Any) -> Iterator[Any]:
             yield config._replace(**{name: other})
 
 
-def tuned(layer: Layer, tokens: int, seconds: float, note: Callable[[str, dict[str, float]], None]) -> dict[str, Any]:
+def tuned(layer: Layer, tokens: int, seconds: float, note: Callable[[str, dict[str, float]], object]) -> dict[str, Any]:
     """Return the tiles that are faster than the shipped ones for a layer, by question.
 
     Args:
@@ -55,12 +57,16 @@ def tuned(layer: Layer, tokens: int, seconds: float, note: Callable[[str, dict[s
                     candidates[str(tuple(config))] = config
             answers = {name: {key: tuple(one)} for name, one in candidates.items()}
             same = dict.fromkeys(candidates, call)
-            timed = in_turns(same, layer.device, seconds, lambda name, all=answers: tiles.replaced(all[name]))
+            timed = in_turns(same, layer.device, seconds, functools.partial(_replaced, answers))
             note(key, timed)
             best = min(timed, key=lambda name: timed[name])
             if timed[best] <= _LEAST_GAIN * timed[str(tuple(shipped))]:
                 found[key] = list(candidates[best])
     return found
+
+
+def _replaced(answers: dict[str, dict[str, Any]], name: str) -> AbstractContextManager[None]:
+    return tiles.replaced(answers[name])
 
 
 def _is_right(call: Call, answers: dict[str, Any], wanted: list[Tensor]) -> bool:
