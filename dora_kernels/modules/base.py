@@ -294,7 +294,11 @@ class AdaptedLayer(nn.Module):
             raise ValueError(f"the layer cannot be merged: {reason}")
         merged = self._merged_weight(rounding, seed)
         self._unmerged = self.weight.detach().to("cpu", copy=True)
-        self._write(merged)
+        try:
+            self._write(merged)  # experts are merged while they are written
+        except BaseException:
+            self.unmerge()
+            raise
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -8,6 +8,8 @@ code runs, with its gates, clamps and biases. In all other operations the adapte
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +46,7 @@ class StandIn:
         self._index: Index = 0 if single else None
         self._rows_first = rows_first
         self._met = False
+        self._grad = torch.is_grad_enabled()
 
     @property
     def met(self) -> bool:
@@ -62,7 +65,8 @@ class StandIn:
     def _experts(self) -> Experts:
         whole = self._whole
         if whole._made is None:
-            whole._made, whole._met = whole._make(), True
+            with torch.set_grad_enabled(whole._grad):  # the first to ask may want a shape, under no_grad
+                whole._made, whole._met = whole._make(), True
         return whole._made
 
     def _view(self, index: Index, rows_first: bool) -> StandIn:
@@ -244,7 +248,7 @@ def _right(x: Tensor, weight: StandIn, rows_first: bool) -> Tensor | None:
     return y.view(count, rows, y.shape[1])
 
 
-def _bmm(input: Any, mat2: Any) -> Tensor | None:
+def _mm(input: Any, mat2: Any) -> Tensor | None:
     return _matmul(input, mat2)
 
 
@@ -262,10 +266,10 @@ _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
-    torch.bmm: _bmm,
-    Tensor.bmm: _bmm,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
+    torch.bmm: _mm,
+    Tensor.bmm: _mm,
 }
 for _name in ("grouped_mm", "_grouped_mm"):
     for _module in (F, torch):
@@ -287,24 +291,29 @@ def hidden_transposed(module: nn.Module) -> bool:
     return type(module).__name__ in _TRANSPOSED and not getattr(module, "is_transposed", False)
 
 
+_turns: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""A lock for each module: threads that call it take turns, since each has a stand-in of its own in its place."""
+
+
 @contextlib.contextmanager
 def standing_in(module: nn.Module, name: str, stand_in: StandIn) -> Iterator[None]:
     """Let `stand_in` be ``module.name`` for the length of a call. A module's own attributes come before parameters."""
-    parametrizations = module._modules.get("parametrizations")
-    if parametrizations is not None and name in parametrizations._modules:  # a property of the class, which comes first
-        own: Any = parametrizations._modules
-        value: Any = _Parametrized(stand_in, own[name])
-    else:
-        own, value = module.__dict__, stand_in
-    before = own.get(name, _MISSING)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            del own[name]
-        else:
-            own[name] = before
+    turn = contextlib.nullcontext() if torch.compiler.is_compiling() else _turns.setdefault(module, threading.RLock())
+    with turn:
+        own: Any = module.__dict__
+        value: Any = stand_in
+        parametrizations = module._modules.get("parametrizations")
+        if parametrizations is not None and name in parametrizations._modules:  # a property of the class comes first
+            own, value = parametrizations._modules, _Parametrized(stand_in, parametrizations._modules[name])
+        before = own.get(name, _MISSING)
+        own[name] = value
+        try:
+            yield
+        finally:
+            if before is _MISSING:
+                del own[name]
+            else:
+                own[name] = before
 
 
 class _Parametrized(nn.Module):

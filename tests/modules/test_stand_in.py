@@ -1,0 +1,90 @@
+"""What stands in a parameter's place while its module runs: in threads, under no_grad, and after a failed merge."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dora_kernels import DoRAExperts
+
+
+class TwoExperts(nn.Module):
+    """Its forward reads a stack twice, and calls `between` in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x, between=lambda stack: None):
+        y = F.linear(x, self.stack[0])
+        between(self.stack)
+        return y + F.linear(x, self.stack[1])
+
+
+def layer_of(module=None):
+    torch.manual_seed(0)
+    layer = DoRAExperts(TwoExperts() if module is None else module, "stack", rank=2)
+    nn.init.normal_(layer.lora_B.weight)
+    return layer, torch.randn(2, 4)
+
+
+def test_calls_in_two_threads():
+    """The second call begins in the middle of the first, which ends before it."""
+    layer, x = layer_of()
+    expected, found = layer(x), {}
+    reading, second = threading.Event(), threading.Event()
+
+    def run(name, between):
+        found[name] = layer(x, between)
+
+    def first_waits(stack):
+        reading.set()
+        second.wait(0.2)
+
+    def second_waits(stack):
+        second.set()
+        threads[0].join(5)
+
+    threads = [threading.Thread(target=run, args=each) for each in (("first", first_waits), ("second", second_waits))]
+    threads[0].start()
+    reading.wait(5)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["first"], expected) and torch.equal(found["second"], expected)
+    assert "stack" not in vars(layer._holder())
+
+
+def test_first_read_without_gradients():
+    class ReadsItsShape(TwoExperts):
+        def forward(self, x):
+            with torch.no_grad():
+                assert self.stack.shape == (3, 5, 4)
+            return super().forward(x)
+
+    layer, x = layer_of(ReadsItsShape())
+    layer(x).sum().backward()
+    assert layer.lora_magnitude_vector.grad.count_nonzero() == 10
+
+
+@pytest.mark.parametrize("product", [torch.mm, torch.Tensor.mm, torch.matmul, torch.Tensor.matmul])
+def test_names_of_arguments(product):
+    class Named(TwoExperts):
+        def forward(self, x):
+            name = "other" if "matmul" in product.__name__ else "mat2"
+            return product(x, **{name: self.stack[0].t()})
+
+    layer, x = layer_of(Named())
+    torch.testing.assert_close(layer(x), F.linear(x, layer._experts().formed_one(0)))
+
+
+def test_a_merge_that_fails():
+    layer, x = layer_of()
+    expected, stack = layer(x), layer.weight.clone()
+    with pytest.raises(ValueError, match="rounding: expected 'nearest' or 'stochastic', got 'up'"):
+        layer.merge("up")
+    assert not layer.merged and torch.equal(layer.weight, stack) and torch.equal(layer(x), expected)
