@@ -15,7 +15,8 @@ from dora_kernels.core.problem import Weights
 from dora_kernels.engine.layer import layer_norm, layer_scale
 from dora_kernels.engine.model_norms import KeptNorm
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.modules.base import DoRALayer, showing
+from dora_kernels.modules.base import showing
+from dora_kernels.modules.dora_layer import DoRALayer
 
 KEPT_BY = "use extract and attach, or safetensors.torch.save_file(dora_state_dict(model), ...)"
 CANNOT_BE_MERGED = f"an adapter of a convolution with groups can be neither merged nor saved to a file; {KEPT_BY}"

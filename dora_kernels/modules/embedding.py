@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dora_kernels.core.precision import accumulation_dtype, no_autocast
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine.layer import layer_norm, layer_scale, run_compose
-from dora_kernels.modules.base import DoRALayer, showing
+from dora_kernels.modules.base import showing
+from dora_kernels.modules.dora_layer import DoRALayer
 
 
 @showing("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.engine.experts import Adapter, Experts
 from dora_kernels.engine.layer import layer_scale, norm_now
-from dora_kernels.modules.base import AdaptedLayer, DoRALayer
+from dora_kernels.modules.base import AdaptedLayer
+from dora_kernels.modules.dora_layer import DoRALayer
 from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
 from dora_kernels.rounding import seed_for
 

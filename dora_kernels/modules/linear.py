@@ -13,7 +13,8 @@ from dora_kernels.core import validation
 from dora_kernels.core.problem import Form
 from dora_kernels.engine.layer import layer_scale, run_layer
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
-from dora_kernels.modules.base import AdaptedLayer, DoRALayer
+from dora_kernels.modules.base import AdaptedLayer
+from dora_kernels.modules.dora_layer import DoRALayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
