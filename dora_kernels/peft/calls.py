@@ -56,7 +56,7 @@ class Record:
 
 
 class FirstStep:
-    """Forward hooks of a model that remove themselves after its first forward in training that calls a layer."""
+    """Forward hooks of a model that remove themselves after its first forward in training, and those on gradients."""
 
     def __init__(self, record: Record, layers: dict[str, nn.Module]) -> None:
         self._record, self._layers = record, layers
@@ -82,14 +82,14 @@ class FirstStep:
             self.remove()
             for name, layer in self._layers.items():
                 if not called(layer):
-                    _watch_gradient(name, layer, record.name)
+                    self._handles += _watch_gradient(name, layer, record.name)
 
 
 def _dora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: one for name, one in model.named_modules() if switch(one) is not None and dora_adapters(one)}
 
 
-def _watch_gradient(name: str, layer: Any, model: str) -> None:
+def _watch_gradient(name: str, layer: Any, model: str) -> list[Any]:
     own = weakref.ref(layer)
 
     def note(parameter: Tensor) -> None:
@@ -108,6 +108,7 @@ def _watch_gradient(name: str, layer: Any, model: str) -> None:
     tensors = [(factors(layer, adapter) or (None, None))[1] for adapter in dora_adapters(layer)]
     of_autograd = [b for b in tensors if isinstance(b, nn.Parameter) and b.requires_grad]
     handles = [b.register_post_accumulate_grad_hook(note) for b in of_autograd]
+    return list(handles)
 
 
 def watch(model: nn.Module) -> tuple[Record, Callable[[], None]]:

@@ -80,10 +80,14 @@ def test_a_layer_that_takes_no_part():
     model = toy()
     handle = dora_kernels.patch_peft(model)
     layers = dict(model.named_modules())
-    layers[SECOND].forward = torch.nn.Identity()
-    with torch.random.fork_rng():
-        model(torch.randn(4, 12)).square().sum().backward()
+    layers[SECOND].forward = lambda x: x.new_zeros(len(x), layers[SECOND].out_features)
+    x = torch.randn(4, 12, requires_grad=True)
+    (model(x).sum() + x.sum()).backward()
     assert handle.patched == [FIRST, SECOND]
+    b = layers[SECOND].lora_B["default"].weight
+    assert b._post_accumulate_grad_hooks
+    handle.restore()
+    assert not b._post_accumulate_grad_hooks
 
 
 def test_copies_pickles_and_the_end():
