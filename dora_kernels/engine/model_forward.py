@@ -104,7 +104,6 @@ class AskOnce:
             self._keys, self._norms = keys, norms
         return {each.cache: norm for each, norm in zip(kept, norms)}
 
-
     def _renewed(
         self, kept: list[KeptNorm], groups: list[tuple[Tensor, ...]], keys: list[tuple[Any, ...]]
     ) -> list[Norm]:

@@ -5,6 +5,8 @@ PEFT's own code adds up A and B and leaves the magnitude at the norm of W.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from dora_kernels.core import weighted_sum
 from dora_kernels.core.precision import accumulation_dtype, no_autocast
+from dora_kernels.core.problem import Weights
 from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft import experts
 from dora_kernels.peft.layer import DoraVariant
 from dora_kernels.peft.state import dora_adapters, strength
@@ -45,7 +49,7 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
             grouped convolution, whose update is not a product.
     """
     if isinstance(layer, experts.STOCK):
-        return experts.combine(layer, adapters, weights, result)
+        return _combine_experts(layer, adapters, weights, result)
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise ValueError(f"{name}: adapters of a grouped convolution cannot be added up")
     biased = [one for one in adapters if layer.lora_bias.get(one)]
@@ -94,3 +98,39 @@ def _norm(layer: Any, name: str, adapter: str) -> Tensor:
     assert isinstance(variant, DoraVariant)
     divisor: Tensor = variant.divisor(layer, adapter, weights)
     return divisor.masked_fill(torch.isinf(divisor), 0.0)
+
+
+@torch.no_grad()
+def _combine_experts(layer: Any, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
+    """Write the weighted sum of adapters into `result`, expert by expert, as `combine` does for a layer."""
+    parts: list[tuple[float, float, Weights]] = []
+    for one, weight in zip(adapters, weights, strict=True):
+        if one in layer.lora_A:
+            parts.append((weight * strength(layer, one), layer.scaling[one], layer.problem(one)))
+    whole, *new = layer.problem(result)[:4]
+    lost, changed = [], []
+    for e, (w, a, b, m) in enumerate(experts.by_expert(whole.data, *new)):
+        dtype, own = accumulation_dtype(w, a), []
+        for weight, scaling, problem in parts:
+            _, one_a, one_b, one_m = _one(problem, e)
+            scale = None
+            if one_m is not None:
+                scale = magnitude_scale(one_m, dora_weight_norm(w, one_a, one_b, scaling=scaling))
+            own.append(weighted_sum.Part(weight, weight * scaling * one_b.to(dtype), one_a.to(dtype), scale))
+        b.zero_()
+        norm = functools.partial(dora_weight_norm, w, a, b)
+        full = weighted_sum.weighted_sum(own, norm, dtype, w.shape[0])
+        total, cut = weighted_sum.of_rank(full, a.shape[0])
+        missing = a.shape[0] - total.right.shape[0]
+        a.copy_(torch.nn.functional.pad(total.right, (0, 0, 0, missing)))
+        b.copy_(torch.nn.functional.pad(weighted_sum.divided(total), (0, missing)))
+        if m is not None:
+            m.copy_(total.factor * dora_weight_norm(w, a, b))
+        lost.append(cut)
+        changed.append(weighted_sum.size(full))
+    return math.hypot(*lost) / math.hypot(*changed) if any(lost) else 0.0
+
+
+def _one(problem: Weights, e: int) -> tuple[Any, ...]:
+    """One expert's tensors."""
+    return tuple(t if t is None or problem.weight.dim() == 2 else t[e] for t in problem[:4])

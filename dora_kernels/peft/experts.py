@@ -12,32 +12,31 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, distributed, nn
 
-from dora_kernels.core import weighted_sum
 from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.core.problem import Weights
-from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import experts, ops
 from dora_kernels.engine.collectives import all_true, copied, gathered, whole_norm
 from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
 from dora_kernels.peft import stacks
-from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource, merged_rows, unmerged_rows
+from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource
 from dora_kernels.peft.magnitude import DoraMagnitude
+from dora_kernels.peft.merging import merged_rows, unmerged_rows
 from dora_kernels.peft.shards import cut_of
 from dora_kernels.peft.state import SWITCH, Switch, norm_cache, strength, switch
 
 STOCK: Any = lora.layer.ParamWrapper
 """PEFT's class."""
+
 
 class ExpertsVariant(DoraVariant):
     """The DoRA adapter of a parameter."""
@@ -260,9 +259,8 @@ class ParamWrapper(DoraLayer, STOCK):
         self._merged_into()
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         for name in names:
-            if safe_merge and not self._agree_on(
-                all([bool(merged.isfinite().all()) for _, merged in self._merged(name)])
-            ):
+            finite = not safe_merge or all([bool(merged.isfinite().all()) for _, merged in self._merged(name)])
+            if safe_merge and not self._agree_on(finite):
                 raise ValueError(
                     f"{self._name()}: NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
@@ -279,13 +277,12 @@ class ParamWrapper(DoraLayer, STOCK):
         kept, (weight, a, b, magnitude, _) = vars(self)[SWITCH].unmerged, self.problem(name)
         unmerged = weight
         if self.merged_adapters and magnitude is not None and kept is not None:
-            unmerged = kept.weight.transpose(1, 2) if weight.stride() != self._stored().stride() else kept.weight
+            turned = weight.dim() == 3 and is_transposed(self.get_base_layer())
+            unmerged = kept.weight.transpose(1, 2) if turned else kept.weight
         norms: list[Any] = []
-        for w, before, one_a, one_b, m in _by_expert(weight.data, unmerged, a, b, magnitude):
+        for w, before, one_a, one_b, m in by_expert(weight.data, unmerged, a, b, magnitude):
             scaling, k = self.scaling[name], strength(self, name)
-            merged, norm = merged_rows(
-                w, before.to(w.device), one_a, one_b, m, scaling, k, self.norm_group
-            )
+            merged, norm = merged_rows(w, before.to(w.device), one_a, one_b, m, scaling, k, self.norm_group)
             norms.append(norm)
             yield w, merged
         if magnitude is not None:
@@ -298,7 +295,7 @@ class ParamWrapper(DoraLayer, STOCK):
             name = self.merged_adapters.pop()
             weight, a, b, magnitude, _ = self.problem(name)
             norm = None if magnitude is None else self._cache_pop(f"{name}-weight_norm")
-            for w, one_a, one_b, m, n in _by_expert(weight.data, a, b, magnitude, norm):
+            for w, one_a, one_b, m, n in by_expert(weight.data, a, b, magnitude, norm):
                 w.copy_(unmerged_rows(w, one_a, one_b, m, n, self.scaling[name], strength(self, name)))
 
     def _merged_into(self: Any) -> Any:
@@ -311,43 +308,7 @@ class ParamWrapper(DoraLayer, STOCK):
         return True  # PEFT's subtraction leaves 5e-4 of a bfloat16 weight
 
 
-@torch.no_grad()
-def combine(layer: Any, adapters: Sequence[str], weights: Sequence[float], result: str) -> float:
-    """Write the weighted sum of adapters into `result`, expert by expert, as `combine.combine` does for a layer."""
-    parts: list[tuple[float, float, Weights]] = []
-    for one, weight in zip(adapters, weights, strict=True):
-        if one in layer.lora_A:
-            parts.append((weight * strength(layer, one), layer.scaling[one], layer.problem(one)))
-    whole, *new = layer.problem(result)[:4]
-    lost, changed = [], []
-    for e, (w, a, b, m) in enumerate(_by_expert(whole.data, *new)):
-        dtype, own = accumulation_dtype(w, a), []
-        for weight, scaling, problem in parts:
-            _, one_a, one_b, one_m = _one(problem, e)
-            scale = None
-            if one_m is not None:
-                scale = magnitude_scale(one_m, dora_weight_norm(w, one_a, one_b, scaling=scaling))
-            own.append(weighted_sum.Part(weight, weight * scaling * one_b.to(dtype), one_a.to(dtype), scale))
-        b.zero_()
-        norm = functools.partial(dora_weight_norm, w, a, b)
-        full = weighted_sum.weighted_sum(own, norm, dtype, w.shape[0])
-        total, cut = weighted_sum.of_rank(full, a.shape[0])
-        missing = a.shape[0] - total.right.shape[0]
-        a.copy_(F.pad(total.right, (0, 0, 0, missing)))
-        b.copy_(F.pad(weighted_sum.divided(total), (0, missing)))
-        if m is not None:
-            m.copy_(total.factor * dora_weight_norm(w, a, b))
-        lost.append(cut)
-        changed.append(weighted_sum.size(full))
-    return math.hypot(*lost) / math.hypot(*changed) if any(lost) else 0.0
-
-
-def _one(problem: Weights, e: int) -> tuple[Any, ...]:
-    """One expert's tensors."""
-    return tuple(t if t is None or problem.weight.dim() == 2 else t[e] for t in problem[:4])
-
-
-def _by_expert(weight: Tensor, *others: Any) -> Any:
+def by_expert(weight: Tensor, *others: Any) -> Any:
     """The tensors of one expert after another, without a first dimension."""
     if weight.dim() == 2:
         return [(weight, *others)]

@@ -117,8 +117,8 @@ class LoraModel(lora.LoraModel):
         for name, layer in layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
-            if shards.split_of(layer) is not None or getattr(switch(layer), "cut", None) is not None:
-                raise ValueError(f"{name}: the layer is tensor-parallel; add up its adapters in one process")
+            if shards.split_of(layer) is not None or getattr(switch(layer), "group", None) is not None:
+                raise ValueError(f"{name}: the layer is split over processes; add up its adapters in one process")
         with _unnamed_parameters(self.peft_config[name] for name in adapters if name in self.peft_config):
             _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         self.peft_config[adapter_name] = dataclasses.replace(

@@ -25,9 +25,10 @@ from dora_kernels.engine.fingerprints import Sample
 from dora_kernels.engine.layer import run_compose
 from dora_kernels.modules import dequantize
 from dora_kernels.modules.opaque import Constants, constants_of, opaque_norm
-from dora_kernels.peft.layer import DoraLayer, NormSource, UnmergedBias
+from dora_kernels.peft.layer import DoraLayer, NormSource
 from dora_kernels.peft.lazy_classes import OnDemand, Recipe
 from dora_kernels.peft.linear import DoraLinearVariant
+from dora_kernels.peft.merging import UnmergedBias
 from dora_kernels.peft.plan import factors_fit, single_dora_adapter
 from dora_kernels.peft.state import AdapterCache, active_dropout, hooked, norm_cache, read, switch
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_kernels
 from dora_kernels.peft.experts import ParamWrapper
+from dora_kernels.peft.state import switch
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(18).view(2, 9) * 7 % 64
@@ -315,8 +316,6 @@ def test_weights_that_are_formed():
     torch.testing.assert_close(layer.lora_A["default"].weight.grad, oracle.lora_A.grad.float(), rtol=1e-4, atol=1e-5)
 
 
-
-
 DAMAGE = {
     "no_magnitude": (lambda t, k: t.pop(f"{k}.lora_magnitude_vector"), "has no lora_magnitude_vector"),
     "nan": (lambda t, k: t[f"{k}.lora_A.weight"].fill_(float("nan")), "not finite"),
@@ -372,6 +371,16 @@ def test_weighted_sums(how):
     model.merge_adapter()
     for layer, base, one, two in zip(wrappers(model), before, *weights.values()):
         torch.testing.assert_close(layer._stored() - base, 0.6 * one - 0.7 * two, rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_sums_of_experts_in_several_processes():
+    """Each process could write its own experts only, and a saved adapter would have those of one."""
+    model = dora()
+    switch(wrappers(model)[0]).group = "as expert parallelism leaves it"
+    before = set(model.peft_config)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: the layer is split over processes"):
+        model.add_weighted_adapter(["default"], [0.5], "half", combination_type="svd")
+    assert set(model.peft_config) == before
 
 
 def test_a_file_of_an_older_peft(tmp_path):

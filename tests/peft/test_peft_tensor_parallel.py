@@ -428,7 +428,7 @@ def refused(rank, folder):
         with pytest.raises(ValueError, match="sharded; adapt the model before sharding it, or use PEFT"):
             dora_kernels.apply_dora(base)
         model = peft_model(folder, True)
-        with pytest.raises(ValueError, match=r"embed_tokens: the layer is tensor-parallel"):
+        with pytest.raises(ValueError, match=r"embed_tokens: the layer is split over processes"):
             model.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
         assert list(model.peft_config) == ["default"]
         with pytest.raises(ValueError, match="expected 'composed', since .*q_proj is tensor-parallel"):
