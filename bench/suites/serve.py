@@ -8,6 +8,8 @@ so that what is done once for a forward is shared by several layers, as in a mod
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +23,17 @@ from torch import Tensor, nn
 import dora_kernels
 from bench.problem import Judged, dtypes_of
 from bench.providers import Case, Subject, Work, library
-from bench.training import patch_all
-from dora_kernels import Adapter, AdapterLayer
+from bench.suites import finetune
+from bench.training import Continuation, patch_all
+from dora_kernels import Adapter, AdapterLayer, merge_dora
 from dora_kernels.testing import errors, limits
 
 if TYPE_CHECKING:
     from bench.run import Run
 
 PROVIDERS = ("frozen", "peft_lora", "ours", "ours_bank_lora", "ours_bank")
-PROMPT = 512
+PROMPT, PROMPT_MODEL, CONTINUED = 512, 16, 24
+"""Tokens of a row in a prefill, on a layer and on the model, and those made before the cache starts again."""
 GRID = [
     (rows, adapters, how)
     for rows in (1, 8, 32)
@@ -57,6 +61,9 @@ def cases(run: Run, suite: str) -> Iterator[Case]:
             if not given.tokens:
                 for batch in [(1, 1, "distinct"), *SOME]:
                     yield ServeCase(run, *batch, PROMPT, (ranks[0],), dtypes, size)
+        if not given.hidden and not given.tokens:
+            for batch in [(1, 1, "distinct"), *SOME[:2]]:
+                yield ServeModelCase(run, *batch, 1, (ranks[0],), dtypes, 0)
 
 
 def drawn(rows: int, adapters: int, how: str) -> list[int]:
@@ -266,6 +273,119 @@ def peft_model(base: nn.Module, adapters: dict[str, Adapter], dora: bool, dtype:
                     assert layer.magnitude is not None
                     module.lora_magnitude_vector[name].weight.data = layer.magnitude.to(dtype)
     return model.eval()
+
+
+@dataclass(eq=False)
+class ServeModelCase(ServeCase):
+    """One batch on SmolLM2-135M, all linear layers of its blocks adapted."""
+
+    share = 0.03
+    place = "SmolLM2-135M"
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
+        """What every row states."""
+        return {**super().facts, "shape": self.place}
+
+    def prepare(self) -> None:
+        """Without weights the case is missing, not each of its providers."""
+        finetune.language_model(self.run)
+
+    @functools.cached_property
+    def stack(self) -> Any:
+        """The base model, of which every provider has a copy of the modules and shares the weights."""
+        base = finetune.language_model(self.run)[0]
+        return (base if self.dtype == torch.float32 else copy.deepcopy(base).to(self.dtype)).eval()
+
+    def base(self) -> Any:
+        """The base model for one provider."""
+        return copy.deepcopy(self.stack, {id(parameter): parameter for parameter in self.stack.parameters()})
+
+    @functools.cached_property
+    def prompt(self) -> Tensor:
+        """The same real text for each row."""
+        ids: Tensor = finetune.language_model(self.run)[1].batches(PROMPT_MODEL, 1)[0]["input_ids"]
+        return ids.expand(self.rows, -1).contiguous()
+
+    @functools.cached_property
+    def loaded(self) -> dict[str, Adapter]:
+        """Random factors of a hundredth of the weights' size."""
+        found = {}
+        for number in range(self.adapters):
+            layers = {}
+            for i, (name, module) in enumerate(self.stack.named_modules()):
+                if isinstance(module, nn.Linear) and "lm_head" not in name:
+                    a = self._random(1000 * number + i, self.ranks[0], module.in_features) / module.in_features**0.5
+                    b = self._random(-1000 * number - i - 1, module.out_features, self.ranks[0]) * 0.02
+                    norm = (module.weight.float() + SCALING * b @ a).norm(dim=1)
+                    magnitude = norm * (1.0 + 0.05 * self._random(i, module.out_features))
+                    layers[name] = AdapterLayer("linear", a.to(self.dtype), b.to(self.dtype), magnitude, SCALING)
+            found[f"a{number}"] = Adapter(layers)
+        return found
+
+    def subject(self, provider: str) -> Subject:
+        """Generated tokens after a prompt, and the prompt's own forward, whose logits are checked."""
+        if provider in ("frozen", "peft_lora", "ours"):
+            model = self.base()
+            if provider != "frozen":
+                model = peft_model(model, self.loaded, provider == "ours", self.dtype)
+                if provider == "ours":
+                    patch_all(model)
+            options = {} if provider == "frozen" else {"adapter_names": self.names}
+            entered: Callable[[], Any] = contextlib.nullcontext
+        else:
+            model, options = self.base(), {}
+            bank = dora_kernels.AdapterBank(model, slots=self.adapters, max_rank=max(self.ranks))
+            for name, adapter in self.loaded.items():
+                bank.load(name, plain(adapter) if provider.endswith("lora") else adapter)
+            entered = functools.partial(bank.rows, self.names)
+        forward = functools.partial(model, **options)
+        token = Continuation(_Called(forward), self.prompt, CONTINUED)
+
+        @torch.no_grad()
+        def prefill() -> Tensor:
+            with entered():
+                logits: Tensor = forward(input_ids=self.prompt, use_cache=False).logits
+                return logits
+
+        def decode() -> None:
+            with entered():
+                token()
+
+        kind = "frozen" if provider == "frozen" else "lora" if provider.endswith("lora") else "dora"
+        wanted, allowed = self.judged(kind)
+        parts: dict[str, Sequence[Work]] = {"token": [decode], "prefill": [prefill]}
+        return Subject(provider, parts, errors({"logits": prefill()}, wanted), allowed)
+
+    @functools.cache  # noqa: B019
+    def judged(self, kind: str) -> Judged:
+        """The logits of each adapter alone: merged in float64, and merged in the same dtype."""
+        wanted = {"logits": self._alone(kind, torch.float64)}
+        return wanted, limits({"logits": self._alone(kind, self.dtype)}, wanted)
+
+    @torch.no_grad()
+    def _alone(self, kind: str, dtype: torch.dtype) -> Tensor:
+        rows: dict[str, Tensor] = {}
+        for name in dict.fromkeys(self.names):
+            model = copy.deepcopy(self.stack).to(dtype)
+            for layer_name, own in self.loaded[name].layers.items() if kind != "frozen" else ():
+                weight = model.get_submodule(layer_name).weight
+                magnitude = own.magnitude.to(weight.dtype) if kind == "dora" and own.magnitude is not None else None
+                merged = merge_dora(weight, own.lora_A.to(dtype), own.lora_B.to(dtype), magnitude, scaling=own.scaling)
+                weight.copy_(merged)
+            rows[name] = model(input_ids=self.prompt[:1], use_cache=False).logits[0]
+        return torch.stack([rows[name] for name in self.names])
+
+
+@dataclass
+class _Called:
+    """A forward in the place of a model in evaluation."""
+
+    forward: Callable[..., Any]
+    training = False
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.forward(**inputs)
 
 
 _CALLS: dict[str, Callable[[ServeCase], Work]] = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.engine.dispatch import kernels
+from dora_kernels.engine.formula import scaled
 from dora_kernels.engine.route import Route
 
 Stack = Tensor | Sequence[Tensor | None]
@@ -114,9 +115,21 @@ def slots_compose(
     return (base.clone() if keep else base).index_copy_(0, plan.tokens, rows)
 
 
+# Rows of 16 bits from which float32 factors are multiplied by a batch normalization (`formula.scaled`) whose result is
+# copied: 512 rows of 1024 take 85 us and 4096 rows 774 us, with `mul_` 114 us and 2114 us; 64 rows take the same (one
+# core).
+_LONG = 128
+
+
 def _rescale(z: Tensor, g: Tensor, bias: Tensor | None) -> None:
-    """``z = g * z + bias``, in place, rounded once."""
-    if bias is None:
+    """``z = g * z + bias``, in place, rounded once; of several slots z is ``[W, P, N]``, g and bias ``[W, 1, N]``."""
+    if z.dtype != g.dtype and z.shape[-2] >= _LONG:
+        if z.dim() == 2:
+            z.copy_(scaled(z, g, bias))
+        else:
+            for slot in range(z.shape[0]):
+                _rescale(z[slot], g[slot, 0], None if bias is None else bias[slot, 0])
+    elif bias is None:
         z.mul_(g)
     elif z.dtype == g.dtype:
         torch.addcmul(bias, z, g, out=z)

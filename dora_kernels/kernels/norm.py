@@ -68,7 +68,9 @@ def sweep(
     total = tl.zeros((BLOCK_N,), tl.float32)
     terms = tl.zeros((BLOCK_N,), tl.float32)
     low = tl.zeros((BLOCK_N,), tl.float32)
-    for k in range(start, stop, BLOCK_K):
+    # Triton pipelines only what a product reads, unless it is told to; W is the stream from memory.
+    STAGES: tl.constexpr = 3 if PRODUCTS == 1 else None
+    for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < K
         mask_w = mask_n[:, None] & mask_k[None, :]

@@ -103,6 +103,28 @@ def test_errors_by_backend(lane, dtype):
         assert torch.equal(y[batch.without], batch.base[batch.without])
 
 
+@pytest.mark.parametrize("dtype", [bf16, f32], ids=["bf16", "f32"])
+def test_long_rows(dtype):
+    """Hundreds of tokens for each slot, one slot after another and in one operation."""
+    for rows in ([0, 1], [1, 0, -1, 1]):
+        batch = next(b for b in (Batch(seed, dtype, (9, 8), tokens=150) for seed in range(99)) if b.bias is not None)
+        make = torch.Generator().manual_seed(5)
+        batch.slots, batch.ranks, batch.rows = 2, (4, 4), rows
+        batch.a, batch.b = (
+            torch.randn(2, 4, 9, generator=make).to(dtype),
+            torch.randn(2, 4, 8, generator=make).to(dtype).mT,
+        )
+        batch.g, batch.bias = torch.rand(2, 8, generator=make) + 0.5, torch.randn(2, 8, generator=make)
+        batch.x = torch.randn(150 * len(rows), 9, generator=make).to(dtype)
+        batch.base = torch.randn(150 * len(rows), 8, generator=make).to(dtype)
+        for biased in (True, False):
+            batch.bias = batch.bias if biased else None
+            wanted = {"y": batch.by_row(f64)}
+            found, allowed = errors({"y": batch.run()}, wanted), limits({"y": batch.by_row(dtype)}, wanted)
+            assert not beyond(found, allowed), beyond(found, allowed)
+            assert found["y"] <= allowed["y"] / 3, "rounded once"
+
+
 def test_the_order_of_rows():
     """Rows in another order give the same rows in that order."""
     for seed in range(20):

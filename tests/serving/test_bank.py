@@ -319,3 +319,30 @@ def test_float64():
         torch.testing.assert_close(
             model(x), expected(model[0].weight, model[0].bias, x, adapter), rtol=1e-12, atol=1e-12
         )
+
+
+@torch.no_grad()
+def test_a_quantised_model():
+    """bitsandbytes' 4-bit layers: the norm is that of the dequantised weight."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    import bitsandbytes
+
+    torch.manual_seed(3)
+    linear = nn.Linear(64, 32)
+    layer = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    model = nn.Sequential(layer).to("cpu")
+    weight = functional.dequantize_4bit(model[0].weight.data, model[0].weight.quant_state).float()
+    adapter = small(4, (64, 32))
+    bank = AdapterBank(model)
+    bank.load("one", adapter)
+    x = torch.randn(3, 64)
+    with bank.rows(["one", None, "one"]):
+        y = model(x)
+    plain = model(x)
+    assert torch.equal(y[1], plain[1])
+    kept = adapter.layers["0"]
+    v = weight + kept.scaling * kept.lora_B @ kept.lora_A
+    g, delta = kept.magnitude / v.norm(dim=1), kept.scaling * x @ kept.lora_A.T @ kept.lora_B.T
+    wanted = g * (plain - linear.bias + delta) + linear.bias
+    torch.testing.assert_close(y[[0, 2]], wanted[[0, 2]], rtol=1e-2, atol=1e-2)
