@@ -19,7 +19,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-oldest-peft test-newest-torch test-vllm test-vllm-here demo bench bench-run lint types check docs dist clean
+.PHONY: help test test-slow test-oldest-peft test-newest-torch test-vllm test-vllm-here test-hub run-test-hub \
+	test-frameworks demo bench bench-run lint types check docs dist hub clean
 
 help:
 	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
@@ -27,6 +28,9 @@ help:
 	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
 	@echo "make test-newest-torch   the tests of layers, patch and kernels with torch $(NEWEST_TORCH), in $(VENV)-newest-torch"
 	@echo "make test-vllm   the tests with vLLM's engine (CPU build, Python 3.11 or newer), in $(VENV)-vllm"
+	@echo "make test-hub   the kernel for Hugging Face's Hub, loaded by the package kernels"
+	@echo "make test-frameworks   TRL, LLaMA-Factory, ms-swift, axolotl and others, with and without the patch, each in its own"
+	@echo "             environment under $(VENV)-frameworks/  (FRAMEWORKS='trl swift' selects; 10 GB and an hour for all)"
 	@echo "make demo    fine-tune a real model: stock DoRA, patched DoRA, LoRA  (ARGS='--help' for its options)"
 	@echo "make bench   pytest-benchmark over every provider        (ARGS='-k decode --benchmark-save=NAME' goes to pytest)"
 	@echo "make bench-run   python -m bench run: side by side, five minutes  (ARGS='--suite layer --hidden 2048', '--help')"
@@ -35,6 +39,7 @@ help:
 	@echo "make check   lint and types"
 	@echo "make docs    build the site of the documents into site/      (ARGS='--site-dir DIR' goes to mkdocs)"
 	@echo "make dist    build the sdist and the wheel into dist/, and check them"
+	@echo "make hub     write the kernel for Hugging Face's Hub into build/hub"
 	@echo "make clean   remove $(VENV), caches and what the demo wrote"
 	@echo
 	@echo "The first of them sets up $(VENV) with pinned versions; later runs reuse it."
@@ -69,6 +74,27 @@ test-vllm:
 test-vllm-here: $(VENV)/.stamp-vllm
 	$(BIN)/python -m pytest -p no:xdist $(or $(ARGS),tests/vllm)
 
+# The package is not installed there: it is loaded as the Hub has it.
+test-hub:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-hub run-test-hub
+run-test-hub: $(VENV)/.stamp-hub
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist $(or $(ARGS),tests/hub)
+
+# In no environment of this repository: each framework pins its own PEFT and transformers. What ran is recorded.
+FRAMEWORKS ?= $(basename $(notdir $(wildcard tests/frameworks/environments/*.txt)))
+test-frameworks: $(FRAMEWORKS:%=test-framework-%)
+test-framework-%: $(VENV)-frameworks/%/.stamp
+	for case in $$(sed -n 's/^# cases: //p' tests/frameworks/environments/$*.txt); do \
+		$(VENV)-frameworks/$*/bin/python -m tests.frameworks $$case --record tests/frameworks/record.json || exit 1; \
+	done
+
+# First torch, then all the rest as it was when it ran: the frameworks' own requirements contradict each other.
+$(VENV)-frameworks/%/.stamp: tests/frameworks/environments/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-input $(PIP_ARGS) torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet --no-input $(PIP_ARGS) --no-deps -r $<
+	@touch $@
+
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python -m bench.demo $(ARGS)
 
@@ -90,6 +116,9 @@ check: lint types
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
+hub:
+	$(PYTHON) hub/build.py build/hub $(ARGS)
+
 # Without isolation: the backend is the pinned one of this environment.
 dist: $(VENV)/.stamp-dist
 	rm -rf dist build
@@ -98,7 +127,8 @@ dist: $(VENV)/.stamp-dist
 	$(BIN)/python -m check_wheel_contents dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-vllm $(VENV)-newest-torch .constraints-newest-torch.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-newest-torch $(VENV)-vllm $(VENV)-hub $(VENV)-frameworks .constraints-newest-torch.txt
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.
@@ -158,6 +188,12 @@ $(VENV)/.stamp-vllm: $(VENV)/.stamp-venv $(PINS)
 $(VENV)/.stamp-docs: PKGS = -e '.[docs]'
 $(VENV)/.stamp-docs: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing what the site needs: MkDocs, Material for MkDocs, mkdocstrings"
+	$(pip_install)
+	@touch $@
+
+$(VENV)/.stamp-hub: PKGS = torch peft transformers accelerate kernels pytest pytest-timeout
+$(VENV)/.stamp-hub: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing what loads a kernel of Hugging Face's Hub: PyTorch, kernels, PEFT"
 	$(pip_install)
 	@touch $@
 

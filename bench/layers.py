@@ -20,10 +20,10 @@ from dora_kernels.engine.dispatch import triton_problem
 from dora_kernels.testing import Problem
 
 PROVIDERS = (
-    "frozen", "peft_lora", "peft_lora_compiled", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris", "dense",
-    "ours", "ours_compiled", "ours_triton", "ours_torch",
+    "frozen", "peft_lora", "peft_lora_compiled", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris",
+    "axolotl", "dense", "ours", "ours_compiled", "ours_triton", "ours_torch",
 )  # fmt: skip
-IN_EVALUATION = (*PROVIDERS[:4], "peft_dora_cached", *PROVIDERS[4:9], "ours_frozen", *PROVIDERS[9:])
+IN_EVALUATION = (*PROVIDERS[:4], "peft_dora_cached", *PROVIDERS[4:10], "ours_frozen", *PROVIDERS[10:])
 """Those with what is kept in evaluation alone: PEFT's cache of B·A and the norm, and our frozen norms."""
 NEEDS = {
     "frozen": ("x",),
@@ -191,6 +191,26 @@ def _torchtune(problem: Problem, shape: LayerShape) -> Made:
     return layer, parameters
 
 
+class _ThroughAxolotl(nn.Module):
+    """A PEFT layer whose tensors axolotl's function reads; the layer's own forward is not called."""
+
+    def __init__(self, layer: nn.Module, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer, x if x.dim() > 2 else x.unsqueeze(0)).view(*x.shape[:-1], -1)  # it takes 3 dimensions
+
+
+def _axolotl(problem: Problem, shape: LayerShape) -> Made:
+    try:
+        from axolotl.kernels.lora import apply_lora_linear
+    except ImportError as error:  # it pins PEFT and transformers, so no extra of this package brings it
+        raise Missing(f"{error}: axolotl has an environment of its own (make test-frameworks)") from error
+    layer, parameters = _peft(problem, shape)
+    return _ThroughAxolotl(layer, apply_lora_linear), parameters
+
+
 def _lycoris(problem: Problem, shape: LayerShape) -> Made:
     _needs_one_dtype(shape)
     with library():
@@ -281,6 +301,7 @@ _MAKERS: dict[str, Callable[[Problem, LayerShape], Made]] = {
     "peft_dora_cached": _peft,
     "torchtune": _torchtune,
     "lycoris": _lycoris,
+    "axolotl": _axolotl,
     "dense": _dense,
     "ours": functools.partial(_peft, patch=True),
     "ours_frozen": _frozen_norms,

@@ -20,10 +20,13 @@ LABELS = {
     "peft_dora_compiled": "PEFT DoRA, compiled",
     "torchtune": "torchtune DoRA",
     "lycoris": "LyCORIS DoRA",
+    "axolotl": "axolotl DoRA kernels",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
     "ours_frozen": "ours, frozen norms",
     "ours_compiled": "ours, compiled",
+    "ours_lora": "ours: LoRA",
+    "parametrized_dora": "DoRA, parametrized",
     "ours_triton": "ours, triton",
     "ours_torch": "ours, torch",
     "ours_reference": "ours, reference",  # in earlier records

@@ -287,6 +287,114 @@ def _spans(counts: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends))
 
 
+# --- product ---------------------------------------------------------------------------------------------------------
+
+
+def _products(make: _Make) -> Iterator[Case]:
+    for left, right in ((BF, BF), (HF, HF), (BF, F32), (HF, F32), (F32, F32)):
+        yield _product(make, left, right, right, 64, 128, 16)
+        yield _product(make, left, right, right, 17, 131, 70, layout="t")
+    yield _product(make, BF, BF, F32, 128, 64, 16, layout="t")  # as dYᵀ H
+    yield _product(make, BF, BF, BF, 16, 640, 20)  # K in parts
+    yield _product(make, BF, F32, BF, 1, 200, 5, layout="rows")
+    yield _product(make, BF, BF, F32, 20, 64, 16, layout="offset")
+    yield _product(make, BF, BF, F32, 5, 0, 7)
+    yield _product(make, BF, BF, BF, 0, 128, 16, counts=(20, 0, 12), sentinels=3)
+    yield _product(make, BF, BF, F32, 0, 70, 19, counts=(1, 70, 0, 4), rows=True)
+    yield _product(make, BF, F32, F32, 0, 300, 5, counts=(3, 4), layout="t", rows=True, sentinels=2)
+
+
+def _product(
+    make: _Make,
+    left_dtype: torch.dtype,
+    right_dtype: torch.dtype,
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    layout: str = "",
+    counts: tuple[int, ...] | None = None,
+    rows: bool = False,
+    sentinels: int = 0,
+) -> Case:
+    """In groups of those sizes, if any, with `sentinels` rows after them, and with `rows` in another order."""
+    from dora_kernels import kernels
+
+    M, stack = (M, ()) if counts is None else (sum(counts) + sentinels, (len(counts),))
+    left = make(M, K, dtype=left_dtype, layout=layout)
+    right = make(*stack, K, N, dtype=right_dtype, layout=layout)
+    order = torch.randperm(M, generator=make.generator) if rows else torch.arange(M)
+    used = order[: M - sentinels].to(make.device)
+    given = (None, None) if counts is None else (make.ends(counts), order.to(make.device) if rows else None)
+
+    def call() -> Results:
+        return (kernels.product(left, right, dtype, SCALING, *given)[used],)
+
+    wide, spans = right.to(left_dtype if right_dtype != F32 else F32).double(), _spans(counts or (M,))
+    parts = [left[order[a:b].to(make.device)].double() @ (wide[i] if stack else wide) for i, (a, b) in enumerate(spans)]
+    said = "" if counts is None else "in groups " + "+".join(map(str, counts)), "rows" if rows else "", layout
+    name = _words("product", f"{M}x{K}x{N}", *said)
+    return name, _labels(left_dtype, right_dtype, dtype), call, (SCALING * torch.cat(parts),)
+
+
+# --- one_pass --------------------------------------------------------------------------------------------------------
+
+
+def _one_passes(make: _Make) -> Iterator[Case]:
+    for dtype, adapter in ((BF, BF), (HF, HF), (BF, F32), (HF, F32)):
+        yield _one_pass(make, dtype, adapter, 16, 64, 128, 16)
+        yield _one_pass(make, dtype, adapter, 3, 67, 131, 5, keep=True)
+    yield _one_pass(make, BF, BF, 1, 32, 640, 16, keep=True, given="divisor")
+    yield _one_pass(make, BF, BF, 64, 64, 128, 64, given="divisor")
+    yield _one_pass(make, BF, BF, 33, 40, 70, 20, given="nothing", bias=False)
+    yield _one_pass(make, BF, BF, 4, 4128, 64, 16, given="norm")  # not split
+    yield _one_pass(make, BF, BF, 17, 67, 300, 19, given="norm", keep=True)
+    yield _one_pass(make, HF, HF, 2, 64, 128, 16, given="norm", way="offset")
+    for way in ("conv1d", "rows"):
+        yield _one_pass(make, BF, BF, 5, 64, 200, 16, way=way, given="divisor")
+
+
+def _one_pass(
+    make: _Make,
+    dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    given: str = "g",
+    bias: bool = True,
+    keep: bool = False,
+    way: str = "",
+) -> Case:
+    """`given`: g, a magnitude and its divisor, a magnitude alone, whose norm is computed, or nothing."""
+    from dora_kernels import kernels
+
+    W, A, B = _problem(make, dtype, a_dtype, N, K, R, way)
+    x = make(M, K, dtype=dtype, layout=way.replace("conv1d", ""))
+    W[1], B[1] = 0, 0
+    g, n = make.positive(N), make.positive(N)
+    c = make(N, dtype=dtype) if bias else None
+    norm = _sum(W, A, B).norm(dim=1)
+    norm[1] = torch.inf
+    divisor = {"norm": norm, "divisor": n.double()}.get(given, torch.ones_like(norm))
+
+    def call() -> Results:
+        magnitude, of = None if given == "nothing" else g, n if given == "divisor" else None
+        y, h, base, found = kernels.one_pass(x, W, A, B, magnitude, c, SCALING, keep, of, given == "norm")
+        return y, h, base, None if found is None else torch.where(found.isinf(), 0, found)
+
+    h = (x.double() @ A.to(dtype).double().t()).to(dtype).double()
+    base = x.double() @ W.double().t()
+    y = base + SCALING * h @ B.to(dtype).double().t()
+    y = y if given == "nothing" else y * (g.double() / divisor)
+    y = y if c is None else y + c.double()
+    finite = torch.where(norm.isinf(), 0, norm)
+    reference = y, h, base if keep else None, finite if given == "norm" else None
+    name = _words("one_pass", f"{M}x{N}x{K}", f"r{R}", given, "keep" if keep else "", "" if bias else "no bias", way)
+    return name, _labels(dtype, a_dtype), call, reference
+
+
 # --- weight_norm, merge, KeptNorm ------------------------------------------------------------------------------------
 
 # A weight, and where it and its factors lie: "conv1d" is a weight stored transposed, "in" the transposed problem.
@@ -411,8 +519,8 @@ def _merge(
 
 
 def _kept_norms(make: _Make) -> Iterator[Case]:
-    yield _kept_norm(make, BF, BF, 64, 128, 16)
-    yield _kept_norm(make, BF, F32, 70, 100, 5, way="conv1d in")
+    yield _kept_norm(make, BF, BF, 64, 384, 16)
+    yield _kept_norm(make, BF, F32, 70, 300, 5, way="conv1d in")
     yield _kept_norm(make, F32, F32, 70, 100, 5)
     yield _kept_norm(make, HF, HF, 40, 100, 7, way="offset")
     yield _kept_norm(make, BF, BF, 40, 300, 140)
@@ -425,6 +533,7 @@ def _kept_norm(
 ) -> Case:
     from dora_kernels import kernels
     from dora_kernels.engine.fingerprints import sample
+    from dora_kernels.kernels import norm
 
     W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way, groups=groups)
     first = A.clone(), _sum(W, A, B).norm(dim=-1)
@@ -443,10 +552,12 @@ def _kept_norm(
         kept._divisor.fill_(7.0)
         unchanged = ask()
         A.copy_(second[0])
-        return computed, unchanged, ask()
+        again = ask()
+        # The bits are those of a norm that is not kept, where K is split among programs.
+        return computed, unchanged, again, again - norm.direct_norm(W, A, B, SCALING)
 
     name = _words("kept_norm", f"{groups}x{N}x{K}" if groups else f"{N}x{K}", f"r{R}", way)
-    return name, _labels(w_dtype, a_dtype), call, (first[1], untouched, second[1])
+    return name, _labels(w_dtype, a_dtype), call, (first[1], untouched, second[1], torch.zeros_like(second[1]))
 
 
 # --- factor_grads ----------------------------------------------------------------------------------------------------
@@ -529,6 +640,8 @@ def _watch(make: _Make, dtype: torch.dtype) -> Case:
 KERNELS = {
     "scale_reduce": _scale_reduces,
     "compose": _composes,
+    "product": _products,
+    "one_pass": _one_passes,
     "weight_norm": _norms,
     "factor_grads": _factor_grads,
     "merge": _merges,

@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_kernels.core.precision import accumulation_dtype, cast, full_precision
 from dora_kernels.core.products import block_rows, blocks, mm_wide, row_major, scratch
 from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.engine import choices
 from dora_kernels.rounding import stochastic
 
 _GRAM_FEATURES = 1024
@@ -61,6 +62,10 @@ def weight_norm(
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """True if `weight_norm` uses the factored form, which needs `row_square`."""
     (rows, features), rank = weight.shape[-2:], lora_A.shape[-2]
+    if weight.device.type == "cpu" and weight.dim() == 2 and not torch.compiler.is_compiling():
+        form = choices.measured(weight.device, weight.dtype, rows, features, rank).get("norm")
+        if form is not None:
+            return bool(form == "factored")
     wide = features >= _FACTORED_FEATURES * rank
     return wide and rows * features >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
 

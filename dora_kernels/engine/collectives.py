@@ -39,11 +39,19 @@ def whole_norm(group: Any, part: Tensor, *zeros: bool) -> tuple[Tensor, list[boo
     """Return the norm of rows that are split over the group, and which of `zeros` are true in every process.
 
     Args:
-        part: the norm of this process's part of the rows, ``[N]``.
+        part: the norm of this process's part of the rows, of any shape.
     """
     nonzero = torch.tensor([not zero for zero in zeros], dtype=part.dtype, device=part.device)
-    total = _sum(group, torch.cat([part.square(), nonzero]))
-    return total[: part.numel()].sqrt(), [not count for count in total[part.numel() :].tolist()]
+    total = _sum(group, torch.cat([part.square().flatten(), nonzero]))
+    norm, counts = total[: part.numel()], total[part.numel() :]
+    return norm.sqrt().view(part.shape), [not count for count in counts.tolist()]
+
+
+def gathered(group: Any, part: Tensor, dim: int, own: Tensor, size: int) -> Tensor:
+    """Return a tensor of which each process has the elements `own` along `dim`, of `size` elements there."""
+    shape = list(part.shape)
+    shape[dim] = size
+    return _sum(group, part.new_zeros(shape).index_copy(dim, own.to(part.device), part))
 
 
 def _sum(group: Any, part: Tensor) -> Tensor:
@@ -55,13 +63,13 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        ctx.set_materialize_grads(False)
         return tensors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        parts = [None if grad is None else grad.contiguous() for grad in grads]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # What has no gradient here has zeros: another process may have one.
+        parts = [g.contiguous() if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)]
         # Written over: they are results of products, which nobody else holds.
         waiting = [distributed.all_reduce(part, group=ctx.group, async_op=True) for part in parts if part is not None]
         for each in waiting:

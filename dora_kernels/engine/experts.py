@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype
 from dora_kernels.core.problem import Weights
-from dora_kernels.engine import formula
-from dora_kernels.engine.dispatch import UnsupportedError
+from dora_kernels.engine import formula, fused_experts
+from dora_kernels.engine.dispatch import UnsupportedError, resolve
 
 
 class Stack(Protocol):
@@ -56,11 +56,13 @@ class Experts:
     Args:
         weight: the base weights, frozen unless they are a tensor that requires grad.
         adapters: at least one.
+        backend: as in `dora_linear`; the kernels run `grouped` with one adapter at full strength.
     """
 
-    def __init__(self, weight: Stack, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, weight: Stack, adapters: Sequence[Adapter], backend: str = "auto") -> None:
         self.weight = weight
         self.adapters = tuple(adapters)
+        self.backend = backend
         self._parts: list[_Parts] | None = None
 
     def turned(self) -> Experts:
@@ -70,7 +72,7 @@ class Experts:
             for each in self.adapters
         ]
         weight = self.weight
-        return Experts(weight.transpose(1, 2) if isinstance(weight, Tensor) else _Turned(weight), turned)
+        return Experts(weight.transpose(1, 2) if isinstance(weight, Tensor) else _Turned(weight), turned, self.backend)
 
     def linear(self, x: Tensor, expert: int) -> Tensor:
         """One expert's ``[..., K]`` to ``[..., N]``, in the compute dtype: x's, or autocast's."""
@@ -87,6 +89,11 @@ class Experts:
         x = cast(x, compute_dtype(x))
         if torch.compiler.is_compiling() and isinstance(ends, Tensor):
             return self._op(x, ends)
+        if self._fused(x):
+            (adapter,) = self.adapters
+            if not isinstance(ends, Tensor):
+                ends = torch.tensor(list(ends), dtype=torch.int32, device=x.device)
+            return fused_experts.grouped(x, ends, self.weight, *adapter[:4])  # type: ignore[arg-type]
         bounds = [0, *(ends.tolist() if isinstance(ends, Tensor) else ends), len(x)]
         sizes = [end - start for start, end in zip(bounds, bounds[1:])]
         parts = [(e, rows) for e, rows in enumerate(x.split(sizes)) if sizes[e]]
@@ -134,6 +141,22 @@ class Experts:
             scales, [each.scaling for each in self.adapters], [each.strength for each in self.adapters],
         )  # fmt: skip
         return y
+
+    def _fused(self, x: Tensor) -> bool:
+        """True if the Triton kernels run this call."""
+        if self.backend == "torch" or (self.backend == "auto" and not x.is_cuda):
+            return False
+        (adapter, *others), weight = self.adapters, self.weight
+        plain = isinstance(weight, Tensor) and not weight.requires_grad
+        if others or adapter.strength != 1.0 or not plain:
+            if self.backend == "triton":
+                raise UnsupportedError(
+                    "backend='triton' runs experts with one adapter, at strength 1, on frozen weights"
+                )
+            return False
+        g = None if adapter.g is None else adapter.g[0]
+        one = Weights(weight[0], adapter.lora_A[0], adapter.lora_B[0], g)
+        return resolve(self.backend, x, one) == "triton"
 
     def _taken_apart(self) -> list[_Parts]:
         if self._parts is None:

@@ -1,7 +1,7 @@
 """The merged forward: ``V' = g ⊙ (W + s B A)`` is written once per optimizer step, and a call is one product with it.
 
-    Y  = X V'ᵀ + b          H  = X Aᵀ                 D  = dY (s g ⊙ B)
-    dX = dY V'              dB = s g ⊙ (dYᵀ H)         dA = Dᵀ X            dm = Σ_t dY ⊙ (X V'ᵀ) / m        (axis "out")
+    Y  = X V'ᵀ + b       H  = X Aᵀ                D  = dY (s g ⊙ B)                             (axis "out")
+    dX = dY V'           dB = s g ⊙ (dYᵀ H)        dA = Dᵀ X          dm = Σ_t dY ⊙ (X V'ᵀ) / m
 
 It multiplies less than LoRA from about K/2 tokens per optimizer step on, and holds another copy of W. What the backward
 reads of the output is a lazy clone, which costs no memory where the consumer keeps its input, and is right where the
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.core.products import block_rows, blocks, mm_accumulate, mm_mixed
+from dora_kernels.core.products import block_rows, blocks
 from dora_kernels.core.scale import norm_of, quotient
 from dora_kernels.engine import autograd, blocked, dispatch, fused, ops, writes
 from dora_kernels.engine.fingerprints import Record
@@ -26,6 +26,7 @@ from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.fused import Needs
 from dora_kernels.engine.norm import Norm
 from dora_kernels.engine.norm_cache import NormCache, norm_reuse
+from dora_kernels.engine.products import mm
 from dora_kernels.engine.rescale import dot_over_rows, lazy_clone
 from dora_kernels.rounding import is_coarse, seed_for
 
@@ -127,7 +128,7 @@ def _current(weights: Weights, form: Form, cache: NormCache, training: bool, bac
 
 
 def _make(weights: Weights, form: Form, norm: Norm, backend: str, seed: int) -> MergedWeight:
-    weight, lora_A, lora_B, magnitude, _ = (None if t is None else t.detach() for t in weights)
+    weight, lora_A, lora_B, magnitude = (t.detach() for t in weights[:4])
     axis, drawn = form.magnitude_axis, seed if is_coarse(weight.dtype) else None
     rows = row_problem(weight, lora_A, lora_B, axis)
     if drawn is not None and backend == "torch":
@@ -184,7 +185,7 @@ class _MergedLinear(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:6])
         ctx.form, ctx.lost, ctx.norm = form, merged.lost, merged.norm.divisor
         with no_autocast(x.device):
-            product, kept = None, None
+            kept = None
             if bias is None or not fused.keeps_base(form, True, needs):
                 y = F.linear(rows, merged.weight, None if bias is None else cast(bias, x.dtype))
                 if fused.keeps_base(form, True, needs):
@@ -236,21 +237,23 @@ def _backward(
     dx = torch.mm(dy, merged) if needs.x or (along_in and need_dm) else None
     d_a = d_b = dm = None
     if needs.lora_A:
-        d_low = _product(dy, cast(lora_B, low_dtype) * (scaling if along_in else (g * scaling).unsqueeze(1)))
-        d_a = mm_accumulate(d_low.t(), x, accumulate)
+        right = cast(lora_B, low_dtype) * (scaling if along_in else (g * scaling).unsqueeze(1))
+        d_low = mm(dy, right, right.dtype)
+        d_a = mm(d_low.t(), x, accumulate)
         d_a = d_a.mul_(g) if along_in else d_a
     if needs.lora_B:
-        h = _product(x, (cast(lora_A, low_dtype) * g if along_in else cast(lora_A, low_dtype)).t())
-        d_b = mm_accumulate(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
+        left = cast(lora_A, low_dtype) * g if along_in else cast(lora_A, low_dtype)
+        h = mm(x, left.t(), left.dtype)
+        d_b = mm(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
     if need_dm:
         first, second = (x, dx) if along_in else (dy, kept)
         dm = dot_over_rows(first, second) / (g * divisor)  # type: ignore[arg-type]
         if lost is not None:
             dm[lost] = _of_lost(dy, x, weights, lost, form) / divisor[lost]
     if not form.detach_norm and needs.norm:
-        of_w, of_a, of_b = fused.norm_gradient(weights, -dm * g / norm_of(divisor, form.eps), form, needs)
-        d_a = None if d_a is None else d_a + of_a
-        d_b = None if d_b is None else d_b + of_b
+        assert dm is not None
+        _, of_a, of_b = fused.norm_gradient(weights, -dm * g / norm_of(divisor, form.eps), form, needs)
+        d_a, d_b = fused.add(d_a, of_a), fused.add(d_b, of_b)
     return (
         dx if needs.x else None,
         None,
@@ -259,11 +262,6 @@ def _backward(
         cast(dm, magnitude.dtype) if needs.magnitude and dm is not None else None,
         cast(dy.sum(0, dtype=accumulate), bias.dtype) if needs.bias and bias is not None else None,
     )
-
-
-def _product(rows: Tensor, other: Tensor) -> Tensor:
-    """``rows @ other`` in the dtype of the low-rank branch."""
-    return torch.mm(rows, cast(other, rows.dtype)) if other.dtype == rows.dtype else mm_mixed(rows, other)
 
 
 def _of_lost(dy: Tensor, x: Tensor, weights: Weights, lost: Tensor, form: Form) -> Tensor:

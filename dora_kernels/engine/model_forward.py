@@ -77,7 +77,7 @@ class AskOnce:
         for i, (each, kept_norm) in enumerate(zip(kept, fresh)):
             if not kept_norm:
                 backend = norm_backend(each.backend, each.weights.weight)
-                norms[i] = each.cache.renewed(each.weights, each.form, training, backend)
+                norms[i] = each.cache.renewed(each.weights, each.form, training, backend, each.compute)
         return {each.cache: norm for each, norm in zip(kept, norms) if norm is not None}
 
     def _may_ask(self) -> bool:

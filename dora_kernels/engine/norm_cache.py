@@ -156,7 +156,7 @@ class NormCache:
                 return answered
             norm = self.known(weights, form, training)
             (fresh,) = collectives.all_true(form.group, [norm is not None], weights.weight.device)
-            return norm if fresh and norm is not None else self.renewed(weights, form, training, backend)
+            return norm if fresh and norm is not None else self.renewed(weights, form, training, backend, compute)
         norm = self.known(weights, form, training)
         if norm is not None:
             return norm

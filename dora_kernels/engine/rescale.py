@@ -70,7 +70,7 @@ class _Rescale(torch.autograd.Function):
         return dz, dot_over_rows(dy, y, g, dz).div_(g)
 
 
-def dot_over_rows(dy: Tensor, y: Tensor, g: Tensor | None = None, scaled: Tensor | None = None) -> Tensor:
+def dot_over_rows(dy: Tensor, y: Tensor, g: Tensor | float = 1.0, scaled: Tensor | None = None) -> Tensor:
     """``Σ_t dy ⊙ y`` per column of ``[M, N]``, summed in float32 or wider; ``g * dy`` is written into `scaled`."""
     dtype = accumulation_dtype(y)
     total = torch.zeros(y.shape[1], dtype=dtype, device=y.device)

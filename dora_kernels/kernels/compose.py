@@ -39,7 +39,8 @@ def compose_kernel(
 ):  # fmt: skip
     """One tile of y. base and y are row-major. Programs of the same row block are neighbours."""
     blocks_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
+    # From the last row block: it is what the product has just written, and still in the L2 cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     if ends_ptr is None:
         offs_m = (pid // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     else:

@@ -42,7 +42,7 @@ def factor_grads_kernel(
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for _ in range(0, strips):
+    for _ in tl.range(0, strips, loop_unroll_factor=8):  # the loads of several strips wait together
         total += tl.load(dot_ptr + offs_n, mask=mask_n, other=0.0)
         dot_ptr += N
     factor = scaling * tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)

@@ -23,18 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dora_kernels.kernels.combine import combine
 from dora_kernels.kernels.config import (
     CANCELLATION,
     blocks,
-    combine_config,
     full_grid,
-    is_factored,
     norm_config,
     norm_products,
+    power_of_two,
     splits,
 )
 from dora_kernels.kernels.dot import cast, dot
-from dora_kernels.kernels.factored import factored_rows
+from dora_kernels.kernels.factored import factored_rows, is_factored
 from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 from dora_kernels.kernels.rounding import draw, round_by_words
 
@@ -68,7 +68,9 @@ def sweep(
     total = tl.zeros((BLOCK_N,), tl.float32)
     terms = tl.zeros((BLOCK_N,), tl.float32)
     low = tl.zeros((BLOCK_N,), tl.float32)
-    for k in range(start, stop, BLOCK_K):
+    # Triton pipelines only what a product reads, unless it is told to; W is the stream from memory.
+    STAGES: tl.constexpr = 3 if PRODUCTS == 1 else None
+    for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < K
         mask_w = mask_n[:, None] & mask_k[None, :]
@@ -120,14 +122,16 @@ def weight_norm_kernel(
     w_ptr, a_ptr, b_ptr, norm_ptr, changed_ptr,
     N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_wg, stride_ag, stride_bg, span,
     shares, scaling,
-    GROUPS: tl.constexpr, REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
+    GROUPS: tl.constexpr, SPLIT: tl.constexpr, REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, HOLD_B: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows of one of GROUPS weights.
 
     A program exits without writing if `changed_ptr` is given and none of its `shares` flags is set (kept.py; 0 is then
-    written as infinity, ready to divide by), or with REPAIR if none of its norms is negative (factored.py).
+    written as infinity, ready to divide by), or with REPAIR if none of its norms is negative (factored.py). With
+    `changed_ptr` it computes one part after the other and combines them as `combine_kernel` does, so that a kept norm
+    has the same bits as one computed for a step.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -146,12 +150,44 @@ def weight_norm_kernel(
     if changed_ptr is not None:
         flags = tl.arange(0, SHARES)
         changed = tl.load(changed_ptr + flags, mask=flags < shares, other=0)
-        N = tl.where(tl.max(changed, 0) > 0, N, 0)
+        any_changed = tl.max(changed, 0) > 0
+        N = tl.where(any_changed, N, 0)
+        stop = tl.where(any_changed, K if SPLIT else stop, 0)
     mask_n = offs_n < N
     if REPAIR:
         mask_n &= tl.load(norm_ptrs, mask=mask_n, other=0.0) < 0.0
-    if REPAIR or changed_ptr is not None:
+    if REPAIR:
         stop = tl.where(tl.max(mask_n.to(tl.int32), 0) > 0, stop, start)
+    if changed_ptr is None or not SPLIT:
+        norm = _part_norm(
+            w_ptr, a_ptr, b_ptr, offs_n, mask_n, start, stop, K, R,
+            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+            scaling, CANCELLATION, PRODUCTS, INTERPRETED, HOLD_B, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        square = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, stop, span):
+            part = _part_norm(
+                w_ptr, a_ptr, b_ptr, offs_n, mask_n, start, tl.minimum(start + span, K), K, R,
+                stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+                scaling, CANCELLATION, PRODUCTS, INTERPRETED, HOLD_B, BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+            square += part * part
+        norm = tl.sqrt(square)
+    if changed_ptr is not None:
+        norm = tl.where(norm == 0.0, float("inf"), norm)
+    tl.store(norm_ptrs, norm, mask=mask_n)
+
+
+@triton.jit
+def _part_norm(
+    w_ptr, a_ptr, b_ptr, offs_n, mask_n, start, stop, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    scaling,
+    CANCELLATION: tl.constexpr, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, HOLD_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The norms of columns ``[start, stop)``."""
     total, terms = sweep(
         w_ptr, a_ptr, b_ptr, None,
         offs_n, mask_n, None,
@@ -173,23 +209,7 @@ def weight_norm_kernel(
             6, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
         )  # fmt: skip
         total = tl.where(lost, exact, total)
-    norm = tl.sqrt(total)
-    if changed_ptr is not None:
-        norm = tl.where(norm == 0.0, float("inf"), norm)
-    tl.store(norm_ptrs, norm, mask=mask_n)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def combine_kernel(parts_ptr, norm_ptr, N, parts, BLOCK: tl.constexpr):
-    """The norm of `parts` rows of partial norms."""
-    offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    mask = offs < N
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, parts):
-        value = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-        total += value * value
-        parts_ptr += N
-    tl.store(norm_ptr + offs, tl.sqrt(total), mask=mask)
+    return tl.sqrt(total)
 
 
 def weight_norm(
@@ -211,10 +231,7 @@ def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     count = grid[1]
     parts = norm if count == 1 else torch.empty((count, *norm.shape), dtype=torch.float32, device=weight.device)
     launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, parts, None), (0, float(scaling)))
-    if count > 1:
-        vector = _combine_plan(norm.numel())
-        launch(combine_kernel, vector, (blocks(norm.numel(), vector.config.BLOCK),), (parts, norm), (count,))
-    return norm
+    return norm if count == 1 else combine(parts, norm, norm=True)
 
 
 def factored_norm(
@@ -239,11 +256,11 @@ def renew_divisor(
 ) -> None:
     """Recompute the norm, infinity in place of 0, into `divisor` if one of the flags `changed` is set.
 
-    It is one launch, so K is not split. It rarely has anything to do.
+    It is one launch: a program computes the parts of K one after another. It rarely has anything to do.
     """
     shares = changed.numel()
-    plan, grid = _plan(*_described(weight, lora_A, lora_B), shares=1 << (shares - 1).bit_length())
-    launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid(), power_of_two(shares))
+    launch(weight_norm_kernel, plan, grid[:1], (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -288,10 +305,5 @@ def _plan(
     config = norm_config(R, products)
     rows, steps = groups * blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
     span = blocks(steps, splits(rows, steps, programs)) * config.BLOCK_K
-    flags = groups, repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
+    flags = groups, blocks(K, span) > 1, repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
     return Plan((N, K, R, *lie, span), flags, config), (rows, blocks(K, span))
-
-
-@functools.lru_cache(PLANS)
-def _combine_plan(N: int) -> Plan:
-    return Plan((N,), (), combine_config())

@@ -30,7 +30,7 @@ def scale_reduce_kernel(
     grad_ptr, other_ptr, g_ptr, scaled_ptr, dot_ptr, sum_ptr, ends_ptr,
     F, stride_gm, stride_om,
     M, span, strips,
-    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    INTERPRETED: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Rows ``[strip * span, (strip + 1) * span)`` of BLOCK_F columns. Pointers of unwanted results are None.
 
@@ -52,7 +52,7 @@ def scale_reduce_kernel(
             g_ptr += group * F
     if scaled_ptr is not None:
         g = tl.load(g_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
-    for m in range(0, span, BLOCK_M):
+    for m in tl.range(0, span, BLOCK_M, num_stages=STAGES):
         offs_m = first + m + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & mask_f[None, :]
         grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -122,4 +122,4 @@ def scale_partials(
 
 @functools.lru_cache(PLANS)
 def _plan(few: bool, F: int, row: int, row_other: int) -> Plan:
-    return Plan((F, row, row_other), (INTERPRETED,), scale_reduce_config(few))
+    return Plan((F, row, row_other), (INTERPRETED, 3), scale_reduce_config(few))

@@ -18,7 +18,9 @@ from dora_kernels.modules import (
     DoRAConv2d,
     DoRAConv3d,
     DoRAEmbedding,
+    DoRAExperts,
     DoRALinear,
+    LoRAExperts,
     LoRALinear,
 )
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
@@ -133,7 +135,7 @@ def chosen(
     left = [f"'all-linear' leaves out {reasons}"] * bool(left_out)
     if stacks:
         more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
-        what = "three-dimensional parameters (such as stacked experts) are not the weights of layers"
+        what = "three-dimensional parameters (stacked experts) are adapted by target_parameters"
         left.append(f"'all-linear' leaves out {', '.join(stacks[:3])}{more}: {what}")
     return found, left + missed
 
@@ -234,6 +236,54 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
             return kind_of(module, use_dora).from_base(module, **options)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
+
+
+def chosen_stacks(
+    model: nn.Module, places: dict[nn.Module, list[str]], target_parameters: Iterable[str] | None
+) -> dict[nn.Module, list[str]]:
+    """Return the modules that have the named stacks, each with their full names in the module's order.
+
+    Raises:
+        TypeError: the names are not names, or a parameter is no stack ``[experts, out, in]`` in a dtype to train in.
+        ValueError: a name matches no parameter; or its module is adapted already, parametrized, or has values that are
+            not finite.
+    """
+    if target_parameters is None:
+        return {}
+    targets = _pattern(target_parameters, "target_parameters")
+    if not isinstance(targets, list):
+        raise TypeError(f"target_parameters: expected a list of names, got {target_parameters!r}")
+    found: dict[nn.Module, list[str]] = {}
+    known = []
+    for module, names in places.items():
+        for key, parameter in module._parameters.items():
+            name = f"{names[0]}.{key}" if names[0] else key
+            known.append(name)
+            if parameter is None or not _matches(targets, name):
+                continue
+            check_bare(model, module, name.rpartition(".")[0])
+            if parameter.dim() != 3:
+                raise TypeError(f"{name}: expected a stack of experts with 3 dimensions, got {list(parameter.shape)}")
+            if parameter.dtype not in validation.DTYPES:
+                raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {parameter.dtype}")
+            if type(parameter) is not nn.Parameter:
+                raise TypeError(f"{name}: expected an nn.Parameter, got {type(parameter).__name__}")
+            if parameter.is_meta:
+                raise ValueError(f"{name}: it is on the meta device, without values; load the weights first")
+            found.setdefault(module, []).append(name)
+    missed = _unmatched(targets, known, "target_parameters")
+    if missed:
+        raise ValueError(missed[0])
+    return found
+
+
+def adapted_stack(module: nn.Module, name: str, use_dora: bool, **options: Any) -> AdaptedLayer:
+    """Make the adapted layer of a parameter, around its module or around the layer of another of its parameters."""
+    kind = DoRAExperts if use_dora else LoRAExperts
+    try:
+        return kind(module, name.rpartition(".")[2], **options).train(module.training)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:

@@ -145,7 +145,8 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         # No address: a kernel would silently read the base weight there.
         if name.startswith("__") or name in ("data_ptr", "data", "untyped_storage", "storage"):
-            raise AttributeError(f"{self.__dict__.get('_name')}: inside its layer's call its adapted weight has no {name}")
+            who = self.__dict__.get("_name")
+            raise AttributeError(f"{who}: inside its layer's call the adapted weight has no {name}")
         return getattr(self.formed(), name)
 
     def formed(self) -> Tensor:
@@ -262,6 +263,20 @@ for _name in ("grouped_mm", "_grouped_mm"):
     for _module in (F, torch):
         if hasattr(_module, _name):
             _PRODUCTS[getattr(_module, _name)] = _grouped_mm
+
+
+_TRANSPOSED = frozenset({"Llama4TextExperts"})
+"""Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
+    return bool(getattr(module, "is_transposed", False)) or hidden_transposed(module)
+
+
+def hidden_transposed(module: nn.Module) -> bool:
+    """True if the module's stacks are ``[E, in, out]`` and it does not say so."""
+    return type(module).__name__ in _TRANSPOSED and not getattr(module, "is_transposed", False)
 
 
 @contextlib.contextmanager

@@ -26,25 +26,18 @@ from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.core.problem import Weights
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import experts, ops
+from dora_kernels.engine.collectives import all_true, copied, gathered, whole_norm
 from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
-from dora_kernels.modules.stand_in import StandIn, standing_in
+from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
 from dora_kernels.peft import stacks
 from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource, merged_rows, unmerged_rows
 from dora_kernels.peft.magnitude import DoraMagnitude
+from dora_kernels.peft.shards import cut_of
 from dora_kernels.peft.state import SWITCH, Switch, norm_cache, strength, switch
 
 STOCK: Any = lora.layer.ParamWrapper
 """PEFT's class."""
-
-_TRANSPOSED = frozenset({"Llama4TextExperts"})
-"""Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
-    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
-
 
 class ExpertsVariant(DoraVariant):
     """The DoRA adapter of a parameter."""
@@ -62,7 +55,11 @@ class ExpertsVariant(DoraVariant):
             norm = torch.empty(weights.weight.shape[:-1], dtype=accumulation_dtype(weights.weight), device="meta")
         else:
             norm = _norm(weights, module.scaling[adapter_name])
-        if norm.shape[0] != module.num_experts and norm.dim() == 2:
+        cut = vars(module)[SWITCH].cut
+        if cut is not None:
+            of_rows = module.norm_group is None
+            norm = gathered(cut.group, norm, 1, cut.own, cut.size) if of_rows else whole_norm(cut.group, norm)[0]
+        elif norm.shape[0] != module.num_experts and norm.dim() == 2:
             norm = _gathered(norm, vars(module)[SWITCH].group)
         magnitude.weight = nn.Parameter(norm.to(device))
         module.lora_magnitude_vector[adapter_name] = magnitude
@@ -76,7 +73,14 @@ class ExpertsVariant(DoraVariant):
 
     @classmethod
     def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
-        """Of a quantised stack the norm is computed expert by expert, and kept while the packed weights stay."""
+        """Of a quantised stack the norm is computed expert by expert, and kept while the packed weights stay.
+
+        Of experts that are cut it depends on the whole factors, whose parts may be copies.
+        """
+        if vars(layer)[SWITCH].cut is not None:
+            source = weights._replace(lora_A=layer.lora_A[adapter].weight, lora_B=layer.lora_B[adapter].weight)
+            parts = Weights(*(t.detach() for t in weights[:3]))
+            return source, functools.partial(_cut_norm, parts, layer.scaling[adapter], layer.norm_group)
         if isinstance(weights.weight, Tensor):
             return weights, None
         carrier: Any = weights.weight.carrier
@@ -91,6 +95,12 @@ def _norm(weights: Weights, scaling: float) -> Tensor:
     with torch.no_grad():
         pairs = enumerate(zip(lora_A, lora_B.contiguous(), strict=True))
         return torch.stack([dora_weight_norm(weight[e], a, b, scaling=scaling) for e, (a, b) in pairs])
+
+
+def _cut_norm(weights: Weights, scaling: float, group: Any) -> Tensor:
+    """The norm of every row of experts that are cut: of all processes' columns together, or of this one's rows."""
+    norm = _norm(weights, scaling)
+    return norm if group is None else whole_norm(group, norm)[0]
 
 
 class ParamWrapper(DoraLayer, STOCK):
@@ -108,11 +118,11 @@ class ParamWrapper(DoraLayer, STOCK):
             count, rank = self.num_experts, self.r[adapter]
             if not a.numel():
                 raise UnsupportedError(
-                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed ZeRO-3 "
-                    "has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
+                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed "
+                    "ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
                 )
-            own = slice(None)
-            if weight.shape[0] != count:
+            own, cut = slice(None), None if (state := switch(self)) is None else state.cut
+            if weight.shape[0] != count or cut is not None:
                 a, b, magnitude, own = self._shared(weight, a, b, magnitude)
             a, b = a.view(count, rank, a.shape[1])[own], b.view(b.shape[0], rank, count).permute(2, 0, 1)[own]
             magnitude = None if magnitude is None else magnitude[own]
@@ -121,11 +131,15 @@ class ParamWrapper(DoraLayer, STOCK):
             # PEFT <= 0.18 puts A on the first dimension, later versions on the last unless the module says otherwise.
             if transposed == getattr(self, "_did_swap_in_out_features", False):
                 a, b = b.transpose(1, 2), a.transpose(1, 2)
+            if cut is not None and self.norm_group is None:
+                b, magnitude = cut.take(b, 1), cut.take(magnitude, 1)
+            elif cut is not None:
+                a = cut.take(a, 2)
             if a.shape[-1] != weight.shape[2] or b.shape[1] != weight.shape[1]:
                 raise UnsupportedError(
                     f"{self._name()}: its weight is {list(weight.shape)} here, as [experts, out, in], and the adapter "
-                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts need "
-                    "another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
+                    f"{adapter!r} is made for {b.shape[1]} outputs and {a.shape[-1]} inputs; tensor-parallel experts "
+                    "need another plan, such as expert parallelism (DistributedConfig(ep_size=...))"
                 )
         return Weights(weight, a, b, magnitude)
 
@@ -136,11 +150,8 @@ class ParamWrapper(DoraLayer, STOCK):
             raise UnsupportedError(
                 f"{self._name()}: expected the weights of {self.num_experts} experts, got {weight.shape[0]}"
             )
-        present = [t for t in tensors if t is not None]
-        if torch.is_grad_enabled():
-            present = list(_Shared.apply(group, *present))
-        shared = iter(present)
-        first = distributed.get_rank(group) * weight.shape[0]
+        shared = iter(copied(group, *(t for t in tensors if t is not None)))
+        first = 0 if vars(self)[SWITCH].cut is not None else distributed.get_rank(group) * weight.shape[0]
         return *(None if t is None else next(shared) for t in tensors), slice(first, first + weight.shape[0])
 
     def _stored(self: Any) -> Any:
@@ -149,13 +160,25 @@ class ParamWrapper(DoraLayer, STOCK):
         return weight.to_local().detach() if self._find_group() is not None else weight
 
     def _find_group(self: Any) -> Any:
-        """The group whose processes have some of the experts each, if the parameter shows that now."""
+        """The group whose processes have some experts, or a part of each expert, if the parameter shows that now."""
         module, state = self.get_base_layer(), vars(self).get(SWITCH)
         parameter = module._parameters.get(self.parameter_name)
-        if state is None or not hasattr(parameter, "to_local") or not getattr(module, "_is_expert_parallel", False):
+        if state is None or not hasattr(parameter, "to_local"):
             return None
+        if not getattr(module, "_is_expert_parallel", False):
+            if state.cut is None:
+                state.cut = cut_of(module, parameter)
+            if state.cut is None:
+                return None
         state.group = parameter.device_mesh.get_group()
         return state.group
+
+    @property
+    def norm_group(self: Any) -> Any:
+        """The group that has to sum up a norm's squares: each process has some columns of every expert."""
+        cut = getattr(switch(self), "cut", None)
+        transposed = cut is not None and is_transposed(self.get_base_layer())
+        return None if cut is None or (cut.dim == 1) != transposed else cut.group
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, with a `StandIn` for the parameter in place of the parametrization."""
@@ -197,6 +220,7 @@ class ParamWrapper(DoraLayer, STOCK):
     def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter as PEFT does, with a magnitude if its configuration asks for DoRA."""
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
+        self.agree(adapter_name)
         if config.use_dora:
             self.add_magnitude(adapter_name)
 
@@ -226,13 +250,19 @@ class ParamWrapper(DoraLayer, STOCK):
         self._merged_into()
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         for name in names:
-            if safe_merge and not all(bool(merged.isfinite().all()) for _, merged in self._merged(name)):
+            if safe_merge and not self._agree_on(
+                all([bool(merged.isfinite().all()) for _, merged in self._merged(name)])
+            ):
                 raise ValueError(
                     f"{self._name()}: NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
             for target, merged in self._merged(name):
                 target.copy_(merged)
             self.merged_adapters.append(name)
+
+    def _agree_on(self: Any, own: bool) -> bool:
+        group = self._find_group()
+        return own if group is None else all_true(group, [own], self._stored().device)[0]
 
     def _merged(self: Any, name: str) -> Any:
         """Yield each expert's weight ``[N, K]``, and its merged weight."""
@@ -243,7 +273,9 @@ class ParamWrapper(DoraLayer, STOCK):
         norms: list[Any] = []
         for w, before, one_a, one_b, m in _by_expert(weight.data, unmerged, a, b, magnitude):
             scaling, k = self.scaling[name], strength(self, name)
-            merged, norm = merged_rows(w, before.to(w.device), one_a, one_b, m, scaling, k)
+            merged, norm = merged_rows(
+                w, before.to(w.device), one_a, one_b, m, scaling, k, self.norm_group
+            )
             norms.append(norm)
             yield w, merged
         if magnitude is not None:
@@ -310,22 +342,6 @@ def _by_expert(weight: Tensor, *others: Any) -> Any:
     if weight.dim() == 2:
         return [(weight, *others)]
     return ((w, *(None if t is None else t[e] for t in others)) for e, w in enumerate(weight))
-
-
-class _Shared(torch.autograd.Function):
-    """Tensors that all processes of a group hold whole, and of which each uses a part: their gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sums = [grad.contiguous() for grad in grads]
-        for total in sums:
-            distributed.all_reduce(total, group=ctx.group)
-        return None, *sums
 
 
 def _gathered(part: Tensor, group: Any) -> Tensor:

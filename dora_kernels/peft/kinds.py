@@ -77,7 +77,8 @@ class LoraModel(lora.LoraModel):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter as PEFT does, then patch."""
         tensor_parallel.check_targets(self, model, *args, **kwargs)
-        super().inject_adapter(model, *args, **kwargs)
+        with tensor_parallel.whole_parameters():
+            super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
         follow_configs(model, self.peft_config)
 
@@ -116,7 +117,7 @@ class LoraModel(lora.LoraModel):
         for name, layer in layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
-            if shards.split_of(layer) is not None:
+            if shards.split_of(layer) is not None or getattr(switch(layer), "cut", None) is not None:
                 raise ValueError(f"{name}: the layer is tensor-parallel; add up its adapters in one process")
         with _unnamed_parameters(self.peft_config[name] for name in adapters if name in self.peft_config):
             _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
@@ -203,6 +204,9 @@ def patch_layers(model: nn.Module, options: Options | None = None, *, exchange_l
             for adapter, variant in layer.lora_variant.items() if not stays else ():
                 layer.lora_variant[adapter] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
+            if isinstance(layer, experts.ParamWrapper):
+                for adapter in layer.lora_A:
+                    layer.agree(adapter)
         vars(layer)[SWITCH].name = name
         for adapter in dora_adapters(layer):
             # Create the cache before a compiler traces the layer.

@@ -28,6 +28,7 @@ from dora_kernels.peft.state import (
     interpolated,
     norm_cache,
     scale,
+    settings,
     strength,
     switch,
 )
@@ -74,8 +75,9 @@ class DoraVariant:
     @classmethod
     def pefts_forward(cls, module: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Run PEFT's modules, with this package's options, for an adapter whose tensors cannot be read."""
-        state = switch(module)
-        if state is None or state.options.dropout == "peft" or not active_dropout(module, adapter):
+        state = settings(module)
+        state.by_modules = True
+        if state.options.dropout == "peft" or not active_dropout(module, adapter):
             dora = cls.stock.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
         else:
             dora = result + module.lora_magnitude_vector[adapter](

@@ -13,6 +13,7 @@ from dora_kernels.core.scale import quotient
 from dora_kernels.engine.route import Route
 from dora_kernels.engine.slots import slots_compose, slots_shrink
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.peft.shards import is_split
 from dora_kernels.peft.state import active_dropout, hooked, norm_cache, strength
 
 
@@ -27,9 +28,11 @@ def readable(layer: Any, x: Tensor, names: list[str]) -> dict[str, tuple[Tensor,
     """Return what `routed` needs of the adapters that can be run by slots: A, B and, of DoRA, the tensors; by name.
 
     Left to their modules are adapters with hooks, active dropout, a strength, or factors of another dtype than the
-    first's, and all of them where gradients, autocast or a compiler are on.
+    first's, and all of them where gradients, autocast or a compiler are on, or where the layer is split over processes.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or layer.merged or layer.disable_adapters:
+    if is_split(layer) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return {}
+    if layer.merged or layer.disable_adapters:
         return {}
     if torch.is_autocast_enabled(x.device.type) or nn_module._has_any_global_hook():
         return {}

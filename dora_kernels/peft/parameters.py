@@ -15,7 +15,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from dora_kernels.core.shown import quoted
-from dora_kernels.peft.experts import STOCK, is_transposed
+from dora_kernels.modules.stand_in import is_transposed
+from dora_kernels.peft.experts import STOCK
 
 _INSIDE = ".base_layer"
 

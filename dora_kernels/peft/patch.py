@@ -170,9 +170,9 @@ def patch_peft(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
         ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
-            "merged" and a linear layer's weight has a dtype that it is not offered in; or a layer is merged, on
-            the meta device, without its magnitude, or not finite. The message names the layer and the reason. The model
-            is unchanged.
+            "merged" and a linear layer is tensor-parallel, or its weight has a dtype that it is not offered in; or a
+            layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
+            the reason. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -273,9 +273,11 @@ def _wrap_inject_adapter() -> None:
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if _on:
-            tensor_parallel.check_targets(self, model, *args, **kwargs)
-        original(self, model, *args, **kwargs)
+        if not _on:
+            return original(self, model, *args, **kwargs)
+        tensor_parallel.check_targets(self, model, *args, **kwargs)
+        with tensor_parallel.whole_parameters():
+            original(self, model, *args, **kwargs)
         if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm, report = _on[-1]
@@ -335,6 +337,8 @@ def _check_merged(model: nn.Module) -> None:
     """Check that the weights of all linear layers may be merged."""
     for name, layer in model.named_modules():
         if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer):
+            if shards.is_split(layer):
+                raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
             check_merged_dtype(getattr(layer.get_base_layer(), "weight", None), f"{name}.base_layer")
 
 

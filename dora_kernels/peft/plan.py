@@ -126,6 +126,7 @@ class Plan:
         base = children["base_layer"]
         lora_A, lora_B, magnitude, dropout = (owner[adapter] for owner in self.owners)
         parts = base, lora_A, lora_B, magnitude, dropout
+        self.forwards = lora_A.__dict__.get("forward"), lora_B.__dict__.get("forward")  # `hooked` knows them
         self.magnitude, self.parts, self.kinds = magnitude, parts, tuple(map(type, parts))
         self.parameters = base._parameters, lora_A._parameters, lora_B._parameters, magnitude._parameters
         self.tensors = tuple(each["weight"] for each in self.parameters)
@@ -147,6 +148,7 @@ class Plan:
         weight, a, b, m = self.tensors
         of_base, of_a, of_b, of_m = self.parameters
         base, lora_A, lora_B, magnitude, dropout = self.parts
+        forward_A, forward_B = self.forwards
         return (
             not any(self.hooks)
             and own["_active_adapter"] == self.active
@@ -156,8 +158,8 @@ class Plan:
             and self.owners == self.owned
             and (type(base), type(lora_A), type(lora_B), type(magnitude), type(dropout)) == self.kinds
             and "forward" not in base.__dict__
-            and "forward" not in lora_A.__dict__
-            and "forward" not in lora_B.__dict__
+            and lora_A.__dict__.get("forward") is forward_A
+            and lora_B.__dict__.get("forward") is forward_B
             and "forward" not in magnitude.__dict__
             and "forward" not in dropout.__dict__
             and of_base.get("weight") is weight

@@ -93,10 +93,43 @@ def problem(base: Any) -> str | None:
     return None
 
 
+class Cut(NamedTuple):
+    """How tensor parallelism cuts every expert of a stack ``[E, ., .]``."""
+
+    group: Any
+    dim: int
+    """The dimension of the parameter that is cut: 1 or 2."""
+    own: Tensor
+    """This process's elements along it: packed ones (gate and up in one matrix) have two ranges."""
+    size: int
+
+    def take(self, tensor: Any, dim: int) -> Any:
+        """Return this process's elements of a whole tensor: a view of one range."""
+        if tensor is None:
+            return None
+        first, count = int(self.own[0]), len(self.own)
+        if int(self.own[-1]) - first == count - 1:
+            return tensor.narrow(dim, first, count)
+        return tensor.index_select(dim, self.own.to(tensor.device))
+
+
+def cut_of(module: Any, parameter: Any) -> Cut | None:
+    """Return how a parameter of a module of experts is cut, or None if it is not, or is cut in another way."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.ndim != 1 or parameter.dim() != 3 or not is_parallel(module.__dict__.get("forward")):
+        return None
+    (placement,) = parameter.placements
+    if not hasattr(placement, "dim"):
+        return None
+    dim, packed = placement.dim % 3, getattr(placement, "split_factor", 1)
+    size, count, rank = parameter.shape[dim], mesh.size(), mesh.get_local_rank()
+    parts = torch.arange(size).view(packed, -1).chunk(count, 1)
+    return Cut(mesh.get_group(), dim, parts[rank].flatten(), size) if dim and rank < len(parts) else None
+
+
 def form_of(layer: Any, adapter: str) -> Form:
-    """Return the options of an adapter's norm."""
-    split = split_of(layer)
-    return Form(layer.scaling[adapter], group=None if split is None else split.norm_group)
+    """Return the options of an adapter's norm, of a patched layer."""
+    return Form(layer.scaling[adapter], group=getattr(layer, "norm_group", None))  # another thread may restore it
 
 
 def agreed(base: Any, own: bool) -> bool:

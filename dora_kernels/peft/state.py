@@ -67,7 +67,9 @@ class Switch(dict[str, AdapterCache]):
         self.name = ""
         """The layer's name in its model, for messages, where the layer cannot be told by its class."""
         self.group: Any = None
-        """The process group over which a parameter's experts are spread."""
+        """The process group over which a parameter's experts, or parts of each, are spread."""
+        self.cut: Any = None
+        """How each expert is cut, if it is (`shards.Cut`)."""
         self.strengths: dict[str, float] = {}
         self.exact_norms: set[str] = set()
         """Adapters of a grouped convolution whose norm is the exact one."""
@@ -77,6 +79,8 @@ class Switch(dict[str, AdapterCache]):
         self.record: Any = None
         self.trained_elsewhere = False
         """True if B has received a gradient while the layer had never been called (`calls`)."""
+        self.by_modules = False
+        """True once a call has run PEFT's modules, because the weights could not be read."""
         self.plan: Any = None
         """A linear layer's plan from its last call (`plan.Plan`)."""
 
@@ -219,10 +223,21 @@ def hooked(*modules: Any) -> bool:
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or ("forward" in own and not shards.is_parallel(own["forward"]))
+            or ("forward" in own and not (shards.is_parallel(own["forward"]) or _only_moves_its_input(module)))
         ):
             return True
     return False
+
+
+def _only_moves_its_input(module: Any) -> bool:
+    """True for the forward that ms-swift gives lora_A and lora_B: a plain call, on the device of the weight.
+
+    Tensors on several devices are not read in any case, so here it moves nothing.
+    """
+    function = getattr(module.__dict__["forward"], "__func__", None)
+    named = (getattr(function, "__module__", ""), getattr(function, "__name__", ""))
+    origin = getattr(module.__dict__.get("forward_origin"), "__func__", None)
+    return named == ("swift.tuners.peft", "keep_device_forward") and origin is nn.Linear.forward
 
 
 def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Tensor] | None = None) -> Tensor:

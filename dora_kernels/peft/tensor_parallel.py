@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel, variants
+from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
 from torch import Tensor, distributed, nn
 
 from dora_kernels.core.precision import cast, compute_dtype
-from dora_kernels.core.problem import Weights
+from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient
 from dora_kernels.engine import formula
 from dora_kernels.engine.collectives import copied, summed
@@ -65,6 +67,31 @@ def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__
             )
 
 
+@contextmanager
+def whole_parameters() -> Iterator[None]:
+    """Let PEFT add adapters of tensor-parallel parameters (``target_parameters``): it takes each for a linear layer.
+
+    Every process has such factors whole, and uses what belongs to its part (`peft.experts`).
+    """
+    original = getattr(lora_model, "get_tp_plan_and_mesh", None)
+    if original is None:
+        yield
+        return
+
+    def plan_of_modules(model: nn.Module, key: str) -> Any:
+        try:
+            model.get_submodule(key)
+        except AttributeError:
+            return None, None
+        return original(model, key)
+
+    lora_model.get_tp_plan_and_mesh = plan_of_modules
+    try:
+        yield
+    finally:
+        lora_model.get_tp_plan_and_mesh = original
+
+
 def wrapped(original: Callable[..., None]) -> Callable[..., None]:
     """Return PEFT's ``init`` of a variant, with `start` for split layers."""
 
@@ -101,7 +128,8 @@ def start(module: Any, adapter: str) -> bool:
         weight, own_a = shards.part(base.weight), a
     whole = a if split.of_rows else b
     distributed.broadcast(whole.data, distributed.get_global_rank(split.group, 0), split.group)
-    norm = norm_now(Weights(weight, own_a, b), shards.form_of(module, adapter), "auto").to(b.dtype)
+    form = Form(module.scaling[adapter], group=split.norm_group)
+    norm = norm_now(Weights(weight, own_a, b), form, "auto").to(b.dtype)
     if "lora_magnitude_vector" not in module.adapter_layer_names:
         module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
     magnitude: Any = DoraEmbeddingLayer(True) if embedding else DoraLinearLayer(module.fan_in_fan_out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm import envs
 from vllm.distributed import get_tp_group
+from vllm.lora import layers as kinds
 from vllm.lora import lora_model as lora_model_module
 from vllm.lora.layers import BaseLayerWithLoRA, RowParallelLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -26,6 +27,16 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from dora_kernels.vllm.layers import magnitudes_here, write_scale
 from dora_kernels.vllm.scale import Route, scale_slots_
 
+_SUPPORTED = (
+    kinds.ReplicatedLinearWithLoRA,
+    kinds.ColumnParallelLinearWithLoRA,
+    kinds.MergedColumnParallelLinearWithLoRA,
+    kinds.MergedColumnParallelLinearVariableSliceWithLoRA,
+    kinds.QKVParallelLinearWithLoRA,
+    kinds.MergedQKVParallelLinearWithLoRA,
+    kinds.RowParallelLinearWithLoRA,
+)
+"""The classes whose output passes `_apply_lora_to_output`; their subclasses' need not (--fully-sharded-loras)."""
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 
 
@@ -121,8 +132,6 @@ def _checked(stock: Any, manager: Any, request: Any) -> Any:
 
 
 def _check(manager: Any, adapter: Any) -> None:
-    if manager.lora_config.fully_sharded_loras:
-        raise ValueError("fully_sharded_loras is not supported with DoRA")
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ValueError("VLLM_LORA_ENABLE_DUAL_STREAM=1 is not supported with DoRA")
     found: set[int] = set()
@@ -138,18 +147,17 @@ def _check(manager: Any, adapter: Any) -> None:
 
 
 def _check_layer(name: str, layer: BaseLayerWithLoRA, loras: list[Any]) -> None:
-    if not isinstance(layer, BaseLinearLayerWithLoRA):
-        raise ValueError(f"{name}: DoRA is supported for linear layers, not for {type(layer.base_layer).__name__}")
+    if type(layer) not in _SUPPORTED:
+        raise ValueError(f"{name}: DoRA is not supported for {type(layer).__name__}, only for linear layers")
     columns = layer.base_layer.input_size
     for lora in loras:
         if lora is None:
             continue
         shapes = [list(t.shape) for t in (lora.lora_a, lora.lora_b, lora.magnitude)]
-        rank, rows = shapes[0][0], shapes[1][0]
+        rank, rows = lora.rank, len(lora.lora_b)
         if shapes != [[rank, columns], [rows, rank], [rows]]:
-            raise ValueError(
-                f"{lora.module_name}: expected lora_A [r, {columns}], lora_B [N, r] and a magnitude [N], got {shapes}"
-            )
+            expected = f"lora_A [{rank}, {columns}], lora_B [N, {rank}] and a magnitude [N]"
+            raise ValueError(f"{lora.module_name}: expected {expected}, got {shapes}")
     rows_here = [b.shape[2] for b in layer.lora_b_stacked]
     got: Any
     try:
@@ -173,7 +181,7 @@ def _rows(layer: Any) -> int:
 
 def _add_slots(stock: Any, manager: Any, name: str, layer: Any) -> None:
     stock(manager, name, layer)
-    if not isinstance(layer, BaseLinearLayerWithLoRA):
+    if type(layer) not in _SUPPORTED:
         return
     slots, rows = manager.lora_slots, sum(b.shape[2] for b in layer.lora_b_stacked)
     base = layer.base_layer
@@ -224,7 +232,8 @@ def _forget_weights(stock: Any, manager: Any) -> None:
     """vLLM removes all adapters when the base weights have been replaced."""
     stock(manager)
     for layer in manager.modules.values():
-        layer.dora_constants = None
+        if type(layer) in _SUPPORTED:
+            layer.dora_constants = None
 
 
 def _in_one_order(stock: Any, manager: Any, requests: Any, mapping: Any) -> None:
@@ -234,9 +243,10 @@ def _in_one_order(stock: Any, manager: Any, requests: Any, mapping: Any) -> None
 
 def _reset(stock: Any, layer: Any, index: int) -> None:
     stock(layer, index)
-    layer.dora_scale[index] = 1.0
-    if layer.dora_offset is not None:
-        layer.dora_offset[index] = 0.0
+    if type(layer) in _SUPPORTED:
+        layer.dora_scale[index] = 1.0
+        if layer.dora_offset is not None:
+            layer.dora_offset[index] = 0.0
 
 
 def _route(stock: Any, wrapper: Any, *args: Any, **kwargs: Any) -> None:
@@ -247,6 +257,7 @@ def _route(stock: Any, wrapper: Any, *args: Any, **kwargs: Any) -> None:
 
 def _scaled(stock: Any, layer: Any, x: Tensor, output: Tensor) -> Tensor:
     y: Tensor = stock(layer, x, output)
-    route = layer.punica_wrapper.dora_route
-    scale_slots_(y, route.order, route.ends, layer.dora_scale, layer.dora_offset)
+    if type(layer) in _SUPPORTED:
+        route = layer.punica_wrapper.dora_route
+        scale_slots_(y, route.order, route.ends, layer.dora_scale, layer.dora_offset)
     return y

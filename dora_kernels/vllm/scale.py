@@ -67,5 +67,7 @@ def _with_torch(y: Tensor, order: Tensor, ends: Tensor, scale: Tensor, offset: T
     tokens = order[: int(ends[-1])]
     if tokens.numel():
         slots = torch.searchsorted(ends, torch.arange(tokens.shape[0], dtype=ends.dtype), right=True)
-        scaled = y[tokens] * scale[slots]
-        y[tokens] = (scaled if offset is None else scaled.add_(offset[slots])).to(y.dtype)
+        scaled = y.index_select(0, tokens) * scale.index_select(0, slots)
+        if offset is not None:
+            scaled += offset.index_select(0, slots)
+        y.index_copy_(0, tokens, scaled.to(y.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -22,7 +23,8 @@ from dora_kernels.testing import DTYPES, beyond, errors, make_problem, weight_no
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(32, 4, 6, "fp32", CPU)
-EAGER = [name for name in PROVIDERS if not name.endswith("_compiled") and name != "ours_triton"]
+ELSEWHERE = {"ours_triton"} | (set() if importlib.util.find_spec("axolotl") else {"axolotl"})
+EAGER = [name for name in PROVIDERS if not name.endswith("_compiled") and name not in ELSEWHERE]
 
 
 def options(*names, **more):

@@ -40,14 +40,15 @@ class Problem:
     def weights(self) -> Weights:
         return Weights(self.weight, self.a, self.b.view(N, R, E).permute(2, 0, 1), self.m)
 
-    def experts(self, cache: NormCache | None = None) -> Experts:
+    def experts(self, cache: NormCache | None = None, backend: str = "auto") -> Experts:
         weights, g = self.weights(), None
         if self.m is not None:
-            g = layer_scale(weights, Form(SCALING), cache or NormCache(), True, "auto")
-        return Experts(self.weight, [Adapter(weights.lora_A, weights.lora_B, g, SCALING)])
+            g = layer_scale(weights, Form(SCALING), cache or NormCache(), True, backend)
+            g = g.to(torch.promote_types(self.weight.dtype, f32))
+        return Experts(self.weight, [Adapter(weights.lora_A, weights.lora_B, g, SCALING)], backend)
 
-    def solve(self) -> list[Tensor]:
-        y = self.experts().grouped(self.x, torch.tensor(ENDS, dtype=torch.int32))
+    def solve(self, backend: str = "auto") -> list[Tensor]:
+        y = self.experts(backend=backend).grouped(self.x, torch.tensor(ENDS, dtype=torch.int32))
         return [y.detach(), *torch.autograd.grad(y, self.leaves, self.up)]
 
 
@@ -74,6 +75,20 @@ def test_like_the_dense_formula(dtypes, dora):
         floor = 4 * torch.finfo(dtypes[0]).eps
         assert error(result, truth) <= max(2 * error(plain, truth), floor), name
     assert ours[0][ENDS[-1] :].eq(0).all() and ours[1][ENDS[-1] :].eq(0).all()
+
+
+@pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, bf16), (bf16, f32)], ids=["fp32", "bf16", "bf16+fp32"])
+def test_the_kernels(dtypes, dora):
+    """In Triton's interpreter, which has no bfloat16 products of its own."""
+    pytest.importorskip("triton")
+    problem = Problem(*dtypes, dora)
+    exact, eager, ours = dense(problem, f64), dense(problem, dtypes[0]), problem.solve("triton")
+    for name, truth, plain, result in zip(("y", "x", "a", "b", "m"), exact, eager, ours):
+        rows = slice(ENDS[-1] if name in ("y", "x") else None)  # the rest is uninitialized
+        floor = 4 * torch.finfo(dtypes[0]).eps
+        assert error(result[rows], truth[rows]) <= max(2 * error(plain[rows], truth[rows]), floor), name
+    assert ours[3].stride() == problem.b.stride()
 
 
 def test_experts_without_rows_get_zero_gradients():

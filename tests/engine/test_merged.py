@@ -254,7 +254,7 @@ class DroppedOut:
 def test_refused():
     with pytest.raises(ValueError, match="forward: expected 'composed' or 'merged', got 'fast'"):
         DoRALinear(4, 4, rank=2, forward="fast")
-    with pytest.raises(ValueError, match=r"offered for weights in float32, float64, and base_layer.weight is .*float16"):
+    with pytest.raises(ValueError, match="offered for weights in float32, float64, and base_layer.weight is"):
         DoRALinear(4, 4, rank=2, forward="merged", dtype=torch.float16)
     model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
     with pytest.raises(ValueError, match="got 'fast'"):

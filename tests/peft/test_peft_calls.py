@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import torch
-from peft_models import FIRST, SECOND, toy
+from peft_models import FIRST, SECOND, counted, lora_layers, toy, toy_twins
 
 import dora_kernels
 from dora_kernels.peft import calls
@@ -115,3 +115,32 @@ def test_a_model_without_a_call():
     assert handle._never_called() == [text.format(name) + ": other code computes them, and not dora_kernels"]
     model.eval()(torch.randn(4, 12))
     assert handle._never_called() == []
+
+
+def keep_device_forward(self, *args, **kwargs):
+    """As ms-swift's, whose module and name it has."""
+    x = args[0]
+    return self.forward_origin(x.to(self.weight.device) if self.weight.device != x.device else x, *args[1:], **kwargs)
+
+
+keep_device_forward.__module__ = "swift.tuners.peft"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_forward_that_only_moves_its_input(known, monkeypatch):
+    """ms-swift's layers run as one function; with any other forward they are called module by module."""
+    _, ours, _ = toy_twins()
+    plain, seen = copy.deepcopy(ours), []
+    for layer in lora_layers(ours):
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            part.forward_origin = part.forward
+            forward = keep_device_forward if known else lambda self, x: (seen.append(1), self.forward_origin(x))[1]
+            part.forward = types.MethodType(forward, part)
+    x = torch.randn(4, 12)
+    with counted(monkeypatch) as counts:
+        results = [ours(x), ours(x)]
+    wanted = plain(x)
+    assert all(torch.equal(y, wanted) if known else torch.allclose(y, wanted) for y in results)
+    assert (counts["layer"], len(seen)) == ((4, 0) if known else (0, 8))
+    layer.lora_A["default"].forward = lambda x: 0 * layer.lora_A["default"].forward_origin(x)
+    assert not torch.allclose(ours(x), wanted), "a later forward was not called"

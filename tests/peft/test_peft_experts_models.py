@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft_models import Float64
 
 import dora_kernels
-from dora_kernels.peft.experts import is_transposed
+from dora_kernels.modules.stand_in import is_transposed
 
 pytestmark = pytest.mark.slow
 

@@ -35,10 +35,13 @@ def tokens(step):
     return torch.randint(0, 64, (RANKS * ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
 
 
-def adapted(model, rank=0):
+def adapted(model, rank=0, experts_alone=False):
     dora_kernels.patch_peft_globally()
-    torch.manual_seed(3 + rank)  # first values differ between processes
-    config = LoraConfig(use_dora=True, r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=TARGETS)
+    torch.manual_seed(3 + rank)
+    config = LoraConfig(
+        use_dora=True, r=4, lora_alpha=8, target_modules=[] if experts_alone else ["q_proj"],
+        target_parameters=TARGETS[:2] if experts_alone else TARGETS,
+    )  # fmt: skip
     model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():
@@ -86,7 +89,7 @@ def expert_parallel(rank, path):
         experts_implementation="grouped_mm",
     )  # fmt: skip
     assert base.model.layers[0].mlp.experts.num_experts == 3
-    model = adapted(base, rank)
+    model = adapted(base, rank, experts_alone=True)  # first values differ between the processes
     return train(model, model, slice(None)), model, None  # both processes have the whole batch
 
 
@@ -98,8 +101,8 @@ def in_process(rank, wrapper, path):
     os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=RANKS)
     losses, model, whole = WRAPPERS[wrapper](rank, path)
-    if rank == 0:
-        model.save_pretrained(path / "out", state_dict=whole)
+    # All processes: under expert parallelism saving is one gathering for all.
+    model.save_pretrained(path / ("out" if rank == 0 else f"out_{rank}"), state_dict=whole)
     torch.save(losses, path / f"losses_{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -115,7 +118,7 @@ def test_two_processes_train_as_one(wrapper, tmp_path, monkeypatch):
     )
     handle = dora_kernels.patch_peft_globally()
     try:
-        alone = adapted(qwen3_moe())
+        alone = adapted(qwen3_moe(), experts_alone=wrapper == "expert_parallel")
         expected = train(alone, alone, slice(None))
         alone.save_pretrained(tmp_path / "alone")
     finally:

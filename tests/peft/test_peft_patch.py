@@ -263,6 +263,7 @@ class Wrapper(nn.Module):
         return self.module(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("error:DoRA layers")  # PEFT computes them, and no foreign kernel
 @pytest.mark.parametrize("change", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 def test_weights_that_may_not_be_read(change, dropout, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers.distributed.tensor_parallel")
 
+from experts_models import qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model, import_utils
 from peft_models import check
 from safetensors.torch import load_file
@@ -34,11 +35,13 @@ from tensor_parallel import (
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import dora_kernels
 from dora_kernels.engine import collectives, model_forward
+from dora_kernels.peft import experts as peft_experts
 
 pytestmark = [
     pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
@@ -130,14 +133,22 @@ def untrained_start(rank, folder):
     """Without PEFT's usual start, factors that every process has are the first one's, and g is 1 all the same."""
     torch.manual_seed(rank)
     with patched():
-        model = peft_model(folder, True, init_lora_weights=False)
-        one = peft_model(folder, False, init_lora_weights=False)
-    for name, p in model.named_parameters():
-        if "lora_" in name and not hasattr(p, "device_mesh"):
-            both = [torch.empty_like(p) for _ in range(2)]
-            distributed.all_gather(both, p.detach())
-            assert torch.equal(*both), name
-    move(one), move(model)
+        model = peft_model(folder, True, moved=False, init_lora_weights=False)
+        for name, p in model.named_parameters():
+            if "lora_" in name and not hasattr(p, "device_mesh"):
+                both = [torch.empty_like(p) for _ in range(2)]
+                distributed.all_gather(both, p.detach())
+                assert torch.equal(*both), name
+        plain = peft_model(folder, True, moved=False, use_dora=False, init_lora_weights=False)
+        with torch.no_grad():
+            for p, q in zip(plain.parameters(), unmagnified(model), strict=True):
+                p.copy_(q)
+        agree(logits(model), logits(plain))
+
+
+def unmagnified(model):
+    """The parameters that plain LoRA has too."""
+    return [p for name, p in model.named_parameters() if "magnitude" not in name]
 
 
 def training(rank, folder):
@@ -332,6 +343,63 @@ def merging(rank, folder):
             split.merge_adapter(safe_merge=True)
 
 
+def mixture(folder, split, use_dora=True, moved=True):
+    options = {"tp_plan": "auto"} if split else {}
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "mixture", dtype=torch.float64, experts_implementation="eager", **options
+    )
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, lora_alpha=4, use_dora=use_dora, target_modules=["o_proj"], target_parameters=names)
+    model = get_peft_model(base.eval(), config, autocast_adapter_dtype=False)
+    return move(model) if moved else model
+
+
+def experts(rank, folder):
+    """A mixture of experts: LoRA and DoRA on its stacks, of which each process has some rows or columns."""
+    sizes = {"num_hidden_layers": 1, "moe_intermediate_size": 12, "num_experts": 4}
+    qwen3_moe(**sizes).save_pretrained(folder / "mixture")  # which the first process writes
+    distributed.barrier()
+    torch.manual_seed(rank)
+    with patched(), pytest.MonkeyPatch.context() as patch:
+        plain = mixture(folder, True, use_dora=False)
+        agree(solve(plain), solve(mixture(folder, False, use_dora=False)))
+        fresh = mixture(folder, True, moved=False)
+        with fresh.disable_adapter():
+            wanted = logits(fresh)
+        assert torch.equal(logits(fresh), wanted)
+        one, split = mixture(folder, False), mixture(folder, True)
+        agree(solve(split), solve(one))
+        sums, whole_norm = [], collectives.whole_norm
+        for owner in (collectives, peft_experts):
+            patch.setattr(owner, "whole_norm", lambda *args: sums.append(1) or whole_norm(*args))
+        agree(logits(split), logits(one))
+        agree(solve(split.train()), solve(one.train()))
+        assert not sums, "the norm was not kept"
+        name = "base_model.model.model.layers.0.mlp.experts"
+        for model in (one, split):
+            down = model.get_submodule(name).get_base_layer()._parameters["down_proj"]
+            if model is one:
+                down.data[:, :, 6:] *= 2
+                dora_kernels.invalidate(one)  # the sample of W misses these columns
+            elif rank == 1:
+                down.to_local().data.mul_(2)
+        agree(logits(split), logits(one))
+        assert len(sums) == 1
+        before = logits(one)
+        for model in (one, split):
+            model.merge_adapter()
+        agree(logits(split), before)
+        for model in (one, split):
+            model.unmerge_adapter()
+        agree(logits(split), before)
+        one.save_pretrained(folder / f"mixture{rank}one")
+        split.save_pretrained(folder / f"mixture{rank}split")
+        files = [load_file(folder / f"mixture{rank}{kind}" / "adapter_model.safetensors") for kind in ("one", "split")]
+        agree(*files)
+        with pytest.raises(ValueError, match="tensor-parallel"):
+            split.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
+
+
 def exact_start(rank, folder):
     """`exact_init` makes a fresh adapter of bfloat16 layers the identity, and `restore` puts its magnitudes back."""
     with patched():
@@ -361,6 +429,8 @@ def refused(rank, folder):
         with pytest.raises(ValueError, match=r"embed_tokens: the layer is tensor-parallel"):
             model.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
         assert list(model.peft_config) == ["default"]
+        with pytest.raises(ValueError, match="expected 'composed', since .*q_proj is tensor-parallel"):
+            dora_kernels.patch_peft(model, forward="merged")
 
 
 def restored(rank, folder):
@@ -373,7 +443,7 @@ def restored(rank, folder):
 
 CHECKS = [
     lora, gradients, float32, fresh, untrained_start, training, one_process_changes, modes, modules, compiled,
-    merging, exact_start, refused, restored,
+    merging, experts, exact_start, refused, restored,
 ]  # fmt: skip
 
 

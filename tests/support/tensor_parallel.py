@@ -37,10 +37,13 @@ def base_model(folder: Path, split: bool, dtype: torch.dtype = torch.float64) ->
     return LlamaForCausalLM.from_pretrained(folder / "base", dtype=dtype, **options).eval()
 
 
-def peft_model(folder: Path, split: bool, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """With an adapter that is the same in all processes and in one."""
+def peft_model(
+    folder: Path, split: bool, dtype: torch.dtype = torch.float64, moved: bool = True, **options: Any
+) -> Any:
+    """With an adapter that is the same in all processes and in one, if it is `moved`."""
     values = {"r": 3, "lora_alpha": 5, "use_dora": True, "target_modules": list(TARGETS), **options}
-    return move(get_peft_model(base_model(folder, split, dtype), LoraConfig(**values), autocast_adapter_dtype=False))
+    model = get_peft_model(base_model(folder, split, dtype), LoraConfig(**values), autocast_adapter_dtype=False)
+    return move(model) if moved else model
 
 
 def whole(tensor: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,39 @@ def save_model(kind: str, folder: Path) -> Path:
                 torch.nn.init.normal_(parameter, std=0.5 if name.endswith("bias") else 0.12)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quantise(base: Path, folder: Path) -> Path:
+    """The model with its linear layers in 4 bits, a scale for 32 elements, as compressed-tensors packs them.
+
+    The dense model in `base` is replaced by what the 4 bits stand for.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    dense, packed = load_file(base / "model.safetensors"), {}
+    for name, weight in dense.items():
+        if not name.endswith("_proj.weight"):
+            packed[name] = weight
+            continue
+        groups = weight.view(len(weight), -1, 32)
+        scale = (groups.abs().amax(2, keepdim=True) / 7.0).bfloat16().float()
+        integers = (groups / scale).round().clamp(-8, 7)
+        dense[name] = (integers * scale).view_as(weight)
+        nibbles = (integers.view(len(weight), -1, 8).long() + 8) << torch.arange(0, 32, 4)
+        packed[f"{name}_packed"] = nibbles.sum(2).to(torch.uint32).view(torch.int32)
+        packed[f"{name}_scale"] = scale.squeeze(2).bfloat16()
+        packed[f"{name}_shape"] = torch.tensor(weight.shape)
+    for tensors, where in ((dense, base), (packed, folder)):
+        save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -17,7 +17,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: `make test-vllm` runs the tests with its engine", allow_module_level=True)
 
 from safetensors.torch import load_file, save_file
-from vllm_models import PROMPTS, TARGETS, peft_logits, run_engine, save_adapter, save_model
+from vllm_models import PROMPTS, TARGETS, peft_logits, quantise, run_engine, save_adapter, save_model
 
 ADAPTERS: dict[str, Any] = {
     "lora": {"r": 4, "lora_alpha": 8},
@@ -119,6 +119,7 @@ def refused(folders, folder):
         edit(folder / "another model", seventh_layer): ["layers.7.self_attn.q_proj"],
         edit(folder / "embedding", lambda t: t.update(embedding)): ["embed_tokens", "linear layers"],
         edit(folder / "wide", put(a, lambda x: torch.cat((x, x), 1))): ["q_proj", "lora_A", "128"],
+        edit(folder / "another rank", nothing, rank_pattern={"q_proj": 4}): ["q_proj", "lora_A [4, 128]"],
         # what vLLM's plain LoRA refuses
         edit(folder / "rank", nothing, r=64): ["rank 64", "16"],
         edit(folder / "pissa", nothing, init_lora_weights="pissa"): ["pissa"],
@@ -185,17 +186,14 @@ def test_bfloat16(models):
     assert as_exact(worst, "dora", "partial") and worst["lora"] < 0.5
 
 
-def test_a_version_that_is_not_tested(monkeypatch):
-    """vLLM's methods are as they were, and it refuses DoRA by itself."""
-    from vllm.lora.peft_helper import PEFTHelper
-
-    import dora_kernels.vllm as plugin
-
-    before = PEFTHelper._validate_features
-    monkeypatch.setattr(plugin, "TESTED", ("0.0.1",))
-    plugin.register()
-    assert PEFTHelper._validate_features is before
-    config = PEFTHelper(r=8, lora_alpha=8, target_modules=["q_proj"], use_dora=True)
-    assert "DoRA" in " ".join(config._validate_features())
-
-
+def test_a_quantised_base(tmp_path):
+    """Weights of 4 bits: the norm comes from the layer's forward. As near to PEFT as plain LoRA is."""
+    base, targets = save_model("llama", tmp_path / "base"), list(TARGETS["llama"])
+    packed = quantise(base, tmp_path / "packed")
+    folders = {"base": base}
+    for seed, name in enumerate(("lora", "dora"), 1):
+        folders[name] = save_adapter(base, tmp_path / name, seed, target_modules=targets, **ADAPTERS[name])
+    batch = mixed(folders, ("base", "lora", "dora"))
+    (served,) = run_engine([{"generate": batch}], packed, dtype="bfloat16")
+    _, worst = judge(folders, batch, served, torch.float64)
+    assert as_exact(worst, "dora") and worst["lora"] < 1.0

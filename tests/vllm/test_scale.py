@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import Lane, bf16, f16, f32, f64
@@ -9,6 +14,7 @@ from helpers import Lane, bf16, f16, f32, f64
 from dora_kernels.vllm import scale as module
 from dora_kernels.vllm.scale import Route, scale_slots_
 
+ROOT = Path(module.__file__).parents[2]
 SLOTS = 5
 PLAIN = 2  # a slot of an adapter without magnitudes
 
@@ -97,3 +103,32 @@ def test_the_ops_schema():
     op = torch.ops.dora_kernels.scale_slots_.default
     for offset in (None, torch.randn(SLOTS, 4)):
         torch.library.opcheck(op, (torch.randn(3, 4), route.order, route.ends, torch.rand(SLOTS, 4), offset))
+
+
+_COMPILE = """
+import torch
+from aot.compiler import compile_launches
+from aot.recording import described, instead
+from aot.resources import problems
+from dora_kernels.vllm.scale import _with_compose
+
+launches = []
+for tokens in (8, 2048):
+    y, g = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(8, 4096, device="meta")
+    order, ends = torch.empty(8192, dtype=torch.int64, device="meta"), torch.empty(8, dtype=torch.int32, device="meta")
+    with instead(lambda one: launches.append(described(one, "compose", "bf16", "rank 0"))):
+        _with_compose(y, order, ends, g, g)
+assert len(launches) == 2
+for target in ("sm_80", "sm_90", "gfx942"):
+    for one in compile_launches(target, launches):
+        assert not problems(one), (target, problems(one))
+"""
+
+
+@pytest.mark.slow
+def test_its_launches_compile_for_gpus():
+    """`compose` of rank 0 fits and does not spill; the kernels of this process may be interpreted."""
+    pytest.importorskip("triton")
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests", "tests/support"))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", _COMPILE], env={**environment, "PYTHONPATH": path}, check=True, timeout=500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,7 +104,10 @@ def rows(primitives: Iterable[str]) -> list[Row]:
 @contextlib.contextmanager
 def on_a_gpu() -> Iterator[None]:
     """Tensors of the "cuda" device are made without memory and without a GPU: launchers ask for the device."""
-    with FakeTensorMode(), mock.patch.object(torch.cuda, "current_device", lambda: 0):
+    from dora_kernels.kernels import product
+
+    wide = mock.patch.dict(sys.modules[product.__module__]._wide, {torch.device("cuda", 0): True})
+    with FakeTensorMode(), mock.patch.object(torch.cuda, "current_device", lambda: 0), wide:
         yield
 
 
@@ -149,6 +153,24 @@ def _composes() -> Iterator[Call]:
             yield launches.compose(dtypes, tokens, 64, groups=32, adapters=True, keep=False, device="cuda")
 
 
+def _products() -> Iterator[Call]:
+    for dtypes in DTYPES:
+        for tokens in _TOKENS:
+            yield launches.product(dtypes, tokens, 4096, 16, device="cuda")
+        yield launches.product(dtypes, 4096, 8192, 16, transposed=True, out=torch.float32, device="cuda")
+        yield launches.product(dtypes, 16384, 4096, 16, groups=_EXPERTS, device="cuda")
+        yield launches.product(dtypes, 32, 4096, 64, groups=32, adapters=True, device="cuda")
+
+
+def _one_passes() -> Iterator[Call]:
+    for dtypes in DTYPES:
+        if dtypes[0] is not torch.float32:
+            for tokens in (1, 64):
+                for rank in (16, 64):
+                    yield launches.one_pass(dtypes, tokens, rank, device="cuda")
+            yield launches.one_pass(dtypes, 64, 64, (1024, 4096), keep=True, device="cuda")
+
+
 def _scale_reduces() -> Iterator[Call]:
     for tokens in _TOKENS:
         for base, adapter in DTYPES:
@@ -170,6 +192,8 @@ _CALLS = {
     "kept_norm": _kept_norms,
     "merge": _merges,
     "compose": _composes,
+    "product": _products,
+    "one_pass": _one_passes,
     "scale_reduce": _scale_reduces,
     "factor_grads": _factor_grads,
 }

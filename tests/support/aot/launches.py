@@ -269,6 +269,84 @@ def _ends(tokens: int, groups: int, device: str) -> Tensor:
     return ends.to(torch.int32)
 
 
+def product(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    M: int,
+    K: int,
+    N: int,
+    transposed: bool = False,
+    out: torch.dtype | None = None,
+    groups: int = 0,
+    adapters: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A product with the factor of an adapter, ``x Aᵀ``, or `transposed` with a gradient, ``dYᵀ H``.
+
+    Groups have equally many tokens. They are experts or, with `adapters`, tokens of different adapters in any order.
+    """
+    stack = (groups,) if groups else ()
+    operands = {
+        "left": _zeros((K, M), dtypes[0], device).t() if transposed else _zeros((M, K), dtypes[0], device),
+        "right": _zeros((K, N), dtypes[1], device) if transposed else _zeros((*stack, N, K), dtypes[1], device).mT,
+    }
+    launcher = None
+    if groups:
+        operands["ends"] = _ends(M, groups, device)
+        launcher = _product_experts
+    if adapters:
+        operands["rows"] = torch.arange(M, device=device)
+        launcher = _product_adapters
+    of = f"{groups} adapters" if adapters else f"{groups} experts" if groups else ""
+    case = _words(f"{M} x {K} x {N}", "dYᵀ H" if transposed else "", of)
+    wide = _FP32 if _FP32 in dtypes else dtypes[0]
+    return Call("product", _labels(dtypes), case, operands, (out or wide,), ("out",), launcher)
+
+
+def _product_experts(left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    from dora_kernels.kernels import product
+
+    made: Tensor = product(left, right, dtype, ends=ends)
+    return made
+
+
+def _product_adapters(left: Tensor, right: Tensor, ends: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    from dora_kernels.kernels import product
+
+    made: Tensor = product(left, right, dtype, ends=ends, rows=rows)
+    return made
+
+
+def one_pass(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    tokens: int,
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    norm: bool = False,
+    keep: bool = False,
+    bias: bool = True,
+    device: str = "meta",
+) -> Call:
+    """The forward of few tokens, with the divisor given or, with `norm`, computed."""
+    operands: dict[str, Tensor | None] = {"x": _zeros((tokens, shape[1]), dtypes[0], device)}
+    operands |= _factors(dtypes, rank, shape, conv1d, "out", device, 0)
+    operands["g"] = _zeros((shape[0],), _FP32, device)
+    operands["divisor"] = None if norm else _zeros((shape[0],), _FP32, device)
+    operands["bias"] = _zeros((shape[0],), dtypes[0], device) if bias else None
+    said = "Conv1D" if conv1d else "", "with the norm" if norm else "", "base kept" if keep else ""
+    case = _words(f"{tokens} tokens", f"{shape[0]} x {shape[1]}", f"rank {rank}", *said)
+    results = "y", "h", "base", "norm"
+    return Call("one_pass", _labels(dtypes), case, operands, (0.5, keep, norm), results, _one_pass)
+
+
+def _one_pass(*given: Any) -> tuple[Tensor | None, ...]:
+    from dora_kernels.kernels import one_pass
+
+    x, w, a, b, g, divisor, bias, scaling, keep, norm = given
+    made: tuple[Tensor | None, ...] = one_pass(x, w, a, b, g, bias, scaling, keep, divisor, norm)
+    return made
+
+
 def scale_reduce(
     dtype: torch.dtype,
     tokens: int,
@@ -335,7 +413,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 def shipped(every_dtype: bool = True) -> list[Launch]:
     """Every launch to compile, each distinct signature once; float16 follows bfloat16 unless `every_dtype`."""
     dtypes = [pair for pair in DTYPES if every_dtype or pair[0] is not _FP16]
-    calls = [call for pair in dtypes for make in (_norms, _kept_norms, _merges, _composes) for call in make(pair)]
+    makers = _norms, _kept_norms, _merges, _composes, _products, _one_passes
+    calls = [call for pair in dtypes for make in makers for call in make(pair)]
     calls += [call for base, adapter in dtypes if base is adapter for call in _scale_reduces(base)]
     calls += [factor_grads(pair, rank, *rest) for pair in dtypes for rank, *rest in _FACTOR_GRADS]
     return list({launch.signature: launch for call in calls for launch in call.launches}.values())
@@ -400,6 +479,32 @@ def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
         yield compose(dtypes, 1, 16)
         for magnitude, bias in ((False, False), (True, False), (False, True)):
             yield compose(dtypes, 8192, LARGEST_RANK, magnitude=magnitude, bias=bias)
+
+
+def _products(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rows in (16, 32, 64):
+        for columns in (16, 32, 64):
+            yield product(dtypes, rows, _SIZE, columns)
+    for tokens in (1, 8192):
+        yield product(dtypes, tokens, _SIZE, 16)
+    yield product(dtypes, 8191, _SIZE - 1, 383)
+    yield product(dtypes, 32, _SIZE, 64, groups=32, adapters=True)
+    yield product(dtypes, 16384, _SIZE, 16, groups=64)
+    for tokens in (8192, 8191):
+        yield product(dtypes, _SIZE, tokens, 16, transposed=True, out=_FP32)
+
+
+def _one_passes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    if dtypes[0] is _FP32:
+        return
+    for tokens in (1, 32, 64):
+        for rank in (16, 32, 64):
+            yield one_pass(dtypes, tokens, rank)
+    norm = dtypes[0] is dtypes[1]
+    yield one_pass(dtypes, 16, 64, norm=norm, keep=True)
+    yield one_pass(dtypes, 64, 64, (_SIZE // 4, _SIZE), norm=norm, keep=True)
+    yield one_pass(dtypes, 5, 15, (_SIZE - 1, _SIZE - 1), keep=True, bias=False)
+    yield one_pass(dtypes, 8, 16, conv1d=True)
 
 
 def _scale_reduces(dtype: torch.dtype) -> Iterator[Call]:
