@@ -23,6 +23,7 @@ LABELS = {
     "axolotl": "axolotl DoRA kernels",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
+    "ours_merged": "ours, merged",
     "ours_frozen": "ours, frozen norms",
     "ours_compiled": "ours, compiled",
     "ours_lora": "ours: LoRA",

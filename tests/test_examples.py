@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import torch
+from experts_models import qwen3_moe
 from peft import PeftModel
 from peft_models import base_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -83,6 +84,24 @@ def test_serve(project):
     dora_kernels.save_adapter(model, project / "mine")
     text = printed([*command, "--adapter", "mine=mine"], project)
     assert f"mine         {rows['base model']!r}" in text, "a fresh adapter changes nothing"
+
+
+def test_experts(project):
+    """The same on a mixture of experts: every stack, the router and the attention have moved."""
+    qwen3_moe(vocab_size=64).save_pretrained(project / "mixture")
+    for file in (project / "model").glob("token*"):
+        (project / "mixture" / file.name).write_bytes(file.read_bytes())
+    script = [sys.executable, ROOT / "examples" / "experts.py", "--model", "mixture", "--data", "texts.txt"]
+    options = ["--out", "out-experts", "--steps", "10", "--batch", "2", "--rank", "2", "--lr", "1e-2"]
+    assert "loss" in printed([*script, *options], project)
+    handle = dora_kernels.patch_peft_globally()
+    try:
+        model = PeftModel.from_pretrained(qwen3_moe(vocab_size=64), project / "out-experts")
+    finally:
+        handle.restore()
+    moved = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in moved.values())
+    assert sum("experts" in name for name in moved) == 4
 
 
 def variant(name, folder):

@@ -81,23 +81,33 @@ def key_of(out_features: int, in_features: int, rank: int) -> str:
 
 
 @functools.cache
-def _layers(kind: str, index: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def _table(kind: str, index: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    if kind == "cuda" and not torch.cuda.is_available():
+        return {}
     path = table_path(torch.device(kind if index is None else f"{kind}:{index}"), dtype)
     found, reason = read_table(path)
     if reason is not None:
         warnings.warn(f"dora_kernels: {path} is ignored: {reason}", RuntimeWarning, stacklevel=2)
-    return {} if found is None else found["layers"]
+    return {} if found is None else found
 
 
 def forget() -> None:
     """Read the tables again when they are needed next."""
-    _layers.cache_clear()
+    _table.cache_clear()
 
 
 def measured(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, rank: int) -> Any:
     """What was measured for a layer, a dictionary; empty if nothing was."""
-    layers = _layers(device.type, device.index, dtype)
+    layers = _table(device.type, device.index, dtype).get("layers")
     return layers.get(key_of(out_features, in_features, rank), _NOTHING) if layers else _NOTHING
+
+
+def tiles(device: torch.device) -> dict[str, Any]:
+    """The tiles that were measured for a device's kernels, with layers of any dtype."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # the last counts where they differ
+        found |= _table(device.type, device.index, dtype).get("tiles", {})
+    return found
 
 
 _NOTHING: dict[str, Any] = {}

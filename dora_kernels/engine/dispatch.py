@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_kernels.core.precision import low_rank_dtype
 from dora_kernels.core.problem import Weights
-from dora_kernels.engine import choices, cost
+from dora_kernels.engine import choices, cost, tiles
 from dora_kernels.engine.formula import transformed
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
@@ -186,6 +186,8 @@ def _find_problem(device: torch.device) -> str | None:
         return f"it needs compute capability 8.0 or later, and {device} has {major}.{minor}"
     try:
         kernels.probe(device)
+        if measured := choices.tiles(device):
+            tiles.replace(measured)
     except Exception as error:  # anything that stops a compiler or driver: no C compiler, a full disk, an old driver
         return f"a first kernel failed: {type(error).__name__}: {first_line(error)}"
     return None

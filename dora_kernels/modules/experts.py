@@ -113,7 +113,10 @@ class LoRAExperts(AdaptedLayer):
         name = f"{type(module).__name__}.{self.parameter}"
         stand_in = StandIn(self._experts, name, not is_transposed(module))
         with standing_in(module, self.parameter, stand_in):
-            return self.base_layer(*args, **kwargs)
+            result = self.base_layer(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            stand_in.check_met(args[0] if args else None)
+        return result
 
     def _experts(self) -> Experts:
         weight, lora_A, lora_B = self._problem()

@@ -50,6 +50,14 @@ class StandIn:
         """True if the call has read the parameter."""
         return self._whole._met
 
+    def check_met(self, x: Any) -> None:
+        """Warn once if a call with tokens has not read the parameter: its adapter had no part in the result."""
+        if not self.met and isinstance(x, Tensor) and x.numel():
+            warn_once(
+                f"{self._name}: a call of its module has not read this parameter, so the adapter had no part in it; "
+                "that is right only if no token was routed to these experts"
+            )
+
     @property
     def _experts(self) -> Experts:
         whole = self._whole

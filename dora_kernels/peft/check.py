@@ -103,11 +103,13 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         stack = stacks.get(module)
         rank = ranks.get(module if stack is None else stack.name, config.get("r"))
         if stack is not None and "lora_magnitude_vector" in parts and parts["lora_magnitude_vector"].dim() == 2:
-            parameters.check_parts(file, stack, parts, rank)
+            # Without a model a stack's name is not known, nor which pattern is its own.
+            others = (config.get("rank_pattern") or {}).values() if stack.shape is None else ()
+            parameters.check_parts(file, stack, parts, [rank, *others])
         else:
             _check_parts(file, module, parts, rank)
     if model is not None:
-        parameters.check_sizes(file, stacks, modules)
+        parameters.check_sizes(file, stacks, modules, config.get("peft_version"))
         modules = {module: parts for module, parts in modules.items() if module not in stacks}
         _check_layers(file, modules, model, config_file, config)
 

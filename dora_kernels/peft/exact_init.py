@@ -43,6 +43,8 @@ def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
             continue
         for adapter in dora_adapters(layer):
             variant = getattr(layer, "lora_variant", {}).get(adapter)
+            if getattr(variant, "starts_exact", False):
+                continue
             weights = variant.read(layer, adapter) if isinstance(variant, DoraVariant) else None
             if weights is None:
                 unread.append(f"{name} ({adapter})")

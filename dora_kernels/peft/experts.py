@@ -43,12 +43,18 @@ class ExpertsVariant(DoraVariant):
     """The DoRA adapter of a parameter."""
 
     stock = None
+    starts_exact = True
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Give the adapter its first magnitude, with which it changes nothing: exact to float32, whatever W's dtype."""
         with torch.no_grad():
             weights = module.problem(adapter_name)
+        if hasattr(weights.weight, "to_local"):
+            raise UnsupportedError(
+                f"{module._name()}: it is split as {weights.weight.placements}; expected a whole parameter, or experts "
+                "spread over processes by expert parallelism (DistributedConfig(ep_size=...))"
+            )
         device = weights.lora_A.device
         magnitude = DoraMagnitude(fan_in_fan_out=False)
         if device.type == "meta" or weights.weight.is_meta:
@@ -66,7 +72,7 @@ class ExpertsVariant(DoraVariant):
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
-        if switch(layer) is None or not layer.lora_A[adapter].weight.numel():
+        if switch(layer) is None or not (layer.lora_A[adapter].weight.numel() and math.prod(layer._stored().shape)):
             return None
         weights: Weights = layer.problem(adapter)
         return None if any(hasattr(t, "to_local") for t in weights) else weights  # sharded by FSDP2, outside a call
@@ -87,14 +93,14 @@ class ExpertsVariant(DoraVariant):
         return weights._replace(weight=carrier), functools.partial(_norm, weights, layer.scaling[adapter])
 
 
+@torch.no_grad()
 def _norm(weights: Weights, scaling: float) -> Tensor:
     """The norm of every row, ``[E, N]``."""
     weight, lora_A, lora_B, _, _ = weights
     if isinstance(weight, Tensor):
         return ops.weight_norm(weight, lora_A, lora_B, scaling, "out", norm_backend("auto", weight))
-    with torch.no_grad():
-        pairs = enumerate(zip(lora_A, lora_B.contiguous(), strict=True))
-        return torch.stack([dora_weight_norm(weight[e], a, b, scaling=scaling) for e, (a, b) in pairs])
+    pairs = enumerate(zip(lora_A, lora_B.contiguous(), strict=True))
+    return torch.stack([dora_weight_norm(weight[e], a, b, scaling=scaling) for e, (a, b) in pairs])
 
 
 def _cut_norm(weights: Weights, scaling: float, group: Any) -> Tensor:
@@ -114,13 +120,14 @@ class ParamWrapper(DoraLayer, STOCK):
         transposed, weight = is_transposed(self.get_base_layer()), self._stored()
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
+        if not (a.numel() and math.prod(weight.shape)):
+            which = f"the adapter {adapter!r}" if math.prod(weight.shape) else "the parameter"
+            raise UnsupportedError(
+                f"{self._name()}: {which} is not in memory inside its layer's call (DeepSpeed ZeRO-3 has partitioned "
+                "it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
+            )
         if weight.dim() == 3:
             count, rank = self.num_experts, self.r[adapter]
-            if not a.numel():
-                raise UnsupportedError(
-                    f"{self._name()}: the adapter {adapter!r} is not in memory inside its layer's call (DeepSpeed "
-                    "ZeRO-3 has partitioned it); use ZeRO-2, FSDP2 or expert parallelism for adapters of experts"
-                )
             own, cut = slice(None), None if (state := switch(self)) is None else state.cut
             if weight.shape[0] != count or cut is not None:
                 a, b, magnitude, own = self._shared(weight, a, b, magnitude)
@@ -192,7 +199,10 @@ class ParamWrapper(DoraLayer, STOCK):
             functools.partial(self._experts, active), self._name(), ndim == 2 or not is_transposed(module), ndim == 2
         )
         with standing_in(module, self.parameter_name, stand_in):
-            return self.base_layer(x, *args, **kwargs)
+            result = self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            stand_in.check_met(x)
+        return result
 
     def _parameter_ndim(self: Any) -> int:
         return getattr(self, "_param_ndim", None) or self._stored().dim()

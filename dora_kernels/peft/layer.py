@@ -40,6 +40,8 @@ class DoraVariant:
     """PEFT's DoRA variant for one kind of layer, on this package. It is mixed in before PEFT's own, `stock`."""
 
     stock: ClassVar[Any]
+    starts_exact: ClassVar[bool] = False
+    """True if the first magnitude is this package's, the norm in float32."""
     by_slots: ClassVar[bool] = False
     """True if it is a linear layer's, so that batches of several adapters may run by slots."""
 

@@ -7,10 +7,12 @@ the last.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 from peft.tuners import lora
 from torch import Tensor, nn
 
@@ -28,6 +30,10 @@ class Parameter(NamedTuple):
     """Its full name, ``model.layers.0.mlp.experts.down_proj``."""
     shape: tuple[int, ...] | None
     """``[E, out, in]`` or ``[out, in]``; None without a model."""
+    columns: int = 0
+    """The columns of A in the layout of the PEFT that is installed; 0 if unknown."""
+    moved: bool = False
+    """True if PEFT 0.19 has exchanged A and B for it, against the versions before."""
 
 
 def of_file(
@@ -56,9 +62,11 @@ def of_file(
             full = f"{plain}.{key}"
             if parameter is not None and any(full == one or full.endswith(f".{one}") for one in targets):
                 shape = list(parameter.shape)
+                moved = len(shape) == 3 and not getattr(module, "is_transposed", False)
+                columns = shape[1] if len(shape) == 3 and not (moved and _exchanges(peft.__version__)) else shape[-1]
                 if len(shape) == 3 and is_transposed(module):
                     shape[1:] = shape[:0:-1]
-                held.setdefault(plain, []).append(Parameter(full, tuple(shape)))
+                held.setdefault(plain, []).append(Parameter(full, tuple(shape), columns, moved))
     names = set(modules)
     for name, own in held.items():
         keys = [name + _INSIDE * depth for depth in reversed(range(len(own)))]
@@ -71,17 +79,17 @@ def of_file(
     return found
 
 
-def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], rank: Any) -> None:
-    """Raise ValueError if the tensors of a stack's adapter do not fit together."""
+def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], ranks: list[Any]) -> None:
+    """Raise ValueError if the tensors of a stack's adapter do not fit together, or have none of the ranks."""
     missing = {"lora_A", "lora_B"} - parts.keys()
     if missing:
         raise ValueError(f"{file}: {parameter.name} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
     count, outputs = m.shape
-    if not isinstance(rank, int) or a.dim() != 2 or not count or a.shape[0] != count * rank:
+    if a.dim() != 2 or not count or not any(isinstance(rank, int) and a.shape[0] == count * rank for rank in ranks):
         raise ValueError(
             f"{file}: {parameter.name}: lora_A {list(a.shape)}: expected {count} experts times the configuration's "
-            f"rank, {quoted(rank)}, in the first dimension"
+            f"rank, {' or '.join(map(quoted, ranks))}, in the first dimension"
         )
     if b.dim() != 2 or b.shape[1] != a.shape[0]:
         raise ValueError(f"{file}: {parameter.name}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
@@ -92,8 +100,20 @@ def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], rank
         )
 
 
-def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]]) -> None:
-    """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it."""
+def _exchanges(version: str) -> bool:
+    """True for PEFT 0.19 and later, which have A on the inputs of a stack ``[E, out, in]``."""
+    numbers = re.findall(r"\d+", version)
+    return tuple(map(int, numbers[:2])) >= (0, 19)
+
+
+def check_sizes(
+    file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any
+) -> None:
+    """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it, or another layout.
+
+    Args:
+        version: of PEFT, that the configuration names.
+    """
     for key, parameter in stacks.items():
         shape, parts = parameter.shape, modules[key]
         if shape is None:
@@ -103,4 +123,11 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
             raise ValueError(
                 f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)}, lora_B {list(parts['lora_B'].shape)} "
                 f"and magnitude {list(m.shape)} belong to another parameter than the model's {list(shape)}"
+            )
+        of_other = isinstance(version, str) and _exchanges(version) != _exchanges(peft.__version__)
+        if parameter.moved and (parts["lora_A"].shape[1] != parameter.columns or (of_other and len(sizes) == 1)):
+            raise ValueError(
+                f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)} and lora_B are exchanged, as PEFT "
+                f"{'before 0.19' if _exchanges(peft.__version__) else 'from 0.19 on'} saves them; expected those of "
+                f"PEFT {peft.__version__}, which would load these without a word if the parameter were square"
             )

@@ -15,6 +15,10 @@ _PACKED = frozenset({"Mxfp4GptOssExperts", "FbgemmFp8Llama4TextExperts"})
 """Classes whose own kernels read the packed weights, where an adapter could not run."""
 
 
+_READ_OUTSIDE = frozenset({"DbrxExpertGLU"})
+"""Classes whose parameters the module around them reads, outside their own calls."""
+
+
 class Quantized:
     """A stack ``[E, N, K]`` whose matrices are dequantised when they are asked for, one at a time.
 
@@ -82,6 +86,8 @@ def stored(module: nn.Module, name: str, transposed: bool) -> Any:
         UnsupportedError: its format is not known.
     """
     parameter = module._parameters.get(name)
+    if parameter is None:  # a replica of `torch.nn.DataParallel`
+        parameter = vars(module).get("_former_parameters", {}).get(name)
     if parameter is not None:
         scale = module._parameters.get(f"{name}_scale_inv")
         if parameter.dtype == torch.float8_e4m3fn and scale is not None and parameter.dim() == 3:
@@ -116,6 +122,8 @@ def unsupported(module: nn.Module, name: str) -> str | None:
             f"{kind} multiplies by its packed weights in kernels of its own; load the model dequantised "
             "(Mxfp4Config(dequantize=True)), or with bitsandbytes' 4 bits"
         )
+    if kind in _READ_OUTSIDE:
+        return f"the module around {kind} reads its parameters itself, outside its calls"
     parameter = module._parameters.get(name)
     if parameter is not None:
         if parameter.dim() not in (2, 3):

@@ -17,6 +17,7 @@ from torch import nn
 
 from dora_kernels.core import validation
 from dora_kernels.engine import choices
+from dora_kernels.tuning import tiles
 from dora_kernels.tuning.candidates import Layer
 from dora_kernels.tuning.shapes import Shape, shapes_of
 from dora_kernels.tuning.timing import in_turns
@@ -66,11 +67,12 @@ def tune(
 ) -> Tuned:
     """Measure which way is fastest for a model's linear layers on this machine, and keep the answers for it.
 
-    Measured are the forms of the norm on a CPU, the formula and the fused kernels on a GPU, and the merged forward
-    beside the composed one. Each candidate's result is checked against float64 first; a wrong one is left out. The
-    answers go into a JSON table in the user's cache folder, which `DORA_KERNELS_CACHE` may name, and count from then
-    on, in later processes too, for the same device, dtype and versions. They change results by rounding at most. How
-    many tokens a merged forward needs is advice: it stays an option. Nothing calls this function by itself.
+    Measured are the forms of the norm on a CPU; on a GPU the formula beside the fused kernels, and the tile sizes of
+    these; and the merged forward beside the composed one. Each candidate's result is checked first, the tiles' against
+    the shipped ones', all others' against float64; a wrong one is left out. The answers go into a JSON table in the
+    user's cache folder, which `DORA_KERNELS_CACHE` may name, and count from then on for the same device, dtype and
+    versions, tiles in later processes. They change results by rounding at most. How many tokens a merged forward needs
+    is advice: it stays an option. Nothing calls this function by itself.
 
     Args:
         model_or_shapes: a model, whose adapted linear layers count (or all of them, if none is adapted), or
@@ -107,20 +109,23 @@ def tune(
         raise ValueError("tokens: expected at least one number")
     for count in counts:
         validation.check_rank(count, "tokens as ints")
-    comparisons = len(shapes) * (2 + len(counts) * (2 if where.type == "cuda" else 1))
+    # With the kernels also evaluation, and three of them with other tiles.
+    comparisons = len(shapes) * (2 + len(counts) if where.type == "cpu" else 5 + 2 * len(counts))
     each = seconds / comparisons
     layers: dict[str, Any] = {}
+    path = choices.table_path(where, dtype)
+    table = {
+        "format": choices.FORMAT, "device": choices.device_name(where), "dtype": str(dtype).removeprefix("torch."),
+        "versions": choices.versions(), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
+        "tiles": {},
+    }  # fmt: skip
     wrong: dict[str, str] = {}
     with _progress(comparisons, progress) as advance:
         for shape in shapes:
             name = choices.key_of(*shape)
             layers[name] = _measure(Layer(shape, dtype, where), name, counts, each, advance, wrong)
-    table = {
-        "format": choices.FORMAT, "device": choices.device_name(where), "dtype": str(dtype).removeprefix("torch."),
-        "versions": choices.versions(), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
-    }  # fmt: skip
-    path = choices.table_path(where, dtype)
-    _write(path, table)
+            table["tiles"] |= layers[name].pop("tiles", {})
+            _write(path, table)  # as they come: a run that is cut short is not lost
     choices.forget()
     return Tuned(path, table, wrong)
 
@@ -133,6 +138,9 @@ def _measure(
 
     def times(what: str, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
         timed = in_turns(calls, layer.device, each) if len(calls) > 1 else {}
+        return keep(what, timed)
+
+    def keep(what: str, timed: dict[str, float]) -> dict[str, float]:
         microseconds[what] = {way: round(1e6 * value, 1) for way, value in timed.items()}
         advance(f"{name}: {what}")
         return timed
@@ -160,6 +168,7 @@ def _measure(
                 "training": _first(training, "fused", ["formula"], {}),
                 "evaluation": _first(evaluation, "fused", ["formula"], {}),
             }
+        found["tiles"] = tiles.tuned(layer, max(tokens), each, keep)
     others = [way for way in ways if way != "merged"]
     if "merged" in ways and others:
         found["merged_from_tokens"] = _first(training, "merged", others, refresh)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -370,3 +372,62 @@ def test_weighted_sums(how):
     model.merge_adapter()
     for layer, base, one, two in zip(wrappers(model), before, *weights.values()):
         torch.testing.assert_close(layer._stored() - base, 0.6 * one - 0.7 * two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_an_older_peft(tmp_path):
+    """Before 0.19 A and B were exchanged. Where outputs and inputs are as many, only the version tells."""
+    dora().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if "layers.0.mlp.experts.lora_A" in key]:
+        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        tensors[key] = b.view(32, 4, 6).permute(2, 1, 0).reshape(24, 32).contiguous()
+        tensors[key.replace("lora_A", "lora_B")] = a.view(6, 4, 24).permute(2, 1, 0).reshape(24, 24).contiguous()
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj: .* are exchanged, as PEFT before 0\.19"):
+        dora_kernels.check_adapter(tmp_path, qwen3_moe())
+    square = {"moe_intermediate_size": 16}  # gate and up have 32 outputs and 32 inputs
+    dora(qwen3_moe(**square)).save_pretrained(tmp_path / "square")
+    dora_kernels.check_adapter(tmp_path / "square", qwen3_moe(**square))
+    path = tmp_path / "square" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.18.1"}))
+    with pytest.raises(ValueError, match=r"gate_up_proj: .* are exchanged, as PEFT before 0\.19"):
+        dora_kernels.check_adapter(tmp_path / "square", qwen3_moe(**square))
+
+
+def test_a_parameter_that_is_never_read():
+    """It warns once: no part of an adapter is left out without a word."""
+
+    class Blind(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(3, 4, 4))
+
+        def forward(self, x):
+            return x @ self._parameters["w"][0]
+
+    model = get_peft_model(torch.nn.Sequential(OrderedDict(blind=Blind())), config(target_parameters=["blind.w"]))
+    with pytest.warns(RuntimeWarning, match=r"blind\.w: a call of its module has not read this parameter"):
+        model(torch.randn(2, 4))
+
+
+def test_a_first_norm_in_factored_form():
+    """Experts large enough for the form that works with products of the rank: also in bfloat16, whose W is upcast."""
+    model = qwen3_moe(
+        dtype=torch.bfloat16, hidden_size=1024, moe_intermediate_size=1024, num_experts=2, num_hidden_layers=1,
+        vocab_size=64, head_dim=8,
+    )  # fmt: skip
+    model = get_peft_model(model, config(target_parameters=TARGETS[:1]))
+    (layer,) = wrappers(model)
+    weight, _, _, m, _ = layer.problem("default")
+    torch.testing.assert_close(m, torch.linalg.vector_norm(weight.float(), dim=2), rtol=1e-5, atol=0)
+
+
+def test_partitioned_adapters_are_refused():
+    """As DeepSpeed ZeRO-3 leaves them."""
+    model = dora()
+    layer = wrappers(model)[0]
+    layer.lora_A["default"].weight.data = torch.empty(0)
+    with pytest.raises(dora_kernels.UnsupportedError, match=r"0\.mlp\.experts\.down_proj: .*'default' .*ZeRO-3"):
+        model(IDS)
+    assert "gate_up_proj" not in vars(layer.get_base_layer())  # nothing is left in the parameter's place

@@ -10,8 +10,9 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels.cli import app
-from dora_kernels.engine import blocked, choices, cost, dispatch
+from dora_kernels.engine import blocked, choices, cost, dispatch, tiles
 from dora_kernels.tuning import candidates, tune
+from dora_kernels.tuning import tiles as measured_tiles
 from dora_kernels.tuning.shapes import shapes_of
 from dora_kernels.tuning.timing import in_turns
 
@@ -213,3 +214,55 @@ def test_the_printed_choices():
         assert row["default"] == ("fused" if fused else "formula")
     header, cells = printed.table()
     assert len(header) == len(cells[0]) and "measured on a GPU" in printed.STATEMENT
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels in the interpreter, as a candidate."""
+    if dispatch.triton_problem(CPU):
+        pytest.skip("triton is not installed, or its interpreter is off")
+    monkeypatch.setattr(candidates.Layer, "ways", lambda layer: iter(("formula", "fused")))
+
+
+def test_tiles(kernels, monkeypatch):
+    """Other tiles are taken, give the same, and are put back; those that give something else are left out."""
+    layer = candidates.Layer((40, 48, 4), F32, CPU)
+    wanted = {"compose_config(True, 4, 6)": [16, 32, 16, 4, 1]}
+    seen, call = {}, layer.calls(["fused"], 9, False)["fused"]
+    exact = call()
+    with tiles.replaced(wanted, seen.__setitem__):
+        torch.testing.assert_close(call(), exact)
+    key = next(key for key in seen if key.startswith("compose_config"))
+    with tiles.replaced({key: (16, 32, 16, 4, 1)}, seen.__setitem__):
+        torch.testing.assert_close(call(), exact)
+    assert tuple(seen[key]) == (16, 32, 16, 4, 1)
+    after = {}
+    with tiles.replaced({}, after.__setitem__):
+        call()
+    assert tuple(after[key]) != (16, 32, 16, 4, 1)
+    assert not measured_tiles._is_right(call, {key: (0, 32, 16, 4, 1)}, [exact])
+    assert not measured_tiles._is_right(call, {}, [exact * 1.01])
+
+
+def test_tiles_in_a_table(kernels, monkeypatch):
+    """What is faster goes into the table, by the kernels' question."""
+    monkeypatch.setattr(measured_tiles, "neighbours", lambda config: [config._replace(num_warps=2)])
+    monkeypatch.setattr(
+        measured_tiles, "in_turns",
+        lambda calls, *_: {name: 2.0 - (", 2, " in name) for name, call in calls.items() if [call()]},
+    )  # fmt: skip
+    found = tuned([(16, 24, 4)], tokens=[3])
+    assert {key.partition("(")[0] for key in found.table["tiles"]} == set(tiles.ASKED)
+    assert all(2 in config for config in found.table["tiles"].values())
+    layer = found.table["layers"]["16x24 r4"]
+    assert set(layer["fused_from_tokens"]) == {"training", "evaluation"} and "tiles" not in layer
+    assert choices.tiles(CPU) == found.table["tiles"]
+
+
+def test_neighbours():
+    from dora_kernels.kernels.config import compose_config
+
+    shipped = compose_config(False, 16, 1)
+    found = list(measured_tiles.neighbours(shipped))
+    assert shipped not in found and len(set(found)) == len(found) > 6
+    assert all(sum(a != b for a, b in zip(one, shipped)) == 1 for one in found)

@@ -22,7 +22,8 @@ def rows() -> list[dict[str, Any]]:
     for (out, inside), rank, gradients, tokens in itertools.product(SHAPES, RANKS, (True, False), TOKENS):
         shape = out, inside, rank
         row: dict[str, Any] = {
-            "layer": f"{out}x{inside}", "rank": rank, "part": "training" if gradients else "evaluation", "tokens": tokens
+            "layer": f"{out}x{inside}", "rank": rank, "part": "training" if gradients else "evaluation",
+            "tokens": tokens,
         }  # fmt: skip
         for way in ("formula", "fused", "merged"):
             one = cost.PATHS[way, gradients]
