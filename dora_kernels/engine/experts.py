@@ -253,14 +253,13 @@ class _Mixed(torch.autograd.Function):
                 d_g = (wide * base).sum(0).add_((b * p).sum(1), alpha=scaling)
             if need_b:
                 d_b = p.mul_(scaling if g is None else (scaling * g).unsqueeze(1)).to(lora_B.dtype)
-        if g is not None:
-            wide = wide * g
         if need_x or need_a:
-            d_low = (wide @ b).mul_(scaling)
+            d_low = wide @ (b * (scaling if g is None else (scaling * g).unsqueeze(1)))
             if need_a:
                 d_a = (d_low.t() @ x.to(h.dtype)).to(lora_A.dtype)
             if need_x:
-                dx = torch.mm(d_low.to(x.dtype), lora_A.to(x.dtype)).addmm_(wide.to(x.dtype), weight)
+                scaled = dy if g is None else torch.mul(dy, g, out=torch.empty_like(dy))
+                dx = torch.mm(d_low.to(x.dtype), lora_A.to(x.dtype)).addmm_(scaled, weight)
         return dx, None, d_a, d_b, d_g, None
 
 
