@@ -206,7 +206,8 @@ class _ThroughAxolotl(nn.Module):
         self.layer, self.function = layer, function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.layer, x if x.dim() > 2 else x.unsqueeze(0)).view(*x.shape[:-1], -1)  # it takes 3 dimensions
+        three = x if x.dim() > 2 else x.unsqueeze(0)  # its backward takes no fewer dimensions
+        return self.function(self.layer, three).view(*x.shape[:-1], -1)
 
 
 def _axolotl(problem: Problem, shape: LayerShape) -> Made:

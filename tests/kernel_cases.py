@@ -295,13 +295,13 @@ def _products(make: _Make) -> Iterator[Case]:
         yield _product(make, left, right, right, 64, 128, 16)
         yield _product(make, left, right, right, 17, 131, 70, layout="t")
     yield _product(make, BF, BF, F32, 128, 64, 16, layout="t")  # as dYᵀ H
-    yield _product(make, BF, BF, BF, 16, 640, 20)  # K in parts
+    yield _product(make, BF, BF, BF, 16, 2100, 20)  # K in parts
     yield _product(make, BF, F32, BF, 1, 200, 5, layout="rows")
     yield _product(make, BF, BF, F32, 20, 64, 16, layout="offset")
     yield _product(make, BF, BF, F32, 5, 0, 7)
     yield _product(make, BF, BF, BF, 0, 128, 16, counts=(20, 0, 12), sentinels=3)
     yield _product(make, BF, BF, F32, 0, 70, 19, counts=(1, 70, 0, 4), rows=True)
-    yield _product(make, BF, F32, F32, 0, 300, 5, counts=(3, 4), layout="t", rows=True, sentinels=2)
+    yield _product(make, BF, F32, F32, 0, 600, 5, counts=(3, 4), layout="t", rows=True, sentinels=2)
 
 
 def _product(

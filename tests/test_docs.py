@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import dora_kernels
+from tests.frameworks import report
 
 DOCS = Path(dora_kernels.__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,6 +31,11 @@ def test_every_public_name_is_in_the_reference():
     shown = [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
     public = {f"dora_kernels.{name}" for name in dora_kernels.__all__}
     assert public <= set(shown) and len(shown) == len(set(shown))
+
+
+def test_the_table_of_frameworks_is_rendered():
+    text = report.DOCUMENT.read_text()
+    assert report.rendered(text) == text and report.table({}).count("\n") == 2
 
 
 def test_every_document_is_a_page_of_the_site():

@@ -206,14 +206,16 @@ def product_config(rows: int, columns: int, products: int) -> ProductConfig:
 
 
 def product_parts(tiles: int, steps: int) -> int:
-    """Into how many parts to split a sum of `steps`."""
-    return splits(tiles, steps, _PRODUCT_GRID)
+    """Into how many parts to split a sum of `steps`; 8 steps take about as long as the launch that adds the parts."""
+    return splits(tiles, max(1, steps // 8), _PRODUCT_GRID)
 
 
 def one_pass_config(tokens: int, rank: int) -> OnePassConfig:
     block_m, block_r = _rank_block(tokens, 64), _rank_block(rank, 64)
-    # The tiles of three stages fit in 64 KiB.
-    return OnePassConfig(block_m, 32, 128 if block_m + block_r <= 48 else 64, block_r, 4, 3)
+    # Every program reads x and A from the L2 cache: with 32 rows of W more than twice W's bytes, if both are large.
+    # At 32 tokens and rank 64, 64 rows spill on sm_90.
+    block_n = 32 if block_m + block_r <= 64 or block_m == 32 else 64
+    return OnePassConfig(block_m, block_n, 128 if block_m + block_r <= 48 else 64, block_r, block_n // 8, 3)
 
 
 def one_pass_parts(programs: int, steps: int) -> int:

@@ -35,13 +35,15 @@ from tensor_parallel import (
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import dora_kernels
-from dora_kernels.engine import collectives, model_forward
+from dora_kernels.engine import collectives, model_forward, writes
 from dora_kernels.peft import experts as peft_experts
+from dora_kernels.peft import shards
 
 pytestmark = [
     pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
@@ -492,6 +494,24 @@ def with_fsdp2(rank, folder):
         close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # the loss is float32
         close(logits(split.eval()), logits(one.eval()))
         close({n: whole(p) for n, p in split.named_parameters()}, {n: p.detach() for n, p in one.named_parameters()})
+
+
+def test_a_part_belongs_to_its_parameters_optimizer():
+    """Where tensors are not compared, a kept norm needs the proof that only a watched optimizer writes them."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        split, other = (nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])) for _ in range(2))
+        writes.watch_optimizers()
+        optimizer = torch.optim.SGD([split])
+        split.sum().backward()
+        optimizer.step()
+        for context in (torch.enable_grad, torch.no_grad):
+            with context():
+                assert writes.owned(shards.part(split))
+                assert not writes.owned(shards.part(split), shards.part(other))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.slow

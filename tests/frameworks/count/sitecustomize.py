@@ -1,6 +1,7 @@
-"""Counts the calls that reach dora_kernels, in every Python process that has this folder on PYTHONPATH.
+"""In every Python process with this folder on PYTHONPATH: counts calls on dora_kernels, and seeds new adapters.
 
-At exit each process in which layers were called adds a line to the file that `COUNTS` names.
+At exit each process in which layers were called adds a line to the file that `COUNTS` names. Not every framework sets
+torch's seed before it makes the adapter, and without the seed no two runs would start alike.
 """
 
 import atexit
@@ -24,20 +25,41 @@ def counting(function, name):
     return call
 
 
+def count_calls(module):
+    module.whole_layer = counting(module.whole_layer, "fused")
+    forward = module.DoraLinearVariant.__dict__["forward"].__func__
+    module.DoraLinearVariant.forward = classmethod(counting(forward, "by modules"))
+
+
+def seed_adapters(module):
+    make = module.get_peft_model
+
+    @functools.wraps(make)
+    def get_peft_model(*args, **kwargs):
+        import torch
+
+        torch.manual_seed(0)
+        return make(*args, **kwargs)
+
+    module.get_peft_model = get_peft_model
+
+
+CHANGES = {"dora_kernels.peft.linear": count_calls, "peft.mapping_func": seed_adapters}
+
+
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "dora_kernels.peft.linear":
+        if name not in CHANGES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
+        if spec is not None:
+            load = spec.loader.exec_module
 
-        def load_and_count(module):
-            load(module)
-            module.whole_layer = counting(module.whole_layer, "fused")
-            forward = module.DoraLinearVariant.__dict__["forward"].__func__
-            module.DoraLinearVariant.forward = classmethod(counting(forward, "by modules"))
+            def load_and_change(module):
+                load(module)
+                CHANGES[name](module)
 
-        spec.loader.exec_module = load_and_count
+            spec.loader.exec_module = load_and_change
         return spec
 
 
