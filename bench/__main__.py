@@ -196,6 +196,7 @@ def static(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         python -m bench static                                      all three tables
         python -m bench static --layers                             whole layers alone
+        python -m bench static --choices                            what the defaults choose by shape, and why
         python -m bench static --no-compile --all                   the traffic alone, by operand
         python -m bench static --kernel compose --target sm_90 --all    one row per launch
         python -m bench static --target sm_90 --json                records, for programs

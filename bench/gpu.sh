@@ -1,30 +1,39 @@
 #!/usr/bin/env bash
-# Tests and tables on a GPU machine that can install nothing: it needs torch, triton, peft, pytest, hypothesis and rich.
+# Checks and measurements on a GPU machine that can install nothing: it needs torch, triton, peft, pytest, hypothesis and
+# rich. Three stages, each under four minutes and useful without the others:
 #
-#   bash bench/gpu.sh OUTDIR [options of `python -m bench run`]
+#   bash bench/gpu.sh check  OUTDIR       the GPU tests, kernel cases first, compiled by several processes
+#   bash bench/gpu.sh tables OUTDIR       ceilings, then what matters most first: a layer's training and decoding at
+#                                         ranks 16, 64 and 384, host time, norms, a decoder block
+#   bash bench/gpu.sh tune   OUTDIR       dora_kernels.tune for an 8B model's layers: a table for the cache folder
 #
-# Writes tests.log and, of each of three runs, NAME.json, NAME.txt and NAME.log to OUTDIR, where no earlier
-# results may be, in under nine minutes, and ends with the tables: run (everybody, rank 16), ranks (PEFT and ours, ranks
-# 64 and 384), fidelity.
-# Exit status 0 only if the tests passed and nothing in the tables failed; each part runs whatever became of the other.
-# PYTHON names the interpreter (python3), COMMIT the commit where there is no repository. A rehearsal without a GPU:
+# Everything is written to OUTDIR as it comes: a line per test, a record after each comparison, a table after each
+# layer. A stage whose results are there already is refused. Exit status 0 only if the stage's tests passed and nothing
+# in its tables failed. PYTHON names the interpreter (python3), COMMIT the commit where there is no repository, and
+# STAGE_SECONDS the time of a stage (215). Further words are options of `python -m bench run` for tables, and layers for
+# tune. A rehearsal without a GPU:
 #
-#   bash bench/gpu.sh rehearsal --device cpu --dtype fp32 --hidden 256 --tokens 32 --block 256x512x4x2
+#   bash bench/gpu.sh check rehearsal
+#   bash bench/gpu.sh tables rehearsal --device cpu --dtype fp32 --hidden 256 --tokens 32 --block 256x512x4x2
+#   bash bench/gpu.sh tune rehearsal 256x256x16
 set -uo pipefail
 
-TESTS_SECONDS=${TESTS_SECONDS:-145}
-RUN_SECONDS=${RUN_SECONDS:-180}
-RANKS_SECONDS=${RANKS_SECONDS:-100}
-FIDELITY_SECONDS=${FIDELITY_SECONDS:-40}
-
-if [ $# -lt 1 ]; then
-    echo "usage: bash bench/gpu.sh OUTDIR [options of python -m bench run]" >&2
+stage=${1:-}
+case "$stage" in check | tables | tune) ;; *) stage= ;; esac
+if [ -z "$stage" ] || [ $# -lt 2 ]; then
+    echo "usage: bash bench/gpu.sh check|tables|tune OUTDIR [options]" >&2
     exit 2
 fi
-mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
-shift
+mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
+shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+if compgen -G "$out/$stage*" >/dev/null; then
+    echo "$out/$stage*: there are results already; they are never overwritten" >&2
+    exit 2
+fi
 python=${PYTHON:-python3}
+seconds=${STAGE_SECONDS:-215}
+begun=$SECONDS
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 status=0
@@ -32,35 +41,51 @@ status=0
 has() {
     "$python" -c "import $1" 2>/dev/null
 }
-options=(-m gpu -v --tb=short -p no:cacheprovider)
-# Most of the tests' time is compilation, which several processes share out. pytest's own limit ends it in good order;
-# without pytest-timeout the log still has a line for every test that ended in time.
-has xdist && options+=(-n 4)
-has pytest_timeout && options+=(--session-timeout "$TESTS_SECONDS")
-echo "== GPU tests, at most $TESTS_SECONDS s: $out/tests.log"
-timeout --kill-after=5 $((TESTS_SECONDS + 15)) "$python" -m pytest tests "${options[@]}" >"$out/tests.log" 2>&1
-code=$?
-if [ "$code" -ne 0 ]; then
-    echo "   failed: exit status $code"
-    grep -E '^(FAILED|ERROR|E  )|session-timeout' "$out/tests.log" | cut -c1-180 | head -n 25
-    status=1
-fi
-for word in PASSED FAILED ERROR SKIPPED; do
-    printf '   %s %s' "$(grep -cE "^(\[gw[0-9]+\] .*$word |tests/[^ ]+ $word)" "$out/tests.log")" "$word"
-done
-echo
-if [ "$code" -eq 0 ] && ! grep -qE "^(\[gw[0-9]+\] .*PASSED |tests/[^ ]+ PASSED)" "$out/tests.log"; then
-    echo "   nothing ran: no GPU that torch can use"
-    case " $* " in *" --device cpu "*) ;; *) status=1 ;; esac
-fi
 
-# A run of `python -m bench run`: NAME, seconds, options.
+left() {
+    echo $((seconds - (SECONDS - begun)))
+}
+
+check() {
+    local log=$out/check.log code options=(-m gpu -v --tb=short -p no:cacheprovider)
+    # Most of the time is compilation, which several processes share out. pytest's own limit ends it in good order;
+    # without pytest-timeout the log still has a line for every test that ended in time.
+    has xdist && options+=(-n "$(nproc | awk '{print $1 < 8 ? $1 : 8}')")
+    has pytest_timeout && options+=(--session-timeout "$((seconds - 20))")
+    echo "== GPU tests, at most $seconds s: $log"
+    timeout --kill-after=5 "$seconds" "$python" -m pytest tests/kernels/test_kernel_cases.py tests "${options[@]}" \
+        >"$log" 2>&1
+    code=$?
+    if [ "$code" -ne 0 ]; then
+        echo "   failed: exit status $code"
+        grep -E '^(FAILED|ERROR|E  )|session-timeout' "$log" | cut -c1-180 | head -n 25
+        status=1
+    fi
+    for word in PASSED FAILED ERROR SKIPPED; do
+        printf '   %s %s' "$(grep -cE "^(\[gw[0-9]+\] .*$word |tests/[^ ]+ $word)" "$log")" "$word"
+    done
+    echo
+    if [ "$code" -eq 0 ] && ! grep -qE "^(\[gw[0-9]+\] .*PASSED |tests/[^ ]+ PASSED)" "$log"; then
+        echo "   nothing ran: no GPU that torch can use"
+        status=1
+    fi
+}
+
+# A run of `python -m bench run`: NAME, share of the stage's time in percent, options.
 measure() {
-    local name=$1 seconds=$2
+    local name=tables-$1 limit=$((seconds * $2 / 100)) hard code
     shift 2
-    echo "== $name, at most $seconds s: $out/$name.json"
-    timeout --kill-after=10 $((seconds + 30)) "$python" -m bench run --limit-s "$seconds" --out "$out/$name.json" "$@" \
-        >"$out/$name.txt" 2>"$out/$name.log"
+    hard=$((limit + 15))
+    if [ "$(left)" -lt "$hard" ]; then hard=$(left); fi
+    if [ "$((hard - 5))" -lt "$limit" ]; then limit=$((hard - 5)); fi
+    if [ "$limit" -lt 10 ]; then
+        echo "== $name: left out, $seconds s were over"
+        status=1
+        return
+    fi
+    echo "== $name, at most $limit s: $out/$name.json"
+    timeout --kill-after=10 "$hard" "$python" -m bench run --limit-s "$limit" --rounds 11 \
+        --out "$out/$name.json" "$@" >"$out/$name.txt" 2>"$out/$name.log"
     code=$?
     if [ "$code" -ne 0 ]; then
         echo "   failed: exit status $code"
@@ -69,7 +94,42 @@ measure() {
     # The record is written stage by stage: of a run that was killed, too, `python -m bench plot` draws what there is.
     if [ -s "$out/$name.txt" ]; then cat "$out/$name.txt"; else tail -n 15 "$out/$name.log"; fi
 }
-measure run "$RUN_SECONDS" --suite norm compose layer decode memory host block --rank 16 "$@"
-measure ranks "$RANKS_SECONDS" --suite norm layer decode --rank 64 384 --providers frozen peft_lora peft_dora ours "$@"
-measure fidelity "$FIDELITY_SECONDS" --suite fidelity --rank 1 16 256 "$@"
+
+tables() {
+    local few=(--providers frozen peft_lora ours ours_triton ours_torch ours_merged)
+    measure layer 30 --suite layer --rank 16 --tokens 8192 1024 64 "${few[@]}" "$@"
+    measure decode 15 --suite decode host --rank 16 --tokens 1 64 --providers frozen peft_lora peft_lora_compiled ours \
+        ours_frozen ours_merged ours_compiled "$@"
+    measure ranks 20 --suite layer decode --rank 64 384 --tokens 8192 1 "${few[@]}" "$@"
+    measure norm 10 --suite norm --rank 16 384 --providers peft_dora ours ours_direct ours_factored "$@"
+    measure block 10 --suite block --rank 16 "$@"
+    measure everybody 10 --suite layer --rank 16 --tokens 1024 "$@"
+}
+
+tune() {
+    local layers=("$@") code
+    if [ $# -eq 0 ]; then layers=(4096x4096x16 14336x4096x16 4096x14336x16 1024x4096x16 4096x4096x384); fi
+    echo "== tune, at most $seconds s: $out/tune"
+    DORA_KERNELS_CACHE=$out/tune timeout --kill-after=10 "$seconds" "$python" - "$((seconds - 45))" "${layers[@]}" \
+        >"$out/tune.txt" 2>"$out/tune.log" <<'PYTHON'
+import sys
+
+import dora_kernels
+
+layers = [tuple(map(int, layer.split("x"))) for layer in sys.argv[2:]]
+found = dora_kernels.tune(layers, seconds=float(sys.argv[1]))
+print(found)
+sys.exit(1 if found.wrong else 0)
+PYTHON
+    code=$?
+    if [ "$code" -ne 0 ]; then
+        echo "   failed: exit status $code"
+        tail -n 5 "$out/tune.log"
+        status=1
+    fi
+    cat "$out/tune.txt"
+}
+
+"$stage" "$@"
+echo "== $stage: $((SECONDS - begun)) s, exit status $status"
 exit "$status"

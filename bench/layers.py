@@ -21,7 +21,7 @@ from dora_kernels.testing import Problem
 
 PROVIDERS = (
     "frozen", "peft_lora", "peft_lora_compiled", "peft_dora", "peft_dora_compiled", "torchtune", "lycoris",
-    "axolotl", "dense", "ours", "ours_compiled", "ours_triton", "ours_torch",
+    "axolotl", "dense", "ours", "ours_merged", "ours_compiled", "ours_triton", "ours_torch",
 )  # fmt: skip
 IN_EVALUATION = (*PROVIDERS[:4], "peft_dora_cached", *PROVIDERS[4:10], "ours_frozen", *PROVIDERS[10:])
 """Those with what is kept in evaluation alone: PEFT's cache of B·A and the norm, and our frozen norms."""
@@ -146,7 +146,9 @@ def _frozen(problem: Problem, shape: LayerShape) -> Made:
     return layer, []
 
 
-def _peft(problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = False) -> Made:
+def _peft(
+    problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = False, forward: str = "composed"
+) -> Made:
     """A PEFT model of one linear layer with the problem's numbers; that layer."""
     with library():
         from peft import LoraConfig, get_peft_model
@@ -166,7 +168,12 @@ def _peft(problem: Problem, shape: LayerShape, dora: bool = True, patch: bool = 
         raise RuntimeError(f"PEFT's scaling is {layer.scaling['default']}, not {problem.scaling}")
     peft_model.train()
     if patch:
-        handle = dora_kernels.patch_peft(peft_model)
+        try:
+            handle = dora_kernels.patch_peft(peft_model, **({} if forward == "composed" else {"forward": forward}))
+        except (TypeError, ValueError) as reason:
+            if forward == "composed":
+                raise
+            raise Missing(str(reason)) from None
         if not handle.patched:
             raise RuntimeError(f"patch_peft skipped the layer: {handle.skipped}")
     return layer, parameters
@@ -305,6 +312,7 @@ _MAKERS: dict[str, Callable[[Problem, LayerShape], Made]] = {
     "axolotl": _axolotl,
     "dense": _dense,
     "ours": functools.partial(_peft, patch=True),
+    "ours_merged": functools.partial(_peft, patch=True, forward="merged"),
     "ours_frozen": _frozen_norms,
     "ours_triton": functools.partial(_module, backend="triton"),
     "ours_torch": functools.partial(_module, backend="torch"),

@@ -28,6 +28,7 @@ COLORS = {
     "ours_frozen": "#0f3057",
     "ours_triton": "#0b7a75", "ours_torch": "#3f9e4d", "ours_reference": "#a8c686", "ours_direct": "#3f9e4d",
     "ours_factored": "#0b7a75", "ours_unchanged": "#a8c686", "ours_fused": "#e36bae",
+    "ours_bank": "#1f5fa8", "ours_bank_lora": "#7fb2e5",
 }  # fmt: skip
 MARKERS = {"ours": "o", "peft_dora": "s", "peft_lora": "^"}
 Curve = dict[int, float]

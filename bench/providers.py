@@ -23,8 +23,11 @@ LABELS = {
     "axolotl": "axolotl DoRA kernels",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
+    "ours_merged": "ours, merged",
     "ours_frozen": "ours, frozen norms",
     "ours_compiled": "ours, compiled",
+    "ours_lora": "ours: LoRA",
+    "parametrized_dora": "DoRA, parametrized",
     "ours_triton": "ours, triton",
     "ours_torch": "ours, torch",
     "ours_reference": "ours, reference",  # in earlier records
@@ -32,8 +35,10 @@ LABELS = {
     "ours_factored": "ours, factored form",
     "ours_unchanged": "ours, unchanged",  # in earlier records
     "ours_fused": "ours, one kernel",  # in earlier records
+    "ours_bank": "ours: AdapterBank",
+    "ours_bank_lora": "ours: AdapterBank, plain LoRA",
 }
-REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen")
+REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen", "ours_bank_lora")
 """Those that every row has its ratio to, where they take part."""
 DTYPES = ("fp32", "bf16", "fp16", "bf16+fp32", "bf16/fp32")
 """Names in `dora_kernels.testing.DTYPES`; float32 adapters run under autocast after a "+", without it after a "/"."""

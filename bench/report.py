@@ -209,6 +209,23 @@ def fidelity_table(results: Sequence[Record]) -> str:
     return f"{_sheets(ours)}\n\n{place(results)}."
 
 
+def serve_table(results: Sequence[Record]) -> str:
+    """Times over the base model's, and the bank's DoRA over its plain LoRA and PEFT's."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in (row for result in results for row in result["rows"]):
+        found.setdefault((row["case"], row["part"]), {})[row["provider"]] = row["ratios"]
+    names = ("peft_lora", "ours", "ours_bank_lora", "ours_bank")
+    rows = []
+    for (case, part), ratios in found.items():
+        cells = [f"{ratios[name]['frozen']:.2f}" if name in ratios else "" for name in names]
+        ours = ratios.get("ours_bank", {})
+        cells += [f"{ours[name]:.2f}" if name in ours else "" for name in ("ours_bank_lora", "peft_lora")]
+        rows.append([case, part, *cells])
+    head = ["case", "part", *(LABELS[name] for name in names), "bank, DoRA ÷ LoRA", "bank, DoRA ÷ PEFT LoRA"]
+    table = _markdown(head, rows, "ll" + "r" * (len(head) - 2))
+    return f"Times over those of the base model alone, and two quotients of them.\n\n{table}\n\n{place(results)}."
+
+
 TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "demo": ("README.md", "demo", demo_table),
     "providers": ("README.md", "run", providers_table),
@@ -219,6 +236,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "finetune": ("docs/benchmarks.md", "finetune", finetune_table),
     "classify": ("docs/benchmarks.md", "classify", classify_table),
     "fidelity": ("docs/benchmarks.md", "fidelity", fidelity_table),
+    "serve": ("docs/serving.md", "serve", serve_table),
 }
 """Of each marker, the document, the kind of record, and what is written there of one machine's records."""
 

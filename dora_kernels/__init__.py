@@ -24,7 +24,9 @@ from dora_kernels.modules import (
     DoRAConv2d,
     DoRAConv3d,
     DoRAEmbedding,
+    DoRAExperts,
     DoRALinear,
+    LoRAExperts,
     LoRALinear,
 )
 
@@ -41,22 +43,28 @@ if TYPE_CHECKING:
         with_strength,
     )
     from dora_kernels.peft import PatchHandle, check_adapter, patch_peft, patch_peft_globally
+    from dora_kernels.serving import AdapterBank
+    from dora_kernels.tuning import Tuned, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedLayer",
     "Adapter",
+    "AdapterBank",
     "AdapterLayer",
     "DoRAConv1d",
     "DoRAConv2d",
     "DoRAConv3d",
     "DoRAEmbedding",
+    "DoRAExperts",
     "DoRALinear",
     "FrozenNorms",
+    "LoRAExperts",
     "LoRALinear",
     "PatchHandle",
     "TrainableSummary",
+    "Tuned",
     "UnsupportedError",
     "adapted_layers",
     "apply_dora",
@@ -81,6 +89,7 @@ __all__ = [
     "set_dora_strength",
     "set_norm_reuse",
     "trainable_summary",
+    "tune",
     "with_strength",
 ]
 
@@ -91,6 +100,8 @@ _LAZY = {
         "save_adapter", "with_strength",
     ),
     "peft": ("PatchHandle", "check_adapter", "patch_peft", "patch_peft_globally"),
+    "serving": ("AdapterBank",),
+    "tuning": ("Tuned", "tune"),
 }
 
 if importlib.util.find_spec("peft") is None:  # keeps `from dora_kernels import *` working

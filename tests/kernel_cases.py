@@ -39,7 +39,10 @@ class _Make:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int, dtype: torch.dtype = F32, layout: str = "") -> Tensor:
-        """`layout`: "rows" leaves gaps between rows, "offset" starts at an odd element, "t" is stored transposed."""
+        """`layout`: "rows" leaves gaps between rows, "offset" starts at an odd element, "t" is stored transposed.
+
+        "peft" has the first of three dimensions last, as PEFT stores B of experts.
+        """
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
         if layout == "rows":
             memory = torch.zeros(*shape[:-1], shape[-1] + 3, dtype=dtype, device=self.device)
@@ -48,8 +51,13 @@ class _Make:
             memory = torch.zeros(values.numel() + 1, dtype=dtype, device=self.device)
             return memory[1:].view(shape).copy_(values)
         if layout == "t":
-            return torch.zeros(shape[::-1], dtype=dtype, device=self.device).t().copy_(values)
+            return torch.zeros(*shape[:-2], *shape[:-3:-1], dtype=dtype, device=self.device).mT.copy_(values)
+        if layout == "peft" and len(shape) == 3:
+            return values.permute(1, 2, 0).contiguous().to(self.device).permute(2, 0, 1)
         return values.to(self.device)
+
+    def ends(self, counts: tuple[int, ...]) -> Tensor:
+        return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=self.device)
 
     def positive(self, *shape: int) -> Tensor:
         return self(*shape).abs_() + 0.5
@@ -78,6 +86,7 @@ def _scale_reduces(make: _Make) -> Iterator[Case]:
     for wanted in itertools.product((True, False), repeat=3):
         if any(wanted) and not all(wanted):
             yield _scale_reduce(make, BF, BF, 20, 128, *wanted)
+    yield from _grouped_scale_reduces(make)
 
 
 def _scale_reduce(
@@ -106,6 +115,48 @@ def _scale_reduce(
     return name, _labels(dtype, other_dtype), call, (*reference, wide.sum(0) if total else None)
 
 
+def _grouped_scale_reduces(make: _Make) -> Iterator[Case]:
+    for dtype in (BF, HF, F32):
+        yield _grouped_scale_reduce(make, dtype, (40, 0, 24), 128)
+    yield _grouped_scale_reduce(make, BF, (5, 0, 137, 1), 131, sentinels=9)
+    yield _grouped_scale_reduce(make, BF, (0, 0), 64, sentinels=3, scaled=False)
+    yield _grouped_scale_reduce(make, BF, (17, 20), 64, "rows", scaled=False)
+    yield _grouped_scale_reduce(make, BF, (17, 20), 64, "offset", dot=False)
+
+
+def _grouped_scale_reduce(
+    make: _Make,
+    dtype: torch.dtype,
+    counts: tuple[int, ...],
+    F: int,
+    layout: str = "",
+    sentinels: int = 0,
+    scaled: bool = True,
+    dot: bool = True,
+) -> Case:
+    from dora_kernels import kernels
+
+    M, given = sum(counts) + sentinels, sum(counts)
+    grad, other = make(M, F, dtype=dtype, layout=layout), make(M, F, dtype=dtype, layout=layout)
+    g, ends = make(len(counts), F), make.ends(counts)
+
+    def call() -> Results:
+        made, *sums = kernels.scale_reduce(grad, other if dot else None, g if scaled else None, scaled, True, ends)
+        return (made if made is None else made[:given], *sums)
+
+    wide = grad.double()
+    parts = [(wide[start:stop], other[start:stop].double()) for start, stop in _spans(counts)]
+    reference = (
+        torch.cat([one * g[group].double() for group, (one, _) in enumerate(parts)]) if scaled else None,
+        torch.stack([(one * two).sum(0) for one, two in parts]) if dot else None,
+        torch.stack([one.sum(0) for one, _ in parts]),
+    )
+    absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot)) if not there]
+    more = f"sentinels {sentinels}" if sentinels else ""
+    name = _words("scale_reduce in groups", "+".join(map(str, counts)), f"x{F}", layout, more, *absent)
+    return name, _labels(dtype), call, reference
+
+
 # --- compose ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +172,7 @@ def _composes(make: _Make) -> Iterator[Case]:
     for layout in ("rows", "offset", "t"):
         yield _compose(make, BF, BF, BF, 20, 64, 16, layout=layout)
     yield _compose(make, F32, F32, F32, 20, 64, 64, layout="offset")
+    yield from _grouped_composes(make)
 
 
 def _compose(
@@ -162,6 +214,187 @@ def _compose(
     return name, _labels(base_dtype, h_dtype, b_dtype), call, (reference,)
 
 
+def _grouped_composes(make: _Make) -> Iterator[Case]:
+    for base, adapter in PAIRS:
+        for h in dict.fromkeys((base, F32 if base == F32 else adapter)):
+            yield _grouped_compose(make, base, h, adapter, (40, 0, 24), 64, 16)
+    for counts in ((5, 0, 37, 1, 90), (0, 0, 0), (0, 70), (1,) * 9, (33, 0, 0)):
+        yield _grouped_compose(make, BF, BF, BF, counts, 67, 19, rows=True, sentinels=5, biases=True)
+    yield _grouped_compose(make, BF, BF, BF, (3, 0, 2, 64), 128, 64, layout="peft", rows=True)
+    yield _grouped_compose(make, BF, F32, F32, (3, 0, 20), 64, 16, layout="peft", sentinels=2, divisor=True)
+    yield _grouped_compose(make, BF, BF, BF, (60, 70), 128, 70, layout="offset", gain=False, keep=True)
+    yield _grouped_compose(make, BF, BF, BF, (60, 70), 64, 8, layout="rows", rows=True, biases=True, keep=True)
+    yield _grouped_compose(make, F32, F32, F32, (4, 5, 0), 70, 5, divisor=True, number=True, biases=True)
+
+
+def _grouped_compose(
+    make: _Make,
+    base_dtype: torch.dtype,
+    h_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    counts: tuple[int, ...],
+    N: int,
+    R: int,
+    rows: bool = False,
+    sentinels: int = 0,
+    gain: bool = True,
+    divisor: bool = False,
+    biases: bool = False,
+    number: bool = False,
+    keep: bool = False,
+    layout: str = "",
+) -> Case:
+    """Groups of those sizes, and `sentinels` rows after them that belong to none.
+
+    `rows`: they lie in another order. `biases`: one for each group. `number`: one scaling for all.
+    """
+    from dora_kernels import kernels
+
+    G, M = len(counts), sum(counts) + sentinels
+    base, h = make(M, N, dtype=base_dtype, layout=layout), make(M, R, dtype=h_dtype, layout=layout)
+    B = make(G, N, R, dtype=b_dtype, layout=layout)
+    g = make.positive(G, N) if gain else None
+    n = make.positive(G, N) if divisor else None
+    c = make(G, N, dtype=base_dtype) if biases else make(N, dtype=base_dtype)
+    scalings = make(G)
+    order = torch.randperm(M, generator=make.generator) if rows else torch.arange(M)
+    ends = make.ends(counts)
+    given_rows = order.to(make.device) if rows else None
+
+    def call() -> Results:
+        given = base if keep else base.clone()
+        scaling = SCALING if number else scalings
+        return (kernels.compose(given, h, B, g, c, scaling, keep, n, ends, given_rows),)
+
+    reference = base.double()
+    for group, (start, stop) in enumerate(_spans(counts)):
+        mine = order[start:stop].to(make.device)
+        y = base[mine].double() + (SCALING if number else scalings[group].double()) * (
+            h[mine].double() @ B[group].to(h_dtype).double().t()
+        )
+        if g is not None:
+            y = y * (g[group].double() if n is None else g[group].double() / n[group].double())
+        reference[mine] = y + (c[group] if biases else c).double()
+    said = "" if gain else "no g", "div" if divisor else "", "wide h" if h_dtype != base_dtype else "", layout
+    also = "rows" if rows else "", f"sentinels {sentinels}" if sentinels else ""
+    name = _words("compose in groups", "+".join(map(str, counts)), f"x{N}", f"r{R}", *also, *said)
+    return name, _labels(base_dtype, h_dtype, b_dtype), call, (reference,)
+
+
+def _spans(counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where each group's rows start and stop."""
+    ends = list(itertools.accumulate(counts))
+    return list(zip([0, *ends], ends))
+
+
+# --- product ---------------------------------------------------------------------------------------------------------
+
+
+def _products(make: _Make) -> Iterator[Case]:
+    for left, right in ((BF, BF), (HF, HF), (BF, F32), (HF, F32), (F32, F32)):
+        yield _product(make, left, right, right, 64, 128, 16)
+        yield _product(make, left, right, right, 17, 131, 70, layout="t")
+    yield _product(make, BF, BF, F32, 128, 64, 16, layout="t")  # as dYᵀ H
+    yield _product(make, BF, BF, BF, 16, 2100, 20)  # K in parts
+    yield _product(make, BF, F32, BF, 1, 200, 5, layout="rows")
+    yield _product(make, BF, BF, F32, 20, 64, 16, layout="offset")
+    yield _product(make, BF, BF, F32, 5, 0, 7)
+    yield _product(make, BF, BF, BF, 0, 128, 16, counts=(20, 0, 12), sentinels=3)
+    yield _product(make, BF, BF, F32, 0, 70, 19, counts=(1, 70, 0, 4), rows=True)
+    yield _product(make, BF, F32, F32, 0, 600, 5, counts=(3, 4), layout="t", rows=True, sentinels=2)
+
+
+def _product(
+    make: _Make,
+    left_dtype: torch.dtype,
+    right_dtype: torch.dtype,
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    layout: str = "",
+    counts: tuple[int, ...] | None = None,
+    rows: bool = False,
+    sentinels: int = 0,
+) -> Case:
+    """In groups of those sizes, if any, with `sentinels` rows after them, and with `rows` in another order."""
+    from dora_kernels import kernels
+
+    M, stack = (M, ()) if counts is None else (sum(counts) + sentinels, (len(counts),))
+    left = make(M, K, dtype=left_dtype, layout=layout)
+    right = make(*stack, K, N, dtype=right_dtype, layout=layout)
+    order = torch.randperm(M, generator=make.generator) if rows else torch.arange(M)
+    used = order[: M - sentinels].to(make.device)
+    given = (None, None) if counts is None else (make.ends(counts), order.to(make.device) if rows else None)
+
+    def call() -> Results:
+        return (kernels.product(left, right, dtype, SCALING, *given)[used],)
+
+    wide, spans = right.to(left_dtype if right_dtype != F32 else F32).double(), _spans(counts or (M,))
+    parts = [left[order[a:b].to(make.device)].double() @ (wide[i] if stack else wide) for i, (a, b) in enumerate(spans)]
+    said = "" if counts is None else "in groups " + "+".join(map(str, counts)), "rows" if rows else "", layout
+    name = _words("product", f"{M}x{K}x{N}", *said)
+    return name, _labels(left_dtype, right_dtype, dtype), call, (SCALING * torch.cat(parts),)
+
+
+# --- one_pass --------------------------------------------------------------------------------------------------------
+
+
+def _one_passes(make: _Make) -> Iterator[Case]:
+    for dtype, adapter in ((BF, BF), (HF, HF), (BF, F32), (HF, F32)):
+        yield _one_pass(make, dtype, adapter, 16, 64, 128, 16)
+        yield _one_pass(make, dtype, adapter, 3, 67, 131, 5, keep=True)
+    yield _one_pass(make, BF, BF, 1, 32, 640, 16, keep=True, given="divisor")
+    yield _one_pass(make, BF, BF, 64, 64, 128, 64, given="divisor")
+    yield _one_pass(make, BF, BF, 33, 40, 70, 20, given="nothing", bias=False)
+    yield _one_pass(make, BF, BF, 4, 4128, 64, 16, given="norm")  # not split
+    yield _one_pass(make, BF, BF, 17, 67, 300, 19, given="norm", keep=True)
+    yield _one_pass(make, HF, HF, 2, 64, 128, 16, given="norm", way="offset")
+    for way in ("conv1d", "rows"):
+        yield _one_pass(make, BF, BF, 5, 64, 200, 16, way=way, given="divisor")
+
+
+def _one_pass(
+    make: _Make,
+    dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    given: str = "g",
+    bias: bool = True,
+    keep: bool = False,
+    way: str = "",
+) -> Case:
+    """`given`: g, a magnitude and its divisor, a magnitude alone, whose norm is computed, or nothing."""
+    from dora_kernels import kernels
+
+    W, A, B = _problem(make, dtype, a_dtype, N, K, R, way)
+    x = make(M, K, dtype=dtype, layout=way.replace("conv1d", ""))
+    W[1], B[1] = 0, 0
+    g, n = make.positive(N), make.positive(N)
+    c = make(N, dtype=dtype) if bias else None
+    norm = _sum(W, A, B).norm(dim=1)
+    norm[1] = torch.inf
+    divisor = {"norm": norm, "divisor": n.double()}.get(given, torch.ones_like(norm))
+
+    def call() -> Results:
+        magnitude, of = None if given == "nothing" else g, n if given == "divisor" else None
+        y, h, base, found = kernels.one_pass(x, W, A, B, magnitude, c, SCALING, keep, of, given == "norm")
+        return y, h, base, None if found is None else torch.where(found.isinf(), 0, found)
+
+    h = (x.double() @ A.to(dtype).double().t()).to(dtype).double()
+    base = x.double() @ W.double().t()
+    y = base + SCALING * h @ B.to(dtype).double().t()
+    y = y if given == "nothing" else y * (g.double() / divisor)
+    y = y if c is None else y + c.double()
+    finite = torch.where(norm.isinf(), 0, norm)
+    reference = y, h, base if keep else None, finite if given == "norm" else None
+    name = _words("one_pass", f"{M}x{N}x{K}", f"r{R}", given, "keep" if keep else "", "" if bias else "no bias", way)
+    return name, _labels(dtype, a_dtype), call, reference
+
+
 # --- weight_norm, merge, KeptNorm ------------------------------------------------------------------------------------
 
 # A weight, and where it and its factors lie: "conv1d" is a weight stored transposed, "in" the transposed problem.
@@ -177,14 +410,16 @@ def _problem(
     R: int,
     way: str = "",
     cancels: bool = False,
+    groups: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W, A and B; `cancels`: half of the rows are nearly ``-s B A``."""
-    layout = way if way in ("rows", "offset") else ""
-    W = make(N, K, dtype=w_dtype, layout="t" if "conv1d" in way else layout)
-    A, B = make(R, K, dtype=a_dtype, layout=layout), make(N, R, dtype=a_dtype, layout=layout)
+    """W, A and B; `cancels`: half of the rows are nearly ``-s B A``; stacks of `groups`, if there are any."""
+    layout = way if way in ("rows", "offset", "peft") else ""
+    stack = (groups,) if groups else ()
+    W = make(*stack, N, K, dtype=w_dtype, layout="t" if "conv1d" in way else layout.replace("peft", ""))
+    A, B = make(*stack, R, K, dtype=a_dtype, layout=layout), make(*stack, N, R, dtype=a_dtype, layout=layout)
     if cancels:
-        W[: N // 2] = (-SCALING * (B.double() @ A.double()))[: N // 2].to(w_dtype)
-    return (W.t(), B.t(), A.t()) if "in" in way else (W, A, B)
+        W[..., : N // 2, :] = (-SCALING * (B.double() @ A.double()))[..., : N // 2, :].to(w_dtype)
+    return (W.mT, B.mT, A.mT) if "in" in way else (W, A, B)
 
 
 def _sum(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -206,6 +441,13 @@ def _norms(make: _Make) -> Iterator[Case]:
     for a_dtype in (BF, F32):
         yield _norm(make, BF, a_dtype, 70, 130, 144, direct=False)
         yield _norm(make, BF, a_dtype, 40, 130, 144, direct=False, cancels=True)  # rows computed directly
+    for w_dtype, a_dtype in PAIRS:
+        yield _norm(make, w_dtype, a_dtype, 64, 128, 16, groups=2, way="peft")
+    yield _norm(make, BF, BF, 70, 131, 5, groups=3, way="conv1d")
+    yield _norm(make, BF, F32, 70, 131, 5, groups=3, way="peft", cancels=True)
+    yield _norm(make, BF, BF, 20, 384, 16, groups=2, way="in")
+    yield _norm(make, BF, BF, 20, 70, 200, groups=2, way="offset")
+    yield _norm(make, BF, BF, 70, 70, 9, groups=1, way="rows")
 
 
 def _norm(
@@ -218,14 +460,16 @@ def _norm(
     way: str = "",
     cancels: bool = False,
     direct: bool | None = None,
+    groups: int = 0,
 ) -> Case:
     from dora_kernels.kernels import norm
 
-    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way, cancels)
+    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way, cancels, groups)
     form = {None: norm.weight_norm, True: norm.direct_norm, False: norm.factored_norm}[direct]
     said = {None: "", True: "direct", False: "factored"}[direct]
-    name = _words("weight_norm", f"{N}x{K}", f"r{R}", way, "cancels" if cancels else "", said)
-    return name, _labels(w_dtype, a_dtype), lambda: (form(W, A, B, SCALING),), (_sum(W, A, B).norm(dim=1),)
+    stack = f"{groups}x" if groups else ""
+    name = _words("weight_norm", f"{stack}{N}x{K}", f"r{R}", way, "cancels" if cancels else "", said)
+    return name, _labels(w_dtype, a_dtype), lambda: (form(W, A, B, SCALING),), (_sum(W, A, B).norm(dim=-1),)
 
 
 def _merges(make: _Make) -> Iterator[Case]:
@@ -237,6 +481,11 @@ def _merges(make: _Make) -> Iterator[Case]:
     yield _merge(make, BF, BF, 66, 70, 7, magnitude=False)
     yield _merge(make, BF, BF, 64, 128, 16, seed=1 << 40)
     yield _merge(make, HF, HF, 66, 70, 7, seed=12345, way="in")
+    yield _merge(make, BF, BF, 70, 66, 7, groups=3, way="peft")
+    yield _merge(make, BF, F32, 70, 66, 7, groups=2, way="conv1d", magnitude=False)
+    yield _merge(make, F32, F32, 30, 66, 70, groups=2, way="offset")
+    yield _merge(make, BF, BF, 40, 61, 7, groups=2, seed=1 << 40)
+    yield _merge(make, BF, BF, 40, 61, 7, groups=2, seed=3, way="in")
 
 
 def _merge(
@@ -249,17 +498,18 @@ def _merge(
     way: str = "",
     magnitude: bool = True,
     seed: int | None = None,
+    groups: int = 0,
 ) -> Case:
     from dora_kernels import kernels
 
-    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way)
-    W[1], B[1] = 0, 0  # stays a row of zeros
-    m = make(W.shape[0]) if magnitude else None
+    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way, groups=groups)
+    W[..., 1, :], B[..., 1, :] = 0, 0  # stays a row of zeros
+    m = make(*W.shape[:-1]) if magnitude else None
     V = _sum(W, A, B)
-    norm = V.norm(dim=1)
-    reference = V if m is None else torch.where(norm == 0, 0, m.double() / norm.clamp_min(1e-300))[:, None] * V
+    norm = V.norm(dim=-1)
+    reference = V if m is None else torch.where(norm == 0, 0, m.double() / norm.clamp_min(1e-300))[..., None] * V
     said = way, "" if magnitude else "no m", "" if seed is None else "stochastic"
-    name = _words("merge", f"{N}x{K}", f"r{R}", *said)
+    name = _words("merge", f"{groups}x{N}x{K}" if groups else f"{N}x{K}", f"r{R}", *said)
     return (
         name,
         _labels(w_dtype, a_dtype),
@@ -269,25 +519,30 @@ def _merge(
 
 
 def _kept_norms(make: _Make) -> Iterator[Case]:
-    yield _kept_norm(make, BF, BF, 64, 128, 16)
-    yield _kept_norm(make, BF, F32, 70, 100, 5, way="conv1d in")
+    yield _kept_norm(make, BF, BF, 64, 384, 16)
+    yield _kept_norm(make, BF, F32, 70, 300, 5, way="conv1d in")
     yield _kept_norm(make, F32, F32, 70, 100, 5)
     yield _kept_norm(make, HF, HF, 40, 100, 7, way="offset")
     yield _kept_norm(make, BF, BF, 40, 300, 140)
+    yield _kept_norm(make, BF, F32, 40, 100, 5, "peft", groups=3)
+    yield _kept_norm(make, BF, BF, 40, 100, 5, "rows", groups=2)
 
 
-def _kept_norm(make: _Make, w_dtype: torch.dtype, a_dtype: torch.dtype, N: int, K: int, R: int, way: str = "") -> Case:
+def _kept_norm(
+    make: _Make, w_dtype: torch.dtype, a_dtype: torch.dtype, N: int, K: int, R: int, way: str = "", groups: int = 0
+) -> Case:
     from dora_kernels import kernels
     from dora_kernels.engine.fingerprints import sample
+    from dora_kernels.kernels import norm
 
-    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way)
-    first = A.clone(), _sum(W, A, B).norm(dim=1)
-    A[-1, -1] += 1
-    second = A.clone(), _sum(W, A, B).norm(dim=1)
+    W, A, B = _problem(make, w_dtype, a_dtype, N, K, R, way, groups=groups)
+    first = A.clone(), _sum(W, A, B).norm(dim=-1)
+    A[..., -1, -1] += 1
+    second = A.clone(), _sum(W, A, B).norm(dim=-1)
     untouched = torch.full_like(second[1], 7.0)
 
     def call() -> Results:
-        kept = kernels.KeptNorm(W.shape[0], SCALING, W.device)
+        kept = kernels.KeptNorm(W.shape[:-1], SCALING, W.device)
 
         def ask() -> Tensor:
             return kept.divisor(W, sample(W), A, B).clone()
@@ -297,10 +552,12 @@ def _kept_norm(make: _Make, w_dtype: torch.dtype, a_dtype: torch.dtype, N: int, 
         kept._divisor.fill_(7.0)
         unchanged = ask()
         A.copy_(second[0])
-        return computed, unchanged, ask()
+        again = ask()
+        # The bits are those of a norm that is not kept, where K is split among programs.
+        return computed, unchanged, again, again - norm.direct_norm(W, A, B, SCALING)
 
-    name = _words("kept_norm", f"{N}x{K}", f"r{R}", way)
-    return name, _labels(w_dtype, a_dtype), call, (first[1], untouched, second[1])
+    name = _words("kept_norm", f"{groups}x{N}x{K}" if groups else f"{N}x{K}", f"r{R}", way)
+    return name, _labels(w_dtype, a_dtype), call, (first[1], untouched, second[1], torch.zeros_like(second[1]))
 
 
 # --- factor_grads ----------------------------------------------------------------------------------------------------
@@ -314,19 +571,31 @@ def _factor_grads(make: _Make) -> Iterator[Case]:
     yield _factor_grad(make, BF, BF, 35, 5, 33)
     for layout in ("rows", "offset", "t"):
         yield _factor_grad(make, BF, BF, 40, 16, 2, layout=layout)
+    yield _factor_grad(make, BF, BF, 40, 16, 2, layout="peft", groups=3)
+    yield _factor_grad(make, F32, F32, 35, 70, 1, layout="rows", groups=2)
+    yield _factor_grad(make, BF, None, 35, 5, 3, layout="peft", groups=2)
 
 
 def _factor_grad(
-    make: _Make, b_dtype: torch.dtype, dtype: torch.dtype | None, N: int, R: int, strips: int, layout: str = ""
+    make: _Make,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype | None,
+    N: int,
+    R: int,
+    strips: int,
+    layout: str = "",
+    groups: int = 0,
 ) -> Case:
     from dora_kernels import kernels
 
-    P, B, dot = make(N, R), make(N, R, dtype=b_dtype, layout=layout), make(strips, N)
-    g, n = make(N), make.positive(N)
-    n[3] = torch.inf  # a row of zeros
-    db = None if dtype is None else SCALING * g.double()[:, None] * P.double()
-    dm = (dot.double().sum(0) + SCALING * (B.double() * P.double()).sum(1)) / n.double()
-    name = _words("factor_grads", f"{N}", f"r{R}", f"strips {strips}", layout, "" if dtype else "no dB")
+    stack = (groups,) if groups else ()
+    P, B, dot = make(*stack, N, R), make(*stack, N, R, dtype=b_dtype, layout=layout), make(*stack, strips, N)
+    g, n = make(*stack, N), make.positive(*stack, N)
+    n[..., 3] = torch.inf  # a row of zeros
+    db = None if dtype is None else SCALING * g.double()[..., None] * P.double()
+    dm = (dot.double().sum(-2) + SCALING * (B.double() * P.double()).sum(-1)) / n.double()
+    rows = f"{groups}x{N}" if groups else f"{N}"
+    name = _words("factor_grads", rows, f"r{R}", f"strips {strips}", layout, "" if dtype else "no dB")
     labels = _labels(b_dtype, *([] if dtype is None else [dtype]))
     return name, labels, lambda: kernels.factor_grads(P, B, dot, g, n, SCALING, dtype), (db, dm)
 
@@ -371,6 +640,8 @@ def _watch(make: _Make, dtype: torch.dtype) -> Case:
 KERNELS = {
     "scale_reduce": _scale_reduces,
     "compose": _composes,
+    "product": _products,
+    "one_pass": _one_passes,
     "weight_norm": _norms,
     "factor_grads": _factor_grads,
     "merge": _merges,

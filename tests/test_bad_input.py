@@ -257,7 +257,7 @@ A_LAYER = dispatch.Call("cuda", frozenset({torch.bfloat16, torch.float32}), 4096
         ({}, True),
         ({"tokens": 1}, False),
         ({"tokens": 256}, False),
-        ({"tokens": 256, "gradients": False}, True),
+        ({"tokens": 2048, "gradients": False}, True),
         ({"tokens": 1, "gradients": False}, False),
         ({"tokens": 0}, False),
         ({"tokens": 4096, "out_features": 64}, False),

@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import torch
+from experts_models import qwen3_moe
 from peft import PeftModel
 from peft_models import base_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -67,6 +68,40 @@ def test_an_example(name, project):
     model = PeftModel.from_pretrained(base_model("llama"), project / f"out-{name}")
     moved = [p for n, p in model.named_parameters() if "lora_B" in n]
     assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in moved)
+
+
+def test_serve(project):
+    """Each customer's tokens are those that it has alone; the base model's are the base model's."""
+    script = ROOT / "examples" / "serve.py"
+    command = [sys.executable, script, "--model", "model", "--prompt", "the cat", "--tokens", "6"]
+    text = printed(command, project)
+    rows = dict(re.findall(r"^(base model|alice|bob|carol) +'(.*)'$", text, re.MULTILINE))
+    assert len(rows) == 4 and all(row.startswith("the cat") for row in rows.values()) and len(set(rows.values())) > 2
+    ((base, slots, host),) = numbers(r"base model ([\d,]+) bytes, slots ([\d,]+), host ([\d,]+)", text)
+    assert base == sum(p.nbytes for p in base_model("llama").parameters()) and slots and not host
+    model = base_model("llama").eval()
+    dora_kernels.apply_dora(model, ["q_proj", "v_proj"], rank=3)
+    dora_kernels.save_adapter(model, project / "mine")
+    text = printed([*command, "--adapter", "mine=mine"], project)
+    assert f"mine         {rows['base model']!r}" in text, "a fresh adapter changes nothing"
+
+
+def test_experts(project):
+    """The same on a mixture of experts: every stack, the router and the attention have moved."""
+    qwen3_moe(vocab_size=64).save_pretrained(project / "mixture")
+    for file in (project / "model").glob("token*"):
+        (project / "mixture" / file.name).write_bytes(file.read_bytes())
+    script = [sys.executable, ROOT / "examples" / "experts.py", "--model", "mixture", "--data", "texts.txt"]
+    options = ["--out", "out-experts", "--steps", "10", "--batch", "2", "--rank", "2", "--lr", "1e-2"]
+    assert "loss" in printed([*script, *options], project)
+    handle = dora_kernels.patch_peft_globally()
+    try:
+        model = PeftModel.from_pretrained(qwen3_moe(vocab_size=64), project / "out-experts")
+    finally:
+        handle.restore()
+    moved = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in moved.values())
+    assert sum("experts" in name for name in moved) == 4
 
 
 def variant(name, folder):

@@ -138,7 +138,7 @@ print(DoRALinear.__name__, load_adapter.__name__, "patch_peft" in globals())
 # but themselves. Inside a folder no imports go in a circle.
 FOLDERS = (
     "rounding", "core", "kernels", "engine", "functional", "modules", "model", "files", "peft", "adapters",
-    "checkpoints", "gguf", "testing", "cli", "startup", "run",
+    "checkpoints", "gguf", "serving", "vllm", "testing", "tuning", "cli", "startup", "run",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -16,10 +16,12 @@ SUITES = {
     "decode": "one layer in evaluation, a few tokens at a time",
     "memory": "peak memory of one layer in training; nothing is timed",
     "host": "a tiny layer: what is timed is Python and launches",
+    "experts": "a layer of experts, and a small Qwen3-MoE: training, one token, memory",
     "model": "SmolLM2-135M: training steps, generated tokens, peak memory",
     "block": "a decoder block of a Llama's shape, with and without checkpointing",
     "fidelity": "errors of the output and every gradient beside PEFT's; nothing is timed",
     "finetune": "learning curves of SmolLM2-135M from several seeds (half an hour on two cores)",
+    "serve": "many adapters in one batch: the bank, PEFT's mixed batches and the base alone",
     "classify": "an encoder on a classification task at several ranks (half an hour on two cores)",
 }
 DEFAULT = ("norm", "compose", "layer", "decode", "memory", "host", "model")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_kernels.core import validation
 
-KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d", "experts")
 
 UNDECIDED = "undecided"
 """The axis of a magnitude that is not known yet, while a file is read."""
@@ -22,12 +22,14 @@ class AdapterLayer:
     """One layer's adapter: ``g * (W + scaling * lora_B @ lora_A)`` with ``g = magnitude / (norm + eps)``.
 
     Attributes:
-        kind: "linear", "embedding", "conv1d", "conv2d" or "conv3d".
+        kind: "linear", "embedding", "conv1d", "conv2d" or "conv3d"; "experts" for a stack of linear layers, whose name
+            is the parameter's ("model.layers.0.mlp.experts.down_proj").
         lora_A: as PEFT stores it. Linear ``[r, in]``; convolution ``[r, in, *kernel]``; embedding
-            ``[r, num_embeddings]``.
+            ``[r, num_embeddings]``. Experts ``[E, r, in]``.
         lora_B: as PEFT stores it. Linear ``[out, r]``; convolution ``[out, r / groups, 1, ...]``; embedding
-            ``[embedding_dim, r]``.
-        magnitude: ``[out]`` or ``[in]`` by the axis, always one-dimensional; None for plain LoRA.
+            ``[embedding_dim, r]``. Experts ``[E, out, r]``.
+        magnitude: ``[out]`` or ``[in]`` by the axis, always one-dimensional, but of experts ``[E, out]``; None for
+            plain LoRA.
         scaling: what the low-rank product is multiplied by.
         magnitude_axis: "out" or "in"; of an embedding "out" is the embedding dimension and "in" the vocabulary.
         eps: added to the norm.
@@ -55,29 +57,31 @@ class AdapterLayer:
             if not isinstance(value, str):
                 raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
             if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known[:5]))}, got {value!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known[: len(KINDS)]))}, got {value!r}")
         validation.check_real(self.scaling, "scaling")
         validation.check_real(self.eps, "eps")
 
     @property
     def rank(self) -> int:
         """Of the factors."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[1 if self.kind == "experts" else 0]
 
     @property
     def features(self) -> tuple[int, int]:
         """Input and output size: features, channels, or vocabulary and embedding dimension."""
+        if self.kind == "experts":
+            return self.lora_A.shape[2], self.lora_B.shape[1]
         return self.lora_A.shape[1], self.lora_B.shape[0]
 
     @property
     def kernel(self) -> tuple[int, ...]:
         """A convolution's kernel size; empty for other kinds."""
-        return tuple(self.lora_A.shape[2:])
+        return () if self.kind == "experts" else tuple(self.lora_A.shape[2:])
 
     @property
     def grouped(self) -> bool:
         """True for a convolution with groups: B has only one group's share of the rank."""
-        return self.lora_B.dim() > 2 and self.lora_B.shape[1] != self.rank
+        return self.lora_B.dim() > 2 and self.kind != "experts" and self.lora_B.shape[1] != self.rank
 
 
 @dataclass
@@ -122,6 +126,8 @@ class Adapter:
 
 def article(kind: str) -> str:
     """A kind with its article, e.g. "an embedding"."""
+    if kind == "experts":
+        return "a stack of experts"
     return f"an {kind}" if kind == "embedding" else f"a {kind}"
 
 
@@ -134,6 +140,8 @@ def listed(names: Iterable[str], shown: int = 1) -> str:
 def problem_of(layer: AdapterLayer) -> str | None:
     """Return what is wrong with a layer's shapes and numbers, or None. The tensors' values are not checked."""
     a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
+    if layer.kind == "experts":
+        return _problem_of_experts(layer)
     dims = {"linear": 2, "embedding": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}.get(layer.kind)
     if a.dim() != dims or not a.numel():
         return f"lora_A {list(a.shape)} is not the shape of {article(layer.kind)}"
@@ -143,6 +151,23 @@ def problem_of(layer: AdapterLayer) -> str | None:
     length = layer.features[layer.magnitude_axis == "out"]
     if m is not None and m.shape != (length,):
         return f"magnitude {list(m.shape)}: expected [{length}] for axis {layer.magnitude_axis!r}"
+    return _problem_of_numbers(layer)
+
+
+def _problem_of_experts(layer: AdapterLayer) -> str | None:
+    a, b, m = layer.lora_A, layer.lora_B, layer.magnitude
+    if a.dim() != 3 or not a.numel():
+        return f"lora_A {list(a.shape)}: expected [experts, rank, inputs]"
+    if b.dim() != 3 or not b.numel() or b.shape[0] != a.shape[0] or b.shape[2] != a.shape[1]:
+        return f"lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}"
+    if layer.magnitude_axis != "out" or layer.eps:
+        return "its magnitudes are along the inputs, or have an eps, which experts do not have"
+    if m is not None and m.shape != b.shape[:2]:
+        return f"magnitude {list(m.shape)}: expected {list(b.shape[:2])}"
+    return _problem_of_numbers(layer)
+
+
+def _problem_of_numbers(layer: AdapterLayer) -> str | None:
     if not math.isfinite(layer.scaling):
         return f"scaling {layer.scaling:g}: expected a finite number"
     if not 0.0 <= layer.eps < math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
+from dora_kernels.adapters.experts import plan_stacks, stacked
+from dora_kernels.adapters.formats.stacks import EXCHANGED
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers
 from dora_kernels.model.saving import watch_saving
 from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
+from dora_kernels.modules.stand_in import hidden_transposed
 
 Models = nn.Module | Mapping[str, nn.Module]
 """A model, or several models of a pipeline by the names it has for them: ``{"unet": ..., "text_encoder": ...}``."""
@@ -57,6 +61,7 @@ def extract(model: Models) -> Adapter:
         ValueError: it has no adapted layer, or one whose strength is not 1, which an adapter cannot hold.
     """
     layers: dict[str, AdapterLayer] = {}
+    exchanged: list[str] = []
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
@@ -67,8 +72,18 @@ def extract(model: Models) -> Adapter:
                 f"model: {name} has strength {layer.strength:g}, which an adapter cannot hold; set it to 1, then use "
                 f"with_strength(model, adapter, {layer.strength:g}) on the adapter"
             )
-        a, b = (factor.detach().clone() for factor in layer.factors)
         dora = isinstance(layer, modules.DoRALayer)
+        if isinstance(layer, modules.LoRAExperts):
+            _, stacked_a, stacked_b = layer._problem()
+            name = f"{name.replace('.base_layer', '')}.{layer.parameter}"
+            magnitude = layer.magnitude.detach().clone() if isinstance(layer, modules.DoRAExperts) else None
+            layers[name] = AdapterLayer(
+                "experts", stacked_a.detach().clone(), stacked_b.detach().contiguous(), magnitude, layer.scaling
+            )
+            if hidden_transposed(layer._holder()):
+                exchanged.append(name)
+            continue
+        a, b = (factor.detach().clone() for factor in layer.factors)
         layers[name] = AdapterLayer(
             kind=base_layers[name].kind or "linear",
             lora_A=a,
@@ -80,7 +95,8 @@ def extract(model: Models) -> Adapter:
         )
     if not layers:
         raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
-    return Adapter(layers, "model", config={COMPONENTS: True} if several else {})
+    config: dict[str, Any] = {COMPONENTS: True} if several else {}
+    return Adapter(layers, "model", config={**config, EXCHANGED: exchanged} if exchanged else config)
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:
@@ -108,9 +124,12 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
     model = joined(model)
     base_layers = base_layers_of(model)
-    layers = own_layers(adapter, base_layers, _error, adapter.notes)
+    single = stacked(adapter.layers, base_layers, adapter.notes)
+    layers = own_layers(replace(adapter, layers=single), base_layers, _error, adapter.notes)
     check_fit(layers, base_layers, _error)
     check_plain(layers)
+    stacks = {name: layer for name, layer in layers.items() if layer.kind == "experts"}
+    layers = {name: layer for name, layer in layers.items() if name not in stacks}
     originals, places = base_modules(model), places_of(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     planned: dict[str, Any] = {}
@@ -124,6 +143,7 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
                 check_layer(model, present, name, layer.magnitude is not None, readers)
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
+        around = plan_stacks(model, stacks, originals, places, _error)
     except BaseException:
         for parameter, requires_grad in flags:  # a new layer freezes its base layer
             parameter.requires_grad_(requires_grad)
@@ -134,13 +154,17 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
         else:
             put(model, places[present], prepared)
             watch_saving(model, places[present])
-    return list(layers)
+    for present, adapted in around.items():
+        if adapted is not present:
+            put(model, places[present], adapted)
+            watch_saving(model, places[present])
+    return [*layers, *stacks]
 
 
 def check_plain(layers: Mapping[str, AdapterLayer]) -> None:
     """Raise TypeError for plain LoRA on layers that this package adapts only with a magnitude."""
     for name, layer in layers.items():
-        if layer.magnitude is None and layer.kind != "linear":
+        if layer.magnitude is None and layer.kind not in ("linear", "experts"):
             raise TypeError(
                 f"adapter: {name}: plain LoRA of {article(layer.kind)} cannot be attached: without magnitudes only "
                 "linear layers can; the adapter can only be converted to other formats"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import AdapterLayer, article
 from dora_kernels.adapters.names import proposal
 from dora_kernels.model.targets import named_modules
-from dora_kernels.modules import AdaptedLayer
+from dora_kernels.modules import AdaptedLayer, dequantize
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.modules.stand_in import is_transposed
 
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 """Convolution classes by `AdapterLayer.kind`."""
@@ -35,9 +37,11 @@ class BaseLayer:
     @property
     def kernel(self) -> tuple[int, ...]:
         """A convolution's kernel size; empty for other kinds."""
-        return tuple(self.weight.shape[2:])
+        return () if self.kind == "experts" else tuple(self.weight.shape[2:])
 
     def fits(self, layer: AdapterLayer) -> bool:
+        if "experts" in (self.kind, layer.kind) and len(self.weight) != len(layer.lora_A):
+            return False
         if layer.kernel != self.kernel:
             return False
         if self.kind is None:
@@ -60,7 +64,10 @@ class BaseLayer:
 def base_layers_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, BaseLayer]:
     """The layers of a model, adapted or not, or of a state dict, that can have an adapter."""
     if isinstance(model, nn.Module):
-        found = {name: _base_layer(module) for name, module in base_modules(model).items()}
+        modules = base_modules(model)
+        found = {name: _base_layer(module) for name, module in modules.items()}
+        for name, module in modules.items():
+            found |= {f"{name}.{key}": stack for key, stack in _stacks_of(module).items()}
     else:
         found = {key.removesuffix(".weight"): _base_layer_of_weight(weight) for key, weight in model.items()
                  if key.endswith(".weight")}  # fmt: skip
@@ -97,7 +104,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, AdaptedLayer):
             inside = (*inside, f"{name}." if name else "")
-            module = module.base_layer
+            while isinstance(module, AdaptedLayer):  # experts have a layer around another for each stack
+                module = module.base_layer
         found[name] = module
     return found
 
@@ -105,7 +113,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _base_layer(module: nn.Module) -> BaseLayer | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return None
+        return _of_opaque(module)
     if is_conv1d(module):  # stored transposed
         return BaseLayer("linear", (weight.shape[0], weight.shape[1]), weight.transpose(0, 1))
     if isinstance(module, nn.Linear):
@@ -115,7 +123,28 @@ def _base_layer(module: nn.Module) -> BaseLayer | None:
     for kind, convolution in CONVOLUTIONS.items():
         if isinstance(module, convolution):
             return BaseLayer(kind, (module.in_channels, module.out_channels), weight)
-    return None
+    return _of_opaque(module)
+
+
+def _of_opaque(module: Any) -> BaseLayer | None:
+    """A linear layer of another library, which names its sizes, and whose weight has a format of its own."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes) or module._modules:
+        return None
+    held = dequantize.carrier(module)
+    if held is None:
+        return None
+    return BaseLayer("linear", sizes, held if held.shape == sizes[::-1] else held.new_empty(0))  # type: ignore[arg-type]
+
+
+def _stacks_of(module: nn.Module) -> dict[str, BaseLayer]:
+    """A module's stacks of experts, as ``[E, out, in]``."""
+    found = {}
+    for key, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() == 3 and not type(module).__module__.startswith("torch."):
+            weight = parameter.transpose(1, 2) if is_transposed(module) else parameter
+            found[key] = BaseLayer("experts", (weight.shape[2], weight.shape[1]), weight)
+    return found
 
 
 def _base_layer_of_weight(weight: Tensor) -> BaseLayer | None:

@@ -15,6 +15,7 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
 from dora_kernels.adapters.attachment import Models, attach, joined
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
+from dora_kernels.adapters.experts import stacked
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
@@ -132,11 +133,15 @@ def read_adapter(
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
         reading.notes.append(f"scaling {scaling:g}, as requested")
+    unknown: list[str] = []
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
     elif prefix is not None:
         raise ValueError(f"prefix: {weights} has the format {chosen!r}, whose names have no prefix")
-    elif base_layers is not None and (unknown := [name for name in layers if name not in base_layers]):
+    elif base_layers is not None:
+        layers = stacked(layers, base_layers, reading.notes)
+        unknown = [name for name in layers if name not in base_layers]
+    if unknown and base_layers is not None:
         names, first = respelled(layers, base_layers), unknown[0]
         if names[first] != first:
             reading.notes.append(f"names like {first} were read as names like {names[first]}, which this model has")
@@ -187,12 +192,14 @@ class Contents:
         file, format: the file and its format.
         layers: names of the adapter's layers, as in the file.
         others: keys that belong to no adapter.
+        stacks: True if it adapts stacks of experts.
     """
 
     file: Path
     format: str
     layers: list[str]
     others: list[str]
+    stacks: bool = False
 
 
 def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = False) -> Contents:
@@ -210,7 +217,8 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
     chosen = _format(file, tensors, config, format)
     found = {key: FORMATS[chosen].split(key) for key in tensors}
     layers = dict.fromkeys(each[0] for each in found.values() if each)
-    return Contents(file, chosen, list(layers), [key for key, each in found.items() if not each])
+    others = [key for key, each in found.items() if not each]
+    return Contents(file, chosen, list(layers), others, bool(config.get("target_parameters")))
 
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:

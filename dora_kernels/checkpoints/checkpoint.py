@@ -16,6 +16,7 @@ from dora_kernels.adapters.base_layers import CONVOLUTIONS
 from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
+from dora_kernels.checkpoints.experts import read_stacks_for
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
@@ -119,6 +120,8 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
             tied to the embedding.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
+    if found.stacks:
+        return read_stacks_for(checkpoint, read_adapter(path, **options))
     keys = _keys(checkpoint, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:

@@ -8,12 +8,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
-from dora_kernels.checkpoints.checkpoint import CONFIG, Checkpoint, attached, read_for, stored_transposed, tied
+from dora_kernels.checkpoints.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    attached,
+    read_for,
+    settings,
+    stored_transposed,
+    tied,
+)
+from dora_kernels.checkpoints.experts import of_expert, stack_transposed
 from dora_kernels.checkpoints.modules_to_save import TrainedTensors, trained_beside
 from dora_kernels.core import validation
 from dora_kernels.core.shown import shown
@@ -75,6 +85,11 @@ def merge_checkpoint(
     adapter, keys = read_for(checkpoint, path, **options)
     adapter.notes += leftovers(target)
     transposed = stored_transposed(checkpoint, adapter, keys)
+    kinds = {str(kind) for kind in settings(checkpoint.config, "model_type")}
+    transposed |= {
+        name for name, layer in adapter.layers.items()
+        if layer.kind == "experts" and stack_transposed(layer, checkpoint[keys[f"{name}.weight"]], kinds)
+    }  # fmt: skip
     wanted = {}
     for name in adapter.layers:
         key = keys[f"{name}.weight"]
@@ -167,6 +182,12 @@ def _merged(
     stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int
 ) -> Tensor:
     """The merged weight, as it is stored, computed by the layer that would run it."""
+    if layer.kind == "experts":
+        parts = (of_expert(layer, e) for e in range(len(stored)))
+        return torch.stack([
+            _merged(one, part, transposed, strength, rounding, seed_for(seed, str(e)))
+            for e, (one, part) in enumerate(zip(stored, parts, strict=True))
+        ])  # fmt: skip
     adapted = attached(stored.clone(), layer, transposed)
     adapted.strength = strength
     adapted.merge(rounding, seed)

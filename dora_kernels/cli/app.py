@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import dora_kernels
-from dora_kernels.cli import convert, doctor, inspect, merge, parity
+from dora_kernels.cli import convert, doctor, inspect, merge, parity, serve_check, tune
 from dora_kernels.core.extras import load
 
 if TYPE_CHECKING:
@@ -65,6 +65,6 @@ def build_app() -> "typer.Typer":
             print(context.get_help())
             raise typer.Exit(2)
 
-    for command in (doctor, parity, convert, merge, inspect):
+    for command in (doctor, parity, tune, convert, merge, inspect, serve_check):
         command.add(app)
     return app

@@ -19,7 +19,8 @@ import dora_kernels
 from dora_kernels.cli import parity
 from dora_kernels.cli.output import console
 from dora_kernels.cli.parity import Case
-from dora_kernels.engine import norm_cache
+from dora_kernels.core.validation import DTYPES
+from dora_kernels.engine import choices, norm_cache
 from dora_kernels.engine.dispatch import first_line, norm_backend, triton_problem
 
 if TYPE_CHECKING:
@@ -153,7 +154,22 @@ def _examine(device: torch.device) -> dict[str, Any]:
     else:
         why = "auto uses triton on GPUs only, torch elsewhere"
     problems = _check(device, auto)
+    found["tuned"] = _tables(device)
     return {**found, "auto": auto, "why": why, "works": not problems, "check": "; ".join(problems) or "works"}
+
+
+def _tables(device: torch.device) -> dict[str, str]:
+    """What `dora-kernels tune` has left for a device, by dtype: the table's layers, or why it is ignored."""
+    found = {}
+    for dtype in DTYPES if device.type in ("cpu", "cuda") else ():
+        path = choices.table_path(device, dtype)
+        table, reason = choices.read_table(path)
+        name = str(dtype).removeprefix("torch.")
+        if table is not None:
+            found[name] = f"{len(table['layers'])} shapes, measured {table.get('measured', 'at some time')}: {path}"
+        elif reason is not None:
+            found[name] = f"ignored, {reason}: {path}"
+    return found
 
 
 def _check(device: torch.device, backend: str) -> list[str]:
@@ -203,6 +219,10 @@ def _print_doctor(found: dict[str, Any], console: "Console") -> None:
         table.add_row(device["device"], device["name"])
         table.add_row("  auto takes", f"{device['auto'] or 'nothing'}: {device['why']}")
         table.add_row("  triton", device["triton"])
+        for dtype, state in device.get("tuned", {}).items():
+            table.add_row("  tuned", f"{dtype}: {state}")
+        if not device.get("tuned"):
+            table.add_row("  tuned", "no table: the shipped defaults (dora-kernels tune measures)")
         style = "green" if device["works"] else "bold red"
         check = device["check"] if device["works"] else f"FAILS: {device['check']}"
         table.add_row("  check", Text(check, style))

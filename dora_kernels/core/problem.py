@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """The tensors of a layer. Views if it stores another shape (GPT-2's `Conv1D`, convolutions, embeddings)."""
+    """The tensors of a layer. Views if it stores another shape (GPT-2's `Conv1D`, convolutions, embeddings).
+
+    Those of a stack of experts have one more dimension, E, in front.
+    """
 
     weight: Tensor
     """``[N, K]``, with N output and K input features."""
@@ -33,6 +36,8 @@ class Form(NamedTuple):
     """True: no gradient flows through the norm."""
     eps: float = 0.0
     """Added to the norm."""
+    group: Any = None
+    """The process group over which the columns of W and A are split; the norm is that of the whole rows."""
 
 
 def row_problem(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude_axis: str) -> tuple[Tensor, Tensor, Tensor]:

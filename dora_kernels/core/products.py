@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one block: 4 MB in float32. With blocks of half or a quarter of this size the direct norm took up to 1.2
@@ -35,57 +36,6 @@ def scaled_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(matrix, rows, out=torch.empty(matrix.shape, dtype=dtype, device=matrix.device))
 
 
-def mm_accumulate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` in `dtype`, rounded at most once from its float32 accumulation.
-
-    A bfloat16 product rounds its output. A float32 result of bfloat16 operands therefore needs the BLAS's mixed output
-    (CUDA) or operands that are upcast, block by block. If one operand is narrower, `dtype` is the other's.
-    """
-    if left.dtype != right.dtype:
-        return mm_mixed(left, right) if right.dtype == dtype else mm_mixed(right.t(), left.t()).t()
-    if left.dtype == dtype:
-        return torch.mm(left, right)
-    if torch.finfo(dtype).bits < torch.finfo(left.dtype).bits:
-        return (left @ right).to(dtype)
-    if left.device.type == "cuda" and dtype == torch.float32 and _MM_OUT_DTYPE:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    tokens, rows, columns = right.shape[0], left.shape[0], right.shape[1]
-    result = torch.zeros(rows, columns, dtype=dtype, device=left.device)
-    step = block_rows(tokens, rows + columns)
-    wide_left, wide_right = scratch(step, rows + columns, dtype, left.device).split((rows, columns), dim=1)
-    for left_part, right_part in blocks(step, left.t(), right):
-        size = left_part.shape[0]
-        result.addmm_(wide_left[:size].copy_(left_part).t(), wide_right[:size].copy_(right_part))
-    return result
-
-
-_MM_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
-
-
-def mm_mixed(narrow: Tensor, wide: Tensor) -> Tensor:
-    """``narrow @ wide`` in wide's dtype, without rounding `wide` and without a full copy of `narrow`.
-
-    On CUDA a large bfloat16 matrix is multiplied on the tensor cores by bfloat16 pieces of `wide`; a small one, of a
-    single block, is upcast, which needs fewer launches. float16 has too few exponent bits for pieces.
-    """
-    pieces = narrow.device.type == "cuda" and _MM_OUT_DTYPE and narrow.numel() > BLOCK_ELEMENTS
-    if pieces and narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32:
-        return _mm_pieces(narrow, wide)
-    return mm_wide(narrow, wide)
-
-
-def _mm_pieces(narrow: Tensor, wide: Tensor) -> Tensor:
-    """Product of a bfloat16 and a float32 matrix, by three bfloat16 pieces that hold every bit of the float32 one."""
-    rows, columns = wide.shape
-    pieces = narrow.new_empty(rows, 3, columns)
-    rest = wide
-    for i in range(3):
-        pieces[:, i] = rest
-        rest = rest - pieces[:, i]
-    product = torch.mm(narrow, pieces.view(rows, 3 * columns), out_dtype=wide.dtype)
-    return product.view(-1, 3, columns).sum(1)
-
-
 def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
     """``weight @ other`` in other's dtype. `weight` is upcast block by block, so no full copy of it is made."""
     if weight.dtype == other.dtype:
@@ -105,6 +55,50 @@ def mm_wide(weight: Tensor, other: Tensor) -> Tensor:
     for columns, rows in blocks(step, weight.t(), other):
         out.addmm_(buffer[: rows.shape[0]].copy_(columns).t(), rows)
     return out
+
+
+def mm_groups(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """Each group's rows times its matrix: ``[S, K]`` and ``[E, K, N]`` to ``[S, N]``.
+
+    Group e has the rows ``ends[e - 1]`` to ``ends[e]``. Rows after the last end are left out, and their results
+    uninitialized.
+    """
+    if _grouped(rows):
+        return _grouped_mm(rows, stack, ends)
+    result = rows.new_empty(rows.shape[0], stack.shape[2])
+    for e, part in _groups(ends):
+        torch.mm(rows[part], stack[e], out=result[part])
+    return result
+
+
+def mm_groups_reduced(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Each group's ``leftᵀ right``: ``[S, M]`` and ``[S, N]`` to ``[E, M, N]``, with zeros for a group without rows."""
+    if _grouped(left):
+        result = _grouped_mm(left.t(), right, ends)
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+        return result.masked_fill_(sizes.eq(0).view(-1, 1, 1), 0.0)
+    result = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
+    for e, part in _groups(ends):
+        torch.mm(left[part].t(), right[part], out=result[e])
+    return result
+
+
+def _grouped(rows: Tensor) -> bool:
+    """True if PyTorch's grouped product runs: it reads `ends` on the device."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+
+
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    result: Tensor = F.grouped_mm(left, right, offs=ends.to(torch.int32))
+    return result
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+        start = end
 
 
 def row_major(weight: Tensor) -> bool:

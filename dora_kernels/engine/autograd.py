@@ -54,7 +54,7 @@ class _FusedLinear(torch.autograd.Function):
         weights = Weights(*tensors)
         if torch.is_grad_enabled():
             _check_second(ctx.named)
-            return *_differentiable(x, weights, divisor, form, ctx.needs_input_grad, dy), None, None, None
+            return *differentiable(x, weights, divisor, form, ctx.needs_input_grad, dy), None, None, None
         with no_autocast(dy.device):
             grads = fused.backward(_flat(dy), weights, Saved(_flat(x), h, base, Scale(g, divisor)), form, needs)
         return (
@@ -103,7 +103,7 @@ def _check_second(named: bool) -> None:
         )
 
 
-def _differentiable(
+def differentiable(
     x: Tensor, weights: Weights, divisor: Tensor | None, form: Form, needed: tuple[bool, ...], dy: Tensor
 ) -> list[Tensor | None]:
     """The formula's first derivatives, which can be differentiated again.

@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_kernels.core.precision import accumulation_dtype, cast, full_precision
 from dora_kernels.core.products import block_rows, blocks, mm_wide, row_major, scratch
 from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.engine import choices
 from dora_kernels.rounding import stochastic
 
 _GRAM_FEATURES = 1024
@@ -41,8 +42,13 @@ def weight_norm(
     the cancelled rows would make the host wait.
 
     Args:
+        weight: ``[N, K]``, or a stack of experts ``[E, N, K]`` with factors ``[E, r, K]`` and ``[E, N, r]``.
         weight_square: ``|w|²`` per row (`row_square`), which is constant for a frozen weight; computed if None.
     """
+    if weight.dim() == 3:
+        squares = [None] * len(weight) if weight_square is None else weight_square
+        stacks = zip(weight, lora_A, lora_B.contiguous(), squares, strict=True)
+        return torch.stack([weight_norm(w, a, b, scaling, square) for w, a, b, square in stacks])
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     with full_precision(weight.device):
@@ -55,8 +61,13 @@ def weight_norm(
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """True if `weight_norm` uses the factored form, which needs `row_square`."""
-    wide = weight.shape[1] >= _FACTORED_FEATURES * lora_A.shape[0]
-    return wide and weight.numel() >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
+    (rows, features), rank = weight.shape[-2:], lora_A.shape[-2]
+    if weight.device.type == "cpu" and weight.dim() == 2 and not torch.compiler.is_compiling():
+        form = choices.measured(weight.device, weight.dtype, rows, features, rank).get("norm")
+        if form is not None:
+            return bool(form == "factored")
+    wide = features >= _FACTORED_FEATURES * rank
+    return wide and rows * features >= _FACTORED_ELEMENTS and weight.device.type == "cpu"
 
 
 def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, weight_square: Tensor) -> Tensor:
@@ -105,6 +116,8 @@ def direct_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def row_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared norm of every row of `weight`, in `dtype`."""
+    if weight.dim() == 3:
+        return torch.stack([row_square(w, dtype) for w in weight])
     nothing = weight.new_empty(0, dtype=dtype)
     rank_0 = nothing.view(0, weight.shape[1]), nothing.view(weight.shape[0], 0)
     return direct_norm(weight, *rank_0, 0.0).square_()
@@ -118,6 +131,7 @@ def merge(
     scaling: float,
     seed: int | None = None,
     transposed: bool = False,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """``g * (W + s B A)`` with ``g = magnitude / norm`` per row, 0 where the norm is 0; without a magnitude g is 1.
 
@@ -127,12 +141,14 @@ def merge(
     Args:
         transposed: True if this is the transposed problem (``magnitude_axis="in"``). Its columns are then the rows of
             the original weight; stochastic rounding numbers the elements along those.
+        norm: the norm of the rows, if it is known.
     """
     dtype = accumulation_dtype(weight, lora_A, lora_B)
     a, b = cast(lora_A, dtype), cast(lora_B, dtype)
     g = None
     if magnitude is not None:
-        g = magnitude_scale(magnitude, weight_norm(weight, lora_A, lora_B, scaling)).unsqueeze(1)
+        norm = weight_norm(weight, lora_A, lora_B, scaling) if norm is None else norm
+        g = magnitude_scale(magnitude, norm).unsqueeze(1)
     merged = torch.empty_like(weight)
     start = 0
     with full_precision(weight.device):
@@ -158,6 +174,11 @@ def _merge_block(
     seed: int | None,
     start: int,
 ) -> None:
+    if w.dtype == target.dtype == left.dtype:
+        direction = torch.addmm(w, left, right, alpha=scaling, out=target)
+        if scale is not None:
+            direction.mul_(scale)
+        return
     direction = torch.addmm(w.to(left.dtype), left, right, alpha=scaling)
     merged = direction if scale is None else direction.mul_(scale)
     target.copy_(merged if seed is None else stochastic(merged, target.dtype, seed, start))

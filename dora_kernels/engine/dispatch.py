@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import warnings
 from collections.abc import Iterable
@@ -12,19 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dora_kernels.core.precision import low_rank_dtype
 from dora_kernels.core.problem import Weights
+from dora_kernels.engine import choices, cost, tiles
 from dora_kernels.engine.formula import transformed
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Output elements from which the fused path is faster on a GPU, with and without gradients. These are estimates, not yet
-# timed on a GPU. With gradients the fused path saves about four passes over [tokens, out_features] and needs about four
-# launches more than the formula. A launch takes about 5 us of host time, in which a GPU of 4 TB/s moves 20 MB. Without
-# gradients it saves one pass and needs no more launches.
-FUSED_ELEMENTS = 1 << 21
-FUSED_ELEMENTS_INFERENCE = 1 << 18
+# What one program of `kernels.one_pass` holds.
+ONE_PASS_TOKENS = 64
+ONE_PASS_RANK = 64
 
 
 class UnsupportedError(RuntimeError):
@@ -41,13 +39,40 @@ class Call(NamedTuple):
     in_features: int
     rank: int
     gradients: bool
+    one_pass: bool = False
+
+
+def takes_one_pass(x: Tensor, weights: Weights) -> bool:
+    """True if the kernels compute this forward in one launch and one read of W (`kernels.one_pass`).
+
+    That is so for few tokens in 16 bits, if W and the low-rank branch are in x's dtype. The vendor's products would
+    take as long for W, which is all that few tokens read, and need four launches more.
+    """
+    tokens, dtype, lora_A = x.numel() // max(x.shape[-1], 1), x.dtype, weights.lora_A
+    few = 0 < tokens <= ONE_PASS_TOKENS and 0 < lora_A.shape[0] <= ONE_PASS_RANK
+    return few and dtype.itemsize == 2 and weights.weight.dtype == dtype == low_rank_dtype(x, lora_A)
 
 
 def prefers_fused(call: Call) -> bool:
     """True if ``backend="auto"`` should use the fused kernels, given that they can run."""
     if call.device != "cuda" or not call.dtypes <= set(KERNEL_DTYPES):
         return False
-    return call.tokens * call.out_features >= (FUSED_ELEMENTS if call.gradients else FUSED_ELEMENTS_INFERENCE)
+    if call.one_pass and not call.gradients:
+        return True
+    first = cost.first_tokens("fused", "formula", call.gradients, call.out_features, call.in_features, call.rank)
+    return first is not None and call.tokens >= first
+
+
+def _chosen(call: Call, x: Tensor, weight: Tensor) -> bool:
+    """`prefers_fused`, or what was measured for such a layer on this device."""
+    if call.device != "cuda":
+        return False
+    known = choices.measured(x.device, weight.dtype, call.out_features, call.in_features, call.rank)
+    part = "training" if call.gradients else "evaluation"
+    if part in known.get("fused_from_tokens", ()):
+        first = known["fused_from_tokens"][part]
+        return first is not None and call.tokens >= first and call.dtypes <= set(KERNEL_DTYPES)
+    return prefers_fused(call)
 
 
 def resolve(backend: str, x: Tensor, weights: Weights) -> str:
@@ -66,7 +91,9 @@ def resolve(backend: str, x: Tensor, weights: Weights) -> str:
         tokens = x.numel() // max(x.shape[-1], 1) if x.dim() else 1
         (rank, in_features), out_features = weights.lora_A.shape, weights.lora_B.shape[0]
         call = Call(x.device.type, dtypes, tokens, out_features, in_features, rank, torch.is_grad_enabled())
-        if not prefers_fused(call):
+        if x.dim():
+            call = call._replace(one_pass=takes_one_pass(x, weights))
+        if not _chosen(call, x, weights.weight):
             return "torch"
     reason = _unfit((x, *weights)) or triton_problem(x.device)
     if reason is None:
@@ -123,8 +150,16 @@ def warn_once(message: str) -> None:
 
 
 def triton_problem(device: torch.device) -> str | None:
-    """Return the reason why the triton backend cannot run on `device`, or None if it can. Cached per device."""
-    return _triton_problem(device)
+    """Return the reason why the triton backend cannot run on `device`, or None if it can.
+
+    It is found out once per device, with a first launch. While a CUDA graph is captured nothing can be tried, so an
+    unknown device has a reason until the capture ends.
+    """
+    if device not in _problems:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "no kernel has run there yet, and none can be tried in a CUDA graph's capture; call the layer before"
+        _problems[device] = _find_problem(device)
+    return _problems[device]
 
 
 # torch.compile must use the answer without tracing how it was found. torch.compiler.assume_constant_result would set
@@ -132,8 +167,10 @@ def triton_problem(device: torch.device) -> str | None:
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache
-def _triton_problem(device: torch.device) -> str | None:
+_problems: dict[torch.device, str | None] = {}
+
+
+def _find_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
@@ -149,6 +186,8 @@ def _triton_problem(device: torch.device) -> str | None:
         return f"it needs compute capability 8.0 or later, and {device} has {major}.{minor}"
     try:
         kernels.probe(device)
+        if measured := choices.tiles(device):
+            tiles.replace(measured)
     except Exception as error:  # anything that stops a compiler or driver: no C compiler, a full disk, an old driver
         return f"a first kernel failed: {type(error).__name__}: {first_line(error)}"
     return None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype
 from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine.rescale import rescale, rescales
 
 
 def linear(
@@ -64,10 +65,20 @@ def linear(
             z = F.linear(rows, weight).to(g.dtype) + F.linear(h * scaling, lora_B)
         else:  # in 16 bits the base product is added inside its own float32 sum, so z is rounded once
             z = _addmm(F.linear(h * scaling, lora_B), rows, weight)
-        y = scaled(z, g, bias)
+        y = _scaled_in_place(z, g) if bias is None else scaled(z, g, bias)
     if y.dtype != dtype:
         y = y.to(dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _scaled_in_place(z: Tensor, g: Tensor) -> Tensor:
+    """`scaled`, of a z that nobody else reads."""
+    if type(z) is type(g) is Tensor and not torch.compiler.is_compiling() and not transformed():
+        if g.requires_grad and torch.is_grad_enabled():
+            return rescale(z, g) if rescales(z, g) else scaled(z, g)
+        if z.dtype == g.dtype:
+            return z.mul_(g)
+    return scaled(z, g)
 
 
 def _addmm(product: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
@@ -132,7 +143,7 @@ def compose(result: Tensor, h: Tensor, weights: Weights, g: Tensor, scaling: flo
         base = base - bias
     low = F.linear(cast(h, low_rank_dtype(result, h)) * scaling, cast(weights.lora_B, h.dtype))
     z = base + low
-    return cast(z * g if bias is None else torch.addcmul(bias, z, g), result.dtype)
+    return cast(_scaled_in_place(z, g) if bias is None else torch.addcmul(bias, z, g), result.dtype)
 
 
 def weight_norm(weights: Weights, form: Form) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights
-from dora_kernels.core.products import mm_accumulate, mm_mixed, mm_wide, scaled_rows
+from dora_kernels.core.products import mm_wide, scaled_rows
 from dora_kernels.core.scale import norm_of, quotient
-from dora_kernels.engine.dispatch import kernels
+from dora_kernels.engine.dispatch import kernels, takes_one_pass
+from dora_kernels.engine.products import mm
 
 
 class Needs(NamedTuple):
@@ -97,8 +98,26 @@ def forward(
     Along "in", h is computed from ``x * g``; the scaled x is not kept.
     """
     low_dtype = low_rank_dtype(x, weights.lora_A)  # which asks for autocast
+    one_pass = form.magnitude_axis == "out" and takes_one_pass(x, weights)
     with no_autocast(x.device):
+        if one_pass:
+            return _few(x, weights, scale, form, keep_base)
         return _forward(x, weights, scale, form, keep_base, low_dtype)
+
+
+def _few(
+    x: Tensor, weights: Weights, scale: Scale, form: Form, keep_base: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The forward of few tokens, in one read of W."""
+    weight, lora_A, lora_B, magnitude, bias = weights
+    g, divisor = scale
+    if divisor is not None and g is None:
+        g = magnitude
+    else:
+        divisor = None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y, h, base, _ = kernels().one_pass(x, weight, lora_A, lora_B, g, bias, form.scaling, keep_base, divisor)
+    return y, h, base
 
 
 def _forward(
@@ -116,11 +135,11 @@ def _forward(
         divisor = None
     h = None
     if low_dtype != dtype:  # the scaled x is rounded, so A is scaled instead
-        h = mm_mixed(x, (lora_A if g_in is None else lora_A * g_in).t())
+        h = mm(x, (lora_A if g_in is None else lora_A * g_in).t(), low_dtype)
     if g_in is not None:
         x = torch.mul(x, g_in, out=torch.empty_like(x))
     if h is None:
-        h = F.linear(x, cast(lora_A, dtype))
+        h = mm(x, cast(lora_A, dtype).t(), dtype)
     base = F.linear(x, cast(weight, dtype))
     y = kernels().compose(base, h, lora_B, g, bias, form.scaling, keep_base, divisor)
     return y, h, base if keep_base else None
@@ -141,7 +160,7 @@ def backward(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: Need
         c = -grads.magnitude * g / norm_of(divisor, form.eps)
         of_w, of_a, of_b = norm_gradient(weights, c, form, needs)
         grads = grads._replace(
-            weight=_sum(grads.weight, of_w), lora_A=_sum(grads.lora_A, of_a), lora_B=_sum(grads.lora_B, of_b)
+            weight=add(grads.weight, of_w), lora_A=add(grads.lora_A, of_a), lora_B=add(grads.lora_B, of_b)
         )
     return grads._replace(
         weight=as_parameter(grads.weight, weights.weight),
@@ -159,9 +178,9 @@ def _backward_out(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs:
     dx: Any = None
     if needs.x:
         dx = torch.mm(cast(d_low, dy.dtype), cast(lora_A, dy.dtype)).addmm_(dg, cast(weight, dy.dtype))
-    dw = mm_accumulate(dg.t(), saved.x, _grad_dtype(weight, dy, form.detach_norm)) if needs.weight else None
+    dw = mm(dg.t(), saved.x, _grad_dtype(weight, dy, form.detach_norm)) if needs.weight else None
     del dg  # frees the memory before the last gradient is allocated
-    d_a = mm_accumulate(d_low.t(), saved.x, _grad_dtype(lora_A, dy, form.detach_norm)) if needs.lora_A else None
+    d_a = mm(d_low.t(), saved.x, _grad_dtype(lora_A, dy, form.detach_norm)) if needs.lora_A else None
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 
@@ -227,13 +246,13 @@ def compose_backward(
     d_low = _low_rank_gradient(left, lora_B, factor, h) if needs.h else None
     d_b, dm = None, None
     if base is not None:
-        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy, h))
+        p = mm(dy.t(), h, accumulation_dtype(dy, h))
         dtype = _grad_dtype(lora_B, dy, detach_norm) if needs.lora_B else None
         d_b, dm = kernels().factor_grads(p, lora_B, partial_dot, g, divisor, scaling, dtype)
     elif needs.lora_B and uses_scaled:
-        d_b = torch.addmm(lora_B, left.t(), h, beta=0, alpha=scaling)
+        d_b = mm(left.t(), h, h.dtype, scaling)
     elif needs.lora_B:
-        p = mm_accumulate(dy.t(), h, accumulation_dtype(dy, h))
+        p = mm(dy.t(), h, accumulation_dtype(dy, h))
         d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
     if dm is not None and base_bias is not None:
         dm = dm - base_bias * total / divisor
@@ -250,7 +269,7 @@ def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: 
     if needs.x or need_dm or needs.lora_A:
         d_low = _low_rank_gradient(dy, lora_B, form.scaling, h)
     dx, dm = None, None
-    q: Any = mm_accumulate(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
+    q: Any = mm(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
     if mixed and (needs.x or need_dm):
         # As in the forward of the transposed problem: the base product is rounded once, its sum with the low-rank
         # product again.
@@ -264,8 +283,8 @@ def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: 
         dx, dot, _ = kernels().scale_reduce(d_scaled, x if need_dm else None, g, needs.x, False)
         dm = None if dot is None else dot / divisor
     d_a = q.mul_(g) if needs.lora_A else None
-    d_b = mm_accumulate(dy.t(), h, accumulate).mul_(form.scaling) if needs.lora_B else None
-    dw = mm_accumulate(dy.t(), x, accumulation_dtype(dy)).mul_(g) if needs.weight else None
+    d_b = mm(dy.t(), h, accumulate).mul_(form.scaling) if needs.lora_B else None
+    dw = mm(dy.t(), x, accumulation_dtype(dy)).mul_(g) if needs.weight else None
     total = kernels().scale_reduce(dy, None, None, False, True)[2] if needs.bias else None
     return Grads(dx, dw, d_a, d_b, dm, total)
 
@@ -274,10 +293,10 @@ def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Te
     """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in h's dtype, rounded once."""
     if h.dtype != dy.dtype:
         wide = cast(lora_B, h.dtype)
-        return mm_mixed(dy, wide * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor))
+        return mm(dy, wide * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor), h.dtype)
     if isinstance(factor, Tensor):
-        return torch.mm(dy, scaled_rows(lora_B, factor, dy.dtype))
-    return torch.addmm(h, dy, cast(lora_B, dy.dtype), beta=0, alpha=factor)
+        return mm(dy, scaled_rows(lora_B, factor, dy.dtype), h.dtype)
+    return mm(dy, cast(lora_B, dy.dtype), h.dtype, factor)
 
 
 def norm_gradient(
@@ -310,7 +329,7 @@ def _t(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.t()
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first if first is None or second is None else first.to(second.dtype) + second
 
 

@@ -36,8 +36,8 @@ def _kept_divisor(
 def _divisor_like(
     slot: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, training: bool
 ) -> Tensor:
-    length = weight.shape[0 if _axis(slot) == "out" else 1]
-    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+    shape = weight.shape[:-1] if _axis(slot) == "out" else weight.shape[1:]
+    return weight.new_empty(shape, dtype=accumulation_dtype(weight, lora_A, lora_B))
 
 
 def _axis(slot: Tensor) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient, safe_divisor
-from dora_kernels.engine import autograd, formula, ops
+from dora_kernels.engine import autograd, collectives, formula, merged, ops
 from dora_kernels.engine.dispatch import PLAIN, norm_backend, resolve
 from dora_kernels.engine.kept_divisor import kept_divisor
 from dora_kernels.engine.norm import Norm, compute_norm
@@ -35,6 +35,8 @@ def run_layer(
     kind, magnitude, g = x.device.type, weights.magnitude, None
     if kind != "meta" and torch.is_autocast_enabled(kind):
         x = cast(x, compute_dtype(x))
+    if cache is not None and cache.merges and merged.runs_merged(x, weights, cache, training):
+        return merged.run_merged(x, weights, form, cache, training, backend)
     chosen = "torch" if kind == "cpu" and backend != "triton" else resolve(backend, x, weights)
     if magnitude is None:
         norm = _PLAIN_LORA
@@ -120,10 +122,10 @@ def layer_norm(
             dense = formula.weight_norm(weights, form)
         return Norm(safe_divisor(dense.detach() if form.detach_norm else dense, form.eps))
     chosen = norm_backend(backend, weights.weight)
-    if compiling and cache is not None and compute is None:
+    if compiling and cache is not None and compute is None and form.group is None:
         tensors = [t.detach() for t in weights[:4]]
         norm = Norm(kept_divisor(cache.slot, *tensors, form.scaling, training))
-    elif compiling or cache is None:
+    elif compiling or cache is None:  # with a group the compiler sees the reduction
         norm = compute_norm(weights, form, chosen, compute=compute)
     else:
         norm = cache.norm(weights, form, training, chosen, compute)
@@ -172,7 +174,8 @@ def norm_now(weights: Weights, form: Form, backend: str) -> Tensor:
         with no_autocast(weights.weight.device):
             return formula.weight_norm(weights, form)
     chosen = norm_backend(backend, weights.weight)
-    return ops.weight_norm(*weights[:3], form.scaling, form.magnitude_axis, chosen)
+    norm = ops.weight_norm(*weights[:3], form.scaling, form.magnitude_axis, chosen)
+    return norm if form.group is None else collectives.whole_norm(form.group, norm)[0]
 
 
 def merged_weight(weights: Weights, form: Form, backend: str, seed: int | None) -> Tensor:

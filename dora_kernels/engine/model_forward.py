@@ -1,4 +1,4 @@
-"""Check once per model forward, in evaluation on a GPU, which kept norms are still valid.
+"""Check once per model forward which kept norms are still valid: in evaluation on a GPU, and of split layers.
 
 Without this each layer asks the device itself: two launches per layer and token (`kernels.KeptNorm`). Here one launch
 and one read by the host serve all layers (`kernels.Watch`); the answers hold until the forward ends. A write in the
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_kernels.engine.collectives import all_true
 from dora_kernels.engine.dispatch import kernels, norm_backend
 from dora_kernels.engine.fingerprints import sample
 from dora_kernels.engine.model_norms import KeptNorm
@@ -36,6 +37,7 @@ class AskOnce:
         self._watch: Any = None
         self._keys: list[tuple[Any, ...]] = []
         self._norms: list[Norm] = []
+        self._split: list[Any] | None = None
         self._in_order = threading.Lock()
 
     def __reduce__(self) -> tuple[Callable[..., AskOnce], tuple[Any, ...]]:
@@ -43,15 +45,40 @@ class AskOnce:
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Do the check, unless a module around this one has done it."""
-        if not torch.compiler.is_compiling() and not module.training and answers.norms is None and self._may_ask():
-            norms = self._ask()
-            if norms:
-                answers.asking, answers.norms = module, norms
+        if torch.compiler.is_compiling() or answers.norms is not None:
+            return
+        norms = self._agree(module.training)
+        if not module.training and self._may_ask():
+            norms.update(self._ask())
+        if norms:
+            answers.asking, answers.norms = module, norms
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Drop the answers at the end of the forward they were made for."""
         if not torch.compiler.is_compiling() and answers.asking is module:
             answers.asking = answers.norms = None
+
+    @torch.no_grad()
+    def _agree(self, training: bool) -> dict[NormCache, Norm]:
+        """The norms of layers that are split over a process group, in training too and on any device.
+
+        All processes have to compute such a norm if one of them has to. They exchange that once per forward for all
+        layers, not at each layer's call.
+        """
+        if self._split is None:
+            self._split = [layer for layer in self._layers if getattr(layer, "norm_group", None) is not None]
+        kept = [each for layer in self._split for each in layer.kept_norms()]
+        kept = [each for each in kept if each.form.group is not None and each.cache.frozen is None]
+        if not kept:
+            return {}
+        norms = [each.cache.known(each.weights, each.form, training) for each in kept]
+        first = kept[0]
+        fresh = all_true(first.form.group, [norm is not None for norm in norms], first.weights.weight.device)
+        for i, (each, kept_norm) in enumerate(zip(kept, fresh)):
+            if not kept_norm:
+                backend = norm_backend(each.backend, each.weights.weight)
+                norms[i] = each.cache.renewed(each.weights, each.form, training, backend, each.compute)
+        return {each.cache: norm for each, norm in zip(kept, norms) if norm is not None}
 
     def _may_ask(self) -> bool:
         """True if it is worth looking at all layers: the first one's norm is the kernels'."""
@@ -99,7 +126,9 @@ class AskOnce:
 def _is_asked(kept: KeptNorm) -> bool:
     """True if the device can tell whether this norm is still valid."""
     weight = kept.weights.weight
-    if kept.compute is not None or kept.cache.frozen is not None or any(t.is_inference() for t in kept.weights[:3]):
+    if kept.compute is not None or kept.form.group is not None:
+        return False
+    if kept.cache.frozen is not None or any(t.is_inference() for t in kept.weights[:3]):
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

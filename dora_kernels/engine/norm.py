@@ -11,7 +11,7 @@ from torch import Tensor
 from dora_kernels.core.precision import full_precision, no_autocast
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import safe_divisor
-from dora_kernels.engine import ops, writes
+from dora_kernels.engine import collectives, ops, writes
 from dora_kernels.engine.fingerprints import Held
 
 
@@ -66,10 +66,13 @@ def compute_norm(
             with no_autocast(weight.device), full_precision(weight.device):
                 return Norm(safe_divisor(compute(), form.eps))
         norm = ops.weight_norm(weight, lora_A, lora_B, form.scaling, form.magnitude_axis, backend, weight_square)
-        if read_b and not form.eps and magnitude is not None and not torch.compiler.is_compiling():
-            b_is_zero = _is_zero(lora_B)
-            if b_is_zero or _is_zero(lora_A):  # embeddings start with A at 0
-                return Norm(safe_divisor(_snapped(norm, magnitude)), b_is_zero)
+        snaps = read_b and not form.eps and magnitude is not None and not torch.compiler.is_compiling()
+        b_is_zero = snaps and _is_zero(lora_B)
+        a_is_zero = b_is_zero or (snaps and _is_zero(lora_A))  # embeddings start with A at 0
+        if form.group is not None:
+            norm, (a_is_zero, b_is_zero) = collectives.whole_norm(form.group, norm, a_is_zero, b_is_zero)
+        if a_is_zero and magnitude is not None:
+            return Norm(safe_divisor(_snapped(norm, magnitude)), b_is_zero)
         return Norm(safe_divisor(norm, form.eps))
 
 

@@ -17,6 +17,7 @@ that is kept by the same rules. A norm handed out for a backward is a snapshot: 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.engine import blocked, dispatch, ops, writes
+from dora_kernels.engine import blocked, collectives, dispatch, ops, writes
 from dora_kernels.engine.fingerprints import Held, Sample, sample
 from dora_kernels.engine.norm import Norm, compute_norm
 
@@ -61,6 +62,8 @@ class _Answers(threading.local):
 answers = _Answers()
 
 
+_numbers = itertools.count()
+
 _by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
 
 
@@ -75,10 +78,15 @@ class NormCache:
     Args:
         form: the layer's options; the scaling is passed to each call instead.
         backend: as in `dora_linear`.
+        merges: True if the layer runs merged (`engine.merged`).
     """
 
-    def __init__(self, form: Form = Form(), backend: str = "auto") -> None:  # noqa: B008 (immutable)
-        self.form, self.backend = form, backend
+    def __init__(self, form: Form = Form(), backend: str = "auto", merges: bool = False) -> None:  # noqa: B008 (immutable)
+        self.form, self.backend, self.merges = form, backend, merges
+        self.merged: Any = None
+        """The merged weight of the last call, and what it was made from."""
+        self.refreshes, self.number = 0, next(_numbers)
+        """How often a merged weight was made, and the cache's number in this process: seeds of its rounding."""
         self._norms: dict[torch.device, Norm] = {}
         self._last: Norm | None = None
         self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None
@@ -104,12 +112,12 @@ class NormCache:
         self.move(torch.device("cpu"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        copied = type(self)(self.form, self.backend)
+        copied = type(self)(self.form, self.backend, self.merges)
         copied.move(self.slot.device)
         return copied
 
     def __reduce__(self) -> tuple[Callable[..., NormCache], tuple[Any, ...]]:
-        return type(self), (self.form, self.backend)
+        return type(self), (self.form, self.backend, self.merges)
 
     def move(self, device: torch.device) -> None:
         """Move `slot` to the layer's device, because a CUDA graph takes no input from the CPU."""
@@ -124,6 +132,7 @@ class NormCache:
         self._last = None
         self._weight_square = None
         self._on_device = {}
+        self.merged = None
         self.generation += 1
         self.b_was_nonzero = False
 
@@ -141,21 +150,37 @@ class NormCache:
             compute: computes the norm if it is not that of a dense matrix ``W + s B A``. `weights` are then the tensors
                 it depends on, of any shapes, and the host compares them on a GPU too.
         """
+        answered = None if answers.norms is None else answers.norms.get(self)
+        if form.group is not None:
+            if answered is not None:  # for all processes alike, whatever has happened to this one's tensors
+                return answered
+            norm = self.known(weights, form, training)
+            (fresh,) = collectives.all_true(form.group, [norm is not None], weights.weight.device)
+            return norm if fresh and norm is not None else self.renewed(weights, form, training, backend, compute)
         norm = self.known(weights, form, training)
         if norm is not None:
             return norm
-        if not training and answers.norms is not None:
-            norm = answers.norms.get(self)
-            if norm is not None and all(map(_same_memory, weights[:3], norm.tensors)):
-                self.reused += 1
-                return norm
+        if not training and answered is not None and all(map(_same_memory, weights[:3], answered.tensors)):
+            self.reused += 1
+            return answered
+        return self.renewed(weights, form, training, backend, compute)
+
+    def renewed(
+        self,
+        weights: Weights,
+        form: Form,
+        training: bool,
+        backend: str,
+        compute: Callable[[], Tensor] | None = None,
+    ) -> Norm:
+        """Compute the layer's norm, or have the device ask whether the kept one holds. Arguments as in `norm`."""
         device = weights.weight.device
         try:
             key = _key(*weights[:3], form)
         except RuntimeError:  # inference tensors have no version
             self.computed += 1
             return compute_norm(weights, form, backend, compute=compute)
-        return self._renewed(self._norms.get(device), key, weights, form, training, backend, compute)
+        return self._kept(self._norms.get(device), key, weights, form, training, backend, compute)
 
     def known(self, weights: Weights, form: Form, training: bool) -> Norm | None:
         """Return the kept norm if it is known to be still valid, else None."""
@@ -194,7 +219,7 @@ class NormCache:
         self.reused += held
         return held
 
-    def _renewed(
+    def _kept(
         self,
         known: Norm | None,
         key: tuple[Any, ...],
@@ -206,7 +231,7 @@ class NormCache:
     ) -> Norm:
         weight, lora_A, lora_B, _, _ = weights
         device = weight.device
-        on_device = compute is None and device_answers(weight, backend)
+        on_device = compute is None and form.group is None and device_answers(weight, backend)
         # A CUDA graph asks the device at every replay; in training A and B change between replays.
         if not _enabled or (_capturing(device) and (training or not on_device)):
             self.computed += 1
@@ -268,7 +293,7 @@ class NormCache:
         """Return the divisor; the device computes it again if it finds that A, B or W's sample have changed."""
         weight, lora_A, lora_B, _, _ = weights
         rows = row_problem(weight, lora_A, lora_B, form.magnitude_axis)
-        device, rank = weight.device, lora_A.shape[0]
+        device, rank = weight.device, lora_A.shape[-2]
         # The device compares every bit of A and B, but only a sample of W.
         key = (
             weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype,
@@ -277,7 +302,7 @@ class NormCache:
         known = self._on_device.get((device, rank))
         captured = _capturing(device)
         if captured or known is None or known[1] != key:
-            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[0], form.scaling, device)
+            known = weight, key, dispatch.kernels().KeptNorm(rows[0].shape[:-1], form.scaling, device)
             if captured:
                 self._captured.append(known[2])
             else:

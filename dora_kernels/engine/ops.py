@@ -58,8 +58,8 @@ def weight_norm_op(
 
 @weight_norm_op.register_fake
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude_axis: str, backend: str) -> Tensor:
-    length = weight.shape[0 if magnitude_axis == "out" else 1]
-    return weight.new_empty(length, dtype=accumulation_dtype(weight, lora_A, lora_B))
+    shape = weight.shape[:-1] if magnitude_axis == "out" else weight.shape[1:]
+    return weight.new_empty(shape, dtype=accumulation_dtype(weight, lora_A, lora_B))
 
 
 def merge(

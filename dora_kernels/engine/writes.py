@@ -81,6 +81,9 @@ class _Stepped:
 
 _stepped: dict[int, _Stepped] = {}
 
+PARAMETER = "_dora_kernels_parameter"
+"""Attribute of a process's part of a split parameter: that parameter, which the optimizer owns."""
+
 
 def owned(*tensors: Tensor) -> bool | None:
     """True if only optimizers whose steps are seen write those that train; None if some have no optimizer yet.
@@ -88,7 +91,8 @@ def owned(*tensors: Tensor) -> bool | None:
     With FSDP2 the optimizer owns the sharded parameter, not the one gathered from it for a call. In a distributed
     process a parameter without an owner may be gathered again at the same address, so the answer is then False.
     """
-    owners = [[one for one in list(_stepped.values()) if one.owns(t)] for t in tensors if t.requires_grad]
+    parameters = [getattr(t, PARAMETER, t) for t in tensors]
+    owners = [[one for one in list(_stepped.values()) if one.owns(p)] for p in parameters if p.requires_grad]
     if any(owner.captured for each in owners for owner in each):
         return False
     if all(owners):

@@ -14,6 +14,11 @@ from torch import Tensor
 
 # Programs that fill a large GPU several times over (132 multiprocessors on an H100, 304 compute units on an MI300X).
 _FULL_GRID = 1024
+# Programs of `one_pass`: one for each multiprocessor keeps 6 MB of loads under way, more than memory of 4.3 TB/s and a
+# microsecond's latency needs. W of 4096 rows is not split.
+_ONE_PASS_GRID = 128
+# Programs of a product, whose loads are pipelined: about two for each multiprocessor. More parts are more sums to add.
+_PRODUCT_GRID = 256
 
 
 # A configuration lists the tile sizes, in the order of the kernel's last arguments, and then two compiler options.
@@ -31,6 +36,36 @@ class ComposeConfig(NamedTuple):
     BLOCK_R: int
     num_warps: int
     num_stages: int
+
+
+class ProductConfig(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class FinishConfig(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+class OnePassConfig(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def finish(self) -> FinishConfig:
+        """Of the kernel that adds the parts."""
+        return FinishConfig(self.BLOCK_M, self.BLOCK_N, self.BLOCK_R, self.num_warps, 1)
 
 
 class ScaleReduceConfig(NamedTuple):
@@ -81,7 +116,7 @@ _FEW_FEATURES = 16
 # for 8192x8192 and bfloat16 adapters: the direct form reads 285 MB of factors from L2 at rank 128 and, with the largest
 # tiles that do not spill, 1610 MB at rank 384. The factored form reads 183 MB at rank 384, besides the vendor's product
 # of W and A.
-_DIRECT_RANK = 128
+DIRECT_RANK = 128
 
 
 def products_for(operands_wide: bool, result_wide: bool) -> int:
@@ -97,21 +132,6 @@ def norm_products(
     """`products_for` a tile of ``B A`` with `features` columns in total. `exact`: as if W were float32."""
     wide = lora_A == torch.float32 or lora_A != lora_B
     return products_for(wide, exact or weight == torch.float32 or features < _FEW_FEATURES)
-
-
-def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """True if the norm uses the factored form: at high rank, for a bfloat16 weight, whose BLAS product is exact.
-
-    float16 has too few exponent bits for the pieces of float32 adapters. Products with a wider result exist on CUDA
-    since torch 2.8.
-    """
-    if lora_A.shape[0] <= _DIRECT_RANK or weight.dtype != torch.bfloat16 or lora_A.dtype != lora_B.dtype:
-        return False
-    if lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
-        return False  # the BLAS would copy a W with gaps
-    if weight.device.type != "cuda":  # interpreted
-        return True
-    return torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def is_worth_keeping(weight: Tensor) -> bool:
@@ -147,7 +167,7 @@ def factor_grads_config() -> FactoredConfig:
 
 
 def combine_config() -> VectorConfig:
-    return VectorConfig(256, 4, 1)
+    return VectorConfig(64, 2, 1)
 
 
 def fingerprint_config() -> VectorConfig:
@@ -164,7 +184,7 @@ def fingerprints(elements: int) -> int:
 
 
 def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
-    """`few`: at most 16 tokens."""
+    """`few`: at most 16 tokens, or 16 for each group."""
     if products > 1:
         # BLOCK_R 32 spills a few registers with 3 products on sm_80.
         largest = 32 if products == 6 else 16
@@ -175,6 +195,34 @@ def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
     return ComposeConfig(64, 128, _rank_block(rank, 64), 8, 1)
 
 
+def product_config(rows: int, columns: int, products: int) -> ProductConfig:
+    """`rows`: of a group."""
+    block_m, block_n = _rank_block(rows, 64), _rank_block(columns, 64)
+    if products > 1:
+        return ProductConfig(block_m, block_n, 32, 4, 2)
+    # The tiles of three stages fit in 64 KiB. With 4 warps the largest spill on sm_90 if loads are not aligned.
+    warps = 8 if block_m == block_n == 64 else 4
+    return ProductConfig(block_m, block_n, 128 if block_m + block_n <= 80 else 64, warps, 3)
+
+
+def product_parts(tiles: int, steps: int) -> int:
+    """Into how many parts to split a sum of `steps`; 8 steps take about as long as the launch that adds the parts."""
+    return splits(tiles, max(1, steps // 8), _PRODUCT_GRID)
+
+
+def one_pass_config(tokens: int, rank: int) -> OnePassConfig:
+    block_m, block_r = _rank_block(tokens, 64), _rank_block(rank, 64)
+    # Every program reads x and A from the L2 cache: with 32 rows of W more than twice W's bytes, if both are large.
+    # At 32 tokens and rank 64, 64 rows spill on sm_90.
+    block_n = 32 if block_m + block_r <= 64 or block_m == 32 else 64
+    return OnePassConfig(block_m, block_n, 128 if block_m + block_r <= 48 else 64, block_r, block_n // 8, 3)
+
+
+def one_pass_parts(programs: int, steps: int) -> int:
+    """Into how many parts to split the sweep over W."""
+    return splits(programs, steps, _ONE_PASS_GRID)
+
+
 def scale_reduce_config(few: bool) -> ScaleReduceConfig:
     """`few`: at most 64 tokens."""
     return ScaleReduceConfig(4 if few else 16, 128, 4, 2)
@@ -183,6 +231,17 @@ def scale_reduce_config(few: bool) -> ScaleReduceConfig:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`. `triton.cdiv` would cost the host as much as a small torch operation."""
     return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def group_tiles(rows: int, groups: int, block: int) -> int:
+    """The most blocks that cover `rows` in that many groups, wherever the groups end, if no block has rows of two."""
+    filled = min(rows, groups)
+    return filled + (rows - filled) // block
 
 
 def full_grid() -> int:

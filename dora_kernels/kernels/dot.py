@@ -23,19 +23,19 @@ def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
     else:
         a1 = cast(a, tl.bfloat16, INTERPRETED)
         b1 = cast(b, tl.bfloat16, INTERPRETED)
-        a_rest = a - a1.to(tl.float32)
-        b_rest = b - b1.to(tl.float32)
+        a_rest = rest(a, a1)
+        b_rest = rest(b, b1)
         a2 = cast(a_rest, tl.bfloat16, INTERPRETED)
         b2 = cast(b_rest, tl.bfloat16, INTERPRETED)
         if PRODUCTS == 6:
             a3 = cast(a_rest - a2.to(tl.float32), tl.bfloat16, INTERPRETED)
             b3 = cast(b_rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
             # The small products first: a large accumulator would absorb them.
-            acc = _dot(a1, b3, acc, INTERPRETED)
-            acc = _dot(a3, b1, acc, INTERPRETED)
+            acc = _dot(finite(a1), b3, acc, INTERPRETED)
+            acc = _dot(a3, finite(b1), acc, INTERPRETED)
             acc = _dot(a2, b2, acc, INTERPRETED)
-        acc = _dot(a1, b2, acc, INTERPRETED)
-        acc = _dot(a2, b1, acc, INTERPRETED)
+        acc = _dot(finite(a1), b2, acc, INTERPRETED)
+        acc = _dot(a2, finite(b1), acc, INTERPRETED)
         acc = _dot(a1, b1, acc, INTERPRETED)
     return acc
 
@@ -44,13 +44,30 @@ def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
 def dot_by_pieces(a, b, acc, INTERPRETED: tl.constexpr):
     """``acc + a @ b`` to about 2**-24 for a bfloat16 a and a float32 b, which three pieces represent exactly."""
     b1 = cast(b, tl.bfloat16, INTERPRETED)
-    rest = b - b1.to(tl.float32)
-    b2 = cast(rest, tl.bfloat16, INTERPRETED)
-    b3 = cast(rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
-    acc = _dot(a, b3, acc, INTERPRETED)
-    acc = _dot(a, b2, acc, INTERPRETED)
+    b_rest = rest(b, b1)
+    b2 = cast(b_rest, tl.bfloat16, INTERPRETED)
+    b3 = cast(b_rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
+    acc = _dot(finite(a), b3, acc, INTERPRETED)
+    acc = _dot(finite(a), b2, acc, INTERPRETED)
     acc = _dot(a, b1, acc, INTERPRETED)
     return acc
+
+
+@triton.jit
+def rest(x, piece):
+    """What a bfloat16 piece leaves of float32 x; nothing where the piece is infinite."""
+    return tl.where(_infinite(piece), 0.0, x - piece.to(tl.float32))
+
+
+@triton.jit
+def finite(piece):
+    """A piece for products with small pieces, which are mostly 0: an infinity counts in the large product alone."""
+    return tl.where(_infinite(piece), 0.0, piece).to(piece.dtype)
+
+
+@triton.jit
+def _infinite(piece):
+    return (piece.to(tl.int16, bitcast=True) & 0x7FFF) == 0x7F80
 
 
 @triton.jit

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_kernels.kernels.config import CANCELLATION, blocks, factored_config
+from dora_kernels.kernels.config import CANCELLATION, DIRECT_RANK, blocks, factored_config
 from dora_kernels.kernels.dot import dot, dot_by_pieces
 from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
+from dora_kernels.kernels.product import wide_products
 
 # A bound, not a measurement: tensor cores may truncate at each step of 16 features, which loses half a unit of 2**-24
 # on average. So 128 steps lose at most 4e-6 of G, and half of that in G's part of a norm.
@@ -70,6 +71,18 @@ def factored_norm_kernel(
     square = weight_square + 2.0 * scaling * cross
     sound = square >= CANCELLATION * (weight_square + scaling * scaling * low)
     tl.store(norm_ptr + offs_n, tl.where(sound, tl.sqrt(tl.maximum(square, 0.0)), -1.0), mask=mask_n)
+
+
+def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """True if the norm uses the factored form: at high rank, for one bfloat16 weight, whose BLAS product is exact.
+
+    float16 has too few exponent bits for the pieces of float32 adapters.
+    """
+    if weight.dim() > 2 or lora_A.shape[0] <= DIRECT_RANK or weight.dtype != torch.bfloat16:
+        return False
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
+        return False  # the BLAS would copy a W with gaps
+    return INTERPRETED or wide_products(weight.device)
 
 
 def factored_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -84,26 +85,37 @@ def _plan(
     return Plan((*sizes, *strides_a, *strides_b, *stride_w), (), fingerprint_config())
 
 
+def _matrix(factor: Tensor) -> Tensor:
+    """A matrix with the elements of a factor, of a stack in the order of memory; a copy if they lie with gaps."""
+    if factor.dim() == 2:
+        return factor
+    strides = factor.stride()
+    factor = factor.permute(sorted(range(factor.dim()), key=lambda dim: -strides[dim]))
+    return factor.reshape(-1, factor.shape[-1])
+
+
 _salts = itertools.count(1)
 
 
 class KeptNorm:
     """The divisor of one layer: its norm, infinity in place of 0, for one W (address and strides) and one scaling.
 
+    `shape` is the norm's. A stack of weights is one layer: if a part of it has changed, all is computed again.
+
     Calls run in order on one stream, from any thread. Nothing is initialised on the device, so a first call may be
     captured in a graph: each object's fingerprints have a salt that was never used before, so uninitialised memory does
     not match them.
     """
 
-    def __init__(self, out_features: int, scaling: float, device: torch.device) -> None:
+    def __init__(self, shape: int | Sequence[int], scaling: float, device: torch.device) -> None:
         self._scaling = scaling
-        self._divisor = torch.empty(out_features, dtype=torch.float32, device=device)
+        self._divisor = torch.empty(shape, dtype=torch.float32, device=device)
         self._seen = self._changed = torch.empty(0, dtype=torch.int32, device=device)
         self._salt = next(_salts)
         self._in_order = threading.Lock()
 
     def divisor(self, weight: Tensor, sample: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """Return the row norms of ``W + s B A``, infinity in place of 0, float32 ``[N]``.
+        """Return the row norms of ``W + s B A``, infinity in place of 0, float32 ``[N]``, of stacks ``[G, N]``.
 
         This is the kept tensor itself; do not write to it. `sample` is a strided vector of W's elements.
         """
@@ -114,10 +126,9 @@ class KeptNorm:
                 self._seen = torch.empty(2 * sum(shares), dtype=torch.int32, device=weight.device)
                 self._salt = next(_salts)
             try:
-                plan = _plan(
-                    lora_A.shape, lora_B.shape, sample.numel(), lora_A.stride(), lora_B.stride(), sample.stride()
-                )
-                tensors = lora_A, lora_B, sample, self._seen, self._changed
+                a, b = _matrix(lora_A), _matrix(lora_B)
+                plan = _plan(a.shape, b.shape, sample.numel(), a.stride(), b.stride(), sample.stride())
+                tensors = a, b, sample, self._seen, self._changed
                 launch(fingerprint_kernel, plan, (sum(shares),), tensors, (self._salt, *shares))
                 renew_divisor(self._divisor, weight, lora_A, lora_B, self._scaling, self._changed)
             except BaseException:

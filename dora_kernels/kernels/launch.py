@@ -114,7 +114,7 @@ def launch(
     """
     first: Any = tensors[0]
     if _direct is None or not isinstance(kernel, JITFunction):
-        if not INTERPRETED:
+        if not INTERPRETED and _direct is None:
             _say(str(_found))
         with on_device(first):
             _ordinarily(kernel, plan, grid, tensors, free)

@@ -1,7 +1,7 @@
 """Weight norm: ``n_i = sqrt(Σ_k (W[i, k] + s Σ_r B[i, r] A[r, k])²)``, in one read of W unless digits are lost.
 
 Shapes: W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, any strides; n ``[N]`` float32. Column norms are the row norms of
-``(W.T, B.T, A.T)``.
+``(W.T, B.T, A.T)``. Stacks (experts) have one more dimension in front, in W, A, B and n; one launch serves them all.
 
 A program forms tiles of ``W + s B A`` for BLOCK_N rows in registers, with the product on the matrix units, squares them
 and sums in float32. Nothing as large as W is written. If a product in pieces cancels most of the sum, the program
@@ -15,6 +15,7 @@ Bytes: N·K of W, plus A once per block of rows and B once per split, or once pe
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -22,18 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dora_kernels.kernels.combine import combine
 from dora_kernels.kernels.config import (
     CANCELLATION,
     blocks,
-    combine_config,
     full_grid,
-    is_factored,
     norm_config,
     norm_products,
+    power_of_two,
     splits,
 )
 from dora_kernels.kernels.dot import cast, dot
-from dora_kernels.kernels.factored import factored_rows
+from dora_kernels.kernels.factored import factored_rows, is_factored
 from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 from dora_kernels.kernels.rounding import draw, round_by_words
 
@@ -47,14 +48,14 @@ def sweep(
     scaling,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HOLD_B: tl.constexpr,
-    seed=None, index_n=0, index_k=0,
+    seed=None, index=0, index_n=0, index_k=0,
 ):  # fmt: skip
     """Form ``V = W + s B A`` tile by tile, over columns ``[start, stop)`` of BLOCK_N rows.
 
     Returns ``Σ_k V²`` and the terms of each row. The terms, ``Σ_k (W² + s² Σ_r B² A²)``, are the size of what V is
     summed from. They are computed only if three products make up the product. If `merged_ptr` is given, ``row_scale *
-    V`` is written there, rounded stochastically if there is a seed, with the element's index ``n * index_n + k *
-    index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
+    V`` is written there, rounded stochastically if there is a seed, with the element's index ``index + n * index_n + k
+    * index_k``. HOLD_B: the rank fits in BLOCK_R, and B's rows are held across the loop.
     """
     # 16-bit factors of the same dtype are multiplied as they are, all others as float32 in pieces.
     wide = tl.float32 if PRODUCTS > 1 else a_ptr.dtype.element_ty
@@ -67,7 +68,9 @@ def sweep(
     total = tl.zeros((BLOCK_N,), tl.float32)
     terms = tl.zeros((BLOCK_N,), tl.float32)
     low = tl.zeros((BLOCK_N,), tl.float32)
-    for k in range(start, stop, BLOCK_K):
+    # Triton pipelines only what a product reads, unless it is told to; W is the stream from memory.
+    STAGES: tl.constexpr = 3 if PRODUCTS == 1 else None
+    for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < K
         mask_w = mask_n[:, None] & mask_k[None, :]
@@ -101,7 +104,7 @@ def sweep(
         if merged_ptr is not None:
             merged = row_scale[:, None] * v
             if seed is not None:
-                words = draw(seed, offs_n[:, None] * index_n + offs_k[None, :] * index_k)
+                words = draw(seed, index + offs_n[:, None] * index_n + offs_k[None, :] * index_k)
                 merged = round_by_words(merged, words, merged_ptr.dtype.element_ty)
             merged = cast(merged, merged_ptr.dtype.element_ty, INTERPRETED)
             tl.store(merged_ptr + offs_n[:, None] * stride_mn + offs_k[None, :] * stride_mk, merged, mask=mask_w)
@@ -117,31 +120,74 @@ def _low_rank_terms(b, a):
 @triton.jit(do_not_specialize=["shares"])
 def weight_norm_kernel(
     w_ptr, a_ptr, b_ptr, norm_ptr, changed_ptr,
-    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, span,
+    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_wg, stride_ag, stride_bg, span,
     shares, scaling,
-    REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
+    GROUPS: tl.constexpr, SPLIT: tl.constexpr, REPAIR: tl.constexpr, SHARES: tl.constexpr, CANCELLATION: tl.constexpr,
     PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, HOLD_B: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows.
+    """Norm of columns ``[split * span, (split + 1) * span)`` for BLOCK_N rows of one of GROUPS weights.
 
     A program exits without writing if `changed_ptr` is given and none of its `shares` flags is set (kept.py; 0 is then
-    written as infinity, ready to divide by), or with REPAIR if none of its norms is negative (factored.py).
+    written as infinity, ready to divide by), or with REPAIR if none of its norms is negative (factored.py). With
+    `changed_ptr` it computes one part after the other and combines them as `combine_kernel` does, so that a kept norm
+    has the same bits as one computed for a step.
     """
-    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    block = tl.program_id(0)
     split = tl.program_id(1)
-    norm_ptrs = norm_ptr + split.to(tl.int64) * N + offs_n
+    norm_ptr += split.to(tl.int64) * N * GROUPS
+    if GROUPS > 1:
+        group = (block // tl.cdiv(N, BLOCK_N)).to(tl.int64)
+        block = block % tl.cdiv(N, BLOCK_N)
+        w_ptr += group * stride_wg
+        a_ptr += group * stride_ag
+        b_ptr += group * stride_bg
+        norm_ptr += group * N
+    offs_n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    norm_ptrs = norm_ptr + offs_n
     start = split * span
     stop = tl.minimum(start + span, K)
     if changed_ptr is not None:
         flags = tl.arange(0, SHARES)
         changed = tl.load(changed_ptr + flags, mask=flags < shares, other=0)
-        N = tl.where(tl.max(changed, 0) > 0, N, 0)
+        any_changed = tl.max(changed, 0) > 0
+        N = tl.where(any_changed, N, 0)
+        stop = tl.where(any_changed, K if SPLIT else stop, 0)
     mask_n = offs_n < N
     if REPAIR:
         mask_n &= tl.load(norm_ptrs, mask=mask_n, other=0.0) < 0.0
-    if REPAIR or changed_ptr is not None:
+    if REPAIR:
         stop = tl.where(tl.max(mask_n.to(tl.int32), 0) > 0, stop, start)
+    if changed_ptr is None or not SPLIT:
+        norm = _part_norm(
+            w_ptr, a_ptr, b_ptr, offs_n, mask_n, start, stop, K, R,
+            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+            scaling, CANCELLATION, PRODUCTS, INTERPRETED, HOLD_B, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        square = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, stop, span):
+            part = _part_norm(
+                w_ptr, a_ptr, b_ptr, offs_n, mask_n, start, tl.minimum(start + span, K), K, R,
+                stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+                scaling, CANCELLATION, PRODUCTS, INTERPRETED, HOLD_B, BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+            square += part * part
+        norm = tl.sqrt(square)
+    if changed_ptr is not None:
+        norm = tl.where(norm == 0.0, float("inf"), norm)
+    tl.store(norm_ptrs, norm, mask=mask_n)
+
+
+@triton.jit
+def _part_norm(
+    w_ptr, a_ptr, b_ptr, offs_n, mask_n, start, stop, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    scaling,
+    CANCELLATION: tl.constexpr, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, HOLD_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The norms of columns ``[start, stop)``."""
     total, terms = sweep(
         w_ptr, a_ptr, b_ptr, None,
         offs_n, mask_n, None,
@@ -163,29 +209,13 @@ def weight_norm_kernel(
             6, INTERPRETED, BLOCK_N, BLOCK_K, BLOCK_R, HOLD_B,
         )  # fmt: skip
         total = tl.where(lost, exact, total)
-    norm = tl.sqrt(total)
-    if changed_ptr is not None:
-        norm = tl.where(norm == 0.0, float("inf"), norm)
-    tl.store(norm_ptrs, norm, mask=mask_n)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def combine_kernel(parts_ptr, norm_ptr, N, parts, BLOCK: tl.constexpr):
-    """The norm of `parts` rows of partial norms."""
-    offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    mask = offs < N
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, parts):
-        value = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-        total += value * value
-        parts_ptr += N
-    tl.store(norm_ptr + offs, tl.sqrt(total), mask=mask)
+    return tl.sqrt(total)
 
 
 def weight_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_square: Tensor | None = None
 ) -> Tensor:
-    """Row norms of ``W + s B A``, float32 ``[N]``.
+    """Row norms of ``W + s B A``, float32 ``[N]``, or ``[G, N]`` of stacks, whose norms are always computed directly.
 
     `weight_square` is ``|W|²`` per row, which the factored form needs.
     """
@@ -196,16 +226,12 @@ def weight_norm(
 
 def direct_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The norm in one read of W."""
-    N = weight.shape[0]
     plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid())
-    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    norm = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     count = grid[1]
-    parts = norm if count == 1 else torch.empty(count, N, dtype=torch.float32, device=weight.device)
+    parts = norm if count == 1 else torch.empty((count, *norm.shape), dtype=torch.float32, device=weight.device)
     launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, parts, None), (0, float(scaling)))
-    if count > 1:
-        vector = _combine_plan(N)
-        launch(combine_kernel, vector, (blocks(N, vector.config.BLOCK),), (parts, norm), (count,))
-    return norm
+    return norm if count == 1 else combine(parts, norm, norm=True)
 
 
 def factored_norm(
@@ -230,11 +256,11 @@ def renew_divisor(
 ) -> None:
     """Recompute the norm, infinity in place of 0, into `divisor` if one of the flags `changed` is set.
 
-    It is one launch, so K is not split. It rarely has anything to do.
+    It is one launch: a program computes the parts of K one after another. It rarely has anything to do.
     """
     shares = changed.numel()
-    plan, grid = _plan(*_described(weight, lora_A, lora_B), shares=1 << (shares - 1).bit_length())
-    launch(weight_norm_kernel, plan, grid, (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid(), power_of_two(shares))
+    launch(weight_norm_kernel, plan, grid[:1], (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -246,20 +272,27 @@ def row_square(weight: Tensor) -> Tensor:
 def _described(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Any, ...]:
     """The arguments that `_plan` gets for these tensors."""
     return (
-        *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype, lora_B.dtype,
-        (*weight.stride(), *lora_A.stride(), *lora_B.stride()),
+        math.prod(weight.shape[:-2]), *weight.shape[-2:], lora_A.shape[-2], weight.dtype, lora_A.dtype, lora_B.dtype,
+        strides(weight, lora_A, lora_B),
     )  # fmt: skip
+
+
+def strides(*stacks: Tensor) -> tuple[int, ...]:
+    """The strides of rows and columns of each, and then those of the stacks, 0 for a matrix."""
+    inner = [stride for one in stacks for stride in one.stride()[-2:]]
+    return (*inner, *(one.stride()[0] if one.dim() == 3 else 0 for one in stacks))
 
 
 @functools.lru_cache(PLANS)
 def _plan(
+    groups: int,
     N: int,
     K: int,
     R: int,
     weight: torch.dtype,
     lora_A: torch.dtype,
     lora_B: torch.dtype,
-    strides: tuple[int, ...],
+    lie: tuple[int, ...],
     programs: int = 1,
     shares: int = 0,
     repair: bool = False,
@@ -270,12 +303,7 @@ def _plan(
     """
     products = norm_products(weight, lora_A, lora_B, K, exact=repair)
     config = norm_config(R, products)
-    rows, steps = blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
+    rows, steps = groups * blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
     span = blocks(steps, splits(rows, steps, programs)) * config.BLOCK_K
-    flags = repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
-    return Plan((N, K, R, *strides, span), flags, config), (rows, blocks(K, span))
-
-
-@functools.lru_cache(PLANS)
-def _combine_plan(N: int) -> Plan:
-    return Plan((N,), (), combine_config())
+    flags = groups, blocks(K, span) > 1, repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
+    return Plan((N, K, R, *lie, span), flags, config), (rows, blocks(K, span))

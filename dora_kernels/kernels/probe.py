@@ -7,11 +7,16 @@ import torch
 from dora_kernels.kernels.compose import compose
 from dora_kernels.kernels.factor_grads import factor_grads
 from dora_kernels.kernels.norm import weight_norm
+from dora_kernels.kernels.product import product, wide_products
 from dora_kernels.kernels.scale_reduce import scale_reduce
 
 
 def probe(device: torch.device) -> None:
-    """Compile, launch and check each kernel once. Raises the compiler's or driver's error, or RuntimeError."""
+    """Compile, launch and check each kernel once. Raises the compiler's or driver's error, or RuntimeError.
+
+    It also finds out whether `torch.mm` has wide results here, which cannot be tried during a graph's capture.
+    """
+    wide_products(device)
     ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     g = torch.ones(16, device=device)
     scaled, _, _ = scale_reduce(ones, ones, g, True, True)
@@ -20,6 +25,7 @@ def probe(device: torch.device) -> None:
         "weight_norm": (weight_norm(ones, ones, ones, 1.0), 4 * 17.0),
         "weight_norm in float32": (weight_norm(ones.float(), ones.float(), ones.float(), 1.0), 4 * 17.0),
         "compose": (compose(ones, ones, ones, g, None, 1.0, True), 17.0),
+        "product": (product(ones, ones, torch.bfloat16), 16.0),
         "scale_reduce": (scaled, 1.0),
         "factor_grads": (factor_grads(ones.float(), ones, g.view(1, 16), g, g, 1.0, None)[1], 17.0),
     }

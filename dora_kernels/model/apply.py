@@ -12,10 +12,21 @@ from torch import Tensor, nn
 
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
+from dora_kernels.engine.merged import check_forward
 from dora_kernels.model.saving import unwatch_saving, watch_saving
-from dora_kernels.model.targets import adapted_layer, chosen, named_modules, places_of, put, unwrapped
+from dora_kernels.model.targets import (
+    adapted_layer,
+    adapted_stack,
+    chosen,
+    chosen_stacks,
+    named_modules,
+    places_of,
+    put,
+    unwrapped,
+)
 from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
+from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.rounding import seed_for
 
 
@@ -36,6 +47,8 @@ def apply_dora(
     eps: float = 0.0,
     backend: str = "auto",
     adapter_dtype: torch.dtype | None = None,
+    target_parameters: Iterable[str] | None = None,
+    forward: str = "composed",
 ) -> list[str]:
     """Replace every layer of `model` that the patterns name by an adapted layer.
 
@@ -69,10 +82,14 @@ def apply_dora(
         eps: added to the norm.
         backend: as `dora_linear`.
         adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
+        target_parameters: names, or ends of names, of parameters that are stacks of experts, as PEFT's:
+            ``["experts.gate_up_proj", "experts.down_proj"]`` (`DoRAExperts`). With them `target_modules` may be ``[]``,
+            and `dropout` has to be 0.
+        forward: "composed", or "merged" for linear layers that multiply by one merged weight (docs/merged.md).
 
     Returns:
-        The names of the adapted layers, in the model's order. A warning names patterns that match nothing, and
-        convolutions with groups, whose adapters cannot be saved to a file.
+        The names of the adapted layers, in the model's order, and then those of the parameters. A warning names
+        patterns that match nothing, and convolutions with groups, whose adapters cannot be saved to a file.
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
@@ -87,18 +104,32 @@ def apply_dora(
         "dropout": dropout, "use_rslora": use_rslora, "backend": backend, "adapter_dtype": adapter_dtype,
     }  # fmt: skip
     validation.check_flag(use_dora, "use_dora")
+    check_forward(forward)
     if use_dora:
         options |= {"magnitude_axis": magnitude_axis, "detach_norm": detach_norm, "eps": eps}
     places = places_of(model)
     ranks, alphas = ByName(rank_pattern, "rank_pattern"), ByName(alpha_pattern, "alpha_pattern")
-    found, notes = chosen(model, places, target_modules, exclude_modules, use_dora)
-    flags = [(p, p.requires_grad) for module in found for p in module.parameters(recurse=False)]
+    stacks = chosen_stacks(model, places, target_parameters)
+    found: dict[nn.Module, str] = {}
+    notes: list[str] = []
+    if not stacks or not (isinstance(target_modules, list | tuple) and not target_modules):
+        found, notes = chosen(model, places, target_modules, exclude_modules, use_dora)
+        notes = [note for note in notes if not stacks or "three-dimensional parameters" not in note]
+    flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters(recurse=False)]
     layers: dict[nn.Module, AdaptedLayer] = {}
+    around: dict[nn.Module, AdaptedLayer] = {}
     try:
+        for module, names in stacks.items():
+            for name in names:
+                own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
+                around[module] = adapted_stack(around.get(module, module), name, use_dora, **own, **options)
         for module, name in found.items():
             own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
+            if use_dora and forward != "composed" and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                own["forward"] = forward
             layers[module] = adapted_layer(module, name, use_dora, **own, **options)
-        notes += ranks.unmatched(found.values()) + alphas.unmatched(found.values())
+        named = [*found.values(), *(name for names in stacks.values() for name in names)]
+        notes += ranks.unmatched(named) + alphas.unmatched(named)
         unmergeable = [found[module] for module, layer in layers.items() if layer._cannot_be_merged]
         if unmergeable:
             notes.append(f"{', '.join(unmergeable)}: {CANNOT_BE_MERGED}")
@@ -108,10 +139,10 @@ def apply_dora(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-    for module, layer in layers.items():
+    for module, layer in {**layers, **around}.items():
         put(model, places[module], layer)
         watch_saving(model, places[module])
-    return list(found.values())
+    return named
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -148,7 +179,7 @@ def remove_dora(model: nn.Module) -> nn.Module:
     """
     layers = _layers(model)
     places = places_of(model)
-    for layer in layers.values():
+    for layer in reversed(list(layers.values())):  # those inside first: experts are adapted one around another
         if layer.merged:
             layer.unmerge()
         put(model, places[layer], layer._release())
@@ -184,7 +215,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
         if reason is not None:
             raise ValueError(f"{name}: the layer cannot be merged: {reason}")
     _check_untied(model, layers)
-    for name, layer in layers.items():
+    for name, layer in reversed(list(layers.items())):
         if not layer.merged:
             layer.merge(rounding, seed_for(seed, name))
         put(model, places[layer], layer._release())
@@ -282,7 +313,7 @@ def _layers(model: nn.Module, itself: bool = False) -> dict[str, AdaptedLayer]:
 def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     """Raise ValueError if a weight that merging would write is also held outside its layer."""
     inside = tuple(f"{name}." for name, module in named_modules(model) if isinstance(module, AdaptedLayer))
-    pairs = [(name, layer.base_layer.weight) for name, layer in layers.items()]
+    pairs = [(name, layer.weight) for name, layer in layers.items()]
     for module, names in places_of(model).items():  # a base layer may also be held outside
         outside = next((name for name in names if not f"{name}.".startswith(inside)), None)
         if outside is not None:
@@ -291,7 +322,7 @@ def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     for name, parameter in pairs:
         owners.setdefault(parameter.data_ptr() or parameter, []).append(name)
     for name, layer in layers.items():
-        weight = layer.base_layer.weight
+        weight = layer.weight
         others = [one for one in owners[weight.data_ptr() or weight] if one != name]
         if others:
             raise ValueError(

@@ -18,7 +18,9 @@ from dora_kernels.modules import (
     DoRAConv2d,
     DoRAConv3d,
     DoRAEmbedding,
+    DoRAExperts,
     DoRALinear,
+    LoRAExperts,
     LoRALinear,
 )
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
@@ -115,7 +117,7 @@ def chosen(
         raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora)
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
-        _check_bare(model, module, name)
+        check_bare(model, module, name)
         problem = _problem(model, module, name, use_dora, readers)
         if problem is None:
             check_loaded(module, name)
@@ -133,7 +135,7 @@ def chosen(
     left = [f"'all-linear' leaves out {reasons}"] * bool(left_out)
     if stacks:
         more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
-        what = "three-dimensional parameters (such as stacked experts) are not the weights of layers"
+        what = "three-dimensional parameters (stacked experts) are adapted by target_parameters"
         left.append(f"'all-linear' leaves out {', '.join(stacks[:3])}{more}: {what}")
     return found, left + missed
 
@@ -236,23 +238,71 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
             raise type(error)(f"{name}: {error}") from error
 
 
+def chosen_stacks(
+    model: nn.Module, places: dict[nn.Module, list[str]], target_parameters: Iterable[str] | None
+) -> dict[nn.Module, list[str]]:
+    """Return the modules that have the named stacks, each with their full names in the module's order.
+
+    Raises:
+        TypeError: the names are not names, or a parameter is no stack ``[experts, out, in]`` in a dtype to train in.
+        ValueError: a name matches no parameter; or its module is adapted already, parametrized, or has values that are
+            not finite.
+    """
+    if target_parameters is None:
+        return {}
+    targets = _pattern(target_parameters, "target_parameters")
+    if not isinstance(targets, list):
+        raise TypeError(f"target_parameters: expected a list of names, got {target_parameters!r}")
+    found: dict[nn.Module, list[str]] = {}
+    known = []
+    for module, names in places.items():
+        for key, parameter in module._parameters.items():
+            name = f"{names[0]}.{key}" if names[0] else key
+            known.append(name)
+            if parameter is None or not _matches(targets, name):
+                continue
+            check_bare(model, module, name.rpartition(".")[0])
+            if parameter.dim() != 3:
+                raise TypeError(f"{name}: expected a stack of experts with 3 dimensions, got {list(parameter.shape)}")
+            if parameter.dtype not in validation.DTYPES:
+                raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {parameter.dtype}")
+            if type(parameter) is not nn.Parameter:
+                raise TypeError(f"{name}: expected an nn.Parameter, got {type(parameter).__name__}")
+            if parameter.is_meta:
+                raise ValueError(f"{name}: it is on the meta device, without values; load the weights first")
+            found.setdefault(module, []).append(name)
+    missed = _unmatched(targets, known, "target_parameters")
+    if missed:
+        raise ValueError(missed[0])
+    return found
+
+
+def adapted_stack(module: nn.Module, name: str, use_dora: bool, **options: Any) -> AdaptedLayer:
+    """Make the adapted layer of a parameter, around its module or around the layer of another of its parameters."""
+    kind = DoRAExperts if use_dora else LoRAExperts
+    try:
+        return kind(module, name.rpartition(".")[2], **options).train(module.training)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders) -> None:
     """Raise if the layer may not be replaced, or if its values are not there or not finite."""
-    _check_bare(model, module, name)
+    check_bare(model, module, name)
     problem = _problem(model, module, name, use_dora, readers)
     if problem is not None:
         raise type(problem)(f"{name}: {problem}")
     check_loaded(module, name)
 
 
-def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+def parents_of(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules around a layer, innermost first."""
     return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
 
 
-def _check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
+def check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
     """Raise if the layer has an adapter already."""
-    around = [module, *_parents(model, name)]
+    around = [module, *parents_of(model, name)]
     if any(isinstance(one, AdaptedLayer) for one in around):
         raise ValueError(f"{name}: the layer is adapted already")
     if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
@@ -265,7 +315,7 @@ def _problem(
     model: nn.Module, module: nn.Module, name: str, use_dora: bool, readers: WeightReaders
 ) -> Exception | None:
     """Return the error, without the layer's name, if a layer without adapter cannot get one; else None."""
-    parents = _parents(model, name)
+    parents = parents_of(model, name)
     parent, kind = parents[0], f"{type(module).__module__}.{type(module).__name__}"
     held = parent._modules[name.rpartition(".")[2]]
     if held is not module:
@@ -274,7 +324,10 @@ def _problem(
         return ValueError("the layer is parametrized; remove the parametrization first")
     weight = module._parameters.get("weight")
     if type(weight).__name__ == "DTensor":
-        return TypeError("the layer is sharded; adapt the model before sharding it")
+        return TypeError(
+            "the layer is sharded; adapt the model before sharding it, or use PEFT and "
+            "dora_kernels.patch_peft_globally() on a tensor-parallel model"
+        )
     if _is_quantised(module, weight):
         of = "" if weight is None else f", weight {type(weight).__name__}"
         return TypeError(

@@ -14,7 +14,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class WeightReaders:
     """The weights that modules read, determined once per module."""
 
     def __init__(self) -> None:
-        self._found: dict[nn.Module, list[tuple[list[str], bool]]] = {}
+        self._found: dict[nn.Module, list[_Use]] = {}
 
     def of(self, parents: Iterable[nn.Module], name: str) -> nn.Module | None:
         """Return the module that reads a layer's weight itself in at least one of its code paths, or None.
@@ -36,19 +36,35 @@ class WeightReaders:
             parents: the modules around the layer, innermost first.
             name: the layer's name in the outermost module.
         """
+        return next((parent for parent, use in self._uses(parents, name) if use.reads), None)
+
+    def never_calling(self, parents: Iterable[nn.Module], name: str) -> nn.Module | None:
+        """Return the module that reads a layer's weight if no module around the layer calls it, or None."""
+        uses = list(self._uses(parents, name))
+        return uses[0][0] if uses and all(use.reads for _, use in uses) else None
+
+    def _uses(self, parents: Iterable[nn.Module], name: str) -> Iterator[tuple[nn.Module, _Use]]:
         parts = name.split(".")
         for depth, parent in enumerate(parents, 1):
             if parent not in self._found:
-                self._found[parent] = list(_reads(parent))
+                self._found[parent] = list(_uses_in(parent))
             own = parts[-depth:]
-            for path, from_self in self._found[parent]:
-                if own == path if from_self else own[-len(path) :] == path:
-                    return parent
-        return None
+            for use in self._found[parent]:
+                if own == use.path if use.from_self else own[-len(use.path) :] == use.path:
+                    yield parent, use
 
 
-def _reads(module: nn.Module) -> Iterator[tuple[list[str], bool]]:
-    """Yield names of layers whose weight a module reads. The flag is True if the name starts at the module itself."""
+class _Use(NamedTuple):
+    """A layer that a module's code names."""
+
+    path: list[str]
+    from_self: bool
+    """True if the path starts at the module itself."""
+    reads: bool
+    """True if the code reads the layer's weight, False if it names the layer in any other way, to call it say."""
+
+
+def _uses_in(module: nn.Module) -> Iterator[_Use]:
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
@@ -63,8 +79,9 @@ def _reads(module: nn.Module) -> Iterator[tuple[list[str], bool]]:
             for path, root in _found(tree, module):
                 if path[-1:] != ["weight"]:
                     waiting += [path[0]] if root == "self" else []
+                    yield _Use(path, root == "self", False)
                 elif len(path) > 1:
-                    yield path[:-1], root == "self"
+                    yield _Use(path[:-1], root == "self", True)
 
 
 def _functions(module: nn.Module, method: str) -> Iterator[types.FunctionType]:

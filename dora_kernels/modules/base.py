@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 _OPTIONS = frozenset({
-    "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps",
+    "alpha", "dropout", "use_rslora", "backend", "adapter_dtype", "magnitude_axis", "detach_norm", "eps", "forward",
 })  # fmt: skip
 """The keyword arguments that belong to the adapter; a layer's other keyword arguments go to its base layer."""
 
@@ -77,7 +77,7 @@ class AdaptedLayer(nn.Module):
         validation.check_flag(use_rslora, "use_rslora")
         rank = int(rank)
         self._check_base(base_layer, rank)
-        weight: Any = base_layer.weight
+        weight = self._weight_of(base_layer)
         if weight.dtype not in validation.DTYPES:
             raise TypeError(
                 f"base_layer: expected a weight in float32, bfloat16, float16 or float64, got {weight.dtype}"
@@ -92,8 +92,9 @@ class AdaptedLayer(nn.Module):
         validation.check_scaling(self.scaling)
         self.backend = backend
         self._strength = 1.0
-        self._thawed = tuple(name for name, p in base_layer.named_parameters() if p.requires_grad)
-        self.base_layer = base_layer.requires_grad_(False)
+        self._thawed = tuple(name for name, p in self._frozen_in(base_layer).named_parameters() if p.requires_grad)
+        self._frozen_in(base_layer).requires_grad_(False)
+        self.base_layer = base_layer
         self.dropout = nn.Dropout(float(dropout))
         self._unmerged: Tensor | None = None
         self._register_state_dict_hook(_save_unmerged)
@@ -150,7 +151,20 @@ class AdaptedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, without the adapter, as in PEFT's layers: models ask it for its dtype."""
-        weight: Tensor = self.base_layer.weight
+        return self._weight_of(self.base_layer)
+
+    def _frozen_in(self, base_layer: Any) -> nn.Module:
+        """The part of a base layer that is frozen."""
+        frozen: nn.Module = base_layer
+        return frozen
+
+    def _weight_name(self) -> str:
+        """The parameter's name in the base layer."""
+        return "weight"
+
+    def _weight_of(self, base_layer: Any) -> Tensor:
+        """The parameter of a base layer that is adapted."""
+        weight: Tensor = base_layer.weight
         return weight
 
     @property
@@ -186,7 +200,7 @@ class AdaptedLayer(nn.Module):
 
     def _write(self, merged: Tensor) -> None:
         """Write a weight ``[N, K]`` into the base layer."""
-        self.base_layer.weight.copy_(merged)
+        self.weight.copy_(merged)
 
     def _unmergeable_reason(self) -> str | None:
         """Return the reason why the base layer's weight cannot hold the adapter, or None if it can."""
@@ -240,13 +254,22 @@ class AdaptedLayer(nn.Module):
             )
         self._strength = float(value)
 
-    def _merged_weight(self, rounding: str, seed: int) -> Tensor:
-        weight, lora_A, lora_B = self._problem()
-        rounded: dict[str, Any] = {"rounding": rounding, "seed": seed}
+    def _merged_weight(self, rounding: str, seed: int) -> Any:
+        """The merged weight ``[N, K]``, or whatever `_write` takes."""
+        return self._merged_matrix(self._problem(), rounding, seed)
+
+    def _merged_matrix(
+        self, problem: tuple[Tensor, Tensor, Tensor], rounding: str, seed: int, magnitude: Tensor | None = None
+    ) -> Tensor:
+        """The merged weight of one matrix; a `magnitude` stands for the layer's."""
+        weight, lora_A, lora_B = problem
+        arguments: dict[str, Any] = {**self._merge_arguments(), "rounding": rounding, "seed": seed}
+        if magnitude is not None:
+            arguments["magnitude"] = magnitude
         if self.strength == 1.0:
-            return merge_dora(weight, lora_A, lora_B, **self._merge_arguments(), **rounded)
+            return merge_dora(weight, lora_A, lora_B, **arguments)
         wide = weight.to(accumulation_dtype(weight))
-        merged = torch.lerp(wide, merge_dora(wide, lora_A, lora_B, **self._merge_arguments(), **rounded), self.strength)
+        merged = torch.lerp(wide, merge_dora(wide, lora_A, lora_B, **arguments), self.strength)
         drawn = rounding == "stochastic" and is_coarse(weight.dtype)
         return stochastic(merged, weight.dtype, seed) if drawn else merged.to(weight.dtype)
 
@@ -270,7 +293,7 @@ class AdaptedLayer(nn.Module):
         if reason is not None:
             raise ValueError(f"the layer cannot be merged: {reason}")
         merged = self._merged_weight(rounding, seed)
-        self._unmerged = self.base_layer.weight.detach().to("cpu", copy=True)
+        self._unmerged = self.weight.detach().to("cpu", copy=True)
         self._write(merged)
 
     @torch.no_grad()
@@ -279,7 +302,7 @@ class AdaptedLayer(nn.Module):
         if self._unmerged is None:
             warnings.warn("the layer is not merged: nothing to do", stacklevel=3)
             return
-        self.base_layer.weight.copy_(self._unmerged)
+        self.weight.copy_(self._unmerged)
         self._unmerged = None
 
     @property
@@ -292,7 +315,7 @@ class AdaptedLayer(nn.Module):
         self._unmerged = None
         base: nn.Module = self.base_layer
         for name in self._thawed:
-            base.get_parameter(name).requires_grad_(True)
+            self._frozen_in(base).get_parameter(name).requires_grad_(True)
         return base
 
     def _check_input(self, x: Tensor) -> None:
@@ -377,7 +400,7 @@ class DoRALayer(AdaptedLayer):
 
     def _start(self) -> None:
         super()._start()
-        dtype, device = self.factors[0].dtype, self.base_layer.weight.device
+        dtype, device = self.factors[0].dtype, self.weight.device
         self.lora_magnitude_vector = nn.Parameter(torch.empty(self._magnitude_shape(), dtype=dtype, device=device))
         self._norm_cache.move(device)
         self._reset_magnitude()
@@ -396,7 +419,7 @@ class DoRALayer(AdaptedLayer):
         """PyTorch's, for `to` and similar methods; the norm cache forgets, and with it the old tensors' memory."""
         result = super()._apply(*args, **kwargs)
         self._norm_cache.invalidate()
-        self._norm_cache.move(self.base_layer.weight.device)
+        self._norm_cache.move(self.weight.device)
         return result
 
     def kept_norms(self) -> Iterator[KeptNorm]:
@@ -411,7 +434,7 @@ class DoRALayer(AdaptedLayer):
 
     def _magnitude_shape(self) -> tuple[int, ...]:
         weight = self._problem()[0]
-        return (weight.shape[0 if self.magnitude_axis == "out" else 1],)
+        return tuple(weight.shape[:-1] if self.magnitude_axis == "out" else weight.shape[1:])
 
     def _weight_norm(self) -> Tensor:
         """The norm of the adapted weight, one value per magnitude."""
@@ -459,6 +482,6 @@ def showing(*names: str) -> Callable[[type[T]], type[T]]:
 
 def _save_unmerged(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Store the base weight without the adapter, which the state dict holds as well."""
-    key = f"{prefix}base_layer.weight"
+    key = f"{prefix}base_layer.{layer._weight_name()}"
     if layer._unmerged is not None and key in state_dict:
         state_dict[key] = layer._unmerged

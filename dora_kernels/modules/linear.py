@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dora_kernels.core import validation
 from dora_kernels.core.problem import Form
 from dora_kernels.engine.layer import layer_scale, run_layer
+from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.modules.base import AdaptedLayer, DoRALayer
 
 if TYPE_CHECKING:
@@ -197,7 +198,20 @@ class DoRALinear(DoRALayer, LoRALinear):
         magnitude_axis (str): "out", a magnitude per output feature, or "in", per input feature.
         detach_norm (bool): no gradient through the norm (section 4.3 of the DoRA paper; PEFT).
         eps (float): added to the norm.
+        forward (str): "composed", or "merged": ``g * V`` is written once per optimizer step, and a call is one product
+            with it (docs/merged.md).
     """
+
+    def _set_up(self, base_layer: Any, *, forward: str = "composed", **options: Any) -> dict[str, Any]:
+        check_forward(forward)
+        if forward == "merged":
+            check_merged_dtype(getattr(base_layer, "weight", None), "base_layer")
+        factory = super()._set_up(base_layer, **options)
+        self._norm_cache.merges = forward == "merged"
+        return factory
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", forward='merged'" if self._norm_cache.merges else "")
 
     def _adapted(self, x: Tensor) -> Tensor:
         """Maps ``[..., in_features]`` to ``[..., out_features]``."""

@@ -97,7 +97,7 @@ def _watch_gradient(name: str, layer: Any, model: str) -> None:
             handles.pop().remove()
         layer = own()
         state = None if layer is None else switch(layer)
-        if layer is None or state is None or called(layer):
+        if layer is None or state is None or state.by_modules or called(layer):
             return
         state.trained_elsewhere = True
         warn_once(

@@ -21,6 +21,7 @@ from dora_kernels.core.expressions import Expression, Steps
 from dora_kernels.core.patterns import bounded, by_pattern
 from dora_kernels.core.shown import quoted, shown
 from dora_kernels.files import pairs, storage
+from dora_kernels.peft import parameters
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
 
@@ -97,9 +98,19 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
     _check_config(config_file, config)
     modules = _parts(file, tensors)
     ranks = by_pattern(config.get("rank_pattern"), f"{config_file}: rank_pattern")
+    stacks = parameters.of_file(modules, model, file, config_file, config)
     for module, parts in modules.items():
-        _check_parts(file, module, parts, ranks.get(module, config.get("r")))
+        stack = stacks.get(module)
+        rank = ranks.get(module if stack is None else stack.name, config.get("r"))
+        if stack is not None and "lora_magnitude_vector" in parts and parts["lora_magnitude_vector"].dim() == 2:
+            # Without a model a stack's name is not known, nor which pattern is its own.
+            others = (config.get("rank_pattern") or {}).values() if stack.shape is None else ()
+            parameters.check_parts(file, stack, parts, [rank, *others])
+        else:
+            _check_parts(file, module, parts, rank)
     if model is not None:
+        parameters.check_sizes(file, stacks, modules, config.get("peft_version"))
+        modules = {module: parts for module, parts in modules.items() if module not in stacks}
         _check_layers(file, modules, model, config_file, config)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_kernels.core import weighted_sum
 from dora_kernels.core.precision import accumulation_dtype, no_autocast
 from dora_kernels.core.scale import magnitude_scale
+from dora_kernels.peft import experts
 from dora_kernels.peft.layer import DoraVariant
 from dora_kernels.peft.state import dora_adapters, strength
 
@@ -43,6 +44,8 @@ def combine(layer: Any, name: str, adapters: Sequence[str], weights: Sequence[fl
         ValueError: a tensor cannot be read; an adapter has a bias, which a DoRA adapter cannot have; or the layer is a
             grouped convolution, whose update is not a product.
     """
+    if isinstance(layer, experts.STOCK):
+        return experts.combine(layer, adapters, weights, result)
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise ValueError(f"{name}: adapters of a grouped convolution cannot be added up")
     biased = [one for one in adapters if layer.lora_bias.get(one)]

@@ -19,7 +19,7 @@ from dora_kernels.core import convolution
 from dora_kernels.core.problem import Weights
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource
-from dora_kernels.peft.state import SWITCH, active_dropout, interpolated, read
+from dora_kernels.peft.state import active_dropout, interpolated, read, settings
 
 _KINDS: dict[Any, tuple[Any, Callable[..., Tensor]]] = {
     nn.Conv1d: (DoraConv1dLayer, F.conv1d),
@@ -85,7 +85,7 @@ class _DoraConvVariant(DoraVariant):
         """
         scaling, groups = layer.scaling[adapter], layer.base_layer.groups
         a: Tensor = layer.lora_A[adapter].weight
-        grouped, exact = groups > 1, adapter in vars(layer)[SWITCH].exact_norms
+        grouped, exact = groups > 1, adapter in settings(layer).exact_norms
         copied = not convolution.is_view(a, not layer.base_layer.weight.is_contiguous())
         if not grouped and not copied:
             return weights, None
@@ -117,7 +117,7 @@ class _DoraConvVariant(DoraVariant):
         base = None
         if active_dropout(module, active_adapter):
             x = module.lora_dropout[active_adapter](x)
-            if vars(module)[SWITCH].options.dropout == "peft":
+            if settings(module).options.dropout == "peft":
                 base = cls._base_product(module.base_layer, x)
         low = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         if base is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraEmbeddingLayer
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine.layer import run_compose
+from dora_kernels.peft import shards, tensor_parallel
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.state import interpolated, norm_cache, read
 
@@ -43,6 +45,7 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
     """PEFT's DoRA variant for embeddings."""
 
     stock = variants.DoraEmbeddingVariant
+    init = staticmethod(tensor_parallel.wrapped(stock.init))
     read = staticmethod(read_weights)
 
     @staticmethod
@@ -57,7 +60,11 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
         if weights is None:
             dora = cls.stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
             return interpolated(module, active_adapter, result, dora)
-        h = module._embed(x, weights.lora_A.t())
+        if shards.split_of(module) is None:
+            h = module._embed(x, weights.lora_A.t())
+        else:
+            functions = module.input_fns[active_adapter], module.output_fns[active_adapter]
+            h = module._embed(x, module.lora_embedding_A[active_adapter].t(), *functions)
         # Exists since peft 0.18. Earlier versions leave the scale out, and so do adapters trained with them.
         embed_scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
         if embed_scale is not None:
@@ -75,6 +82,11 @@ class DoraEmbedding(DoraLayer, lora.Embedding):
     stock = lora.Embedding
     variants = {variants.DoraEmbeddingVariant: DoraEmbeddingVariant}
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() and shards.is_split(self) and not (args or kwargs):
+            return tensor_parallel.untraced(self, x)
+        return lora.Embedding.forward(self, x, *args, **kwargs)
+
     def _adapter_input(self, x: Tensor, adapter: str) -> Tensor:
         """Return x as it is: indices need no cast to the adapter's dtype."""
         return x
@@ -85,4 +97,4 @@ def unsupported(layer: Any) -> str | None:
     if not isinstance(layer.base_layer, nn.Embedding):
         kind = type(layer.base_layer)
         return f"its base layer is a {kind.__module__}.{kind.__name__}, not an nn.Embedding"
-    return None
+    return shards.problem(layer.base_layer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dora_kernels.core.problem import Weights
 from dora_kernels.peft.layer import DoraVariant
+from dora_kernels.peft.shards import part, split_of
 from dora_kernels.peft.state import dora_adapters, switch
 
 logger = logging.getLogger("dora_kernels")
@@ -42,17 +43,21 @@ def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
             continue
         for adapter in dora_adapters(layer):
             variant = getattr(layer, "lora_variant", {}).get(adapter)
+            if getattr(variant, "starts_exact", False):
+                continue
             weights = variant.read(layer, adapter) if isinstance(variant, DoraVariant) else None
             if weights is None:
                 unread.append(f"{name} ({adapter})")
                 continue
-            if (weights.lora_A.any() and weights.lora_B.any()) or not _fresh(layer, adapter):
+            exact = None if split_of(layer) is None else _norm(layer, adapter, variant, weights)  # by all processes
+            if (weights.lora_A.any() and weights.lora_B.any()) or not _fresh(layer, adapter, exact):
                 continue
             magnitude: Tensor = layer.lora_magnitude_vector[adapter].weight
-            before, exact = magnitude.detach().clone(), _norm(layer, adapter, variant, weights)
-            magnitude.copy_(exact.view(magnitude.shape))
-            if not torch.equal(before, magnitude):
-                after = magnitude.detach().clone()
+            own = part(magnitude)
+            before, exact = own.clone(), _norm(layer, adapter, variant, weights) if exact is None else exact
+            own.copy_(exact.view(own.shape))
+            if not torch.equal(before, own):
+                after = own.clone()
                 done.append(Rewritten(f"{name} ({adapter})", weakref.ref(magnitude), before, after))
     if unread:
         logger.warning(
@@ -66,7 +71,7 @@ def rewrite_magnitudes(model: nn.Module) -> list[Rewritten]:
 def undo(rewritten: list[Rewritten]) -> None:
     """Restore the magnitudes that nobody has changed since they were rewritten."""
     for _, reference, before, after in rewritten:
-        magnitude = reference()
+        magnitude = part(reference())
         if magnitude is not None and magnitude.shape == after.shape and torch.equal(magnitude.cpu(), after.cpu()):
             magnitude.copy_(before)
 
@@ -76,10 +81,13 @@ def _norm(layer: Any, adapter: str, variant: Any, weights: Weights) -> Tensor:
     return divisor.masked_fill(torch.isinf(divisor), 0.0)
 
 
-def _fresh(layer: Any, adapter: str) -> bool:
+def _fresh(layer: Any, adapter: str, exact: Tensor | None) -> bool:
     """True if the magnitude is PEFT's own initialisation.
 
     PEFT initialises before it casts adapters to float32, so A and B may have been in the base's dtype.
+
+    Args:
+        exact: the norm of a split layer, whose initialisation is this package's.
     """
     module = layer.lora_magnitude_vector[adapter]
     base = layer.get_base_layer()
@@ -89,7 +97,11 @@ def _fresh(layer: Any, adapter: str) -> bool:
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     weight = getattr(base, "weight", None)
     for dtype in {a.dtype, getattr(weight, "dtype", a.dtype)}:
-        if dtype.is_floating_point:
+        if exact is not None:
+            own = part(module.weight)
+            if torch.equal(exact.to(dtype).to(own.dtype), own):
+                return True
+        elif dtype.is_floating_point:
             stock = type(module)(fan_in_fan_out=module.fan_in_fan_out)
             stock.update_layer(base_layer=base, lora_A=a.to(dtype), lora_B=b.to(dtype), scaling=layer.scaling[adapter])
             if torch.equal(stock.weight.to(module.weight), module.weight):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import calls, conv, embedding, gptq, linear, quantized
+from dora_kernels.peft import calls, conv, embedding, experts, gptq, linear, quantized, shards, tensor_parallel
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -42,6 +42,7 @@ _KINDS: dict[Any, Kind] = {
     conv.DoraConv1d.stock: Kind(conv.DoraConv1d, conv.unsupported),
     conv.DoraConv2d.stock: Kind(conv.DoraConv2d, conv.unsupported),
     conv.DoraConv3d.stock: Kind(conv.DoraConv3d, conv.unsupported),
+    experts.ParamWrapper.stock: Kind(experts.ParamWrapper, experts.unsupported),
 }
 
 
@@ -51,6 +52,11 @@ def _kind(stock: type) -> Kind | None:
     if patched is not None:
         kind = _KINDS[stock] = Kind(patched, lambda layer: None)
     return kind
+
+
+def runs_here(layer: Any) -> bool:
+    """True for a LoRA layer of which a patch takes the calls: one with a DoRA adapter, or any on a parameter."""
+    return isinstance(layer, lora.LoraLayer) and (bool(dora_adapters(layer)) or isinstance(layer, experts.STOCK))
 
 
 def _is_registered(layer: Any) -> bool:
@@ -70,7 +76,9 @@ class LoraModel(lora.LoraModel):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter as PEFT does, then patch."""
-        super().inject_adapter(model, *args, **kwargs)
+        tensor_parallel.check_targets(self, model, *args, **kwargs)
+        with tensor_parallel.whole_parameters():
+            super().inject_adapter(model, *args, **kwargs)
         patch_layers(model)
         follow_configs(model, self.peft_config)
 
@@ -109,7 +117,10 @@ class LoraModel(lora.LoraModel):
         for name, layer in layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"{name}: {layer.merged_adapters} are merged; call unmerge_adapter() first")
-        _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+            if shards.split_of(layer) is not None or getattr(switch(layer), "cut", None) is not None:
+                raise ValueError(f"{name}: the layer is tensor-parallel; add up its adapters in one process")
+        with _unnamed_parameters(self.peft_config[name] for name in adapters if name in self.peft_config):
+            _, rank, target_modules = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         self.peft_config[adapter_name] = dataclasses.replace(
             self.peft_config[known[0]],
             r=rank, lora_alpha=rank, target_modules=target_modules, alpha_pattern={}, rank_pattern={}, use_rslora=False,
@@ -138,6 +149,19 @@ class LoraModel(lora.LoraModel):
 
 
 @contextmanager
+def _unnamed_parameters(configs: Iterable[Any]) -> Iterator[None]:
+    """Hide the targeted parameters from PEFT, which cannot add up their adapters."""
+    hidden = [(config, config.target_parameters) for config in configs if getattr(config, "target_parameters", None)]
+    for config, _ in hidden:
+        config.target_parameters = None
+    try:
+        yield
+    finally:
+        for config, names in hidden:
+            config.target_parameters = names
+
+
+@contextmanager
 def _keeping_nothing(model: nn.Module) -> Iterator[None]:
     states = [state for layer in model.modules() if (state := switch(layer)) is not None]
     options = [state.options for state in states]
@@ -162,9 +186,12 @@ def patch_layers(model: nn.Module, options: Options | None = None, *, exchange_l
     if options is not None:
         for state in known:
             state.options = options
+            for cache in state.values():
+                cache.merges, cache.merged = options.forward == "merged", None
     elif known:
         options = known[0].options
-    for layer in model.modules():
+    tensor_parallel.prepare(model)
+    for name, layer in model.named_modules():
         kind = _kind(type(layer))
         stays = not exchange_linear and _is_registered(layer)
         if kind is not None and unsupported(layer) is None and not stays:
@@ -174,12 +201,16 @@ def patch_layers(model: nn.Module, options: Options | None = None, *, exchange_l
         for magnitude in _magnitudes(layer, DoraLinearLayer):
             magnitude.__class__ = DoraMagnitude
         if SWITCH not in vars(layer):
-            for name, variant in layer.lora_variant.items() if not stays else ():
-                layer.lora_variant[name] = layer.patched_variant(variant)
+            for adapter, variant in layer.lora_variant.items() if not stays else ():
+                layer.lora_variant[adapter] = layer.patched_variant(variant)
             setattr(layer, SWITCH, Switch(options))
-        for name in dora_adapters(layer):
+            if isinstance(layer, experts.ParamWrapper):
+                for adapter in layer.lora_A:
+                    layer.agree(adapter)
+        vars(layer)[SWITCH].name = name
+        for adapter in dora_adapters(layer):
             # Create the cache before a compiler traces the layer.
-            norm_cache(layer, name).move(layer.lora_magnitude_vector[name].weight.device)
+            norm_cache(layer, adapter).move(layer.lora_magnitude_vector[adapter].weight.device)
 
 
 def _magnitudes(layer: Any, kind: type) -> list[Any]:
@@ -195,8 +226,9 @@ def restore_layers(model: nn.Module) -> None:
     Layers for which PEFT has no DoRA can be restored only if they have no DoRA adapter.
     """
     layer: Any
+    shards.undo_mend(model)
     for layer in model.modules():
-        if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused):
+        if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused | experts.ParamWrapper):
             continue
         if switch(layer) is not None and layer.merged_adapters:
             layer.unmerge()
@@ -257,7 +289,7 @@ def out_of_reach(layer: Any) -> str | None:
         return reason
     if switch(layer) is None:
         return "not patched: restored, or made after the patch"
-    variants = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
-    if all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in variants):
+    found = [(name, layer.lora_variant.get(name)) for name in dora_adapters(layer)]
+    if found and all(not hasattr(variant, "read") or variant.read(layer, name) is None for name, variant in found):
         return f"its weights cannot be read outside their modules' calls: {_obstacle(layer)}"
     return calls.REASON if calls.bypassed(layer) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,8 +16,10 @@ from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.engine import ops
 from dora_kernels.engine.dispatch import norm_backend
 from dora_kernels.engine.fingerprints import digest
+from dora_kernels.engine.layer import norm_now
 from dora_kernels.engine.model_norms import KeptNorm
-from dora_kernels.functional import dora_weight_norm
+from dora_kernels.peft import mixed
+from dora_kernels.peft.shards import agreed, form_of, like, part, split_of, write
 from dora_kernels.peft.state import (
     active_dropout,
     divisor,
@@ -25,6 +28,7 @@ from dora_kernels.peft.state import (
     interpolated,
     norm_cache,
     scale,
+    settings,
     strength,
     switch,
 )
@@ -36,6 +40,10 @@ class DoraVariant:
     """PEFT's DoRA variant for one kind of layer, on this package. It is mixed in before PEFT's own, `stock`."""
 
     stock: ClassVar[Any]
+    starts_exact: ClassVar[bool] = False
+    """True if the first magnitude is this package's, the norm in float32."""
+    by_slots: ClassVar[bool] = False
+    """True if it is a linear layer's, so that batches of several adapters may run by slots."""
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
@@ -69,8 +77,9 @@ class DoraVariant:
     @classmethod
     def pefts_forward(cls, module: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Run PEFT's modules, with this package's options, for an adapter whose tensors cannot be read."""
-        state = switch(module)
-        if state is None or state.options.dropout == "peft" or not active_dropout(module, adapter):
+        state = settings(module)
+        state.by_modules = True
+        if state.options.dropout == "peft" or not active_dropout(module, adapter):
             dora = cls.stock.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
         else:
             dora = result + module.lora_magnitude_vector[adapter](
@@ -83,7 +92,11 @@ class DoraVariant:
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the merged weight."""
         merged = cls._merged(module, active_adapter, orig_weight)
-        return cls.stock.merge_safe(module, active_adapter, orig_weight) if merged is None else merged
+        if merged is None:
+            merged = cls.stock.merge_safe(module, active_adapter, orig_weight)
+        elif split_of(module) is not None and agreed(module.get_base_layer(), bool(part(merged).isfinite().all())):
+            merged = write(module.get_base_layer().weight, merged)
+        return merged
 
     @classmethod
     def merge_unsafe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -92,7 +105,7 @@ class DoraVariant:
         if merged is None:
             cls.stock.merge_unsafe(module, active_adapter, orig_weight)
         else:
-            orig_weight.data = merged
+            orig_weight.data = write(orig_weight, merged)
 
     @classmethod
     @torch.no_grad()
@@ -105,22 +118,17 @@ class DoraVariant:
             if k != 1.0:
                 raise ValueError(f"adapter {adapter!r} has a strength of {k}, which PEFT's own code cannot merge")
             return None
-        scaling = layer.scaling[adapter]
+        whole, weight = weight, part(weight)
         unmerged = cls.rows(layer, state.unmerged.weight.to(weight.device) if layer.merged_adapters else weight)
-        factors = weights.lora_A.detach(), weights.lora_B.detach()
-        norm = dora_weight_norm(unmerged.detach(), *factors, scaling=scaling)
         rows = cls.rows(layer, weight.detach())
-        wide = rows.to(accumulation_dtype(rows, *factors))
-        backend = norm_backend("auto", wide)
-        merged = ops.merge(wide, *factors, None, scaling, "out", backend)
-        merged.mul_(magnitude_scale(weights.magnitude, norm).unsqueeze(1))
-        if k != 1.0:
-            merged = torch.lerp(wide, merged, k)
+        merged, norm = merged_rows(
+            rows, unmerged.detach(), *weights[1:4], layer.scaling[adapter], k, form_of(layer, adapter).group
+        )
         result = torch.empty_like(weight.detach())
         cls.rows(layer, result).copy_(merged)
         # PEFT's own unmerge looks here for the norm that it divides by.
-        layer._cache_store(f"{adapter}-weight_norm", norm.view(layer.lora_magnitude_vector[adapter].weight.shape))
-        return result
+        layer._cache_store(f"{adapter}-weight_norm", norm.view(part(layer.lora_magnitude_vector[adapter].weight).shape))
+        return like(whole, result)
 
     @classmethod
     @torch.no_grad()
@@ -130,41 +138,69 @@ class DoraVariant:
         if weights is None:
             unmerged: Tensor = cls.stock.unmerge(module, active_adapter, orig_weight)
             return unmerged
-        k = strength(module, active_adapter)
-        g = k * magnitude_scale(weights.magnitude, module._cache_pop(f"{active_adapter}-weight_norm").view(-1))
-        factor = (1.0 - k + g).unsqueeze(1)
-        rows = cls.rows(module, orig_weight.detach())
-        wide = rows.to(accumulation_dtype(rows, weights.lora_A)) / factor
-        factors = weights.lora_A.detach(), weights.lora_B.detach() * (-g.unsqueeze(1) / factor)
+        whole, orig_weight = orig_weight, part(orig_weight)
+        norm = module._cache_pop(f"{active_adapter}-weight_norm").view(-1)
+        k, rows = strength(module, active_adapter), cls.rows(module, orig_weight.detach())
         result = torch.empty_like(orig_weight.detach())
-        scaling, backend = module.scaling[active_adapter], norm_backend("auto", wide)
-        cls.rows(module, result).copy_(ops.merge(wide, *factors, None, scaling, "out", backend))
-        return result
+        cls.rows(module, result).copy_(unmerged_rows(rows, *weights[1:4], norm, module.scaling[active_adapter], k))
+        return write(whole, like(whole, result))
+
+
+def merged_rows(
+    rows: Tensor, unmerged: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, scaling: float, k: float,
+    group: Any = None,
+) -> tuple[Tensor, Any]:
+    """``g * (rows + s B A)`` at strength k, in float32, with g of the unmerged weight; and the norm, if any.
+
+    Args:
+        group: over which the rows are split, if they are.
+    """
+    factors = lora_A.detach(), lora_B.detach()
+    wide = rows.to(accumulation_dtype(rows, *factors))
+    merged, norm = ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide)), None
+    if magnitude is not None:
+        norm = norm_now(Weights(unmerged, *factors), Form(scaling, group=group), "auto")
+        merged.mul_(magnitude_scale(magnitude.detach(), norm).unsqueeze(1))
+    return merged if k == 1.0 else torch.lerp(wide, merged, k), norm
+
+
+def unmerged_rows(
+    rows: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Any, norm: Tensor | None, scaling: float, k: float
+) -> Tensor:
+    """The inverse of `merged_rows`, in float32."""
+    factor: Any = 1.0
+    wide, factors = rows.to(accumulation_dtype(rows, lora_A)), (lora_A.detach(), -k * lora_B.detach())
+    if magnitude is not None and norm is not None:
+        g = (k * magnitude_scale(magnitude.detach(), norm)).unsqueeze(1)
+        factor = 1.0 - k + g
+        factors = factors[0], lora_B.detach() * (-g / factor)
+    wide = wide / factor
+    return ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide))
 
 
 class Unmerged:
     """A copy of a base layer's weight and bias on the CPU, and a record of what merging made of them."""
 
     def __init__(self, base: Any) -> None:
-        self.weight = base.weight.detach().to("cpu", copy=True)
+        self.weight = part(base.weight).detach().to("cpu", copy=True)
         self._bias = UnmergedBias(base)
         self._merged: Tensor | None = None
 
     def merged(self, base: Any) -> None:
         """Record what merging made of the layer."""
-        self._merged = digest(base.weight).cpu()
+        self._merged = digest(part(base.weight)).cpu()
         self._bias.merged(base)
 
     def is_of(self, base: Any) -> bool:
         """True if the layer's weight is still what merging made of it."""
-        weight = base.weight
+        weight = part(base.weight)
         if self._merged is None or weight.dtype != self.weight.dtype or weight.shape != self.weight.shape:
-            return False
-        return torch.equal(self._merged, digest(weight).cpu())
+            return agreed(base, False)
+        return agreed(base, torch.equal(self._merged, digest(weight).cpu()))
 
     def put_back(self, base: Any) -> None:
         """Write the copies into the layer."""
-        base.weight.data.copy_(self.weight)
+        part(base.weight).data.copy_(self.weight)
         self._bias.put_back(base)
 
 
@@ -183,13 +219,20 @@ class UnmergedBias:
         now = _bias(base)
         if now is not None and self._before is not None and self._merged is not None:
             changed = not torch.equal(now, self._merged)
-            base.bias.data.copy_(now - (self._merged - self._before) if changed else self._before)
+            part(base.bias).data.copy_(now - (self._merged - self._before) if changed else self._before)
 
 
 def _bias(base: Any) -> Tensor | None:
     """A copy on the CPU."""
-    bias = getattr(base, "bias", None)
+    bias = part(getattr(base, "bias", None))
     return None if bias is None else bias.detach().to("cpu", copy=True)
+
+
+def _stock_method(layer: Any, name: str) -> Callable[..., Any]:
+    """PEFT's own method of a layer that another thread may be restoring: then `super()` raises."""
+    cls = type(layer)
+    method: Callable[..., Any] = getattr(cls.stock if issubclass(cls, DoraLayer) else cls, name)
+    return functools.partial(method, layer)
 
 
 class DoraLayer:
@@ -231,9 +274,9 @@ class DoraLayer:
         names = self.active_adapters if adapter_names is None else adapter_names
         with self._writing():
             if self.merged_adapters:
-                if state.unmerged is not None and not state.unmerged.is_of(self.get_base_layer()):
+                if state.unmerged is not None and not state.unmerged.is_of(self._merged_into()):
                     state.unmerged = None  # somebody has changed the weight since
-            elif names and dora_adapters(self) and (keep or set(names[1:]) & set(dora_adapters(self))):
+            elif names and self._keeps_unmerged() and (keep or set(names[1:]) & set(dora_adapters(self))):
                 state.unmerged = self._keep()
             try:
                 self._merge(safe_merge, adapter_names)
@@ -242,7 +285,7 @@ class DoraLayer:
                 if not self.merged_adapters or not keep:
                     state.unmerged = None
                 elif state.unmerged is not None:
-                    state.unmerged.merged(self.get_base_layer())
+                    state.unmerged.merged(self._merged_into())
 
     def unmerge(self: Any) -> None:
         """Restore the kept weight bit for bit. Without one, or if it was changed since, use PEFT's arithmetic."""
@@ -251,8 +294,8 @@ class DoraLayer:
             return super().unmerge()  # type: ignore[misc]
         kept, state.unmerged = state.unmerged, None
         with self._writing():
-            if kept is not None and self.merged_adapters and kept.is_of(self.get_base_layer()):
-                kept.put_back(self.get_base_layer())
+            if kept is not None and self.merged_adapters and kept.is_of(self._merged_into()):
+                kept.put_back(self._merged_into())
                 for name in self.merged_adapters:
                     self._caches.pop(f"{name}-weight_norm", None)
                 self.merged_adapters.clear()
@@ -267,7 +310,15 @@ class DoraLayer:
         super().unmerge()  # type: ignore[misc]
 
     def _keep(self: Any) -> Any:
-        return Unmerged(self.get_base_layer())
+        return Unmerged(self._merged_into())
+
+    def _keeps_unmerged(self: Any) -> bool:
+        """True if unmerging puts back a copy."""
+        return bool(dora_adapters(self))
+
+    def _merged_into(self: Any) -> Any:
+        """What holds the weight that merging writes."""
+        return self.get_base_layer()
 
     @contextmanager
     def _writing(self: Any) -> Iterator[None]:
@@ -297,6 +348,12 @@ class DoraLayer:
                 cache.move(self.lora_magnitude_vector[name].weight.device)
         return result
 
+    @property
+    def norm_group(self: Any) -> Any:
+        """The process group over which the rows of the linear problem are split, or None."""
+        split = split_of(self)
+        return None if split is None else split.norm_group
+
     def kept_norms(self: Any) -> Iterator[KeptNorm]:
         """Yield the norms that `frozen_norms` may freeze: those of the active adapters that can be read."""
         if switch(self) is None or self.merged_adapters or self.disable_adapters:
@@ -308,23 +365,26 @@ class DoraLayer:
                 source, compute = variant.norm_source(self, name, weights)
                 # The magnitude as a vector, whatever the other tensors are.
                 tensors = source._replace(magnitude=weights.magnitude)
-                yield KeptNorm(norm_cache(self, name), tensors, Form(self.scaling[name]), "auto", compute)
+                yield KeptNorm(norm_cache(self, name), tensors, form_of(self, name), "auto", compute)
 
     def _check_forward_args(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """PEFT's checks, but DoRA is allowed in a batch with several adapters."""
         names = kwargs.get("adapter_names")
         if names is not None and switch(self) is not None:
             kwargs["adapter_names"] = self._without_ours(names)
-        super()._check_forward_args(x, *args, **kwargs)  # type: ignore[misc]
+        _stock_method(self, "_check_forward_args")(x, *args, **kwargs)
 
     def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """PEFT's forward for the base model and other adapters, then the rows of each DoRA adapter."""
+        """The adapters that can be read run by slots, all at once; the others as PEFT runs them, one after another."""
         if switch(self) is None:
-            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
-        others = self._without_ours(adapter_names)
-        result = super()._mixed_batch_forward(x, *args, adapter_names=others, **kwargs)  # type: ignore[misc]
+            return _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=adapter_names, **kwargs)
+        read = mixed.readable(self, x, adapter_names)
+        others = ["__base__" if name in read else name for name in self._without_ours(adapter_names)]
+        result = _stock_method(self, "_mixed_batch_forward")(x, *args, adapter_names=others, **kwargs)
+        if read:
+            result = mixed.routed(self, x, result, adapter_names, read)
         for name in dict.fromkeys(adapter_names):
-            if name not in others and name in self.lora_variant:
+            if name not in others and name not in read and name in self.lora_variant:
                 rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=result.device)
                 part = result.index_select(0, rows)
                 own = self._adapter_input(x.index_select(0, rows), name)

@@ -14,10 +14,12 @@ from torch.nn.modules import module as nn_module
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import safe_divisor
 from dora_kernels.engine import formula
+from dora_kernels.engine.collectives import copied
 from dora_kernels.engine.dispatch import PLAIN
 from dora_kernels.engine.kept_divisor import kept_divisor
 from dora_kernels.engine.layer import exporting, run_compose, run_layer
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.peft import shards, tensor_parallel
 from dora_kernels.peft.layer import DoraLayer, DoraVariant
 from dora_kernels.peft.magnitude import DoraMagnitude
 from dora_kernels.peft.plan import read_weights, ready
@@ -27,6 +29,7 @@ from dora_kernels.peft.state import (
     hooked,
     interpolated,
     norm_cache,
+    settings,
 )
 
 
@@ -34,6 +37,8 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
     """PEFT's DoRA variant for calls that go through the modules: with hooks, several adapters or active dropout."""
 
     stock = variants.DoraLinearVariant
+    by_slots = True
+    init = staticmethod(tensor_parallel.wrapped(stock.init))
     read = staticmethod(read_weights)
 
     @staticmethod
@@ -54,7 +59,7 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
         dropped = None
         if active_dropout(module, active_adapter):
             x = dropped = module.lora_dropout[active_adapter](x)
-        of_base = dropped is not None and vars(module)[SWITCH].options.dropout == "peft"
+        of_base = dropped is not None and settings(module).options.dropout == "peft"
         if of_base or hooked(lora_B) or nn_module._has_any_global_hook():
             base = result
             if of_base:
@@ -65,6 +70,9 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
             dora = result + (g - 1) * base + (g * module.scaling[active_adapter]) * lora_B(lora_A(x))
         else:
             h = lora_A(x)
+            split = shards.split_of(module)
+            if split is not None and split.of_rows:
+                (h,) = copied(split.group, h)
             dora = run_compose(
                 result.to(torch.promote_types(result.dtype, h.dtype)), h,
                 weights._replace(bias=cls.bias(module, active_adapter, weights)), module.scaling[active_adapter],
@@ -80,7 +88,8 @@ class DoraLinearVariant(DoraVariant, variants.DoraLinearVariant):
     @classmethod
     def base_product(cls, module: Any, adapter: str, x: Tensor, weights: Weights, result: Tensor) -> Tensor:
         """``x Wᵀ`` for the x that dropout left; `result` is the product for all of x."""
-        return F.linear(x, weights.weight.to(x.dtype))
+        weight, split = weights.weight.to(x.dtype), shards.split_of(module)
+        return F.linear(x, weight) if split is None else tensor_parallel.base_product(split, x, weight)
 
 
 class DoraLinear(DoraLayer, lora.Linear):
@@ -105,12 +114,14 @@ class DoraLinear(DoraLayer, lora.Linear):
 def whole_layer(layer: Any, x: Tensor) -> Tensor | None:
     """Run the layer as one function; returns None if PEFT's forward has to call the modules."""
     if torch.compiler.is_compiling():
-        return _traced(layer, x)
+        return tensor_parallel.untraced(layer, x) if shards.is_split(layer) else _traced(layer, x)
     plan, usual = ready(layer, x)
-    if usual:
+    if usual and not plan.cache.merges:
         g, b_is_zero = plan.scale(layer.training)
         return formula.linear(x, plan.weights, g, plan.scaling, b_is_zero=b_is_zero)
-    return None if plan is None else run_layer(x, plan.weights, plan.form, plan.cache, layer.training)
+    if plan is not None:
+        return run_layer(x, plan.weights, plan.form, plan.cache, layer.training)
+    return tensor_parallel.forward(layer, x)
 
 
 def _traced(layer: Any, x: Tensor) -> Tensor | None:
@@ -172,4 +183,4 @@ def unsupported(layer: Any) -> str | None:
         return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not an nn.Linear or Conv1D"
     if bool(layer.fan_in_fan_out) != is_conv1d(base):
         return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its base layer, a {type(base).__name__}"
-    return None
+    return shards.problem(base)

@@ -23,7 +23,8 @@ class DoraMagnitude(DoraLinearLayer):
         if not cached and not torch.compiler.is_compiling() and _inner_linear(lora_A) and _inner_linear(lora_B):
             lora_A = _Called(lora_A, x)
             lora_B = _Called(lora_B, lora_A.result)
-        result: Tensor = super().forward(x, lora_A=lora_A, lora_B=lora_B, **kwargs)
+        # Not super(): another thread may have restored the module's class since the call began.
+        result: Tensor = DoraLinearLayer.forward(self, x, lora_A=lora_A, lora_B=lora_B, **kwargs)
         return result
 
 

@@ -15,8 +15,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
+from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import calls, gptq, registered
+from dora_kernels.model.targets import parents_of
+from dora_kernels.model.weight_readers import WeightReaders
+from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -27,7 +30,8 @@ from dora_kernels.peft.config import (
     set_grouped_norm,
 )
 from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
-from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, unsupported
+from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, runs_here, unsupported
+from dora_kernels.peft.linear import DoraLinear
 from dora_kernels.peft.state import Options, dora_adapters, switch
 
 logger = logging.getLogger("dora_kernels")
@@ -62,13 +66,12 @@ class PatchHandle:
         The list shows this moment. FSDP2 gathers tensors only for the duration of a call, so layers that it has sharded
         are listed in `skipped` although their calls run on this package.
         """
-        return [name for name, layer in self._dora_layers() if out_of_reach(layer) is None]
+        return [name for name, reason in self._reasons() if reason is None]
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Names of the DoRA layers that PEFT runs, each with the reason."""
-        reasons = ((name, out_of_reach(layer)) for name, layer in self._dora_layers())
-        return {name: reason for name, reason in reasons if reason is not None}
+        """Names of the DoRA layers whose calls do not run on this package, each with the reason."""
+        return {name: reason for name, reason in self._reasons() if reason is not None}
 
     def restore(self) -> None:
         """Restore every model, unmerged. Calling it twice does nothing."""
@@ -115,13 +118,17 @@ class PatchHandle:
         if type(tuner) is LoraModel:
             self._tuners.add(tuner)
 
-    def _dora_layers(self) -> Iterator[tuple[str, nn.Module]]:
+    def _reasons(self) -> Iterator[tuple[str, str | None]]:
+        """Yield each DoRA layer's name and why its calls do not run on this package, None if they do."""
         models = list(self._models)
+        readers = WeightReaders()
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
             for name, module in model.named_modules():
-                if isinstance(module, lora.LoraLayer) and dora_adapters(module):
-                    yield prefix + name, module
+                if runs_here(module):
+                    reader = readers.never_calling(parents_of(model, name), name)
+                    read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
+                    yield prefix + name, read or out_of_reach(module)
 
 
 def patch_peft(
@@ -131,6 +138,7 @@ def patch_peft(
     exact_init: bool = False,
     keep_unmerged: bool = True,
     grouped_norm: str | None = None,
+    forward: str = "composed",
 ) -> PatchHandle:
     """Run the DoRA layers of a PEFT model on this package: same parameters, same files, same numbers, less time.
 
@@ -152,22 +160,28 @@ def patch_peft(
             adapters record "exact". `patch_peft_globally` reads it from their files; elsewhere give it again, since
             PEFT drops it with a warning. None takes what an adapter's configuration says, and PEFT's norm if it says
             nothing.
+        forward: "composed", or "merged" for linear layers that write ``g * (W + s B A)`` once per optimizer step and
+            multiply by that: faster from about half as many tokens per step as a layer has features on, at high rank
+            above all, for another copy of each weight (docs/merged.md).
 
     Returns:
         The handle, with `patched`, `skipped`, `rewritten` and `restore()`.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
-        ValueError: `dropout` or `grouped_norm` has another value; there is nothing to patch; or a layer is merged, on
-            the meta device, without its magnitude, or not finite. The message names the layer and the reason. The model
-            is unchanged.
+        ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
+            "merged" and a linear layer is tensor-parallel, or its weight has a dtype that it is not offered in; or a
+            layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
+            the reason. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    options = _options(dropout, exact_init, keep_unmerged, grouped_norm)
+    options = _options(dropout, exact_init, keep_unmerged, grouped_norm, forward)
     _warn_of_version()
     _check_something_to_patch(model)
     check_layers(model)
+    if forward == "merged":
+        _check_merged(model)
     patch_layers(model, options)
     configs = configs_of(model)
     if grouped_norm is not None:
@@ -259,8 +273,12 @@ def _wrap_inject_adapter() -> None:
 
     @functools.wraps(original)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        original(self, model, *args, **kwargs)
-        if not _on or not any(isinstance(m, lora.LoraLayer) and dora_adapters(m) for m in model.modules()):
+        if not _on:
+            return original(self, model, *args, **kwargs)
+        tensor_parallel.check_targets(self, model, *args, **kwargs)
+        with tensor_parallel.whole_parameters():
+            original(self, model, *args, **kwargs)
+        if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm, report = _on[-1]
         patch_layers(model, options, exchange_linear=exchange)
@@ -273,7 +291,7 @@ def _wrap_inject_adapter() -> None:
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
-        layers = [m for m in model.modules() if isinstance(m, lora.LoraLayer) and dora_adapters(m)]
+        layers = [m for m in model.modules() if runs_here(m)]
         others = [reason for m in layers if switch(m) is None and (reason := unsupported(m)) is not None]
         left = f", left {len(others)} to PEFT ({others[0]})" if others else ""
         done = len(layers) - len(others)
@@ -284,8 +302,14 @@ def _wrap_inject_adapter() -> None:
         if BaseTuner.inject_adapter is inject_adapter:
             BaseTuner.inject_adapter = original
 
-    _unwrap.extend([gptq.allow(), read_from_files(), unwrap, *([] if exchange else [registered.register()])])
+    _unwrap.extend([gptq.allow(), experts.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
+    _unwrap.extend([] if exchange else [registered.register()])
     BaseTuner.inject_adapter = inject_adapter
+
+
+def _concerns(layer: Any) -> bool:
+    """True if a patch changes something for a layer: it runs it, or mends PEFT's plain LoRA on a split one."""
+    return runs_here(layer) or (isinstance(layer, lora.LoraLayer) and shards.split_of(layer) is not None)
 
 
 def _warn_of_version() -> None:
@@ -295,7 +319,10 @@ def _warn_of_version() -> None:
         warn_once(f"dora_kernels is tested with peft {first} to {last}, and this is {peft.__version__}")
 
 
-def _options(dropout: str, exact_init: bool, keep_unmerged: bool, grouped_norm: str | None) -> Options:
+def _options(
+    dropout: str, exact_init: bool, keep_unmerged: bool, grouped_norm: str | None, forward: str = "composed"
+) -> Options:
+    check_forward(forward)
     if dropout not in ("peft", "lora"):
         raise ValueError(f"dropout: expected 'peft' or 'lora', got {dropout!r}")
     if grouped_norm not in (None, *NORMS):
@@ -303,7 +330,16 @@ def _options(dropout: str, exact_init: bool, keep_unmerged: bool, grouped_norm: 
     for name, value in (("exact_init", exact_init), ("keep_unmerged", keep_unmerged)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    return Options(dropout, keep_unmerged)
+    return Options(dropout, forward, keep_unmerged)
+
+
+def _check_merged(model: nn.Module) -> None:
+    """Check that the weights of all linear layers may be merged."""
+    for name, layer in model.named_modules():
+        if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer):
+            if shards.is_split(layer):
+                raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
+            check_merged_dtype(getattr(layer.get_base_layer(), "weight", None), f"{name}.base_layer")
 
 
 def _check_something_to_patch(model: nn.Module) -> None:
@@ -313,7 +349,9 @@ def _check_something_to_patch(model: nn.Module) -> None:
             "model: nothing to patch, it has no LoRA layers; "
             "call peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) first"
         )
-    dora = [(name, layer) for name, layer in layers if dora_adapters(layer)]
+    dora = [(name, layer) for name, layer in layers if runs_here(layer)]
+    if not dora and any(_concerns(layer) for _, layer in layers):
+        return
     if not dora:
         raise ValueError(
             f"model: nothing to patch, none of its {len(layers)} LoRA layers has a DoRA adapter; "

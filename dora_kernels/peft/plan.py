@@ -14,6 +14,7 @@ from dora_kernels.core.precision import accumulation_dtype
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine.formula import transformed
 from dora_kernels.modules.linear import is_conv1d
+from dora_kernels.peft import shards
 from dora_kernels.peft.layer import DoraVariant
 from dora_kernels.peft.magnitude import DoraMagnitude
 from dora_kernels.peft.state import (
@@ -76,7 +77,7 @@ def single_dora_adapter(layer: Any) -> str | None:
     return None if state is not None and state.strengths.get(active[0], 1.0) != 1.0 else active[0]
 
 
-def _single_function(layer: Any) -> tuple[str, Weights] | None:
+def single_function(layer: Any) -> tuple[str, Weights] | None:
     """Return the active adapter and its tensors, or None if PEFT's forward has to call the modules."""
     name = single_dora_adapter(layer)
     weights = None if name is None else read_weights(layer, name)
@@ -92,7 +93,7 @@ def _single_function(layer: Any) -> tuple[str, Weights] | None:
     return None if hooked(children["base_layer"], *factors, dropout) else (name, weights)
 
 
-def _accepts(x: Tensor, weight: Tensor, in_features: int) -> bool:
+def accepts(x: Tensor, weight: Tensor, in_features: int) -> bool:
     """True if PEFT's base product would accept x without a cast."""
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.device != weight.device:
         return False
@@ -107,7 +108,7 @@ class Plan:
     """Everything that a call of a patched layer as one function needs. Valid as long as nothing it was made from
     changes.
 
-    Making a plan runs all checks (`_single_function`). It records what may change: dictionaries of modules and hooks,
+    Making a plan runs all checks (`single_function`). It records what may change: dictionaries of modules and hooks,
     which are compared as wholes, and parameters with their addresses and shapes.
     """
 
@@ -212,7 +213,7 @@ def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
         return None, False
     plan: Plan | None = state.plan
     if plan is None or not plan.holds(layer):
-        found = None if transformed() else _single_function(layer)
+        found = None if transformed() or shards.split_of(layer) is not None else single_function(layer)
         plan = None if found is None else Plan(layer, *found)
         # Computed parameters (`torch.func.functional_call`) are not kept: their graph would live until the next call.
         state.plan = None if plan is None or any(t.grad_fn is not None for t in plan.tensors) else plan
@@ -227,7 +228,7 @@ def ready(layer: Any, x: Tensor) -> tuple[Any, bool]:
     )
     weight = plan.tensors[0]
     if (
-        not (usual or _accepts(x, weight, layer.in_features))
+        not (usual or accepts(x, weight, layer.in_features))
         or (layer.training and plan.drops is not None and plan.drops["p"] != 0.0)
         or (state.strengths and state.strengths.get(plan.adapter, 1.0) != 1.0)
     ):

@@ -19,13 +19,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from dora_kernels.core.precision import accumulation_dtype, no_autocast
+from dora_kernels.core.precision import no_autocast
 from dora_kernels.core.problem import Weights
-from dora_kernels.engine.blocked import CANCELLATION
 from dora_kernels.engine.fingerprints import Sample
 from dora_kernels.engine.layer import run_compose
-from dora_kernels.functional import dora_weight_norm
-from dora_kernels.peft import dequantize
+from dora_kernels.modules import dequantize
+from dora_kernels.modules.opaque import Constants, constants_of, opaque_norm
 from dora_kernels.peft.layer import DoraLayer, NormSource, UnmergedBias
 from dora_kernels.peft.lazy_classes import OnDemand, Recipe
 from dora_kernels.peft.linear import DoraLinearVariant
@@ -47,16 +46,14 @@ def read_weights(layer: Any, adapter: str) -> Weights | None:
     return weights if of_base is None else weights._replace(weight=of_base)
 
 
-def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def _constants(cache: AdapterCache, layer: Any, base: Any, like: Tensor) -> Constants:
     """|W|² of each row, and the bias, of a layer that shows its weight only through its forward. Computed once."""
     tensors, of_base = [*base.parameters(), *base.buffers()], dequantize.carrier(base)
     key = id(base), *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
     known = cache.constants
     if known is None or known[0] != key or not (_is_not_compared(layer, of_base) or known[1].is_held_by(of_base)):
-        with torch.inference_mode(False), torch.no_grad(), no_autocast(like.device):
-            like = like.detach().to(_input_dtype(base, like))
-            bias = base.forward(like.new_zeros(1, layer.in_features))[0].detach()
-            square = _forward_square(layer, base, like, None, None, 0.0)
+        square, bias = constants_of(base, like, layer.in_features)
+        with torch.inference_mode(False), torch.no_grad():
             held = None if of_base is None else Sample(of_base)
         cache.constants = known = key, held, square, bias, (base, tensors)  # last: keeps the ids from being reused
     return known[2], known[3]
@@ -69,46 +66,10 @@ def _is_not_compared(layer: Any, of_base: Tensor | None) -> bool:
     return of_base.is_cuda and (layer.training or torch.cuda.is_current_stream_capturing())
 
 
-def _input_dtype(base: nn.Module, a: Tensor) -> torch.dtype:
-    """The input dtype for a layer of unknown format: that of a floating-point tensor that it holds, else lora_A's."""
-    floating = (t.dtype for t in (*base.parameters(), *base.buffers()) if t.dtype in (torch.bfloat16, torch.float16))
-    return next(floating, a.dtype)
-
-
-def _forward_square(
-    layer: Any, base: Any, like: Tensor, a: Tensor | None, b: Tensor | None, scaling: float
-) -> Tensor:
-    """Squared row norms of ``W + s B A``, one block of columns at a time."""
-    total: Any = 0.0
-    for part, block in dequantize.through_forward(base, like, layer.in_features)():
-        wide = block.to(accumulation_dtype(block))
-        if a is not None and b is not None:
-            wide = torch.addmm(wide, a[:, part].t().to(wide.dtype), b.t().to(wide.dtype), alpha=scaling)
-        total = total + wide.square().sum(0)
-    result: Tensor = total
-    return result
-
-
 def _norm(cache: AdapterCache, layer: Any, base: Any, weights: Weights, scaling: float) -> Tensor:
     """Row norms of ``W + s B A``."""
     a, b = weights.lora_A.detach(), weights.lora_B.detach()
-    blocks = dequantize.row_blocks(base)
-    if blocks is not None:
-        norm = torch.empty(b.shape[0], dtype=accumulation_dtype(a), device=a.device)
-        for rows, block in blocks():
-            norm[rows] = dora_weight_norm(block, a, b[rows], scaling=scaling)
-        return norm
-    square, bias = _constants(cache, layer, base, a)
-    low = a.to(square.dtype), b.to(square.dtype)
-    gram = low[0] @ low[0].t()
-    like = a.to(_input_dtype(base, a))
-    u = (base.forward(like) - bias).t().to(square.dtype)
-    found = square + 2.0 * scaling * ((u + 0.5 * scaling * (low[1] @ gram)) * low[1]).sum(1)
-    terms = square + scaling * scaling * (low[1].square() @ gram.diagonal())
-    lost = found < CANCELLATION * terms
-    if not (a.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(lost.any()):
-        found = torch.where(lost, _forward_square(layer, base, like, a, b, scaling), found)
-    return found.clamp_min_(0.0).sqrt_()
+    return opaque_norm(base, a, b, scaling, lambda: _constants(cache, layer, base, a))
 
 
 class DoraQuantizedVariant(DoraLinearVariant):

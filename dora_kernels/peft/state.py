@@ -14,6 +14,7 @@ from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine.formula import transformed
 from dora_kernels.engine.layer import layer_norm
 from dora_kernels.engine.norm_cache import NormCache
+from dora_kernels.peft import shards
 
 # The instance attribute that holds a patched layer's `Switch`. Deleting it turns the patch off, even if some wrapper
 # still holds the patched forward.
@@ -33,10 +34,11 @@ class AdapterCache(NormCache):
         self.record: Any = None
         """Where it is noted that the model's layers are called (`calls.Record`)."""
 
-    def _renewed(self, *args: Any) -> Any:
+    def renewed(self, *args: Any) -> Any:
+        """`NormCache`'s, which a first call on this package asks for; so it is noted."""
         if self.record is not None:
             self.record.called = True
-        return super()._renewed(*args)
+        return super().renewed(*args)
 
     def invalidate(self) -> None:
         """Forget everything."""
@@ -50,6 +52,8 @@ class Options(NamedTuple):
 
     dropout: str = "peft"
     """"peft": active dropout also drops in the base product; "lora": in the low-rank branch only."""
+    forward: str = "composed"
+    """"merged": linear layers multiply by one merged weight (`engine.merged`)."""
     keep_unmerged: bool = True
     """True if merging keeps a copy of the unmerged weight on the CPU."""
 
@@ -60,6 +64,12 @@ class Switch(dict[str, AdapterCache]):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
         self.options = options or Options()
+        self.name = ""
+        """The layer's name in its model, for messages, where the layer cannot be told by its class."""
+        self.group: Any = None
+        """The process group over which a parameter's experts, or parts of each, are spread."""
+        self.cut: Any = None
+        """How each expert is cut, if it is (`shards.Cut`)."""
         self.strengths: dict[str, float] = {}
         self.exact_norms: set[str] = set()
         """Adapters of a grouped convolution whose norm is the exact one."""
@@ -69,12 +79,14 @@ class Switch(dict[str, AdapterCache]):
         self.record: Any = None
         self.trained_elsewhere = False
         """True if B has received a gradient while the layer had never been called (`calls`)."""
+        self.by_modules = False
+        """True once a call has run PEFT's modules, because the weights could not be read."""
         self.plan: Any = None
         """A linear layer's plan from its last call (`plan.Plan`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this layer's own tensors only."""
-        return {**vars(self), "plan": None, "record": None}
+        return {**vars(self), "plan": None, "group": None, "record": None}
 
 
 def switch(layer: nn.Module) -> Switch | None:
@@ -82,12 +94,18 @@ def switch(layer: nn.Module) -> Switch | None:
     return vars(layer).get(SWITCH)
 
 
+def settings(layer: nn.Module) -> Switch:
+    """Return the layer's state, or the defaults if another thread has restored the layer since its call began."""
+    state = switch(layer)
+    return Switch() if state is None else state
+
+
 def norm_cache(layer: Any, adapter: str) -> AdapterCache:
     """Return the layer's kept norm for one adapter."""
-    caches: Switch = vars(layer)[SWITCH]
+    caches = settings(layer)
     cache = caches.get(adapter)
     if cache is None:
-        cache = caches.setdefault(adapter, AdapterCache())
+        cache = caches.setdefault(adapter, AdapterCache(Form(), "auto", caches.options.forward == "merged"))
         cache.record = caches.record
     return cache
 
@@ -142,6 +160,8 @@ def read(
 ) -> Weights | None:
     """Return the adapter's tensors as PEFT stores them, or None if they cannot be read outside their modules' calls.
 
+    Under tensor parallelism they are this process's parts.
+
     That is the case for layers that are switched off, and under wrappers that leave the tensors empty, flattened,
     sharded or on another device (FSDP1, DeepSpeed ZeRO-3, offloading).
 
@@ -157,6 +177,8 @@ def read(
     if hooked(magnitude):  # nothing here calls the module, so a hook on it would not run
         return None
     m = magnitude._parameters.get("weight")
+    if type(weight) not in _PLAIN and shards.split_of(layer) is not None:
+        weight, lora_A, lora_B, m, bias = map(shards.part, (weight, lora_A, lora_B, m, bias))
     # Not sharded, not gathered away, not on meta.
     if not (type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN and type(m) in _PLAIN):
         return None
@@ -193,7 +215,7 @@ def _fit(layer: Any, adapter: str, weights: Weights, fit: Callable[[Any, str, We
 
 
 def hooked(*modules: Any) -> bool:
-    """True if one of `modules` has a hook, or a forward that somebody has replaced."""
+    """True if one of `modules` has a hook, or a forward that somebody has replaced (but for tensor parallelism)."""
     for module in modules:
         own = module.__dict__
         if (
@@ -201,7 +223,7 @@ def hooked(*modules: Any) -> bool:
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or ("forward" in own and not _only_moves_its_input(module))
+            or ("forward" in own and not (shards.is_parallel(own["forward"]) or _only_moves_its_input(module)))
         ):
             return True
     return False
@@ -220,7 +242,7 @@ def _only_moves_its_input(module: Any) -> bool:
 
 def divisor(layer: Any, adapter: str, weights: Weights, compute: Callable[[], Tensor] | None = None) -> Tensor:
     """The divisor of the magnitude: the linear problem's norm, or that of `compute`, with infinity in place of 0."""
-    form, cache = Form(layer.scaling[adapter]), norm_cache(layer, adapter)
+    form, cache = shards.form_of(layer, adapter), norm_cache(layer, adapter)
     return layer_norm(weights, form, cache, layer.training, "auto", compute).divisor
 
 

@@ -54,15 +54,23 @@ def test_a_pair_is_compared_with_its_neighbour():
     assert drifting.ratio == pytest.approx(1.1) and drifting.interval == pytest.approx((1.1, 1.1))
 
 
+CALL = "    return formula.linear(x, weights, g, form.scaling, "
+PAUSE = "    __import__('time').sleep(0.02)\n"
+
+
+def edit(package, file, old, new):
+    """Replace what stands once in a file of the package."""
+    path = package / "dora_kernels" / "engine" / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 @pytest.fixture
 def slow_package(tmp_path):
-    """The package, with a pause in every `compose`."""
+    """The package, with a pause in every forward."""
     shutil.copytree(ROOT / "dora_kernels", tmp_path / "dora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    backend = tmp_path / "dora_kernels" / "torch_backend.py"
-    text = backend.read_text()
-    assert text.count("    if g is not None and divisor is not None:\n") == 1
-    pause = "    __import__('time').sleep(0.02)\n    if g is not None and divisor is not None:\n"
-    backend.write_text(text.replace("    if g is not None and divisor is not None:\n", pause))
+    edit(tmp_path, "layer.py", CALL, PAUSE + CALL)
     return tmp_path
 
 
@@ -81,8 +89,7 @@ def test_a_slow_package_is_told_from_a_fast_one(slow_package, slower_now, verdic
 
 @pytest.mark.slow
 def test_what_a_revision_gets_wrong_is_noted(slow_package):
-    backend = slow_package / "dora_kernels" / "torch_backend.py"
-    backend.write_text(backend.read_text().replace("alpha=scaling", "alpha=1.01 * scaling"))
+    edit(slow_package, "layer.py", CALL, CALL.replace("form.scaling", "1.01 * form.scaling"))
     with Worker(ROOT, OPTIONS) as old, Worker(slow_package, OPTIONS) as new:
         found = compare.compare(old, new, 1, lambda *_: None)
     assert any("now: ours, torch: wrong result" in fault for fault in found.faults) and not found.notes
@@ -91,10 +98,8 @@ def test_what_a_revision_gets_wrong_is_noted(slow_package):
 @pytest.mark.slow
 def test_a_norm_that_steps_make_stale_is_a_fault(slow_package):
     """As fast as nobody else, and right when the layer is made."""
-    cache = slow_package / "dora_kernels" / "norm_cache.py"
-    fresh = "known and entry.key == key and entry.is_fresh(*tensors, training, self.unheard):"
-    assert cache.read_text().count(fresh) == 1
-    cache.write_text(cache.read_text().replace(fresh, "known:"))
+    asked = "        if norm is None or not _enabled:\n            return None\n        weight, "
+    edit(slow_package, "norm_cache.py", asked, "        if norm is not None:\n            return norm\n" + asked)
     with Worker(ROOT, OPTIONS, old=True) as old, Worker(slow_package, OPTIONS) as new:
         found = compare.compare(old, new, 1, lambda *_: None)
     (fault,) = found.faults
@@ -105,8 +110,7 @@ def test_a_norm_that_steps_make_stale_is_a_fault(slow_package):
 @pytest.mark.parametrize("broken_now", [True, False])
 def test_a_revision_that_fails_while_it_is_measured(slow_package, broken_now):
     """The working tree's failure is a regression, the old revision's is not."""
-    backend = slow_package / "dora_kernels" / "torch_backend.py"
-    backend.write_text(backend.read_text().replace("__import__('time').sleep(0.02)", "raise SystemExit(3)"))
+    edit(slow_package, "layer.py", PAUSE, "    raise SystemExit(3)\n")
     packages = (ROOT, slow_package) if broken_now else (slow_package, ROOT)
     with Worker(packages[0], OPTIONS, old=True) as old, Worker(packages[1], OPTIONS) as new:
         found = compare.compare(old, new, 1, lambda *_: None)

@@ -40,6 +40,7 @@ from dora_kernels.core import products
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import dispatch
 from dora_kernels.engine.layer import run_compose
+from dora_kernels.engine.products import mm
 
 LUCK = 1.25
 SUMS = 4 * torch.finfo(f32).eps
@@ -240,8 +241,8 @@ def test_under_autocast_the_kernels_are_in_its_dtype(lane, base, detach_norm):
     scaled, _, _ = kernels.scale_reduce(problem.dy, None, g, True, False)
     assert torch.equal(grads["x"], torch.mm(d, a).addmm_(scaled, problem.weight))
     if detach_norm:
-        assert torch.equal(grads["lora_A"], products.mm_accumulate(d.t(), problem.x, f32))
-        p = products.mm_accumulate(problem.dy.t(), h, f32)
+        assert torch.equal(grads["lora_A"], mm(d.t(), problem.x, f32))
+        p = mm(problem.dy.t(), h, f32)
         assert torch.equal(grads["lora_B"], p * (g * problem.scaling).unsqueeze(1))
     assert b.dtype == h.dtype == base
 
@@ -275,32 +276,11 @@ def test_mixed_products_are_exact(narrow, layout, monkeypatch):
     for elements in (1 << 20, 16 * 70):
         monkeypatch.setattr(products, "BLOCK_ELEMENTS", elements)
         for found in (
-            products.mm_mixed(left, right),
-            products.mm_accumulate(left, right, wide),
-            products.mm_accumulate(right.t(), left.t(), wide).t(),
+            mm(left, right, wide),
+            mm(right.t(), left.t(), wide).t(),
         ):
             assert found.dtype == wide
             assert distance(found, exact) < 4 * torch.finfo(wide).eps * exact.norm()
-
-
-def test_three_pieces_hold_a_float32(monkeypatch):
-    """The product for CUDA's tensor cores, whose result is wider than its operands."""
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(90, 70, generator=generator).to(bf16)
-    right = torch.randn(70, 5, generator=generator) * 10.0 ** torch.randint(-9, 9, (70, 5), generator=generator)
-
-    def mm(one, other, out_dtype):
-        assert one.dtype == other.dtype == bf16 and other.shape == (70, 15)
-        return (one.double() @ other.double()).to(out_dtype)
-
-    real = torch.mm
-    monkeypatch.setattr(torch, "mm", mm)
-    found = products._mm_pieces(left, right)
-    monkeypatch.setattr(torch, "mm", real)
-    assert found.dtype == f32 and found.shape == (90, 5)
-    # The three products are rounded to float32, and so is their sum, twice.
-    off = (found - left.double() @ right.double()).abs()
-    assert (off <= 2.0**-22 * (left.double().abs() @ right.double().abs())).all()
 
 
 @pytest.mark.parametrize("magnitude_axis", ["out", "in"])

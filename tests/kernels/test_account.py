@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 from aot import PRIMITIVES, account
 from aot.counting import Counts, count, counted
-from aot.launches import Call, compose, factor_grads, kept_norm, merge, scale_reduce, shipped, weight_norm
+from aot.launches import (
+    Call,
+    compose,
+    factor_grads,
+    kept_norm,
+    merge,
+    one_pass,
+    product,
+    scale_reduce,
+    shipped,
+    weight_norm,
+)
 from aot.recording import Launch, Made, kernels
 from aot.resources import TARGETS
 from aot.traffic import FORMULAS, LARGE, issued, least
@@ -70,6 +81,22 @@ CALLS: dict[str, Callable[..., Call]] = {
     "compose without g": partial(compose, (bf16, bf16), 70, 5, 140, magnitude=False),
     "compose without bias": partial(compose, (bf16, bf16), 70, 5, 140, bias=False),
     "compose in place": partial(compose, (bf16, bf16), 70, 5, 140, False, False, keep=False),
+    "compose of experts": partial(compose, (bf16, bf16), 75, 5, 140, groups=3),
+    "compose of experts, few tokens": partial(compose, (bf16, f32), 5, 20, 70, wide=True, groups=4, bias=False),
+    "compose of adapters": partial(compose, (bf16, bf16), 40, 20, 70, keep=False, groups=2, adapters=True),
+    "weight_norm of experts": partial(weight_norm, (bf16, f32), 5, (67, 133), groups=3),
+    "kept_norm of experts": partial(kept_norm, (bf16, bf16), 5, (67, 133), groups=3),
+    "merge of experts": partial(merge, (bf16, bf16), 5, (67, 133), groups=3, conv1d=True),
+    "factor_grads of experts": partial(factor_grads, (bf16, bf16), 5, 70, 3, groups=3),
+    "scale_reduce of experts": partial(scale_reduce, bf16, 75, 140, groups=3),
+    "product": partial(product, (bf16, bf16), 70, 300, 20),
+    "product in pieces": partial(product, (bf16, f32), 5, 130, 60),
+    "product of a gradient": partial(product, (f16, f16), 75, 130, 5, transposed=True, out=f32),
+    "product of experts": partial(product, (bf16, bf16), 75, 140, 5, groups=3),
+    "product of adapters": partial(product, (bf16, bf16), 40, 260, 60, groups=2, adapters=True),
+    "one_pass": partial(one_pass, (bf16, bf16), 5, 20, (67, 300)),
+    "one_pass with the norm": partial(one_pass, (f16, f16), 17, 5, (70, 133), norm=True, keep=True),
+    "one_pass of Conv1D": partial(one_pass, (bf16, f32), 3, 20, (40, 133), conv1d=True, bias=False, keep=True),
     **{f"scale_reduce {tokens} x {size}": partial(scale_reduce, bf16, tokens, size) for tokens, size in _SCALE_REDUCES},
     "scale_reduce fp32": partial(scale_reduce, f32, 37, 140),
     "scale_reduce without scaled": partial(scale_reduce, bf16, 37, 140, scaled=False),

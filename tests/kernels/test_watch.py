@@ -262,9 +262,10 @@ def test_compiles_for_every_target():
     """It fits, spills nothing, and reads aligned tensors 16 bytes at once. In a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(dora_kernels.__file__).parents[1]
+    path = os.pathsep.join((str(root), str(Path(__file__).parents[1] / "support")))
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _COMPILE],
-        cwd=root, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,
+        cwd=root, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

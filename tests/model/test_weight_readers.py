@@ -52,6 +52,14 @@ def test_torch():
     assert read_layers(nn.MultiheadAttention(8, 2)) == {"out_proj"}
 
 
+def test_what_is_never_called():
+    """A weight that is read where another path calls the layer is not among them."""
+    readers, attention, mixer = WeightReaders(), nn.MultiheadAttention(8, 2), Mixer()
+    assert readers.never_calling([attention], "out_proj") is attention
+    assert readers.of([mixer], "read") is mixer and readers.never_calling([mixer], "read") is None
+    assert readers.never_calling([mixer], "called") is None and readers.of([mixer], "called") is None
+
+
 def read_layers(model):
     """Last names of linear layers that are read."""
     readers, found = WeightReaders(), set()

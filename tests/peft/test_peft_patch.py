@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -51,6 +52,61 @@ def test_the_handle():
     assert handle.skipped[others[2]].startswith("its forward was replaced")
     assert repr(handle) == "PatchHandle(patched=4, skipped=1)"
     assert type(stock.get_submodule(others[2])) is lora.Linear, "what is skipped is untouched"
+
+
+def test_a_layer_whose_weight_its_parent_reads():
+    """`nn.MultiheadAttention` never calls its output projection: nobody's adapter runs there."""
+    block = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "after": nn.Linear(8, 8)})
+    stock = get_peft_model(block, LoraConfig(r=2, target_modules=["out_proj", "after"], use_dora=True))
+    handle = dora_kernels.patch_peft(stock)
+    assert handle.patched == ["base_model.model.after"]
+    assert handle.skipped == {
+        "base_model.model.attention.out_proj": "MultiheadAttention reads its weight and never calls it"
+    }
+
+
+@pytest.mark.parametrize("hooked", ["lora_A", "lora_B", "lora_magnitude_vector"])
+@pytest.mark.parametrize("name", [FIRST, "base_model.model.conv"])
+def test_restored_while_a_layer_is_called(name, hooked):
+    """As another thread may do it: the call ends right, and the next is PEFT's."""
+    layer = toy(others=True).eval().get_submodule(name)
+    x = toy_input() if name == FIRST else torch.randn(2, 1, 5, 5)
+    expected, stock = layer(x), type(layer)
+    handle = dora_kernels.patch_peft(layer)
+    calls = []
+    layer.get_submodule(f"{hooked}.default").register_forward_pre_hook(lambda *_: calls.append(handle.restore()))
+    assert type(layer) is not stock
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), expected)
+    assert calls and type(layer) is stock
+
+
+def test_calls_while_another_thread_patches_and_restores():
+    model, x = toy(others=True).eval(), toy_input()
+    expected, stop, failures = model(x), threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            try:
+                torch.testing.assert_close(model(x), expected)
+            except Exception as error:
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(60):
+            dora_kernels.patch_peft(model).restore()
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures
 
 
 def test_names_are_those_of_the_model_that_was_given():
@@ -207,6 +263,7 @@ class Wrapper(nn.Module):
         return self.module(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("error:DoRA layers")  # PEFT computes them, and no foreign kernel
 @pytest.mark.parametrize("change", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 def test_weights_that_may_not_be_read(change, dropout, monkeypatch):

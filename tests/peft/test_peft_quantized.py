@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dora_kernels
-from dora_kernels.peft import dequantize
+from dora_kernels.modules import dequantize
 from dora_kernels.peft.state import SWITCH, dora_adapters
 
 OUT, IN = 96, 128

@@ -10,13 +10,16 @@ from dora_kernels.adapters.formats.diffusers import Diffusers
 from dora_kernels.adapters.formats.lycoris import Kohya, Lycoris
 from dora_kernels.adapters.formats.mlx import Mlx
 from dora_kernels.adapters.formats.nvidia import Nvidia
-from dora_kernels.adapters.formats.peft import Peft
+from dora_kernels.adapters.formats.peft import Peft, Sglang, Vllm
 from dora_kernels.adapters.formats.qdora import QDoRA
 from dora_kernels.adapters.formats.torchtune import Torchtune
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (Peft(), Diffusers(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx())
-}
+    format.name: format
+    for format in (
+        Peft(), Diffusers(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx(), Vllm(), Sglang()
+    )
+}  # fmt: skip
 
 # PEFT's keys are the most general, and part of other formats' keys, so PEFT is tried last.
 _ORDER = ("qdora", "nvidia", "torchtune", "mlx", "diffusers", "kohya", "lycoris", "peft")

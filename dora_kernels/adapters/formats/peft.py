@@ -6,6 +6,7 @@ embeddings with ``lora_embedding_A`` ``[r, vocabulary]``, ``lora_embedding_B`` `
 Scaling ``lora_alpha / r``, with ``use_rslora`` ``lora_alpha / sqrt(r)``, both per layer through ``rank_pattern`` and
 ``alpha_pattern``. Norm per output (channel, embedding dimension) of ``W + scaling * B @ A``, detached; no eps.
 With groups PEFT uses a norm that is not that of what the layer computes: an error, unless it is plain LoRA.
+Parameters (``target_parameters``): A ``[rank * E, in]``, B ``[out, rank * E]``, m ``[E, out]``; `formats.stacks`.
 torchtune's recipes also write such files, without ``use_dora`` in the configuration.
 """
 
@@ -14,12 +15,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
+from dora_kernels.adapters.experts import split
+from dora_kernels.adapters.formats import stacks
 from dora_kernels.adapters.formats.base import Format, Parts
 from dora_kernels.adapters.formats.names import targets, whole
 from dora_kernels.adapters.formats.reader import Reading
@@ -33,7 +36,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 _UNSUPPORTED = (
-    "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 """Fields that change the layer's formula ``W + scaling * B @ A``, or adapt something other than layers."""
@@ -42,8 +45,8 @@ _KNOWN = {
     # Read.
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     # Which layers are adapted; the file's keys say so too.
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "trainable_token_indices", "bias", "ensure_weight_tying",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying",
     # How the adapter was trained or initialised.
     "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
     "qalora_group_size", "inference_mode", "task_type", "megatron_config", "megatron_core", "fan_in_fan_out",
@@ -108,7 +111,9 @@ class Peft(Format):
         config = reading.config
         where = str(reading.config_file)
         reading.notes += check_configuration(config, where)
-        layers = super().read(reading)
+        groups = [found[0] for key in reading.tensors if (found := self.split(key)) is not None]
+        reading.stacks = stacks.names(groups, config.get("target_parameters"), reading)
+        layers = {reading.stacks.get(name, name): layer for name, layer in super().read(reading).items()}
         plain = next((name for name, layer in layers.items() if layer.magnitude is None), None)
         use_dora = config.get("use_dora")
         if use_dora and plain is not None:
@@ -121,6 +126,10 @@ class Peft(Format):
 
     def layer(self, reading: Reading, module: str, parts: Parts, scaling: float) -> AdapterLayer:
         a, b = reading.tensors[parts["lora_A"]], reading.tensors[parts["lora_B"]]
+        magnitude = reading.tensors[parts["magnitude"]] if "magnitude" in parts else None
+        stack = stacks.read(reading, module, a, b, magnitude, scaling)
+        if stack is not None:
+            return stack
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
             raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} belong to different kinds of layers")
@@ -135,13 +144,25 @@ class Peft(Format):
         return layer
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
-        return configured_scaling(reading, reading.config, module, reading.tensors[parts["lora_A"]])
+        a, name = reading.tensors[parts["lora_A"]], reading.stacks.get(module, module)
+        if a.dim() == 3 and stacks.is_stack(module, a, reading.tensors[parts["lora_B"]]):
+            a = a[0]
+        elif module in reading.stacks and "magnitude" in parts:
+            a = a[: a.shape[0] // max(1, len(reading.tensors[parts["magnitude"]]))]
+        elif module in reading.stacks:
+            a = a[: stacks.rank(reading, name)]
+        return configured_scaling(reading, reading.config, name, a)
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d"), ("out",))
-        layers = writing.with_eps(writing.fitting(adapter.layers, axes, grouped=True))
+        axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"), ("out",))
+        layers = writing.with_eps(writing.fitting(self._layers(adapter, writing), axes, grouped=True))
         tensors: dict[str, Tensor] = {}
+        keys = stacks.keys([name for name, layer in layers.items() if layer.kind == "experts"], writing)
         for name, layer in layers.items():
+            if layer.kind == "experts":
+                exchanged = name in adapter.config.get(stacks.EXCHANGED, ())
+                tensors |= stacks.written(f"{_PREFIX}{keys[name]}", layer, exchanged)
+                continue
             a, b = ("embedding_A", "embedding_B") if layer.kind == "embedding" else ("A.weight", "B.weight")
             tensors[f"{_PREFIX}{name}.lora_{a}"] = layer.lora_A
             tensors[f"{_PREFIX}{name}.lora_{b}"] = layer.lora_B
@@ -150,18 +171,66 @@ class Peft(Format):
                 tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
         return tensors, self._configuration(layers, str(adapter.config.get("base_model_name_or_path") or "") or None)
 
+    def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
+        """The layers as the format has them."""
+        return adapter.layers
+
     @staticmethod
     def _configuration(layers: Layers, base: str | None) -> dict[str, Any]:
+        parameters = sorted(name for name, layer in layers.items() if layer.kind == "experts")
+        others = [name for name in layers if name not in parameters]
         ranks = {name: layer.rank for name, layer in layers.items()}
         alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
         return {
             "peft_type": "LORA", "use_dora": all(layer.magnitude is not None for layer in layers.values()),
-            "r": rank, "lora_alpha": whole(alpha), "target_modules": targets(layers),
+            "r": rank, "lora_alpha": whole(alpha), "target_modules": targets(others) if others else [],
+            **({"target_parameters": parameters} if parameters else {}),
             "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
             "alpha_pattern": {f"^{re.escape(name)}": whole(a) for name, a in alphas.items() if a != alpha},
             "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
             "init_lora_weights": True, "modules_to_save": None, "inference_mode": True, "task_type": None,
             "base_model_name_or_path": base,
         }  # fmt: skip
+
+
+class Vllm(Peft):
+    """vLLM's adapters of experts: PEFT's keys, with the linear layers of each expert, ``experts.3.gate_proj``."""
+
+    name = "vllm"
+
+    def matches(self, keys: Collection[str], config: dict[str, Any]) -> bool:
+        """False: its files are PEFT's."""
+        return False
+
+    def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
+        for name, layer in adapter.layers.items():
+            if layer.magnitude is not None:
+                raise writing.error(name, "vLLM has no DoRA; merge the adapter into the model instead")
+        return split(adapter.layers)
+
+
+class Sglang(Vllm):
+    """SGLang's adapters of experts: ``<stack>.lora_A.weight`` ``[E, r, in]`` and ``.lora_B.weight`` ``[E, out, r]``."""
+
+    name = "sglang"
+
+    def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
+        super()._layers(adapter, writing)
+        return adapter.layers
+
+    def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """Return the tensors with those of stacks as they are."""
+        tensors, config = super().write(adapter, writing)
+        for name, layer in adapter.layers.items():
+            if layer.kind == "experts":
+                for key in stacks.written(f"{_PREFIX}{stacks.keys([*_stacks(adapter)], writing)[name]}", layer, False):
+                    tensors.pop(key, None)
+                tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.contiguous()
+                tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.contiguous()
+        return tensors, config
+
+
+def _stacks(adapter: Adapter) -> list[str]:
+    return [name for name, layer in adapter.layers.items() if layer.kind == "experts"]

@@ -39,6 +39,8 @@ class Reading:
     scaling: float | None = None
     notes: list[str] = field(default_factory=list)
     header: Mapping[str, str] = field(default_factory=dict)
+    stacks: dict[str, str] = field(default_factory=dict)
+    """Of PEFT's adapters of parameters: the parameter's name by the name in the keys."""
     _patterns: dict[str, ByName] = field(default_factory=dict)
     _steps: Steps = field(default_factory=lambda: Steps(""))
 

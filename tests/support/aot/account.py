@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from aot.traffic import LARGE, Traffic, issued, least
 
 _WEIGHTS = (((4096, 4096), 16), ((4096, 4096), 64), ((4096, 4096), 384), ((8192, 8192), 384), ((8192, 28672), 384))
 _TOKENS = (8192, 1)
+_EXPERTS = 64
+_STACK = ((1536, 2048), 16)
 _RANKS = (16, 64, 384)
 
 
@@ -101,7 +104,10 @@ def rows(primitives: Iterable[str]) -> list[Row]:
 @contextlib.contextmanager
 def on_a_gpu() -> Iterator[None]:
     """Tensors of the "cuda" device are made without memory and without a GPU: launchers ask for the device."""
-    with FakeTensorMode(), mock.patch.object(torch.cuda, "current_device", lambda: 0):
+    from dora_kernels.kernels import product
+
+    wide = mock.patch.dict(sys.modules[product.__module__]._wide, {torch.device("cuda", 0): True})
+    with FakeTensorMode(), mock.patch.object(torch.cuda, "current_device", lambda: 0), wide:
         yield
 
 
@@ -117,6 +123,8 @@ def _weight_norms() -> Iterator[Call]:
             given = launches.weight_norm(dtypes, rank, shape, square=True, device="cuda")
             # The direct form has no use for |W|².
             yield from (alone,) if alone.config == given.config else (alone, given)
+    for dtypes in DTYPES:
+        yield launches.weight_norm(dtypes, _STACK[1], _STACK[0], groups=_EXPERTS, device="cuda")
 
 
 def _kept_norms() -> Iterator[Call]:
@@ -130,6 +138,8 @@ def _merges() -> Iterator[Call]:
     for shape, rank in _WEIGHTS:
         for dtypes in DTYPES:
             yield launches.merge(dtypes, rank, shape, device="cuda")
+    for dtypes in DTYPES:
+        yield launches.merge(dtypes, _STACK[1], _STACK[0], groups=_EXPERTS, device="cuda")
 
 
 def _composes() -> Iterator[Call]:
@@ -137,6 +147,28 @@ def _composes() -> Iterator[Call]:
         for rank in _RANKS:
             for dtypes in DTYPES:
                 yield launches.compose(dtypes, tokens, rank, device="cuda")
+    for dtypes in DTYPES:
+        yield launches.compose(dtypes, 16384, 16, groups=_EXPERTS, bias=False, device="cuda")
+        for tokens in (32, 8192):
+            yield launches.compose(dtypes, tokens, 64, groups=32, adapters=True, keep=False, device="cuda")
+
+
+def _products() -> Iterator[Call]:
+    for dtypes in DTYPES:
+        for tokens in _TOKENS:
+            yield launches.product(dtypes, tokens, 4096, 16, device="cuda")
+        yield launches.product(dtypes, 4096, 8192, 16, transposed=True, out=torch.float32, device="cuda")
+        yield launches.product(dtypes, 16384, 4096, 16, groups=_EXPERTS, device="cuda")
+        yield launches.product(dtypes, 32, 4096, 64, groups=32, adapters=True, device="cuda")
+
+
+def _one_passes() -> Iterator[Call]:
+    for dtypes in DTYPES:
+        if dtypes[0] is not torch.float32:
+            for tokens in (1, 64):
+                for rank in (16, 64):
+                    yield launches.one_pass(dtypes, tokens, rank, device="cuda")
+            yield launches.one_pass(dtypes, 64, 64, (1024, 4096), keep=True, device="cuda")
 
 
 def _scale_reduces() -> Iterator[Call]:
@@ -144,12 +176,15 @@ def _scale_reduces() -> Iterator[Call]:
         for base, adapter in DTYPES:
             if base is adapter:
                 yield launches.scale_reduce(base, tokens, device="cuda")
+    yield launches.scale_reduce(torch.bfloat16, 16384, groups=_EXPERTS, device="cuda")
 
 
 def _factor_grads() -> Iterator[Call]:
     for rank in _RANKS:
         for dtypes in DTYPES:
             yield launches.factor_grads(dtypes, rank, device="cuda")
+    for dtypes in DTYPES:
+        yield launches.factor_grads(dtypes, 16, strips=1, groups=_EXPERTS, device="cuda")
 
 
 _CALLS = {
@@ -157,6 +192,8 @@ _CALLS = {
     "kept_norm": _kept_norms,
     "merge": _merges,
     "compose": _composes,
+    "product": _products,
+    "one_pass": _one_passes,
     "scale_reduce": _scale_reduces,
     "factor_grads": _factor_grads,
 }

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", action="append", choices=PRIMITIVES, help=several)
     parser.add_argument("--target", action="append", choices=list(TARGETS), help=several)
     parser.add_argument("--layers", action="store_true", help="whole layers beside PEFT's alone, which takes seconds")
+    parser.add_argument("--choices", action="store_true", help="what the defaults choose for each shape, and why")
     parser.add_argument("--no-compile", action="store_true", help="the traffic alone, which takes seconds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--all", action="store_true", help="every operand and every launch instead of sums and maxima")
@@ -31,6 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print what was asked for."""
+    if given.choices:
+        from aot import choices
+
+        if given.json:
+            json.dump({"choices": choices.rows()}, sys.stdout)
+        else:
+            _print(*choices.table())
+            print(choices.STATEMENT)
+        return 0
     for needed in ("torch", "triton", "peft"):
         if importlib.util.find_spec(needed) is None:
             parser.error(f"{needed} is not installed")

@@ -101,12 +101,13 @@ def weight_norm(
     conv1d: bool = False,
     axis: str = "out",
     square: bool = False,
+    groups: int = 0,
     device: str = "meta",
 ) -> Call:
-    """A norm of a weight of that shape; `square`: its squared norm per row is known."""
-    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
+    """A norm of a weight of that shape; `square`: its squared norm per row is known; `groups`: of a stack."""
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device, groups)
     given = {"square": _zeros((operands["w"].shape[0],), _FP32, device)} if square else {}
-    case = _words(_weight_case(rank, shape, conv1d, axis), "|W|² given" if square else "")
+    case = _words(_weight_case(rank, shape, conv1d, axis, groups), "|W|² given" if square else "")
     launcher = _norm_with_square if square else None
     return Call("weight_norm", _labels(dtypes), case, {**operands, **given}, (0.5,), ("norm",), launcher)
 
@@ -125,19 +126,20 @@ def kept_norm(
     conv1d: bool = False,
     axis: str = "out",
     unchanged: bool = False,
+    groups: int = 0,
     device: str = "meta",
 ) -> Call:
     """A norm kept on the device: its first call or, `unchanged`, one that finds all as it was."""
     from dora_kernels.kernels import KeptNorm
 
-    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
-    kept = KeptNorm(operands["w"].shape[0], 0.5, operands["w"].device)
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device, groups)
+    kept = KeptNorm(operands["w"].shape[:-1], 0.5, operands["w"].device)
 
     def launcher(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         divisor: Tensor = kept.divisor(w, sample(w), a, b)
         return divisor
 
-    case = _words(_weight_case(rank, shape, conv1d, axis), "unchanged" if unchanged else "changed")
+    case = _words(_weight_case(rank, shape, conv1d, axis, groups), "unchanged" if unchanged else "changed")
     call = Call("kept_norm", _labels(dtypes), case, dict(operands), (), ("norm",), launcher, unchanged)
     if unchanged:
         call.run(Made.run if device == "cpu" else lambda _: None)
@@ -152,31 +154,45 @@ def merge(
     axis: str = "out",
     magnitude: bool = True,
     seed: int | None = None,
+    groups: int = 0,
     device: str = "meta",
 ) -> Call:
     """A merged weight, with or without a magnitude, rounded to nearest or with a seed stochastically."""
-    operands = _factors(dtypes, rank, shape, conv1d, axis, device)
-    m = _zeros((operands["w"].shape[0],), dtypes[1], device) if magnitude else None
-    case = _words(
-        _weight_case(rank, shape, conv1d, axis), "" if magnitude else "no m", "" if seed is None else "stochastic"
-    )
+    operands = _factors(dtypes, rank, shape, conv1d, axis, device, groups)
+    m = _zeros(operands["w"].shape[:-1], dtypes[1], device) if magnitude else None
+    said = "" if magnitude else "no m", "" if seed is None else "stochastic"
+    case = _words(_weight_case(rank, shape, conv1d, axis, groups), *said)
     return Call("merge", _labels(dtypes), case, {**operands, "m": m}, (0.5, seed, axis == "in"), ("merged",))
 
 
 def _factors(
-    dtypes: tuple[torch.dtype, torch.dtype], rank: int, shape: tuple[int, int], conv1d: bool, axis: str, device: str
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: int,
+    shape: tuple[int, int],
+    conv1d: bool,
+    axis: str,
+    device: str,
+    groups: int,
 ) -> dict[str, Tensor]:
     """W, A and B; `conv1d`: W is stored transposed, as GPT-2 does; axis "in" is the transposed problem."""
     rows, columns = shape
-    w = _zeros((columns, rows), dtypes[0], device).t() if conv1d else _zeros(shape, dtypes[0], device)
-    a, b = _zeros((rank, columns), dtypes[1], device), _zeros((rows, rank), dtypes[1], device)
-    return dict(zip("wab", (w, a, b) if axis == "out" else (w.t(), b.t(), a.t())))
+    stack = (groups,) if groups else ()
+    w = _zeros((*stack, columns, rows), dtypes[0], device).mT if conv1d else _zeros((*stack, *shape), dtypes[0], device)
+    a, b = _zeros((*stack, rank, columns), dtypes[1], device), _factor_b((*stack, rows, rank), dtypes[1], device)
+    return dict(zip("wab", (w, a, b) if axis == "out" else (w.mT, b.mT, a.mT)))
 
 
-def _weight_case(rank: int, shape: tuple[int, int], conv1d: bool, axis: str) -> str:
-    return _words(
-        f"{shape[0]} x {shape[1]}", f"rank {rank}", "" if axis == "out" else f"axis {axis}", "Conv1D" if conv1d else ""
-    )
+def _factor_b(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """As PEFT stores it: that of experts has the expert last."""
+    if len(shape) == 2:
+        return _zeros(shape, dtype, device)
+    groups, rows, rank = shape
+    return _zeros((rows, rank, groups), dtype, device).permute(2, 0, 1)
+
+
+def _weight_case(rank: int, shape: tuple[int, int], conv1d: bool, axis: str, groups: int) -> str:
+    sizes = " x ".join(map(str, (groups, *shape) if groups else shape))
+    return _words(sizes, f"rank {rank}", "" if axis == "out" else f"axis {axis}", "Conv1D" if conv1d else "")
 
 
 def compose(
@@ -188,20 +204,147 @@ def compose(
     bias: bool = True,
     keep: bool = True,
     wide: bool = False,
+    groups: int = 0,
+    adapters: bool = False,
     device: str = "meta",
 ) -> Call:
-    """A compose of `tokens` x `size` base results; `wide`: h is of the adapter's dtype."""
+    """A compose of `tokens` x `size` base results; `wide`: h is of the adapter's dtype.
+
+    Groups have equally many tokens. They are experts or, with `adapters`, tokens of different adapters in any order.
+    """
+    stack = (groups,) if groups else ()
+    b = (*stack, size, rank)
     operands = {
         "base": _zeros((tokens, size), dtypes[0], device),
         "h": _zeros((tokens, rank), dtypes[wide], device),
-        "b": _zeros((size, rank), dtypes[1], device),
-        "g": _zeros((size,), _FP32, device) if magnitude else None,
-        "bias": _zeros((size,), dtypes[0], device) if bias else None,
+        "b": _zeros(b, dtypes[1], device) if adapters else _factor_b(b, dtypes[1], device),
+        "g": _zeros((*stack, size), _FP32, device) if magnitude else None,
+        "bias": _zeros((*stack, size), dtypes[0], device) if bias else None,
     }
+    launcher = None
+    if groups:
+        operands["ends"] = _ends(tokens, groups, device)
+        launcher = _compose_experts
+    if adapters:
+        operands["rows"] = torch.arange(tokens, device=device)
+        operands["scalings"] = _zeros((groups,), _FP32, device)
+        launcher = _compose_adapters
     absent = [f"no {name}" for name in ("g", "bias") if operands[name] is None]
-    said = "wide h" if wide else "", "" if keep else "in place"
+    of = f"{groups} adapters" if adapters else f"{groups} experts" if groups else ""
+    said = "wide h" if wide else "", "" if keep else "in place", of
     case = _words(f"{tokens} tokens x {size}", f"rank {rank}", *absent, *said)
-    return Call("compose", _labels(dtypes), case, operands, (0.5, keep), ("y",))
+    return Call("compose", _labels(dtypes), case, operands, (0.5, keep), ("y",), launcher)
+
+
+def _compose_experts(
+    base: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor, ends: Tensor, scaling: float, keep: bool
+) -> Tensor:
+    from dora_kernels.kernels import compose
+
+    y: Tensor = compose(base, h, b, g, bias, scaling, keep, ends=ends)
+    return y
+
+
+def _compose_adapters(
+    base: Tensor,
+    h: Tensor,
+    b: Tensor,
+    g: Tensor,
+    bias: Tensor,
+    ends: Tensor,
+    rows: Tensor,
+    scalings: Tensor,
+    scaling: float,
+    keep: bool,
+) -> Tensor:
+    from dora_kernels.kernels import compose
+
+    y: Tensor = compose(base, h, b, g, bias, scalings, keep, ends=ends, rows=rows)
+    return y
+
+
+def _ends(tokens: int, groups: int, device: str) -> Tensor:
+    """Where the tokens of groups of nearly the same size end."""
+    ends = torch.arange(1, groups + 1, device=device) * tokens // groups
+    return ends.to(torch.int32)
+
+
+def product(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    M: int,
+    K: int,
+    N: int,
+    transposed: bool = False,
+    out: torch.dtype | None = None,
+    groups: int = 0,
+    adapters: bool = False,
+    device: str = "meta",
+) -> Call:
+    """A product with the factor of an adapter, ``x Aᵀ``, or `transposed` with a gradient, ``dYᵀ H``.
+
+    Groups have equally many tokens. They are experts or, with `adapters`, tokens of different adapters in any order.
+    """
+    stack = (groups,) if groups else ()
+    operands = {
+        "left": _zeros((K, M), dtypes[0], device).t() if transposed else _zeros((M, K), dtypes[0], device),
+        "right": _zeros((K, N), dtypes[1], device) if transposed else _zeros((*stack, N, K), dtypes[1], device).mT,
+    }
+    launcher = None
+    if groups:
+        operands["ends"] = _ends(M, groups, device)
+        launcher = _product_experts
+    if adapters:
+        operands["rows"] = torch.arange(M, device=device)
+        launcher = _product_adapters
+    of = f"{groups} adapters" if adapters else f"{groups} experts" if groups else ""
+    case = _words(f"{M} x {K} x {N}", "dYᵀ H" if transposed else "", of)
+    wide = _FP32 if _FP32 in dtypes else dtypes[0]
+    return Call("product", _labels(dtypes), case, operands, (out or wide,), ("out",), launcher)
+
+
+def _product_experts(left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    from dora_kernels.kernels import product
+
+    made: Tensor = product(left, right, dtype, ends=ends)
+    return made
+
+
+def _product_adapters(left: Tensor, right: Tensor, ends: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    from dora_kernels.kernels import product
+
+    made: Tensor = product(left, right, dtype, ends=ends, rows=rows)
+    return made
+
+
+def one_pass(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    tokens: int,
+    rank: int,
+    shape: tuple[int, int] = (_SIZE, _SIZE),
+    conv1d: bool = False,
+    norm: bool = False,
+    keep: bool = False,
+    bias: bool = True,
+    device: str = "meta",
+) -> Call:
+    """The forward of few tokens, with the divisor given or, with `norm`, computed."""
+    operands: dict[str, Tensor | None] = {"x": _zeros((tokens, shape[1]), dtypes[0], device)}
+    operands |= _factors(dtypes, rank, shape, conv1d, "out", device, 0)
+    operands["g"] = _zeros((shape[0],), _FP32, device)
+    operands["divisor"] = None if norm else _zeros((shape[0],), _FP32, device)
+    operands["bias"] = _zeros((shape[0],), dtypes[0], device) if bias else None
+    said = "Conv1D" if conv1d else "", "with the norm" if norm else "", "base kept" if keep else ""
+    case = _words(f"{tokens} tokens", f"{shape[0]} x {shape[1]}", f"rank {rank}", *said)
+    results = "y", "h", "base", "norm"
+    return Call("one_pass", _labels(dtypes), case, operands, (0.5, keep, norm), results, _one_pass)
+
+
+def _one_pass(*given: Any) -> tuple[Tensor | None, ...]:
+    from dora_kernels.kernels import one_pass
+
+    x, w, a, b, g, divisor, bias, scaling, keep, norm = given
+    made: tuple[Tensor | None, ...] = one_pass(x, w, a, b, g, bias, scaling, keep, divisor, norm)
+    return made
 
 
 def scale_reduce(
@@ -211,17 +354,32 @@ def scale_reduce(
     scaled: bool = True,
     dot: bool = True,
     total: bool = True,
+    groups: int = 0,
     device: str = "meta",
 ) -> Call:
-    """A pass over `tokens` x `size` gradients that makes any of its three results."""
+    """A pass over `tokens` x `size` gradients that makes any of its three results; groups have equally many tokens."""
+    stack = (groups,) if groups else ()
     operands = {
         "grad": _zeros((tokens, size), dtype, device),
         "other": _zeros((tokens, size), dtype, device) if dot else None,
-        "g": _zeros((size,), _FP32, device) if scaled else None,
+        "g": _zeros((*stack, size), _FP32, device) if scaled else None,
     }
+    launcher = None
+    if groups:
+        operands["ends"] = _ends(tokens, groups, device)
+        launcher = _scale_reduce_experts
     absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there]
-    case = _words(f"{tokens} tokens x {size}", *absent)
-    return Call("scale_reduce", NAMES[dtype], case, operands, (scaled, total), ("scaled", "dot", "sum"))
+    case = _words(f"{tokens} tokens x {size}", *absent, f"{groups} experts" if groups else "")
+    return Call("scale_reduce", NAMES[dtype], case, operands, (scaled, total), ("scaled", "dot", "sum"), launcher)
+
+
+def _scale_reduce_experts(
+    grad: Tensor, other: Tensor | None, g: Tensor | None, ends: Tensor, scaled: bool, total: bool
+) -> tuple[Tensor | None, ...]:
+    from dora_kernels.kernels import scale_reduce
+
+    made: tuple[Tensor | None, ...] = scale_reduce(grad, other, g, scaled, total, ends)
+    return made
 
 
 def factor_grads(
@@ -230,17 +388,20 @@ def factor_grads(
     size: int = _SIZE,
     strips: int = 32,
     wanted: bool = True,
+    groups: int = 0,
     device: str = "meta",
 ) -> Call:
     """The gradients of B and of the magnitude from what was summed over tokens; `wanted`: B's too."""
+    stack = (groups,) if groups else ()
     operands: dict[str, Tensor | None] = {
-        "p": _zeros((size, rank), _FP32, device),
-        "b": _zeros((size, rank), dtypes[1], device),
-        "dot": _zeros((strips, size), _FP32, device),
-        "g": _zeros((size,), _FP32, device),
-        "divisor": _zeros((size,), _FP32, device),
+        "p": _zeros((*stack, size, rank), _FP32, device),
+        "b": _factor_b((*stack, size, rank), dtypes[1], device),
+        "dot": _zeros((*stack, strips, size), _FP32, device),
+        "g": _zeros((*stack, size), _FP32, device),
+        "divisor": _zeros((*stack, size), _FP32, device),
     }
-    case = _words(f"{size} features", f"rank {rank}", f"{strips} strips", "" if wanted else "no dB")
+    experts = f"{groups} experts" if groups else ""
+    case = _words(f"{size} features", f"rank {rank}", f"{strips} strips", "" if wanted else "no dB", experts)
     dtype = (dtypes[1] if dtypes[0] is dtypes[1] else _FP32) if wanted else None
     return Call("factor_grads", _labels(dtypes), case, operands, (0.5, dtype), ("db", "dm"))
 
@@ -252,13 +413,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 def shipped(every_dtype: bool = True) -> list[Launch]:
     """Every launch to compile, each distinct signature once; float16 follows bfloat16 unless `every_dtype`."""
     dtypes = [pair for pair in DTYPES if every_dtype or pair[0] is not _FP16]
-    calls = [call for pair in dtypes for make in (_norms, _kept_norms, _merges, _composes) for call in make(pair)]
+    makers = _norms, _kept_norms, _merges, _composes, _products, _one_passes
+    calls = [call for pair in dtypes for make in makers for call in make(pair)]
     calls += [call for base, adapter in dtypes if base is adapter for call in _scale_reduces(base)]
     calls += [factor_grads(pair, rank, *rest) for pair in dtypes for rank, *rest in _FACTOR_GRADS]
     return list({launch.signature: launch for call in calls for launch in call.launches}.values())
 
 
-_FACTOR_GRADS = ((16,), (384,), (383, _SIZE - 1), (1, _SIZE, 1, False))
+_FACTOR_GRADS = ((16,), (384,), (383, _SIZE - 1), (1, _SIZE, 1, False), (16, _SIZE, 1, True, 64))
 
 
 def _classes(values: Iterable[int], make: Callable[[int], Call]) -> list[int]:
@@ -282,6 +444,7 @@ def _norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
         yield weight_norm(dtypes, rank - 1, (_SIZE - 1, _SIZE - 1))
     if dtypes[1] is _BF16:
         yield weight_norm(dtypes, 1)
+    yield weight_norm(dtypes, 16, groups=64)
 
 
 def _kept_norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
@@ -299,6 +462,7 @@ def _merges(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
     yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True)
     if dtypes[0] is not _FP32:
         yield merge(dtypes, 383, (_SIZE - 1, _SIZE - 1), conv1d=True, axis="in", seed=_SEED)
+    yield merge(dtypes, 16, groups=64)
 
 
 def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
@@ -308,16 +472,46 @@ def _composes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
             for rank in _classes(RANKS, partial(make, tokens)):
                 yield make(tokens, rank)
         yield make(8191, 383, size=_SIZE - 1)
+        yield make(16384, 16, groups=64)
+        for tokens in (32, 8192):
+            yield make(tokens, 64, groups=32, adapters=True, keep=False)
     if dtypes == (_BF16, _BF16):
         yield compose(dtypes, 1, 16)
         for magnitude, bias in ((False, False), (True, False), (False, True)):
             yield compose(dtypes, 8192, LARGEST_RANK, magnitude=magnitude, bias=bias)
 
 
+def _products(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rows in (16, 32, 64):
+        for columns in (16, 32, 64):
+            yield product(dtypes, rows, _SIZE, columns)
+    for tokens in (1, 8192):
+        yield product(dtypes, tokens, _SIZE, 16)
+    yield product(dtypes, 8191, _SIZE - 1, 383)
+    yield product(dtypes, 32, _SIZE, 64, groups=32, adapters=True)
+    yield product(dtypes, 16384, _SIZE, 16, groups=64)
+    for tokens in (8192, 8191):
+        yield product(dtypes, _SIZE, tokens, 16, transposed=True, out=_FP32)
+
+
+def _one_passes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    if dtypes[0] is _FP32:
+        return
+    for tokens in (1, 32, 64):
+        for rank in (16, 32, 64):
+            yield one_pass(dtypes, tokens, rank)
+    norm = dtypes[0] is dtypes[1]
+    yield one_pass(dtypes, 16, 64, norm=norm, keep=True)
+    yield one_pass(dtypes, 64, 64, (_SIZE // 4, _SIZE), norm=norm, keep=True)
+    yield one_pass(dtypes, 5, 15, (_SIZE - 1, _SIZE - 1), keep=True, bias=False)
+    yield one_pass(dtypes, 8, 16, conv1d=True)
+
+
 def _scale_reduces(dtype: torch.dtype) -> Iterator[Call]:
     for tokens in _classes(TOKENS, partial(scale_reduce, dtype)):
         yield scale_reduce(dtype, tokens)
     yield scale_reduce(dtype, 8191, size=_SIZE - 1)
+    yield scale_reduce(dtype, 16384, groups=64)
     if dtype is not _BF16:
         return
     for wanted in ((True, True, False), (True, False, False), (False, False, True)):

@@ -76,7 +76,10 @@ class Compiled:
         return f"{self.target} {self.kernel} {self.dtypes} ({self.case}; {config})"
 
 
-_PRODUCT_ROWS = {"weight_norm": "BLOCK_N", "factored_norm": "BLOCK_N", "merge": "BLOCK_N", "compose": "BLOCK_M"}
+_PRODUCT_ROWS = {
+    "weight_norm": "BLOCK_N", "factored_norm": "BLOCK_N", "merge": "BLOCK_N",
+    "compose": "BLOCK_M", "product": "BLOCK_M", "one_pass": "BLOCK_M", "finish": "BLOCK_M",
+}  # fmt: skip
 
 
 def expected_matrix(launch: Compiled) -> str | None:

@@ -27,11 +27,16 @@ LARGE = {
     "kept_norm": ("w",),
     "merge": ("w", "merged"),
     "compose": ("base", "y"),
+    "product": ("left",),
+    "one_pass": ("w",),
     "scale_reduce": ("grad", "other", "scaled"),
     "factor_grads": ("p", "b", "db"),
 }
 """The operands of the size of W or of the activations."""
-_FACTORS = {"weight_norm": ("b", "a"), "kept_norm": ("b", "a"), "merge": ("b", "a"), "compose": ("h", "b")}
+_FACTORS = {
+    "weight_norm": ("b", "a"), "kept_norm": ("b", "a"), "merge": ("b", "a"),
+    "compose": ("h", "b"), "product": ("left", "right"),
+}  # fmt: skip
 """Whose product is the low-rank one; the rank is the first one's width."""
 
 
@@ -59,33 +64,108 @@ class Traffic:
 
 
 def compose(launch: Launch, unchanged: bool) -> Traffic:
-    """Every row block asks for B, g, its divisor and bias, every column block for h."""
-    M, N, R = launch["M"], launch["N"], launch["R"]
+    """Every row block asks for B, g, its divisor and bias, every column block for h.
+
+    In groups of equally many tokens, which have row blocks of their own, every program looks for its group, but some do
+    not have one.
+    """
+    M, N, R, groups = launch["M"], launch["N"], launch["R"], launch["groups"]
     blocks_n = _blocks(N, launch["BLOCK_N"])
-    blocks_m = launch.grid[0] // blocks_n
+    sizes = _group_sizes(M, groups)
+    blocks_m = sum(_blocks(size, launch["BLOCK_M"]) for size in sizes)
     return Traffic(
         _bytes(
             launch, base=M * N, h=M * R * blocks_n, b=N * R * blocks_m,
             g=N * blocks_m, divisor=N * blocks_m, bias=N * blocks_m,
+            ends=(2 * groups - 1) * launch.grid[0], rows=M * blocks_n, scalings=blocks_m * blocks_n,
         ),
         _bytes(launch, y=M * N),
-        launch.grid[0]
+        blocks_m
+        * blocks_n
         * _blocks(R, launch["BLOCK_R"])
         * launch["PRODUCTS"]
         * _product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_R"),
     )
 
 
+def one_pass(launch: Launch, unchanged: bool) -> Traffic:
+    """Every program asks for x, A and its rows of W and B; where K is split, it writes sums."""
+    M, N, K, R = launch["M"], launch["N"], launch["K"], launch["R"]
+    blocks, parts = launch.grid
+    squares = parts if launch["norm_ptr"] else 0
+    traffic = Traffic(
+        _bytes(launch, x=M * K * blocks, w=N * K, a=R * K * blocks, b=N * R * squares),
+        _bytes(launch, base=M * N * parts, h=M * R * parts, norm=N * squares),
+        blocks
+        * _blocks(K, launch["BLOCK_K"])
+        * (
+            _product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_K")
+            + _product(launch, "BLOCK_M", "BLOCK_R", "BLOCK_K")
+            + (_product(launch, "BLOCK_N", "BLOCK_R", "BLOCK_K") if squares else 0)
+        ),
+    )
+    if not launch["SPLIT"]:
+        traffic.add(_finish(launch, blocks))
+    return traffic
+
+
+def finish(launch: Launch, unchanged: bool) -> Traffic:
+    """Every program asks for all parts of h."""
+    M, N, R, parts = launch["M"], launch["N"], launch["R"], launch["parts"]
+    blocks = launch.grid[0]
+    traffic = Traffic(
+        _bytes(
+            launch, base_parts=M * N * parts, h_parts=M * R * parts * blocks,
+            square_parts=N * parts if launch["norm_ptr"] else 0,
+        ),
+        _bytes(launch, base=M * N, h=M * R, norm=N),
+    )
+    traffic.add(_finish(launch, blocks))
+    return traffic
+
+
+def _finish(launch: Launch, blocks: int) -> Traffic:
+    """B, the vectors and y."""
+    M, N, R = launch["M"], launch["N"], launch["R"]
+    return Traffic(
+        _bytes(launch, b=N * R, g=N, divisor=N, bias=N),
+        _bytes(launch, y=M * N),
+        blocks * _product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_R"),
+    )
+
+
+def product(launch: Launch, unchanged: bool) -> Traffic:
+    """Every block of columns asks for left, every block of rows for right, and every part of K writes a sum."""
+    M, N, K, groups = launch["M"], launch["N"], launch["K"], launch["groups"]
+    blocks_n = _blocks(N, launch["BLOCK_N"])
+    blocks_m = sum(_blocks(size, launch["BLOCK_M"]) for size in _group_sizes(M, groups))
+    tiles, parts = launch.grid
+    return Traffic(
+        _bytes(
+            launch, left=M * K * blocks_n, right=K * N * blocks_m, rows=M * blocks_n * parts,
+            ends=(2 * groups - 1) * tiles * parts,
+        ),
+        _bytes(launch, out=M * N * parts),
+        blocks_m
+        * blocks_n
+        * _blocks(K, launch["BLOCK_K"])
+        * launch["PRODUCTS"]
+        * _product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    )
+
+
 def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
     """Every strip asks for g if there is something to scale, and writes a row of partials; no tile products."""
     M, F = launch["M"], launch["F"]
-    strips = launch.grid[1]
+    columns, strips = launch.grid
+    groups = strips // launch["strips"]
     return Traffic(
         _bytes(
             launch,
             grad=M * F,
             other=M * F if launch["dot_ptr"] else 0,
             g=F * strips if launch["scaled_ptr"] else 0,
+            ends=columns * launch["strips"] * (2 * groups - 1),
         ),
         _bytes(launch, scaled=M * F, dot=F * strips, sum=F * strips),
     )
@@ -93,26 +173,26 @@ def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
 
 def factor_grads(launch: Launch, unchanged: bool) -> Traffic:
     """Everything once; no tile products."""
-    N, R = launch["N"], launch["R"]
+    N, R = launch["N"] * (launch.grid[1] if launch["GROUPED"] else 1), launch["R"]
     rows = _bytes(launch, dot=N * launch["strips"], g=N, divisor=N)
     return Traffic({**_bytes(launch, p=N * R, b=N * R), **rows}, _bytes(launch, db=N * R, dm=N))
 
 
 def weight_norm(launch: Launch, unchanged: bool) -> Traffic:
     """A sweep, and the norm of every part of K; to repair a norm there is nothing as a rule, and nothing is moved."""
-    blocks, parts = launch.grid
+    blocks, parts = (*launch.grid, 1)[:2]
     asked = Traffic(_bytes(launch, changed=blocks * parts * launch["shares"]))
     if launch["REPAIR"]:
         asked.add(Traffic(_bytes(launch, norm=launch["N"])))
     elif not unchanged:
-        asked.add(_sweep(launch, blocks, parts))
-        asked.add(Traffic(stored=_bytes(launch, norm=launch["N"] * parts)))
+        asked.add(_sweep(launch, blocks, _blocks(launch["K"], launch["span"])))
+        asked.add(Traffic(stored=_bytes(launch, norm=launch["N"] * launch["GROUPS"] * parts)))
     return asked
 
 
 def merge(launch: Launch, unchanged: bool) -> Traffic:
     """A sweep for the norms, where there is a magnitude, and one to write."""
-    N, K = launch["N"], launch["K"]
+    N, K = launch["N"] * launch["GROUPS"], launch["K"]
     total = Traffic(_bytes(launch, m=N), _bytes(launch, merged=N * K))
     for _ in range(2 if launch["m_ptr"] else 1):
         total.add(_sweep(launch, launch.grid[0], 1))
@@ -121,7 +201,7 @@ def merge(launch: Launch, unchanged: bool) -> Traffic:
 
 def _sweep(launch: Launch, blocks: int, parts: int) -> Traffic:
     """Every block of rows asks for A, and for B once per part of K or, where B is not held, once per step of K."""
-    N, K, R = launch["N"], launch["K"], launch["R"]
+    N, K, R = launch["N"] * launch["GROUPS"], launch["K"], launch["R"]
     steps = _blocks(K, launch["BLOCK_K"])
     products = blocks * steps * (1 if launch["HOLD_B"] else _blocks(R, launch["BLOCK_R"]))
     return Traffic(
@@ -131,9 +211,9 @@ def _sweep(launch: Launch, blocks: int, parts: int) -> Traffic:
 
 
 def combine(launch: Launch, unchanged: bool) -> Traffic:
-    """The parts and the norm."""
-    N = launch["N"]
-    return Traffic(_bytes(launch, parts=N * launch["parts"]), _bytes(launch, norm=N))
+    """The parts and the result."""
+    size = launch["size"]
+    return Traffic(_bytes(launch, parts=size * launch["parts"]), _bytes(launch, out=size))
 
 
 def factored_norm(launch: Launch, unchanged: bool) -> Traffic:
@@ -162,6 +242,9 @@ FORMULAS: dict[str, Callable[[Launch, bool], Traffic]] = {
     "fingerprint": fingerprint,
     "merge": merge,
     "compose": compose,
+    "product": product,
+    "one_pass": one_pass,
+    "finish": finish,
     "scale_reduce": scale_reduce,
     "factor_grads": factor_grads,
 }
@@ -184,10 +267,16 @@ def least(call: Call, results: dict[str, Tensor]) -> Traffic:
     flops = 0
     if call.primitive in _FACTORS:
         left, right = (there[name] for name in _FACTORS[call.primitive])
-        flops = 2 * left.numel() * right.numel() // left.shape[1]
+        flops = 2 * left.numel() * right.shape[-2 if call.primitive == "compose" else -1]
     return Traffic(
         {name: size(one) for name, one in there.items()}, {name: size(one) for name, one in results.items()}, flops
     )
+
+
+def _group_sizes(rows: int, groups: int) -> list[int]:
+    """Of `launches`' groups; all rows if there are none."""
+    ends = [(group + 1) * rows // groups for group in range(groups)]
+    return [end - start for start, end in zip([0, *ends], ends)] or [rows]
 
 
 def _blocks(size: int, block: int) -> int:

@@ -6,6 +6,7 @@ None of these libraries is imported. Other layers show their weight only through
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,21 +64,34 @@ def _steps(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
 
 def _bnb_4bit(weight: Any, state: Any) -> Blocks:
     """4-bit blocks: two elements per byte in the order of W, with one scale for each `blocksize` elements."""
+    rows, columns = state.shape
+    read = bnb_4bit_elements(weight, state)
+    multiple = next(n for n in range(1, 2 * state.blocksize + 1) if n * columns % (2 * state.blocksize) == 0)
+    for part in _steps(rows, columns, multiple):
+        yield part, read(part.start * columns, part.stop * columns).view(-1, columns)
+
+
+def bnb_4bit_elements(weight: Tensor, state: Any) -> Callable[[int, int], Tensor]:
+    """Return a function that dequantises the elements from one index to another, in the order of W."""
     from bitsandbytes import functional
 
-    rows, columns = state.shape
     absmax = state.absmax
     if state.nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     absmax, packed = absmax.float(), weight.data.view(torch.uint8).view(-1)
-    multiple = next(n for n in range(1, 2 * state.blocksize + 1) if n * columns % (2 * state.blocksize) == 0)
-    for part in _steps(rows, columns, multiple):
-        start, stop = part.start * columns, part.stop * columns
+    total = math.prod(state.shape)
+
+    def read(start: int, stop: int) -> Tensor:
+        step = 2 * state.blocksize
+        first, last = start // step * step, min(-(-stop // step) * step, total)
         of_part = copy.copy(state)
-        of_part.absmax = absmax[start // state.blocksize : -(-stop // state.blocksize)]
+        of_part.absmax = absmax[first // state.blocksize : -(-last // state.blocksize)]
         of_part.nested, of_part.state2, of_part.offset = False, None, None
-        of_part.shape = torch.Size((part.stop - part.start, columns))
-        yield part, functional.dequantize_4bit(packed[start // 2 : -(-stop // 2)].view(-1, 1), of_part)
+        of_part.shape = torch.Size((last - first,))
+        whole = functional.dequantize_4bit(packed[first // 2 : -(-last // 2)].view(-1, 1), of_part)
+        return whole.view(-1)[start - first : stop - first]
+
+    return read
 
 
 def _cpu_4bit(weight: Any, state: Any) -> Blocks:

@@ -1,0 +1,292 @@
+"""A layer of experts under PEFT (Qwen3-MoE's, gate and up in one stack, down in another), and a whole small model.
+
+`forward and backward` trains the adapters of both stacks with a norm at hand, `one token` is evaluation, the adapter
+not merged. Every row has the peak of memory. Stock PEFT has no DoRA there: beside its LoRA stands DoRA written as its
+LoRA is, by a parametrization that forms the adapted stack.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bench.problem import dtypes_of, long_step
+from bench.providers import Case, Checked, Subject, library
+from dora_kernels.testing import error
+
+if TYPE_CHECKING:
+    from bench.run import Run
+
+PROVIDERS = ("frozen", "peft_lora", "parametrized_dora", "ours_lora", "ours")
+DORA = ("parametrized_dora", "ours")
+RANK, SCALING = 16, 2.0
+STACKS = ("gate_up_proj", "down_proj")
+SHAPES = (32, 512, 512, 512, 4), (8, 1024, 2048, 512, 2), (64, 256, 512, 1024, 8)
+"""Experts, hidden size, intermediate size, tokens, experts per token."""
+_ALLOWED = 4.0
+"""The largest error, relative to that of the dense formula in the same dtypes."""
+
+
+def cases(run: Run, suite: str) -> Iterator[Case]:
+    """The layer's shapes at every dtype, then the model."""
+    for dtypes in run.given.dtypes:
+        for shape in SHAPES:
+            yield LayerOfExperts(dtypes, run.device, shape)
+        yield MixtureModel(dtypes, run.device)
+
+
+class _Experts(nn.Module):
+    """The layer and its routing."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        with library():
+            from transformers import Qwen3MoeConfig
+            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+        count, hidden, inner, tokens, chosen = shape
+        config = Qwen3MoeConfig(
+            hidden_size=hidden, moe_intermediate_size=inner, num_experts=count, num_experts_per_tok=chosen
+        )
+        config._experts_implementation = "grouped_mm"
+        self.experts = Qwen3MoeExperts(config).to(dtype).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for name in STACKS:
+            weight = getattr(self.experts, name)
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[2] ** 0.5)
+        scores = torch.rand(tokens, count, generator=generator)
+        self.routing = scores.topk(chosen, 1).indices, torch.full((tokens, chosen), 1 / chosen, dtype=dtype)
+        self.x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+        self.up = torch.randn(tokens, hidden, generator=generator).to(dtype)
+        self.to(device)
+        self.routing = self.routing[0].to(device), self.routing[1].to(device)
+        self.x, self.up = self.x.to(device), self.up.to(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[0]
+        result: Tensor = self.experts(x, self.routing[0][:tokens], self.routing[1][:tokens])
+        return result
+
+
+class _Adapted(nn.Module):
+    """DoRA of a stack, formed whole: the parametrization that one would write."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        count, outputs, inputs = weight.shape
+        self.a = nn.Parameter(torch.empty(count, RANK, inputs, dtype=dtype, device=weight.device))
+        self.b = nn.Parameter(torch.empty(count, outputs, RANK, dtype=dtype, device=weight.device))
+        self.m = nn.Parameter(torch.empty(count, outputs, dtype=dtype, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``m V / |V|``, rounded to the weight's dtype."""
+        v = weight + SCALING * (self.b @ self.a)
+        return ((self.m / torch.linalg.vector_norm(v, dim=2).detach()).unsqueeze(2) * v).to(weight.dtype)
+
+
+def adapt(model: nn.Module, provider: str, dtype: torch.dtype, targets: list[str]) -> tuple[Any, Callable[[], None]]:
+    """Give a model the provider's adapters; return it, and what undoes the patch."""
+    if provider == "frozen":
+        return model, lambda: None
+    if provider == "parametrized_dora":
+        for module in [m for m in model.modules() if all(hasattr(m, name) for name in STACKS)]:
+            for name in STACKS:
+                parametrize.register_parametrization(module, name, _Adapted(getattr(module, name), dtype), unsafe=True)
+        return model, lambda: None
+    with library():
+        from peft import LoraConfig, get_peft_model
+    import dora_kernels
+
+    handle = dora_kernels.patch_peft_globally() if provider.startswith("ours") else None
+    config = LoraConfig(
+        use_dora=provider == "ours", r=RANK, lora_alpha=int(SCALING * RANK), target_modules=[],
+        target_parameters=targets,
+    )  # fmt: skip
+    model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
+    return model, (lambda: None) if handle is None else handle.restore
+
+
+def factors(model: nn.Module) -> Iterator[tuple[Any, str, Tensor, Tensor, Tensor | None]]:
+    """Each adapted stack: its module and name, A ``[E, r, K]`` and B ``[E, N, r]`` as views, the magnitude."""
+    for module in model.modules():
+        if type(module).__name__ == "ParamWrapper":
+            layer: Any = module
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            m = layer.lora_magnitude_vector["default"].weight if "default" in layer.lora_magnitude_vector else None
+            views = a.view(-1, RANK, a.shape[1]), b.view(b.shape[0], RANK, -1).permute(2, 0, 1)
+            yield layer.get_base_layer(), layer.parameter_name, *views, m
+        for name, parts in getattr(module, "parametrizations", {}).items():
+            yield module, name, parts[0].a, parts[0].b, parts[0].m
+
+
+@torch.no_grad()
+def train_a_little(model: nn.Module) -> None:
+    """Adapters as in the middle of training, the same for all providers."""
+    for module, name, a, b, m in sorted(factors(model), key=lambda each: each[1]):
+        generator = torch.Generator().manual_seed(len(name))
+        a.copy_(torch.randn(a.shape, generator=generator) / a.shape[2] ** 0.5)
+        b.copy_(0.05 * torch.randn(b.shape, generator=generator) / RANK**0.5)
+        if m is not None:
+            weight = _original(module, name).float()
+            m.copy_(torch.linalg.vector_norm(weight, dim=2) * (1 + 0.05 * torch.rand(m.shape, generator=generator)))
+
+
+def _original(module: Any, name: str) -> Tensor:
+    if parametrize.is_parametrized(module, name):
+        original: Tensor = module.parametrizations[name].original
+        return original
+    parameter: Tensor = module._parameters[name]
+    return parameter
+
+
+def formed(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The adapted weights, formed in `dtype`, as the dense formula has them."""
+    weights = {}
+    for module, name, a, b, m in factors(model):
+        v = _original(module, name).to(dtype) + SCALING * (b.detach().to(dtype) @ a.detach().to(dtype))
+        if m is not None:
+            v *= (m.detach().to(dtype) / torch.linalg.vector_norm(v, dim=2)).unsqueeze(2)
+        weights[name] = v
+    return weights
+
+
+@dataclass
+class LayerOfExperts(Case):
+    """A layer of experts."""
+
+    dtypes: str
+    device: torch.device
+    shape: tuple[int, int, int, int, int]
+    suite = "experts"
+    providers = PROVIDERS
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """For people."""
+        count, hidden, inner, tokens, chosen = self.shape
+        return f"{count} experts, {hidden}x{inner}, {tokens} tokens to {chosen}, {self.dtypes}"
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
+        """What every row states."""
+        return {"shape": list(self.shape[:3]), "rank": RANK, "tokens": self.shape[3], "dtypes": self.dtypes}
+
+    def subject(self, provider: str) -> Subject:
+        """The provider's layer."""
+        base, adapters = dtypes_of(self.dtypes)
+        inner = _Experts(self.shape, base, self.device)
+        held = inner.experts
+        model, restore = adapt(inner, provider, adapters, [f"experts.{name}" for name in STACKS])
+        restore()  # later models are stock again; layers on experts that have a DoRA adapter stay as they are
+        if provider == "ours_lora":
+            import dora_kernels
+
+            dora_kernels.patch_peft(model)
+        train_a_little(model)
+        leaves = [inner.x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+
+        def train() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(model(inner.x), leaves, inner.up)
+
+        token = inner.x.detach()[:1]
+        evaluated = torch.no_grad()(lambda: model(token))
+        parts = {"forward and backward": [train], "one token": [evaluated]}
+        check = functools.partial(self._check, model, inner, held)
+        return Subject(provider, parts, *check(), again=functools.partial(_after_a_step, model, check))  # type: ignore[arg-type]
+
+    def _check(self, model: Any, inner: _Experts, held: nn.Module) -> Checked:
+        """The output beside the dense formula in float64, and the formula's own error in the layer's dtype."""
+        with torch.no_grad():
+            y = model(inner.x.detach())
+            results = {}
+            for name, dtype in (("exact", torch.float64), ("plain", dtypes_of(self.dtypes)[0])):
+                weights = {stack: _original(held, stack) for stack in STACKS} | formed(model, dtype)
+                results[name] = self._dense(inner, weights, dtype)
+        found, plain = error(y, results["exact"]), error(results["plain"], results["exact"])
+        return {"y": found}, {"y": max(_ALLOWED * plain, 1e-6)}
+
+    def _dense(self, inner: _Experts, weights: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Qwen3-MoE's experts, one after another."""
+        stacks = [weights[name].to(dtype) for name in STACKS]
+        x, (chosen, scores) = inner.x.detach().to(dtype), inner.routing
+        y = torch.zeros_like(x)
+        for e in range(self.shape[0]):
+            rows, place = torch.where(chosen == e)
+            gate, up = (x[rows] @ stacks[0][e].t()).chunk(2, 1)
+            h = (nn.functional.silu(gate) * up) @ stacks[1][e].t()
+            y.index_add_(0, rows, h * scores[rows, place, None].to(dtype))
+        return y
+
+
+def _after_a_step(model: nn.Module, check: Callable[[], Checked]) -> Checked:
+    """A norm that a step has made stale would show."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        with long_step(optimizer):
+            optimizer.step()
+        optimizer.zero_grad()
+    return check()
+
+
+@dataclass
+class MixtureModel(Case):
+    """A Qwen3-MoE of two layers in training, with AdamW."""
+
+    dtypes: str
+    device: torch.device
+    suite = "experts"
+    providers = PROVIDERS
+    tokens = 256
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """For people."""
+        return f"Qwen3-MoE, 2 layers, 32 experts, {self.tokens} tokens, {self.dtypes}"
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
+        """What every row states."""
+        return {"shape": [2, 32, 512, 512], "rank": RANK, "tokens": self.tokens, "dtypes": self.dtypes}
+
+    def subject(self, provider: str) -> Subject:
+        """The provider's model."""
+        with library():
+            from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        base, adapters = dtypes_of(self.dtypes)
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            vocab_size=1024, hidden_size=512, intermediate_size=512, moe_intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config, dtype=base).to(self.device).requires_grad_(False)
+        model, restore = adapt(model, provider, adapters, [f"mlp.experts.{name}" for name in STACKS])
+        restore()
+        if provider == "ours_lora":
+            import dora_kernels
+
+            dora_kernels.patch_peft(model)
+        model.train()
+        ids = torch.randint(0, 1024, (2, self.tokens // 2), device=self.device)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:  # the frozen model's step is the gradient of its input embeddings
+            embedding = model.get_input_embeddings()
+            parameters = [embedding.weight.requires_grad_()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4) if provider != "frozen" else None
+
+        def step(micro_batches: int = 1) -> None:
+            for _ in range(micro_batches):
+                model(input_ids=ids, labels=ids).loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None
+
+        return Subject(provider, {"step": [step], "step, 4 micro-batches": [lambda: step(4)]})

@@ -1,0 +1,157 @@
+"""Adapters of stacks of experts: attached to a model, and as the linear layers of each expert in files of other names.
+
+Before transformers 5, and in most model files, each expert is a module of its own, ``experts.3.gate_proj``. A stack
+holds them all, those for gate and up one above the other. As linear layers the two share A, so a stack's adapter is
+theirs without loss. The other way round the stack's rank is the sum of theirs, unless their A is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import modules
+from dora_kernels.adapters.adapter import AdapterLayer, problem_of
+from dora_kernels.adapters.base_layers import BaseLayer
+from dora_kernels.model.targets import adapted_stack
+
+PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+"""By stack: the names of each expert's linear layers in it, one above the other, in two spellings."""
+
+_EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
+
+
+def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, AdapterLayer]:
+    """Return the layers with each stack as the linear layers of its experts.
+
+    Args:
+        spelling: 0 for ``gate_proj``, ``up_proj`` and ``down_proj``, 1 for Mixtral's ``w1``, ``w3`` and ``w2``.
+
+    Raises:
+        ValueError: it is not known of which layers a stack consists.
+    """
+    found: dict[str, AdapterLayer] = {}
+    for name, layer in layers.items():
+        if layer.kind != "experts":
+            found[name] = layer
+            continue
+        holder, _, stack = name.rpartition(".")
+        if stack not in PARTS:
+            raise ValueError(f"{name}: expected one of {', '.join(PARTS)}, to know the linear layers in it")
+        parts = PARTS[stack][spelling]
+        if layer.lora_B.shape[1] % len(parts):
+            raise ValueError(f"{name}: {layer.lora_B.shape[1]} outputs are not those of {' and '.join(parts)}")
+        for e, (a, b) in enumerate(zip(layer.lora_A, layer.lora_B, strict=True)):
+            rows = b.shape[0] // len(parts)
+            for i, part in enumerate(parts):
+                own = slice(i * rows, (i + 1) * rows)
+                m = None if layer.magnitude is None else layer.magnitude[e, own].clone()
+                one = replace(layer, kind="linear", lora_A=a.clone(), lora_B=b[own].clone(), magnitude=m)
+                found[f"{holder}.{e}.{part}"] = one
+    return found
+
+
+def stacked(
+    adapter: Mapping[str, AdapterLayer], known: Mapping[str, BaseLayer], notes: list[str]
+) -> dict[str, AdapterLayer]:
+    """Return an adapter's layers with those of experts stacked, where the model (`known`) has stacks of them.
+
+    Raises:
+        ValueError: an expert, or one of its layers, is missing.
+    """
+    stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
+    names: dict[str, str] = {}
+    for name, layer in adapter.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None or layer.kind != "linear" or name in known:
+            continue
+        for stack, spellings in PARTS.items():
+            own = f"{match['holder']}.{stack}"
+            if own in known and known[own].kind == "experts" and any(match["part"] in each for each in spellings):
+                stacks.setdefault(own, {})[int(match["expert"]), match["part"]] = layer
+                names[name] = own
+    layers = {name: layer for name, layer in adapter.items() if name not in names}
+    for own, parts in stacks.items():
+        layers[own] = _stack(own, parts, known[own].weight.shape[0])
+    if stacks:
+        notes.append(f"the layers of single experts became {len(stacks)} stacks")
+    return layers
+
+
+def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int) -> AdapterLayer:
+    present = {part for _, part in parts}
+    order = next(each for each in PARTS[name.rpartition(".")[2]] if present & set(each))
+    wanted = [(e, part) for e in range(count) for part in order]
+    missing = [f"{e}.{part}" for e, part in wanted if (e, part) not in parts]
+    if missing or len(parts) != len(wanted):
+        what = f"has no {missing[0]}" if missing else f"has more than the model's {count} experts"
+        raise ValueError(f"adapter: {name}: the file {what}; a stack is adapted with all its experts or not at all")
+    rows = [[parts[e, part] for part in order] for e in range(count)]
+    shared = all(torch.equal(one.lora_A, row[0].lora_A) for row in rows for one in row)
+    lora_A, lora_B, magnitude = [], [], []
+    for row in rows:
+        scaled = [one.lora_B * one.scaling for one in row]
+        lora_A.append(row[0].lora_A if shared else torch.cat([one.lora_A for one in row]))
+        lora_B.append(torch.cat(scaled) if shared else torch.block_diag(*scaled))
+        magnitude.append(None if row[0].magnitude is None else torch.cat([_magnitude(one) for one in row]))
+    same = len({t.shape for t in lora_A}) == 1 == len({t.shape for t in lora_B})
+    if not same or any((m is None) != (magnitude[0] is None) for m in magnitude):
+        raise ValueError(f"adapter: {name}: its experts have different sizes or ranks, or only some have a magnitude")
+    m = None if magnitude[0] is None else torch.stack([each for each in magnitude if each is not None])
+    return AdapterLayer("experts", torch.stack(lora_A), torch.stack(lora_B), m, 1.0)
+
+
+def _magnitude(layer: AdapterLayer) -> Tensor:
+    assert layer.magnitude is not None
+    return layer.magnitude
+
+
+def plan_stacks(
+    model: nn.Module,
+    stacks: Mapping[str, AdapterLayer],
+    originals: Mapping[str, nn.Module],
+    places: Mapping[nn.Module, Collection[str]],
+    error: Callable[[str], ValueError],
+) -> dict[nn.Module, Any]:
+    """Make the adapted layers of stacks: by the module in their place now, the outermost one. Nothing changes yet.
+
+    Raises:
+        TypeError, ValueError: as `attach`.
+    """
+    held: dict[str, dict[str, AdapterLayer]] = {}
+    for name, layer in stacks.items():
+        if problem := problem_of(layer):
+            raise error(f"{name}: {problem}")
+        tensors = [t for t in (layer.lora_A, layer.lora_B, layer.magnitude) if t is not None]
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            raise error(f"{name}: it has values that are not finite")
+        holder, _, key = name.rpartition(".")
+        held.setdefault(holder, {})[key] = layer
+    by_name = {name: module for module, names in places.items() for name in names}
+    planned: dict[nn.Module, Any] = {}
+    for holder, own in held.items():
+        module, present = originals[holder], by_name[holder]
+        if isinstance(present, modules.AdaptedLayer):
+            raise ValueError(f"model: {holder}: its experts are adapted already; call remove_dora(model) first")
+        adapted: Any = module
+        for key in [key for key in module._parameters if key in own]:
+            layer = own[key]
+            dtype = torch.promote_types(layer.lora_A.dtype, layer.lora_B.dtype)
+            adapted = adapted_stack(
+                adapted, f"{holder}.{key}", layer.magnitude is not None,
+                rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype,
+            )  # fmt: skip
+            with torch.no_grad():
+                _, a, b = adapted._problem()
+                a.copy_(layer.lora_A)
+                b.copy_(layer.lora_B)
+                if layer.magnitude is not None:
+                    adapted.lora_magnitude_vector.copy_(layer.magnitude)
+            adapted.scaling = layer.scaling
+        planned[present] = adapted
+    return planned

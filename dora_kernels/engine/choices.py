@@ -1,0 +1,113 @@
+"""Choices that ``dora_kernels.tune`` has measured on this machine, read from a table in the user's cache folder.
+
+A table is of one device and dtype, and of the versions it was measured with. One of other versions is ignored, with a
+warning. Without a table the shipped defaults run (`cost`, `blocked`). Nothing here measures.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """``$DORA_KERNELS_CACHE``, or dora_kernels in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    named = os.environ.get("DORA_KERNELS_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora_kernels"
+
+
+def device_name(device: torch.device) -> str:
+    """What a table is keyed by: the GPU's name, or the CPU's and the number of threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).name)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    import platform
+
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a table holds for."""
+    package: Any = sys.modules["dora_kernels"]
+    triton = sys.modules.get("triton")
+    found = {"dora-kernels": package.__version__, "torch": str(torch.__version__)}
+    return {**found, "triton": str(triton.__version__)} if triton is not None and torch.cuda.is_available() else found
+
+
+def table_path(device: torch.device, dtype: torch.dtype) -> Path:
+    """Where the table of a device and dtype is."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return cache_folder() / f"tuned-{slug}-{str(dtype).removeprefix('torch.')}.json"
+
+
+def read_table(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a table and None, or None and the reason why it is ignored; both None if there is no file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None, None
+    except (OSError, ValueError) as error:
+        return None, f"it cannot be read: {error}"
+    if not isinstance(found, dict) or not isinstance(found.get("layers"), dict) or found.get("format") != FORMAT:
+        return None, f"it is no table of format {FORMAT}"
+    then, now = found.get("versions"), versions()
+    if not isinstance(then, dict) or then != now:
+        old = ", ".join(f"{name} {version}" for name, version in (then or {}).items() if now.get(name) != version)
+        return None, f"it was measured with {old or 'other versions'}; run dora-kernels tune again"
+    return found, None
+
+
+def key_of(out_features: int, in_features: int, rank: int) -> str:
+    """A layer's name in a table."""
+    return f"{out_features}x{in_features} r{rank}"
+
+
+@functools.cache
+def _table(kind: str, index: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    if kind == "cuda" and not torch.cuda.is_available():
+        return {}
+    path = table_path(torch.device(kind if index is None else f"{kind}:{index}"), dtype)
+    found, reason = read_table(path)
+    if reason is not None:
+        warnings.warn(f"dora_kernels: {path} is ignored: {reason}", RuntimeWarning, stacklevel=2)
+    return {} if found is None else found
+
+
+def forget() -> None:
+    """Read the tables again when they are needed next."""
+    _table.cache_clear()
+
+
+def measured(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, rank: int) -> Any:
+    """What was measured for a layer, a dictionary; empty if nothing was."""
+    layers = _table(device.type, device.index, dtype).get("layers")
+    return layers.get(key_of(out_features, in_features, rank), _NOTHING) if layers else _NOTHING
+
+
+def tiles(device: torch.device) -> dict[str, Any]:
+    """The tiles that were measured for a device's kernels, with layers of any dtype."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # the last counts where they differ
+        found |= _table(device.type, device.index, dtype).get("tiles", {})
+    return found
+
+
+_NOTHING: dict[str, Any] = {}

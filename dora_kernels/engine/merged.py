@@ -1,0 +1,275 @@
+"""The merged forward: ``V' = g ⊙ (W + s B A)`` is written once per optimizer step, and a call is one product with it.
+
+    Y  = X V'ᵀ + b       H  = X Aᵀ                D  = dY (s g ⊙ B)                             (axis "out")
+    dX = dY V'           dB = s g ⊙ (dYᵀ H)        dA = Dᵀ X          dm = Σ_t dY ⊙ (X V'ᵀ) / m
+
+It multiplies less than LoRA from about K/2 tokens per optimizer step on, and holds another copy of W. What the backward
+reads of the output is a lazy clone, which costs no memory where the consumer keeps its input, and is right where the
+consumer writes to it. A row with m = 0 gets its gradient from a product of its own. docs/merged.md says when to use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
+from dora_kernels.core.problem import Form, Weights, row_problem
+from dora_kernels.core.products import block_rows, blocks
+from dora_kernels.core.scale import norm_of, quotient
+from dora_kernels.engine import autograd, blocked, dispatch, fused, ops, writes
+from dora_kernels.engine.fingerprints import Record
+from dora_kernels.engine.formula import transformed
+from dora_kernels.engine.fused import Needs
+from dora_kernels.engine.norm import Norm
+from dora_kernels.engine.norm_cache import NormCache, norm_reuse
+from dora_kernels.engine.products import mm
+from dora_kernels.engine.rescale import dot_over_rows, lazy_clone
+from dora_kernels.rounding import is_coarse, seed_for
+
+DTYPES = (torch.float32, torch.float64)
+"""Dtypes of a base weight that may run merged."""
+
+# With a smaller |g| a row's gradient is not recovered from its output; see `rescale`.
+_SMALLEST = 2.0**-20
+
+
+FORWARDS = ("composed", "merged")
+
+
+def check_forward(forward: Any) -> None:
+    """Check the option that chooses between the two forwards."""
+    if forward not in FORWARDS:
+        raise ValueError(f"forward: expected 'composed' or 'merged', got {forward!r}")
+
+
+def check_merged_dtype(weight: Any, name: str) -> None:
+    """Check that a base weight may run merged."""
+    dtype = getattr(weight, "dtype", None)
+    if dtype is not None and dtype not in DTYPES:
+        offered = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise ValueError(
+            f"forward: 'merged' is offered for weights in {offered}, and {name}.weight is {dtype}; use 'composed'"
+        )
+
+
+class MergedWeight(NamedTuple):
+    """A layer's V' and what it was made from."""
+
+    weight: Tensor
+    """V' ``[N, K]``, in W's dtype."""
+    g: Tensor
+    norm: Norm
+    lost: Tensor | None
+    """Indices of the magnitudes that are 0, or so small that the output does not give their gradient."""
+    magnitude: Record
+    of_magnitude: tuple[int, int, int]
+    """Address and version of the magnitude, and the optimizer steps seen."""
+
+    def holds(self, norm: Norm, magnitude: Tensor) -> bool:
+        """True if W, A and B, whose norm is `norm`, and the magnitude hold what V' was made from."""
+        if norm is not self.norm:
+            return False
+        if magnitude.is_cpu:
+            return self.magnitude.is_held_by(magnitude)
+        trusted = not magnitude.requires_grad or bool(writes.owned(magnitude))
+        return trusted and self.of_magnitude == (magnitude.data_ptr(), magnitude._version, writes.steps)
+
+
+def runs_merged(x: Tensor, weights: Weights, cache: NormCache, training: bool) -> bool:
+    """True if this call runs merged: plain tensors of one dtype, W frozen, outside of compilers and transforms.
+
+    On a GPU in evaluation, where the host cannot tell whether V' still holds, only under `frozen_norms`.
+    """
+    weight, magnitude = weights.weight, weights.magnitude
+    if torch.compiler.is_compiling() or transformed() or not norm_reuse():
+        return False
+    if magnitude is None or weight.dtype not in DTYPES or weight.dtype != x.dtype or weight.requires_grad:
+        return False
+    if not all(type(tensor) in dispatch.PLAIN for tensor in (x, *weights)) or x.is_meta:
+        return False
+    if any(tensor.is_inference() for tensor in weights[:4]):
+        return False
+    return weight.is_cpu or training or cache.frozen is not None
+
+
+def run_merged(
+    x: Tensor, weights: Weights, form: Form, cache: NormCache, training: bool, backend: str = "auto"
+) -> Tensor:
+    """The layer on ``x [..., K]``, for which `runs_merged` is True. Returns ``[..., N]``."""
+    merged = _current(weights, form, cache, training, backend)
+    if not torch.is_grad_enabled():
+        return F.linear(x, merged.weight, weights.bias if weights.bias is None else cast(weights.bias, x.dtype))
+    y: Tensor = _MergedLinear.apply(x, *weights, merged, form)[0]
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _current(weights: Weights, form: Form, cache: NormCache, training: bool, backend: str) -> MergedWeight:
+    """The layer's V', made again if anything that it depends on has changed."""
+    chosen = dispatch.norm_backend(backend, weights.weight)
+    kept: MergedWeight | None = cache.merged
+    if cache.frozen is not None:
+        norm = cache.frozen[0]
+        if kept is not None and kept.norm is norm:
+            return kept
+    else:
+        norm = cache.norm(weights, form._replace(detach_norm=True), training, chosen)
+        if kept is not None and kept.holds(norm, weights.magnitude):
+            return kept
+    cache.merged = kept = None  # frees the old one, unless a graph still reads it
+    with torch.no_grad(), no_autocast(weights.weight.device):
+        cache.refreshes += 1
+        merged = _make(weights, form, norm, chosen, seed_for(cache.refreshes, str(cache.number)))
+    cache.merged = merged
+    return merged
+
+
+def _make(weights: Weights, form: Form, norm: Norm, backend: str, seed: int) -> MergedWeight:
+    weight, lora_A, lora_B, magnitude = (t.detach() for t in weights[:4])
+    axis, drawn = form.magnitude_axis, seed if is_coarse(weight.dtype) else None
+    rows = row_problem(weight, lora_A, lora_B, axis)
+    if drawn is not None and backend == "torch":
+        merged = _rounded_stochastically(rows, magnitude, form.scaling, norm.divisor, drawn)
+        merged = merged if axis == "out" else merged.t()
+    elif backend == "torch":
+        merged = blocked.merge(*rows, magnitude, form.scaling, drawn, axis == "in", norm.divisor)
+        merged = merged if axis == "out" else merged.t()
+    else:
+        if form.eps:
+            magnitude = magnitude * (norm_of(norm.divisor, form.eps) / norm.divisor)
+        merged = ops.merge(weight, lora_A, lora_B, magnitude, form.scaling, axis, backend, drawn)
+    g = quotient(magnitude, norm.divisor, weight)
+    lost = (g.abs() < _SMALLEST).nonzero().squeeze(1)
+    of_magnitude = weights.magnitude.data_ptr(), weights.magnitude._version, writes.steps
+    return MergedWeight(merged, g, norm, lost if len(lost) else None, Record(weights.magnitude), of_magnitude)
+
+
+def _rounded_stochastically(
+    rows: tuple[Tensor, Tensor, Tensor], magnitude: Tensor, scaling: float, divisor: Tensor, seed: int
+) -> Tensor:
+    """V' in bfloat16, each element up or down with the probability of its fraction of the step.
+
+    The random bits are the CPU generator's. Those of `rounding`, the same on every device, take ten times as long: 20
+    and 2 ns per element, of which a step has as many as the model has weights.
+    """
+    weight, lora_A, lora_B = rows
+    generator, merged = torch.Generator().manual_seed(seed), torch.empty_like(weight)
+    a = cast(lora_A, torch.float32)
+    for target, w, b, m, n in blocks(block_rows(*weight.shape), merged, weight, lora_B, magnitude, divisor):
+        wide = blocked.merge(w.float(), a, b, m, scaling, norm=n)
+        bits = torch.empty(wide.shape, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
+        target.copy_(bits.add_(wide.view(torch.int32)).bitwise_and_(-65536).view(torch.float32))
+    return merged
+
+
+class _MergedLinear(torch.autograd.Function):
+    """The kept output is an output too, which nobody gets: autograd then lets a consumer overwrite the other one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        merged: MergedWeight,
+        form: Form,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        needs = Needs(*ctx.needs_input_grad[:6])
+        ctx.form, ctx.lost, ctx.norm = form, merged.lost, merged.norm.divisor
+        with no_autocast(x.device):
+            kept = None
+            if bias is None or not fused.keeps_base(form, True, needs):
+                y = F.linear(rows, merged.weight, None if bias is None else cast(bias, x.dtype))
+                if fused.keeps_base(form, True, needs):
+                    kept = y.clone() if lazy_clone is None else lazy_clone(y)
+            else:  # a large bias would leave few digits of the product
+                kept = F.linear(rows, merged.weight)
+                y = kept + cast(bias, x.dtype)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, merged.weight, merged.g, kept)
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        return y, kept
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        nothing = None, None
+        if dy is None:
+            return (None,) * 6 + nothing
+        needs, form = Needs(*ctx.needs_input_grad[:6]), ctx.form
+        x, *tensors, merged, g, kept = ctx.saved_tensors
+        weights = Weights(*tensors)
+        writes.note_backward(needs.norm)
+        if torch.is_grad_enabled():
+            wide = dy.view(*x.shape[:-1], dy.shape[1])
+            needed = ctx.needs_input_grad
+            return *autograd.differentiable(x, weights, cast(ctx.norm, g.dtype), form, needed, wide), *nothing
+        with no_autocast(dy.device):
+            rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            grads = _backward(dy, rows, weights, merged, g, cast(ctx.norm, g.dtype), kept, ctx.lost, form, needs)
+        return None if grads[0] is None else grads[0].view(x.shape), *grads[1:], *nothing
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Weights,
+    merged: Tensor,
+    g: Tensor,
+    divisor: Tensor,
+    kept: Tensor | None,
+    lost: Tensor | None,
+    form: Form,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of `Weights` after x's; W's is None, since W is frozen."""
+    weight, lora_A, lora_B, magnitude, bias = weights
+    along_in, scaling = form.magnitude_axis == "in", form.scaling
+    accumulate, low_dtype = accumulation_dtype(dy, lora_A), low_rank_dtype(x, lora_A)
+    need_dm = needs.magnitude or (not form.detach_norm and needs.norm)
+    dx = torch.mm(dy, merged) if needs.x or (along_in and need_dm) else None
+    d_a = d_b = dm = None
+    if needs.lora_A:
+        right = cast(lora_B, low_dtype) * (scaling if along_in else (g * scaling).unsqueeze(1))
+        d_low = mm(dy, right, right.dtype)
+        d_a = mm(d_low.t(), x, accumulate)
+        d_a = d_a.mul_(g) if along_in else d_a
+    if needs.lora_B:
+        left = cast(lora_A, low_dtype) * g if along_in else cast(lora_A, low_dtype)
+        h = mm(x, left.t(), left.dtype)
+        d_b = mm(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
+    if need_dm:
+        first, second = (x, dx) if along_in else (dy, kept)
+        dm = dot_over_rows(first, second) / (g * divisor)  # type: ignore[arg-type]
+        if lost is not None:
+            dm[lost] = _of_lost(dy, x, weights, lost, form) / divisor[lost]
+    if not form.detach_norm and needs.norm:
+        assert dm is not None
+        _, of_a, of_b = fused.norm_gradient(weights, -dm * g / norm_of(divisor, form.eps), form, needs)
+        d_a, d_b = fused.add(d_a, of_a), fused.add(d_b, of_b)
+    return (
+        dx if needs.x else None,
+        None,
+        fused.as_parameter(d_a, lora_A),
+        fused.as_parameter(d_b, lora_B),
+        cast(dm, magnitude.dtype) if needs.magnitude and dm is not None else None,
+        cast(dy.sum(0, dtype=accumulate), bias.dtype) if needs.bias and bias is not None else None,
+    )
+
+
+def _of_lost(dy: Tensor, x: Tensor, weights: Weights, lost: Tensor, form: Form) -> Tensor:
+    """``Σ_t dY ⊙ X Vᵀ`` of some rows of V, or of some columns ``Σ_t X ⊙ dY V``."""
+    weight, lora_A, lora_B, _, _ = weights
+    dtype = accumulation_dtype(dy)
+    if form.magnitude_axis == "out":
+        v = torch.addmm(weight[lost].to(dtype), lora_B[lost].to(dtype), lora_A.to(dtype), alpha=form.scaling)
+        return (dy[:, lost].to(dtype) * (x.to(dtype) @ v.t())).sum(0)
+    v = torch.addmm(weight[:, lost].to(dtype), lora_B.to(dtype), lora_A[:, lost].to(dtype), alpha=form.scaling)
+    return (x[:, lost].to(dtype) * (dy.to(dtype) @ v)).sum(0)

@@ -1,0 +1,133 @@
+"""Adapters of parameters in a file: which parameter each key is of, and whether its tensors fit.
+
+PEFT wraps a module once for each of its targeted parameters, in the order in which the module has them, so a key says
+only how deep its wrapper lies: ``experts.base_layer.lora_A`` is of the first of two parameters, ``experts.lora_A`` of
+the last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from dora_kernels.core.shown import quoted
+from dora_kernels.modules.stand_in import is_transposed
+from dora_kernels.peft.experts import STOCK
+
+_INSIDE = ".base_layer"
+
+
+class Parameter(NamedTuple):
+    """A targeted parameter of a module."""
+
+    name: str
+    """Its full name, ``model.layers.0.mlp.experts.down_proj``."""
+    shape: tuple[int, ...] | None
+    """``[E, out, in]`` or ``[out, in]``; None without a model."""
+    columns: int = 0
+    """The columns of A in the layout of the PEFT that is installed; 0 if unknown."""
+    moved: bool = False
+    """True if PEFT 0.19 has exchanged A and B for it, against the versions before."""
+
+
+def of_file(
+    modules: Iterable[str], model: nn.Module | None, file: Path, config_file: Path, config: dict[str, Any]
+) -> dict[str, Parameter]:
+    """Return the parameters of the file's modules, by module as its keys name it; empty if it targets none.
+
+    Raises:
+        ValueError: ``target_parameters`` is not a list of names; or a module of the model has more or fewer targeted
+            parameters than the file has.
+    """
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
+        raise ValueError(f"{config_file}: target_parameters: expected a list of names, got {quoted(targets)}")
+    if not targets:
+        return {}
+    if model is None:
+        return {module: Parameter(module, None) for module in modules}
+    found: dict[str, Parameter] = {}
+    held: dict[str, list[Parameter]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, STOCK | lora.LoraLayer) and not isinstance(module, STOCK):
+            continue
+        plain = name.removeprefix("base_model.model.").replace(_INSIDE, "")
+        for key, parameter in module._parameters.items():
+            full = f"{plain}.{key}"
+            if parameter is not None and any(full == one or full.endswith(f".{one}") for one in targets):
+                shape = list(parameter.shape)
+                moved = len(shape) == 3 and not getattr(module, "is_transposed", False)
+                columns = shape[1] if len(shape) == 3 and not (moved and _exchanges(peft.__version__)) else shape[-1]
+                if len(shape) == 3 and is_transposed(module):
+                    shape[1:] = shape[:0:-1]
+                held.setdefault(plain, []).append(Parameter(full, tuple(shape), columns, moved))
+    names = set(modules)
+    for name, own in held.items():
+        keys = [name + _INSIDE * depth for depth in reversed(range(len(own)))]
+        missing = [parameter.name for key, parameter in zip(keys, own) if key not in names]
+        if missing:
+            raise ValueError(
+                f"{file}: has no tensors for {missing[0]}, which its configuration's target_parameters name"
+            )
+        found.update(zip(keys, own))
+    return found
+
+
+def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], ranks: list[Any]) -> None:
+    """Raise ValueError if the tensors of a stack's adapter do not fit together, or have none of the ranks."""
+    missing = {"lora_A", "lora_B"} - parts.keys()
+    if missing:
+        raise ValueError(f"{file}: {parameter.name} has no {', '.join(sorted(missing))}")
+    a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
+    count, outputs = m.shape
+    if a.dim() != 2 or not count or not any(isinstance(rank, int) and a.shape[0] == count * rank for rank in ranks):
+        raise ValueError(
+            f"{file}: {parameter.name}: lora_A {list(a.shape)}: expected {count} experts times the configuration's "
+            f"rank, {' or '.join(map(quoted, ranks))}, in the first dimension"
+        )
+    if b.dim() != 2 or b.shape[1] != a.shape[0]:
+        raise ValueError(f"{file}: {parameter.name}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
+    if outputs not in (b.shape[0], a.shape[1]):
+        raise ValueError(
+            f"{file}: {parameter.name}: lora_magnitude_vector {list(m.shape)}: expected [{count}, {b.shape[0]}], one "
+            "value for each output of each expert"
+        )
+
+
+def _exchanges(version: str) -> bool:
+    """True for PEFT 0.19 and later, which have A on the inputs of a stack ``[E, out, in]``."""
+    numbers = re.findall(r"\d+", version)
+    return tuple(map(int, numbers[:2])) >= (0, 19)
+
+
+def check_sizes(
+    file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any
+) -> None:
+    """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it, or another layout.
+
+    Args:
+        version: of PEFT, that the configuration names.
+    """
+    for key, parameter in stacks.items():
+        shape, parts = parameter.shape, modules[key]
+        if shape is None:
+            continue
+        m, sizes = parts["lora_magnitude_vector"], {parts["lora_A"].shape[1], parts["lora_B"].shape[0]}
+        if tuple(m.shape) != shape[:-1] or sizes != set(shape[-2:]):
+            raise ValueError(
+                f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)}, lora_B {list(parts['lora_B'].shape)} "
+                f"and magnitude {list(m.shape)} belong to another parameter than the model's {list(shape)}"
+            )
+        of_other = isinstance(version, str) and _exchanges(version) != _exchanges(peft.__version__)
+        if parameter.moved and (parts["lora_A"].shape[1] != parameter.columns or (of_other and len(sizes) == 1)):
+            raise ValueError(
+                f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)} and lora_B are exchanged, as PEFT "
+                f"{'before 0.19' if _exchanges(peft.__version__) else 'from 0.19 on'} saves them; expected those of "
+                f"PEFT {peft.__version__}, which would load these without a word if the parameter were square"
+            )

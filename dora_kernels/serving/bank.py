@@ -1,0 +1,390 @@
+"""`AdapterBank`: many adapters on one base model, a different one for each row of a batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.adapters import Adapter, read_adapter
+from dora_kernels.adapters.attachment import joined
+from dora_kernels.serving.batch import RUNNING, Batch, Watch, around
+from dora_kernels.serving.layer import LayerSlots, Packed, Stacks, Target
+from dora_kernels.serving.pack import packed
+from dora_kernels.serving.residents import Entry, Residents
+
+Source = str | os.PathLike[str] | Adapter
+
+
+class AdapterBank:
+    """Adapters of many users on one base model, with a choice for each row of a batch.
+
+    ```python
+    bank = dora_kernels.AdapterBank(model, slots=8)
+    bank.load("alice", "alice_adapter")
+    bank.load("bob", "bob.safetensors")
+    with bank.rows(["alice", None, "bob"]):
+        logits = model(**inputs).logits
+    tokens = bank.generate(inputs, adapters=["alice", None, "bob"], max_new_tokens=20)
+    ```
+
+    DoRA and plain LoRA of different ranks and on different layers serve side by side. The scale of each row of a
+    DoRA weight, its magnitude over its norm, is computed when an adapter is loaded, in float32 from the base weight:
+    no forward computes or compares a norm. The model keeps its parameters, its state dict and its modules; the layers
+    that an adapter changes get a `forward` of their own. Outside of `rows`, `tokens` and `generate` the model is
+    the base model. Do not write its weights while adapters are loaded.
+
+    All methods may be called by several threads. A slot is written only while no batch uses it: `rows` waits until
+    other threads leave one, if it has to.
+
+    Args:
+        model: any model with linear layers, quantised ones included. It stays the same object.
+        slots: how many adapters can be used at the same time; more may be loaded. The slots lie on the layers' devices.
+        max_rank: the largest rank of an adapter. Slots have the largest rank that was loaded, not this one.
+        host_limit: bytes of the host memory that adapters without a slot may take; None for any number.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, model: nn.Module, slots: int = 8, max_rank: int = 64, host_limit: int | None = None) -> None:
+        joined(model)
+        for name, value, least in (("slots", slots, 1), ("max_rank", max_rank, 1), ("host_limit", host_limit, 0)):
+            if value is None and name == "host_limit":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        self.model, self.max_rank, self.host_limit = model, max_rank, host_limit
+        self._lock = threading.Condition()
+        self._entries: dict[str, Entry] = {}
+        self._layers: dict[str, LayerSlots] = {}
+        self._residents = Residents(slots)
+        self._clock = 0
+        self._watch = model.register_forward_pre_hook(Watch(self))
+
+    def load(self, name: str, adapter: Source) -> None:
+        """Load an adapter. It gets a free slot if there is one, else it waits in host memory until it is used.
+
+        Args:
+            name: by which rows ask for it.
+            adapter: a file or folder of any format that `read_adapter` reads, or an `Adapter`.
+
+        Raises:
+            TypeError, FileNotFoundError, OSError: as `read_adapter`.
+            ValueError: the name is taken; as `read_adapter`; it is not an adapter for this model; its rank is above
+                max_rank, or its magnitude is along "in"; or host_limit would be exceeded. The bank is as it was.
+        """
+        self._check_new(name)
+        parts = self._parts(adapter)
+        with self._lock:
+            self._check_new(name)
+            self._add(name, parts, None)
+
+    def replace(self, name: str, adapter: Source) -> None:
+        """Put another adapter in the place of a loaded one. Batches that run with the old one end with the old one.
+
+        Raises:
+            TypeError, FileNotFoundError, OSError, ValueError: as `load`; or there is no adapter of this name.
+        """
+        with self._lock:
+            self._entry(name)
+        parts = self._parts(adapter)
+        with self._lock:
+            self._add(name, parts, self._entry(name))
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ValueError: there is no adapter of this name, or a batch is running with it.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            if entry.users:
+                raise ValueError(f"name: {name!r} is in use by {entry.users} running batches")
+            del self._entries[name]
+            self._forget(entry)
+            self._lock.notify_all()
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Bring an adapter into a slot and keep it there; with ``pinned=False`` let it go again.
+
+        Raises:
+            ValueError: there is no adapter of this name, or all slots are pinned.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            if pinned:
+                self._seat([name], "name")
+                entry = self._entry(name)
+            entry.pinned = bool(pinned)
+            self._lock.notify_all()
+
+    @property
+    def names(self) -> list[str]:
+        """The loaded adapters, in the order of loading."""
+        with self._lock:
+            return list(self._entries)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """The slots of the adapters that have one, by name."""
+        with self._lock:
+            return {name: entry.slot for name, entry in self._entries.items() if entry.slot is not None}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tensors by tier: "slots", allocated on the layers' devices, and "host", of adapters without."""
+        with self._lock:
+            host = sum(entry.nbytes for entry in self._entries.values() if entry.slot is None)
+            return {"slots": sum(layer.nbytes for layer in self._layers.values()), "host": host}
+
+    def close(self) -> None:
+        """Unload everything and leave the model as it was.
+
+        Raises:
+            ValueError: a batch is running.
+        """
+        with self._lock:
+            if used := [entry.name for entry in self._residents.slots if entry and entry.users]:
+                raise ValueError(f"the bank: {', '.join(map(repr, used))} are in use by running batches")
+            for layer in self._layers.values():
+                layer.remove()
+            self._watch.remove()
+            self._layers, self._entries = {}, {}
+            self._residents = Residents(len(self._residents.slots))
+
+    @contextmanager
+    def rows(self, adapters: Sequence[str | None], repeats: int = 1) -> Iterator[None]:
+        """Run the model's forwards in this block with an adapter for each row of the batch. Gradients are off in it.
+
+        Args:
+            adapters: a name for each row; None for the base model.
+            repeats: how many neighbouring rows of the model's batch may stand for one of these, besides 1: beams.
+
+        Raises:
+            TypeError: `adapters` is not a sequence of names.
+            ValueError: there is no adapter of a name, or more adapters than slots that are not pinned. In the forward:
+                the batch has another number of rows.
+            RuntimeError: at the end, if the model ran and none of its adapted layers did.
+        """
+        names = _checked(adapters)
+        with self._running(names, "adapters") as (slots, ranks, entries):
+            rows = [-1 if name is None else slots[name] for name in names]
+            batch = Batch(self, rows, ranks, repeats, entries=entries)
+            with self._batch(batch):
+                yield
+
+    @contextmanager
+    def tokens(self, slot_index: Sequence[int] | Tensor, names: Sequence[str] | None = None) -> Iterator[None]:
+        """As `rows`, for packed batches: with an adapter for each token.
+
+        Args:
+            slot_index: for each token a slot as in `resident`, or with `names` an index into these; -1 for the base
+                model. Without `names`, pin the adapters, so that no other thread moves them.
+            names: adapters.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `rows`; or there is no adapter in a slot.
+        """
+        index = [int(i) for i in (slot_index.tolist() if isinstance(slot_index, Tensor) else slot_index)]
+        if names is None:
+            with self._lock:
+                by_slot = [None if entry is None else entry.name for entry in self._residents.slots]
+            chosen: Sequence[str | None] = by_slot
+        else:
+            chosen = _checked(names)
+        wrong = [i for i in index if not -1 <= i < len(chosen) or (i >= 0 and chosen[i] is None)]
+        if wrong:
+            known = ", ".join(f"{i}: {name!r}" for i, name in enumerate(chosen) if name is not None) or "none"
+            raise ValueError(
+                f"slot_index: there is no adapter at {wrong[0]}; -1 is the base model, and there are {known}"
+            )
+        used = [None if i < 0 else chosen[i] for i in index]
+        with self._running(used, "names") as (slots, ranks, entries):
+            rows = [-1 if name is None else slots[name] for name in used]
+            batch = Batch(self, rows, ranks, packed=True, entries=entries)
+            with self._batch(batch):
+                yield
+
+    def generate(self, inputs: Tensor | Mapping[str, Any], adapters: Sequence[str | None], **options: Any) -> Any:
+        """Call the model's `generate` with an adapter for each row of `inputs`.
+
+        Args:
+            inputs: what the tokenizer returned, or a tensor of token ids.
+            adapters: as for `rows`.
+            options: for `generate`. Beams and returned sequences of a row have its adapter.
+
+        Returns:
+            What `generate` returns.
+
+        Raises:
+            TypeError, ValueError: as `rows`, and as the model's `generate`.
+        """
+        config = options.get("generation_config") or getattr(self.model, "generation_config", None)
+        expanded = [
+            options.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")
+        ]
+        with self.rows(adapters, repeats=max(expanded)):
+            model: Any = self.model
+            return (
+                model.generate(inputs, **options) if isinstance(inputs, Tensor) else model.generate(**inputs, **options)
+            )
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, got {type(name).__name__}")
+        if name in self._entries:
+            raise ValueError(f"name: {name!r} is loaded already; replace it, or unload it first")
+
+    def _entry(self, name: Any, argument: str = "name") -> Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            known = ", ".join(map(repr, self._entries)) or "none"
+            raise ValueError(f"{argument}: there is no adapter {name!r} in the bank, which has {known}")
+        return entry
+
+    def _parts(self, adapter: Source) -> list[tuple[Target, Packed]]:
+        """The adapter, packed. The base weights are read here, outside of the lock."""
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(adapter, self.model)
+        return packed(self.model, adapter, self.max_rank)
+
+    def _add(self, name: str, parts: list[tuple[Target, Packed]], old: Entry | None) -> None:
+        """Add an entry; in the place of `old`, if given. What may fail comes first."""
+        entry = Entry(
+            name, frozenset(target.name for target, _ in parts), max(part.lora_A.shape[0] for _, part in parts),
+            sum(part.nbytes for _, part in parts),
+            {target.name: part.to(torch.device("cpu")) for target, part in parts},
+        )  # fmt: skip
+        self._check_host([e for e in self._entries.values() if e is not old] + [entry])
+        made: list[LayerSlots] = []
+        grown: list[tuple[LayerSlots, Stacks]] = []
+        try:
+            for target, part in parts:
+                layer = self._layers.get(target.name)
+                if layer is None:
+                    made.append(layer := LayerSlots(self, target))
+                grown.append((layer, layer.grown(len(self._residents.slots), part)))
+        except BaseException:
+            for layer in made:
+                layer.remove()
+            raise
+        self._layers.update((layer.name, layer) for layer in made)
+        for layer, stacks in grown:
+            layer.stacks = stacks
+        if old is not None:
+            entry.pinned, entry.used = old.pinned, old.used
+        self._entries[name] = entry
+        if old is not None and not old.users:
+            self._forget(old)
+        if free := self._residents.free():
+            self._put(entry, free[0])
+        self._lock.notify_all()
+
+    def _check_host(self, entries: list[Entry]) -> None:
+        """Whichever adapters have slots, the others must fit into the host's memory."""
+        sizes = sorted((entry.nbytes for entry in entries), reverse=True)
+        most = sum(sizes[: max(0, len(sizes) - len(self._residents.slots))])
+        if self.host_limit is not None and most > self.host_limit:
+            raise ValueError(
+                f"adapter: {len(sizes)} adapters in {len(self._residents.slots)} slots could need {most} bytes of host "
+                f"memory, above host_limit={self.host_limit}; unload one first"
+            )
+
+    def _forget(self, entry: Entry) -> None:
+        """Empty an entry's slot."""
+        if entry.slot is not None:
+            for layer in self._layers.values():
+                layer.write(entry.slot, None)
+            self._residents.slots[entry.slot] = None
+            entry.slot = None
+
+    def _put(self, entry: Entry, slot: int) -> None:
+        """Move an entry from host memory into a slot, whose entry moves to host memory."""
+        host, out = entry.host or {}, self._residents.slots[slot]
+        self._synchronize()
+        if out is not None:
+            parts = {name: self._layers[name].read(slot) for name in out.layers}
+            out.host, out.slot = {name: part for name, part in parts.items() if part is not None}, None
+        for name, layer in self._layers.items():
+            layer.write(slot, host.get(name))
+        self._synchronize()
+        entry.host, entry.slot, self._residents.slots[slot] = None, slot, entry
+
+    def _synchronize(self) -> None:
+        """Wait for the GPUs: other threads may use other streams."""
+        for device in {layer.device for layer in self._layers.values() if layer.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
+    def _seat(self, names: Sequence[str], argument: str) -> list[Entry]:
+        """Give each adapter a slot, waiting for other threads' batches if there is no other way. Holds the lock."""
+        own = [entry for batch in around(self) for entry in batch.entries]
+        while True:
+            wanted = [self._entry(name, argument) for name in names]
+            if reason := self._residents.never(wanted, own):
+                raise ValueError(f"{argument}: {reason}")
+            slots = self._residents.room(wanted)
+            if slots is not None:
+                break
+            self._lock.wait()
+        for entry, slot in zip([entry for entry in wanted if entry.slot is None], slots, strict=True):
+            self._put(entry, slot)
+        for entry in wanted:
+            self._clock += 1
+            entry.used = self._clock
+        return wanted
+
+    @contextmanager
+    def _running(
+        self, names: Sequence[str | None], argument: str
+    ) -> Iterator[tuple[dict[str, int], list[int], tuple[Entry, ...]]]:
+        """Keep the adapters in their slots, which are given by name, with all
+        slots' ranks."""
+        distinct = [name for name in dict.fromkeys(names) if name is not None]
+        with self._lock:
+            entries = self._seat(distinct, argument)
+            for entry in entries:
+                entry.users += 1
+            slots = {entry.name: entry.slot for entry in entries if entry.slot is not None}
+            ranks = [0 if entry is None else entry.rank for entry in self._residents.slots]
+        try:
+            yield slots, ranks, tuple(entries)
+        finally:
+            with self._lock:
+                for entry in entries:
+                    entry.users -= 1
+                    if not entry.users and self._entries.get(entry.name) is not entry:
+                        self._forget(entry)  # it was replaced
+                self._lock.notify_all()
+
+    @contextmanager
+    def _batch(self, batch: Batch) -> Iterator[None]:
+        batch.outer = RUNNING.get()
+        token = RUNNING.set(batch)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            RUNNING.reset(token)
+        if batch.called and batch.entries and not batch.met:
+            raise RuntimeError(
+                "rows: the model ran, but none of the layers with adapters, so its output is the base model's; were "
+                "they called in another thread, or compiled before the bank was made?"
+            )
+
+
+def _checked(names: Any) -> list[str | None]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"adapters: expected a sequence of names, got {type(names).__name__}")
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"adapters: expected names and None, got {type(name).__name__}")
+    return list(names)

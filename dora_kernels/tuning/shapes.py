@@ -1,0 +1,63 @@
+"""The linear layers of a model, as shapes to tune for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_kernels.core.validation import check_rank
+from dora_kernels.modules import AdaptedLayer, LoRALinear
+
+Shape = tuple[int, int, int]
+"""out_features, in_features, rank."""
+
+
+def shapes_of(model_or_shapes: Any, rank: int) -> tuple[list[Shape], torch.device | None, torch.dtype | None]:
+    """Return the distinct shapes, and a model's device and dtype; None for shapes."""
+    if not isinstance(model_or_shapes, nn.Module):
+        return _given(model_or_shapes), None, None
+    adapted, plain, first = [], [], None
+    inside: set[int] = set()
+    for module in model_or_shapes.modules():
+        found = _adapters(module)
+        if found:
+            inside |= {id(child) for child in module.modules()}
+            adapted += found
+            first = module.base_layer.weight if first is None else first  # type: ignore[union-attr]
+        elif isinstance(module, nn.Linear) and id(module) not in inside:
+            plain.append((module.out_features, module.in_features, rank))
+            first = module.weight if first is None and not adapted else first
+    shapes = list(dict.fromkeys(adapted or plain))
+    if not shapes or not isinstance(first, torch.Tensor):
+        raise ValueError("model_or_shapes: the model has no linear layers")
+    return shapes, first.device, first.dtype
+
+
+def _adapters(module: nn.Module) -> list[Shape]:
+    """The shapes of this package's linear layers and of PEFT's."""
+    if isinstance(module, AdaptedLayer):
+        return [(module.out_features, module.in_features, module.rank)] if isinstance(module, LoRALinear) else []
+    factors, base = getattr(module, "lora_A", None), getattr(module, "base_layer", None)
+    if not isinstance(factors, nn.ModuleDict) or getattr(getattr(base, "weight", None), "dim", int)() != 2:
+        return []
+    return [
+        (module.out_features, module.in_features, one.out_features)  # type: ignore[misc]
+        for one in factors.values()
+        if isinstance(one, nn.Linear)
+    ]
+
+
+def _given(shapes: Iterable[Any]) -> list[Shape]:
+    found = []
+    for shape in shapes:
+        if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+            raise ValueError(f"model_or_shapes: expected a model, or (out_features, in_features, rank), got {shape!r}")
+        for size in shape:
+            check_rank(size, "ints: (out_features, in_features, rank)")
+        found.append((int(shape[0]), int(shape[1]), int(shape[2])))
+    if not found:
+        raise ValueError("model_or_shapes: no shapes given")
+    return list(dict.fromkeys(found))

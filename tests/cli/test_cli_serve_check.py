@@ -1,0 +1,86 @@
+"""`dora-kernels serve-check`: engines that serve an adapter, and those that would drop its magnitudes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("safetensors")
+pytest.importorskip("transformers")
+
+from cli_models import adapter_file, llama
+
+from dora_kernels.cli import serve_check
+from dora_kernels.vllm import TESTED
+
+
+@pytest.fixture
+def base(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def asked(call, *arguments):
+    status, out, error = call("serve-check", *arguments, "--json")
+    return status, json.loads(out) if status != 2 else error
+
+
+def serves(found):
+    return {name: verdict["serves"] for name, verdict in found.items()}
+
+
+def test_dora(call, tmp_path, base, monkeypatch):
+    adapter, _ = adapter_file(tmp_path, llama())
+    monkeypatch.setattr(serve_check, "_version", lambda package: None)
+    status, found = asked(call, base, adapter)
+    assert status == 0 and serves(found) == {
+        "bank": "right", "vllm": "right", "sglang": "refused", "lorax": "wrong", "tgi": "wrong",
+        "tensorrt-llm": "wrong", "llama.cpp": "refused",
+    }  # fmt: skip
+    assert "--max-lora-rank 8" in found["vllm"]["advice"] and "merge" in found["lorax"]["advice"]
+    status, out, _ = call("serve-check", base, adapter)
+    assert status == 0 and "DoRA, peft, 3 layers, rank 3" in out and "unused adapter weights" in out
+    assert call("serve-check", base, adapter, "--engine", "vllm")[0] == 0
+    status, found = asked(call, base, adapter, "--engine", "tgi")
+    assert status == 1 and list(found) == ["tgi"]
+
+
+def test_installed_versions(call, tmp_path, base, monkeypatch):
+    adapter, _ = adapter_file(tmp_path, llama())
+    for version, wanted in ((TESTED[0], "right"), (f"{TESTED[-1]}+cpu", "right"), ("0.1.0", "refused")):
+        monkeypatch.setattr(serve_check, "_version", lambda package, version=version: version)
+        found = asked(call, base, adapter, "--engine", "vllm")[1]["vllm"]
+        assert found["serves"] == wanted
+    assert "0.1.0 has not been tested" in found["reason"] and f"vllm=={TESTED[-1]}" in found["advice"]
+
+
+def test_plain_lora_and_other_formats(call, tmp_path, base):
+    adapter, _ = adapter_file(tmp_path, llama(), plain=True)
+    assert set(serves(asked(call, base, adapter)[1]).values()) == {"right"}
+    adapter, _ = adapter_file(tmp_path / "two", llama(), "kohya")
+    status, found = asked(call, base, adapter)
+    assert found["bank"]["serves"] == "right" and found["vllm"]["serves"] == "refused"
+    assert "'kohya'" in found["vllm"]["reason"] and "convert" in found["vllm"]["advice"]
+    assert found["lorax"]["serves"] == "wrong"
+
+
+def test_magnitudes_along_in(call, tmp_path, base):
+    adapter, _ = adapter_file(tmp_path, llama(), "lycoris", axis="in")
+    found = asked(call, base, adapter, "--axis", "in")[1]
+    assert "right" not in serves(found).values()
+    assert "along 'out'" in found["bank"]["reason"] and "along 'out'" in found["vllm"]["reason"]
+
+
+def test_bad_input(call, tmp_path, base):
+    adapter, _ = adapter_file(tmp_path, llama())
+    status, error = asked(call, base, adapter, "--engine", "triton")
+    assert status == 2 and "--engine: expected one of bank, vllm," in error
+    other = llama(num_key_value_groups=1)
+    del other.model.layers[1]
+    other.config.num_hidden_layers = 1
+    other.save_pretrained(tmp_path / "other")
+    status, error = asked(call, tmp_path / "other", adapter)
+    assert status == 2 and "the model has no such layer" in error

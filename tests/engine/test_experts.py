@@ -1,0 +1,175 @@
+"""DoRA on stacks of experts: values and gradients against the dense formula, and what is formed and kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from allocations import Allocations
+from torch import Tensor
+
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine.experts import Adapter, Experts
+from dora_kernels.engine.layer import layer_scale
+from dora_kernels.engine.norm_cache import NormCache
+from dora_kernels.testing import error
+
+E, N, K, R, SCALING = 5, 24, 40, 3, 0.7
+ENDS = [3, 3, 11, 12, 20]  # expert 1 has no rows; the last two rows belong to no expert
+ROWS = 22
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+DTYPES = {"fp64": (f64, f64), "fp32": (f32, f32), "bf16": (bf16, bf16), "bf16+fp32": (bf16, f32)}
+
+
+class Problem:
+    """Leaves, with B as PEFT stores it, and an upstream gradient."""
+
+    def __init__(self, dtype: torch.dtype, adapter: torch.dtype, dora: bool = True) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(ROWS, K, dtype=f64).to(dtype).requires_grad_()
+        self.weight = torch.randn(E, N, K, dtype=f64).to(dtype)
+        self.a = torch.randn(E, R, K, dtype=f64).to(adapter).requires_grad_()
+        self.b = (0.3 * torch.randn(N, R * E, dtype=f64)).to(adapter).requires_grad_()
+        self.m = (5 + torch.rand(E, N, dtype=f64)).to(adapter).requires_grad_() if dora else None
+        self.up = torch.randn(ROWS, N, dtype=f64).to(dtype)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.x, self.a, self.b, self.m) if t is not None]
+
+    def weights(self) -> Weights:
+        return Weights(self.weight, self.a, self.b.view(N, R, E).permute(2, 0, 1), self.m)
+
+    def experts(self, cache: NormCache | None = None, backend: str = "auto") -> Experts:
+        weights, g = self.weights(), None
+        if self.m is not None:
+            g = layer_scale(weights, Form(SCALING), cache or NormCache(), True, backend)
+            g = g.to(torch.promote_types(self.weight.dtype, f32))
+        return Experts(self.weight, [Adapter(weights.lora_A, weights.lora_B, g, SCALING)], backend)
+
+    def solve(self, backend: str = "auto") -> list[Tensor]:
+        y = self.experts(backend=backend).grouped(self.x, torch.tensor(ENDS, dtype=torch.int32))
+        return [y.detach(), *torch.autograd.grad(y, self.leaves, self.up)]
+
+
+def dense(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+    """The formula with V formed, in plain operations of one dtype."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in problem.leaves]
+    x, a, b, *m = leaves
+    v = problem.weight.to(dtype) + SCALING * (b.view(N, R, E).permute(2, 0, 1) @ a)
+    if m:
+        v = (m[0] / torch.linalg.vector_norm(v, dim=2).detach()).unsqueeze(2) * v
+    bounds = [0, *ENDS]
+    parts = [x[start:end] @ v[e].t() for e, (start, end) in enumerate(zip(bounds, ENDS))]
+    y = torch.cat([*parts, x.new_zeros(ROWS - ENDS[-1], N)])
+    return [y.detach(), *torch.autograd.grad(y, leaves, problem.up.to(dtype))]
+
+
+@pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))
+def test_like_the_dense_formula(dtypes, dora):
+    """No further from float64 than twice the formula in the compute dtype."""
+    problem = Problem(*dtypes, dora)
+    exact, eager, ours = dense(problem, f64), dense(problem, dtypes[0]), problem.solve()
+    for name, truth, plain, result in zip(("y", "x", "a", "b", "m"), exact, eager, ours):
+        floor = 4 * torch.finfo(dtypes[0]).eps
+        assert error(result, truth) <= max(2 * error(plain, truth), floor), name
+    assert ours[0][ENDS[-1] :].eq(0).all() and ours[1][ENDS[-1] :].eq(0).all()
+
+
+@pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, bf16), (bf16, f32)], ids=["fp32", "bf16", "bf16+fp32"])
+def test_the_kernels(dtypes, dora):
+    """In Triton's interpreter, which has no bfloat16 products of its own."""
+    pytest.importorskip("triton")
+    problem = Problem(*dtypes, dora)
+    exact, eager, ours = dense(problem, f64), dense(problem, dtypes[0]), problem.solve("triton")
+    for name, truth, plain, result in zip(("y", "x", "a", "b", "m"), exact, eager, ours):
+        rows = slice(ENDS[-1] if name in ("y", "x") else None)  # the rest is uninitialized
+        floor = 4 * torch.finfo(dtypes[0]).eps
+        assert error(result[rows], truth[rows]) <= max(2 * error(plain[rows], truth[rows]), floor), name
+    assert ours[3].stride() == problem.b.stride()
+
+
+def test_experts_without_rows_get_zero_gradients():
+    _, _, of_a, of_b, of_m = Problem(f32, f32).solve()
+    for gradient in (of_a, of_b.view(N, R, E).permute(2, 0, 1), of_m):
+        assert gradient[1].eq(0).all() and gradient[0].ne(0).any()
+
+
+def test_without_any_rows_every_parameter_has_a_gradient():
+    """Else DistributedDataParallel would wait for it."""
+    problem = Problem(f32, f32)
+    y = problem.experts().grouped(problem.x[:0], [0] * E)
+    grads = torch.autograd.grad(y.sum(), problem.leaves[1:])
+    assert y.shape == (0, N) and all(grad.eq(0).all() for grad in grads)
+
+
+def test_second_derivatives():
+    problem = Problem(f64, f64)
+
+    def layer(x: Tensor, a: Tensor, m: Tensor) -> Tensor:
+        g = m / problem.m.detach()
+        return Experts(problem.weight, [Adapter(a, problem.weights().lora_B.detach(), g, SCALING)]).grouped(x, ENDS)
+
+    y = layer(problem.x, problem.a, problem.m)
+    (first,) = torch.autograd.grad(y.square().sum(), problem.a, create_graph=True)
+    assert torch.autograd.grad(first.sum(), problem.x)[0].abs().max() > 0
+
+
+def test_rows_in_any_order_and_one_expert_at_a_time():
+    problem = Problem(f64, f64)
+    experts, v = problem.experts(), problem.experts().formed()
+    ids = torch.tensor([3, 0, 4, 0, 2])
+    x = problem.x[:5]
+    torch.testing.assert_close(experts.selected(x, ids), torch.einsum("snk,sk->sn", v[ids], x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(experts.linear(x, 3), x @ v[3].t(), rtol=1e-12, atol=1e-12)
+
+
+def test_several_adapters_apply_one_after_another():
+    one, two = Problem(f64, f64), Problem(f64, f64, dora=False)
+    first, second = one.experts().adapters[0], two.experts().adapters[0]._replace(strength=0.5)
+    for order in ([first, second], [second, first]):
+        experts = Experts(one.weight, order)
+        y, v = experts.grouped(one.x, ENDS), experts.formed()
+        torch.testing.assert_close(y[:3], one.x[:3] @ v[0].t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [f32, bf16], ids=str)
+def test_nothing_of_the_stacks_size_is_formed_or_kept(weight):
+    """Also where W is not in the compute dtype: its matrices are then cast one by one, again in the backward."""
+    problem = Problem(f32, f32)
+    problem.weight = problem.weight.to(weight)
+    stack, kept = E * N * K, []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() != problem.weight.untyped_storage().data_ptr():
+            kept.append(tensor)
+        return tensor
+
+    with Allocations() as made, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = problem.experts().grouped(problem.x, ENDS)
+        y.backward(problem.up)
+    assert made.largest <= max(N * K, ROWS * K)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
+    assert sum(storages.values()) < stack, {tuple(t.shape) for t in kept}
+
+
+def test_the_norm_is_kept_as_that_of_a_dense_layer():
+    problem, cache = Problem(f32, f32), NormCache()
+    for _ in range(3):
+        problem.experts(cache)
+    assert (cache.computed, cache.reused) == (1, 2)
+    with torch.no_grad():
+        problem.b[3, 7] += 1
+    problem.experts(cache)
+    assert cache.computed == 2
+
+
+def test_a_fresh_magnitude_gives_the_base_to_the_bit():
+    problem = Problem(f32, f32)
+    with torch.no_grad():
+        problem.b.zero_()
+        problem.m.copy_(torch.linalg.vector_norm(problem.weight, dim=2))
+    y = problem.experts().grouped(problem.x, ENDS)
+    assert torch.equal(y[:3], torch.nn.functional.linear(problem.x[:3], problem.weight[0]))
