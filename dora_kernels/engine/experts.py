@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype
+from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import formula, fused_experts
 from dora_kernels.engine.autograd import gradients
@@ -246,20 +246,21 @@ class _Mixed(torch.autograd.Function):
 
             return *gradients(inputs, ctx.needs_input_grad, layer, dy), None
         dx = d_a = d_b = d_g = None
-        wide, b = dy.to(h.dtype), lora_B.to(h.dtype)
-        if need_b or need_g:
-            p = wide.t() @ h
-            if need_g:
-                d_g = (wide * base).sum(0).add_((b * p).sum(1), alpha=scaling)
-            if need_b:
-                d_b = p.mul_(scaling if g is None else (scaling * g).unsqueeze(1)).to(lora_B.dtype)
-        if need_x or need_a:
-            d_low = wide @ (b * (scaling if g is None else (scaling * g).unsqueeze(1)))
-            if need_a:
-                d_a = (d_low.t() @ x.to(h.dtype)).to(lora_A.dtype)
-            if need_x:
-                scaled = dy if g is None else torch.mul(dy, g, out=torch.empty_like(dy))
-                dx = torch.mm(d_low.to(x.dtype), lora_A.to(x.dtype)).addmm_(scaled, weight)
+        with no_autocast(dy.device):
+            wide, b = dy.to(h.dtype), lora_B.to(h.dtype)
+            if need_b or need_g:
+                p = wide.t() @ h
+                if need_g:
+                    d_g = (wide * base).sum(0).add_((b * p).sum(1), alpha=scaling)
+                if need_b:
+                    d_b = p.mul_(scaling if g is None else (scaling * g).unsqueeze(1)).to(lora_B.dtype)
+            if need_x or need_a:
+                d_low = wide @ (b * (scaling if g is None else (scaling * g).unsqueeze(1)))
+                if need_a:
+                    d_a = (d_low.t() @ x.to(h.dtype)).to(lora_A.dtype)
+                if need_x:
+                    scaled = dy if g is None else torch.mul(dy, g, out=torch.empty_like(dy))
+                    dx = torch.mm(d_low.to(x.dtype), lora_A.to(x.dtype)).addmm_(scaled, weight)
         return dx, None, d_a, d_b, d_g, None
 
 
@@ -273,7 +274,8 @@ class _Base(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy @ cast(ctx.weight[ctx.expert], dy.dtype), None, None
+        with no_autocast(dy.device):
+            return dy @ cast(ctx.weight[ctx.expert], dy.dtype), None, None
 
 
 class _Turned:

@@ -8,7 +8,7 @@ from allocations import Allocations
 from torch import Tensor
 
 from dora_kernels.core.problem import Form, Weights
-from dora_kernels.engine.experts import Adapter, Experts
+from dora_kernels.engine.experts import Adapter, Experts, _Base
 from dora_kernels.engine.layer import layer_scale
 from dora_kernels.engine.norm_cache import NormCache
 from dora_kernels.testing import error
@@ -153,6 +153,18 @@ def test_nothing_of_the_stacks_size_is_formed_or_kept(weight):
     assert made.largest <= max(N * K, ROWS * K)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
     assert sum(storages.values()) < stack, {tuple(t.shape) for t in kept}
+
+
+def test_a_backward_under_autocast():
+    """Has the bits of one outside: grouped products are left alone by autocast, and so are their gradients."""
+    problem, dy = Problem(bf16, f32), torch.randn(ROWS, N)
+    y = problem.experts().grouped(problem.x, ENDS)
+    base = _Base.apply(problem.x.float(), problem.weight, 2)
+    for result, leaves, up in ((y, problem.leaves, problem.up), (base, [problem.x], dy)):
+        outside = torch.autograd.grad(result, leaves, up, retain_graph=True)
+        with torch.autocast("cpu", bf16):
+            inside = torch.autograd.grad(result, leaves, up)
+        assert all(map(torch.equal, inside, outside))
 
 
 def test_with_float32_adapters_16_bits_are_kept():
