@@ -116,8 +116,9 @@ def _few(
     else:
         divisor = None
     x = x if x.stride(1) == 1 else x.contiguous()
-    y, h, base, _ = kernels().one_pass(x, weight, lora_A, lora_B, g, bias, form.scaling, keep_base, divisor)
-    return y, h, base
+    made: tuple[Tensor, Tensor, Tensor | None]
+    made = kernels().one_pass(x, weight, lora_A, lora_B, g, bias, form.scaling, keep_base, divisor)
+    return made
 
 
 def _forward(

@@ -2,12 +2,11 @@
 
 Shapes: x ``[M, K]`` of at most 64 rows, W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, y and the base product ``x Wᵀ``
 ``[M, N]``, h = x Aᵀ ``[M, R]``, R at most 64; g and bias ``[N]``. x and W are of one 16-bit dtype, in which A and B are
-used. g may be None, or passed as magnitude and divisor; or the divisor, ``|W + s B A|`` per row with infinity in place
-of 0, is computed in the same sweep over W.
+used. g may be None, or passed as magnitude and divisor.
 
-A program handles BLOCK_N rows of W and all tokens: the base product, h (each program by itself) and the squares are
-summed in float32 over tiles of K. Then h, in x's dtype, is multiplied by B, and y is rounded once. If N alone gives too
-few programs, K is split. The parts are written, and `finish_kernel` adds them in their order and does the rest.
+A program handles BLOCK_N rows of W and all tokens: the base product and h (each program by itself) are summed in
+float32 over tiles of K. Then h, in x's dtype, is multiplied by B, and y is rounded once. If N alone gives too few
+programs, K is split. The parts are written, and `finish_kernel` adds them in their order and does the rest.
 
 Bytes: W once, y once; x and A once per BLOCK_N rows of W, from the L2 cache; 8·M·(N + R) per part if there are several.
 """
@@ -28,13 +27,13 @@ from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 @triton.jit(do_not_specialize=["M"])
 def one_pass_kernel(
-    x_ptr, w_ptr, a_ptr, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr, norm_ptr,
+    x_ptr, w_ptr, a_ptr, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
     N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, span,
     M, scaling,
     SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N features of y or, with SPLIT, what a part of K adds to their sums: base, h and squares in float32."""
+    """BLOCK_N features of y or, with SPLIT, what a part of K adds to their sums: base and h in float32."""
     block, part = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -43,13 +42,6 @@ def one_pass_kernel(
     mask_h = (offs_m < tl.where(block == 0, M, 0))[:, None] & mask_r[None, :]  # the first program writes h
     base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    square = tl.zeros((BLOCK_N,), tl.float32)
-    if norm_ptr is not None:
-        b = tl.load(
-            b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
-            mask=mask_n[:, None] & mask_r[None, :],
-            other=0.0,
-        )
     for k in range(part * span, tl.minimum((part + 1) * span, K), BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         mask_k = offs_k < K
@@ -69,24 +61,15 @@ def one_pass_kernel(
         a = cast(a, x.dtype, INTERPRETED)
         base = dot(x, tl.trans(w), base, 1, INTERPRETED)
         h = dot(x, tl.trans(a), h, 1, INTERPRETED)
-        if norm_ptr is not None:
-            v = w.to(tl.float32) + scaling * dot(b, a, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), 1, INTERPRETED)
-            square += tl.sum(v * v, 1)
     if SPLIT:
         part = part.to(tl.int64)
         tl.store(
             base_ptr + (part * M + offs_m[:, None]) * N + offs_n[None, :], base, mask=mask_m[:, None] & mask_n[None, :]
         )
-        tl.store(
-            h_ptr + (part * M + offs_m[:, None]) * R + offs_r[None, :],
-            h,
-            mask=mask_h,
-        )
-        if norm_ptr is not None:
-            tl.store(norm_ptr + part * N + offs_n, square, mask=mask_n)
+        tl.store(h_ptr + (part * M + offs_m[:, None]) * R + offs_r[None, :], h, mask=mask_h)
     else:
         _finish(
-            base, h, square, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr, norm_ptr,
+            base, h, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
             offs_m, offs_n, offs_r, mask_m, mask_n, mask_r, mask_h,
             N, R, stride_bn, stride_br, scaling, INTERPRETED,
         )  # fmt: skip
@@ -94,8 +77,8 @@ def one_pass_kernel(
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def finish_kernel(
-    base_parts_ptr, h_parts_ptr, square_parts_ptr,
-    b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr, norm_ptr,
+    base_parts_ptr, h_parts_ptr,
+    b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
     N, R, stride_bn, stride_br,
     M, parts, scaling,
     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -109,7 +92,6 @@ def finish_kernel(
     mask_h = (offs_m < tl.where(block == 0, M, 0))[:, None] & mask_r[None, :]  # the first program writes h
     base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    square = tl.zeros((BLOCK_N,), tl.float32)
     for _ in range(0, parts):
         base += tl.load(
             base_parts_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0
@@ -119,11 +101,8 @@ def finish_kernel(
         )
         base_parts_ptr += M * N
         h_parts_ptr += M * R
-        if norm_ptr is not None:
-            square += tl.load(square_parts_ptr + offs_n, mask=mask_n, other=0.0)
-            square_parts_ptr += N
     _finish(
-        base, h, square, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr, norm_ptr,
+        base, h, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
         offs_m, offs_n, offs_r, mask_m, mask_n, mask_r, mask_h,
         N, R, stride_bn, stride_br, scaling, INTERPRETED,
     )  # fmt: skip
@@ -131,7 +110,7 @@ def finish_kernel(
 
 @triton.jit
 def _finish(
-    base, h, square, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr, norm_ptr,
+    base, h, b_ptr, g_ptr, divisor_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
     offs_m, offs_n, offs_r, mask_m, mask_n, mask_r, mask_h,
     N, R, stride_bn, stride_br, scaling, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -153,12 +132,7 @@ def _finish(
     y = base + scaling * low
     if g_ptr is not None:
         g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            norm = tl.sqrt(square)
-            norm = tl.where(norm == 0.0, float("inf"), norm)
-            tl.store(norm_ptr + offs_n, norm, mask=mask_n)
-            g = tl.div_rn(g, norm)
-        elif divisor_ptr is not None:
+        if divisor_ptr is not None:
             g = tl.div_rn(g, tl.load(divisor_ptr + offs_n, mask=mask_n, other=1.0))
         y *= g[None, :]
     if bias_ptr is not None:
@@ -176,15 +150,13 @@ def one_pass(
     scaling: float,
     keep: bool,
     divisor: Tensor | None = None,
-    compute_norm: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return ``(y, h, base, divisor)``, the latter two None unless they are asked for. h and base are in x's dtype.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return ``(y, h, base)`` in x's dtype.
 
     Args:
         x: columns adjacent in memory.
-        keep: True returns the base product.
+        keep: True returns the base product, False None.
         divisor: if given, `g` is the magnitude, and the kernel divides it by this.
-        compute_norm: `g` is the magnitude, and its divisor is computed and returned, from 16-bit A and B alone.
     """
     (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
     if not (0 < M <= 64 and 0 < R <= 64):
@@ -196,17 +168,15 @@ def one_pass(
     )
     y = x.new_empty(M, N)
     h, base = x.new_empty(M, R), x.new_empty(M, N) if keep else None
-    norm = torch.empty(N, dtype=torch.float32, device=x.device) if compute_norm else None
-    tensors = lora_B, g, divisor, bias, y, base, h, norm
+    tensors = lora_B, g, divisor, bias, y, base, h
     grid = blocks(N, plan.config.BLOCK_N), parts
     if parts == 1:
         launch(one_pass_kernel, plan, grid, (x, weight, lora_A, *tensors), (M, float(scaling)))
-        return y, h, base, norm
-    shapes = (parts, M, N), (parts, M, R), (parts, N) if compute_norm else None
-    made = tuple(s if s is None else torch.empty(s, dtype=torch.float32, device=x.device) for s in shapes)
+        return y, h, base
+    made = tuple(torch.empty((parts, M, size), dtype=torch.float32, device=x.device) for size in (N, R))
     launch(one_pass_kernel, plan, grid, (x, weight, lora_A, *tensors[:5], *made), (M, float(scaling)))
     launch(finish_kernel, second, grid[:1], (*made, *tensors), (M, parts, float(scaling)))
-    return y, h, base, norm
+    return y, h, base
 
 
 @functools.lru_cache(PLANS)

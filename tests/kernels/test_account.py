@@ -95,7 +95,7 @@ CALLS: dict[str, Callable[..., Call]] = {
     "product of experts": partial(product, (bf16, bf16), 75, 140, 5, groups=3),
     "product of adapters": partial(product, (bf16, bf16), 40, 260, 60, groups=2, adapters=True),
     "one_pass": partial(one_pass, (bf16, bf16), 5, 20, (67, 300)),
-    "one_pass with the norm": partial(one_pass, (f16, f16), 17, 5, (70, 133), norm=True, keep=True),
+    "one_pass that keeps its base": partial(one_pass, (f16, f16), 17, 5, (70, 133), keep=True),
     "one_pass of Conv1D": partial(one_pass, (bf16, f32), 3, 20, (40, 133), conv1d=True, bias=False, keep=True),
     **{f"scale_reduce {tokens} x {size}": partial(scale_reduce, bf16, tokens, size) for tokens, size in _SCALE_REDUCES},
     "scale_reduce fp32": partial(scale_reduce, f32, 37, 140),

@@ -322,28 +322,26 @@ def one_pass(
     rank: int,
     shape: tuple[int, int] = (_SIZE, _SIZE),
     conv1d: bool = False,
-    norm: bool = False,
     keep: bool = False,
     bias: bool = True,
     device: str = "meta",
 ) -> Call:
-    """The forward of few tokens, with the divisor given or, with `norm`, computed."""
+    """The forward of few tokens."""
     operands: dict[str, Tensor | None] = {"x": _zeros((tokens, shape[1]), dtypes[0], device)}
     operands |= _factors(dtypes, rank, shape, conv1d, "out", device, 0)
     operands["g"] = _zeros((shape[0],), _FP32, device)
-    operands["divisor"] = None if norm else _zeros((shape[0],), _FP32, device)
+    operands["divisor"] = _zeros((shape[0],), _FP32, device)
     operands["bias"] = _zeros((shape[0],), dtypes[0], device) if bias else None
-    said = "Conv1D" if conv1d else "", "with the norm" if norm else "", "base kept" if keep else ""
+    said = "Conv1D" if conv1d else "", "base kept" if keep else ""
     case = _words(f"{tokens} tokens", f"{shape[0]} x {shape[1]}", f"rank {rank}", *said)
-    results = "y", "h", "base", "norm"
-    return Call("one_pass", _labels(dtypes), case, operands, (0.5, keep, norm), results, _one_pass)
+    return Call("one_pass", _labels(dtypes), case, operands, (0.5, keep), ("y", "h", "base"), _one_pass)
 
 
 def _one_pass(*given: Any) -> tuple[Tensor | None, ...]:
     from dora_kernels.kernels import one_pass
 
-    x, w, a, b, g, divisor, bias, scaling, keep, norm = given
-    made: tuple[Tensor | None, ...] = one_pass(x, w, a, b, g, bias, scaling, keep, divisor, norm)
+    x, w, a, b, g, divisor, bias, scaling, keep = given
+    made: tuple[Tensor | None, ...] = one_pass(x, w, a, b, g, bias, scaling, keep, divisor)
     return made
 
 
@@ -500,9 +498,8 @@ def _one_passes(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
     for tokens in (1, 32, 64):
         for rank in (16, 32, 64):
             yield one_pass(dtypes, tokens, rank)
-    norm = dtypes[0] is dtypes[1]
-    yield one_pass(dtypes, 16, 64, norm=norm, keep=True)
-    yield one_pass(dtypes, 64, 64, (_SIZE // 4, _SIZE), norm=norm, keep=True)
+    yield one_pass(dtypes, 16, 64, keep=True)
+    yield one_pass(dtypes, 64, 64, (_SIZE // 4, _SIZE), keep=True)
     yield one_pass(dtypes, 5, 15, (_SIZE - 1, _SIZE - 1), keep=True, bias=False)
     yield one_pass(dtypes, 8, 16, conv1d=True)
 

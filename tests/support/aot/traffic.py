@@ -92,17 +92,12 @@ def one_pass(launch: Launch, unchanged: bool) -> Traffic:
     """Every program asks for x, A and its rows of W and B; where K is split, it writes sums."""
     M, N, K, R = launch["M"], launch["N"], launch["K"], launch["R"]
     blocks, parts = launch.grid
-    squares = parts if launch["norm_ptr"] else 0
     traffic = Traffic(
-        _bytes(launch, x=M * K * blocks, w=N * K, a=R * K * blocks, b=N * R * squares),
-        _bytes(launch, base=M * N * parts, h=M * R * parts, norm=N * squares),
+        _bytes(launch, x=M * K * blocks, w=N * K, a=R * K * blocks),
+        _bytes(launch, base=M * N * parts, h=M * R * parts),
         blocks
         * _blocks(K, launch["BLOCK_K"])
-        * (
-            _product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_K")
-            + _product(launch, "BLOCK_M", "BLOCK_R", "BLOCK_K")
-            + (_product(launch, "BLOCK_N", "BLOCK_R", "BLOCK_K") if squares else 0)
-        ),
+        * (_product(launch, "BLOCK_M", "BLOCK_N", "BLOCK_K") + _product(launch, "BLOCK_M", "BLOCK_R", "BLOCK_K")),
     )
     if not launch["SPLIT"]:
         traffic.add(_finish(launch, blocks))
@@ -114,11 +109,8 @@ def finish(launch: Launch, unchanged: bool) -> Traffic:
     M, N, R, parts = launch["M"], launch["N"], launch["R"], launch["parts"]
     blocks = launch.grid[0]
     traffic = Traffic(
-        _bytes(
-            launch, base_parts=M * N * parts, h_parts=M * R * parts * blocks,
-            square_parts=N * parts if launch["norm_ptr"] else 0,
-        ),
-        _bytes(launch, base=M * N, h=M * R, norm=N),
+        _bytes(launch, base_parts=M * N * parts, h_parts=M * R * parts * blocks),
+        _bytes(launch, base=M * N, h=M * R),
     )
     traffic.add(_finish(launch, blocks))
     return traffic
