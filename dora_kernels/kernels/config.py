@@ -213,12 +213,14 @@ def product_parts(tiles: int, steps: int) -> int:
     return splits(tiles, max(1, steps // 8), _PRODUCT_GRID)
 
 
-def one_pass_config(tokens: int, rank: int) -> OnePassConfig:
+def one_pass_config(tokens: int, rank: int, wide_a: bool) -> OnePassConfig:
+    """`wide_a`: A is float32."""
     block_m, block_r = _rank_block(tokens, 64), _rank_block(rank, 64)
     # Every program reads x and A from the L2 cache: with 32 rows of W more than twice W's bytes, if both are large.
     # At 32 tokens and rank 64, 64 rows spill on sm_90.
     block_n = 32 if block_m + block_r <= 64 or block_m == 32 else 64
-    return OnePassConfig(block_m, block_n, 128 if block_m + block_r <= 48 else 64, block_r, block_n // 8, 3)
+    stages = 2 if wide_a else 3  # with 3 a float32 A spills on sm_120
+    return OnePassConfig(block_m, block_n, 128 if block_m + block_r <= 48 else 64, block_r, block_n // 8, stages)
 
 
 def one_pass_parts(programs: int, steps: int) -> int:

@@ -163,9 +163,9 @@ def one_pass(
         raise ValueError(f"x, lora_A: expected 1 to 64 rows, got {M} and {R}")
     g = None if g is None else g.contiguous()
     bias = None if bias is None else bias.contiguous()
-    plan, second, parts = _plans(
-        one_pass_config(M, R), N, K, R, x.stride()[0], weight.stride(), lora_A.stride(), lora_B.stride()
-    )
+    config = one_pass_config(M, R, lora_A.dtype == torch.float32)
+    strides = x.stride()[0], weight.stride(), lora_A.stride(), lora_B.stride()
+    plan, second, parts = _plans(config, N, K, R, *strides)
     y = x.new_empty(M, N)
     h, base = x.new_empty(M, R), x.new_empty(M, N) if keep else None
     tensors = lora_B, g, divisor, bias, y, base, h
