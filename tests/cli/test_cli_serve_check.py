@@ -34,7 +34,7 @@ def serves(found):
 
 def test_dora(call, tmp_path, base, monkeypatch):
     adapter, _ = adapter_file(tmp_path, llama())
-    monkeypatch.setattr(serve_check, "_version", lambda package: None)
+    monkeypatch.setattr(serve_check, "version_of", lambda *_: None)
     status, found = asked(call, base, adapter)
     assert status == 0 and serves(found) == {
         "bank": "right", "vllm": "right", "sglang": "refused", "lorax": "wrong", "tgi": "wrong",
@@ -51,7 +51,7 @@ def test_dora(call, tmp_path, base, monkeypatch):
 def test_installed_versions(call, tmp_path, base, monkeypatch):
     adapter, _ = adapter_file(tmp_path, llama())
     for version, wanted in ((TESTED[0], "right"), (f"{TESTED[-1]}+cpu", "right"), ("0.1.0", "refused")):
-        monkeypatch.setattr(serve_check, "_version", lambda package, version=version: version)
+        monkeypatch.setattr(serve_check, "version_of", lambda *_, version=version: version)
         found = asked(call, base, adapter, "--engine", "vllm")[1]["vllm"]
         assert found["serves"] == wanted
     assert "0.1.0 has not been tested" in found["reason"] and f"vllm=={TESTED[-1]}" in found["advice"]
