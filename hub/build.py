@@ -58,7 +58,7 @@ def converted(text: str, module: Path, namespace: str) -> str:
     text = re.sub(r"^(\s*)from dora_kernels\.([\w.]+) import", rf"\1from {up}\2 import", text, flags=re.MULTILINE)
     for before in ('"{}::', "torch.ops.{}.", 'Library("{}"'):
         text = text.replace(before.format("dora_kernels"), before.format(namespace))
-    left = re.search(r"^\s*(import dora_kernels|from dora_kernels)|import_module\(\w?.dora_kernels|modules\[.dora_kernels", text, re.MULTILINE)
+    left = re.search(r"^\s*(import|from) dora_kernels|(import_module\(f?|modules\[).dora_kernels", text, re.MULTILINE)
     if left is not None:
         raise ValueError(f"{module}: {left[0].strip()!r} is not converted")
     return text

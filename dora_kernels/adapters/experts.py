@@ -102,6 +102,9 @@ def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int)
     same = len({t.shape for t in lora_A}) == 1 == len({t.shape for t in lora_B})
     if not same or any((m is None) != (magnitude[0] is None) for m in magnitude):
         raise ValueError(f"adapter: {name}: its experts have different sizes or ranks, or only some have a magnitude")
+    (axis, eps), *others = {(one.magnitude_axis, one.eps) for row in rows for one in row}
+    if magnitude[0] is not None and (others or axis != "out" or eps):
+        raise ValueError(f"adapter: {name}: its experts have magnitudes along 'in', or an eps, and stacks have neither")
     m = None if magnitude[0] is None else torch.stack([each for each in magnitude if each is not None])
     return AdapterLayer("experts", torch.stack(lora_A), torch.stack(lora_B), m, 1.0)
 

@@ -1,4 +1,4 @@
-"""Optional packages: their versions, and imports with errors that say what to install or why an installed one cannot be used."""
+"""Optional packages: their versions, and imports whose errors say what to install, or why that did not help."""
 
 from __future__ import annotations
 

@@ -125,5 +125,5 @@ class Layer:
             way: functools.partial(norm, "triton" if way == "fused" else "torch") for way in ways if way != "merged"
         }
         if "merged" in ways:
-            calls["merged"] = lambda: merged._make(weights, self.form, norm("torch"), "torch", 0)
+            calls["merged"] = lambda: merged._make(weights, self.form, norm("torch"), "torch")
         return calls

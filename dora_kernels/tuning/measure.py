@@ -70,9 +70,9 @@ def tune(
     Measured are the forms of the norm on a CPU; on a GPU the formula beside the fused kernels, and the tile sizes of
     these; and the merged forward beside the composed one. Each candidate's result is checked first, the tiles' against
     the shipped ones', all others' against float64; a wrong one is left out. The answers go into a JSON table in the
-    user's cache folder, which `DORA_KERNELS_CACHE` may name, beside those for other shapes, and count from then on for
-    the same device, dtype and versions, tiles in later processes. They change results by rounding at most. How many tokens a merged forward needs
-    is advice: it stays an option. Nothing calls this function by itself.
+    user's cache folder, which `DORA_KERNELS_CACHE` may name, beside those for other shapes. They count from then on for
+    the same device, dtype and versions, tiles in later processes. They change results by rounding at most. How many
+    tokens a merged forward needs is advice: it stays an option. Nothing calls this function by itself.
 
     Args:
         model_or_shapes: a model, whose adapted linear layers count (or all of them, if none is adapted), or

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dora_kernels
+from dora_kernels import AdapterLayer
 from dora_kernels.adapters.experts import split
 
 QWEN = "transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts"
@@ -141,6 +142,16 @@ def test_a_missing_expert():
     layers = split(adapter.layers)
     del layers["model.layers.0.mlp.experts.3.up_proj"]
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: the file has no 3\.up_proj"):
+        dora_kernels.attach(qwen3_moe(), dora_kernels.Adapter(layers))
+
+
+@pytest.mark.parametrize("odd", [{"eps": 0.5}, {"magnitude_axis": "in"}], ids=["eps", "axis"])
+def test_single_experts_of_another_function(odd):
+    """A stack has no eps and no other axis, so they are refused and not dropped."""
+    magnitude = torch.ones(24 if "magnitude_axis" in odd else 32)
+    layer = AdapterLayer("linear", torch.ones(2, 24), torch.ones(32, 2), magnitude, 1.0, **odd)
+    layers = {f"model.layers.0.mlp.experts.{e}.down_proj": layer for e in range(6)}
+    with pytest.raises(ValueError, match=r"0\.mlp\.experts\.down_proj: .* along 'in', or an eps"):
         dora_kernels.attach(qwen3_moe(), dora_kernels.Adapter(layers))
 
 

@@ -12,7 +12,9 @@ pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
 from cli_models import adapter_file, llama
+from experts_models import qwen3_moe
 
+import dora_kernels
 from dora_kernels.cli import serve_check
 from dora_kernels.vllm import TESTED
 
@@ -72,6 +74,19 @@ def test_magnitudes_along_in(call, tmp_path, base):
     found = asked(call, base, adapter, "--axis", "in")[1]
     assert "right" not in serves(found).values()
     assert "along 'out'" in found["bank"]["reason"] and "along 'out'" in found["vllm"]["reason"]
+
+
+@pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
+def test_experts(call, tmp_path, dora):
+    """In no engine with DoRA; plain LoRA in the layouts of vLLM and SGLang."""
+    model = qwen3_moe()
+    model.save_pretrained(tmp_path / "base")
+    dora_kernels.apply_dora(model, ["q_proj"], use_dora=dora, target_parameters=["experts.down_proj"], rank=2)
+    dora_kernels.save_adapter(model, tmp_path / "adapter")
+    found = asked(call, tmp_path / "base", tmp_path / "adapter")[1]
+    assert set(serves(found).values()) == {"refused"}
+    for engine in ("vllm", "sglang"):
+        assert found[engine]["advice"].endswith("serve OUT" if dora else f"--to {engine}")
 
 
 def test_bad_input(call, tmp_path, base):
