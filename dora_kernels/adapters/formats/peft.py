@@ -207,7 +207,7 @@ class Vllm(Peft):
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
         for name, layer in adapter.layers.items():
             if layer.magnitude is not None:
-                raise writing.error(name, "vLLM has no DoRA; merge the adapter into the model instead")
+                raise writing.error(name, f"{self.name!r} has no magnitudes; merge the adapter into the model instead")
         return split(adapter.layers)
 
 
