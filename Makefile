@@ -191,7 +191,7 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-venv $(PINS)
 	$(pip_install)
 	@touch $@
 
-$(VENV)/.stamp-hub: PKGS = torch peft transformers accelerate kernels pytest pytest-timeout
+$(VENV)/.stamp-hub: PKGS = torch peft transformers accelerate kernels hypothesis pytest pytest-timeout
 $(VENV)/.stamp-hub: $(VENV)/.stamp-venv $(PINS)
 	@echo "==> Installing what loads a kernel of Hugging Face's Hub: PyTorch, kernels, PEFT"
 	$(pip_install)

@@ -37,7 +37,7 @@ SHAPES = ((4096, 4096), (8192, 8192), (8192, 28672))
 """On a GPU where `--hidden` says nothing."""
 THRESHOLDS = {
     "torch": ("dora_kernels.engine.blocked._FACTORED_ELEMENTS", "dora_kernels.engine.blocked._FACTORED_FEATURES"),
-    "triton": ("dora_kernels.kernels.config._DIRECT_RANK",),
+    "triton": ("dora_kernels.kernels.factored.DIRECT_RANK",),
 }
 """Below these the direct form is taken; at 0 the factored one always is."""
 Factors = tuple[Tensor, Tensor, Tensor]

@@ -14,7 +14,7 @@ from torch import nn
 from dora_kernels.adapters.adapter import Adapter
 from dora_kernels.adapters.attachment import extract, joined
 from dora_kernels.adapters.base_layers import base_layers_of
-from dora_kernels.adapters.formats import FORMATS, check_format
+from dora_kernels.adapters.formats import FORMATS, WRITTEN, check_format
 from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.load import CONFIG
@@ -32,7 +32,7 @@ def save_adapter(
     prefix: str | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Write an adapter in one of `FORMATS`; docs/formats.md says what each can hold.
+    """Write an adapter in one of `FORMATS`, "vllm" or "sglang"; docs/formats.md says what each can hold.
 
     What a format has no place for is folded into the factors if that is mathematically possible: scalings into lora_B,
     lower ranks are padded with zeros. Files are written under temporary names and moved into place when all are
@@ -64,11 +64,11 @@ def save_adapter(
         OSError: a file cannot be written.
     """
     place = storage.as_path(path)
-    check_format(format)
+    check_format(format, *(name for name in WRITTEN if name not in FORMATS))
     adapter, known = _source(source)
     if not adapter.layers:
         raise ValueError("source: the adapter has no layers")
-    chosen = FORMATS[format]
+    chosen = WRITTEN[format]
     if prefix is not None and not chosen.prefixed:
         raise ValueError(f"prefix: names in the format {format!r} have no prefix")
     if adapter.config.get(COMPONENTS):

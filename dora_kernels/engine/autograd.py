@@ -121,10 +121,10 @@ def differentiable(
             g = quotient(weights.magnitude, used, x)  # type: ignore[arg-type]
         return formula.linear(x, weights, g, form.scaling, form.magnitude_axis)
 
-    return _gradients([x, *weights], needed, layer, dy)
+    return gradients([x, *weights], needed, layer, dy)
 
 
-def _gradients(
+def gradients(
     inputs: list[Tensor | None], needed: tuple[bool, ...], function: Callable[..., Tensor], dy: Tensor
 ) -> list[Tensor | None]:
     """Return gradients of `function` at `inputs` that can be differentiated again; None for those not needed."""
@@ -152,7 +152,7 @@ class _Norm(torch.autograd.Function):
             def dense(*tensors: Any) -> Tensor:
                 return safe_divisor(formula.weight_norm(Weights(*tensors), form), form.eps)
 
-            return *_gradients(list(tensors), needed, dense, d_norm), None, None
+            return *gradients(list(tensors), needed, dense, d_norm), None, None
         with no_autocast(d_norm.device):
             c = d_norm / norm_of(divisor, form.eps)
             grads = fused.norm_gradient(weights, c, form, Needs(False, needed[0], needed[1], needed[2], False, False))
@@ -244,7 +244,7 @@ def _differentiable_compose(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         weights = Weights(lora_B, lora_B, lora_B, magnitude, bias)
         return formula.compose(result, h, weights, quotient(magnitude, divisor, result), ctx.scaling)
 
-    return _gradients([result, h, lora_B, magnitude, bias], ctx.needs_input_grad, layer, dy)
+    return gradients([result, h, lora_B, magnitude, bias], ctx.needs_input_grad, layer, dy)
 
 
 def _rows(x: Tensor) -> Tensor:

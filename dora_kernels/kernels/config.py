@@ -198,10 +198,13 @@ def compose_config(few: bool, rank: int, products: int) -> ComposeConfig:
 def product_config(rows: int, columns: int, products: int) -> ProductConfig:
     """`rows`: of a group."""
     block_m, block_n = _rank_block(rows, 64), _rank_block(columns, 64)
-    if products > 1:
-        return ProductConfig(block_m, block_n, 32, 4, 2)
-    # The tiles of three stages fit in 64 KiB. With 4 warps the largest spill on sm_90 if loads are not aligned.
+    # With 4 warps the largest tiles spill on sm_90 and sm_120 if loads are not aligned.
     warps = 8 if block_m == block_n == 64 else 4
+    if products == 6:
+        return ProductConfig(min(block_m, 32), block_n, 32, 4, 2)
+    if products > 1:
+        return ProductConfig(block_m, block_n, 32, warps, 2)
+    # The tiles of three stages fit in 64 KiB.
     return ProductConfig(block_m, block_n, 128 if block_m + block_n <= 80 else 64, warps, 3)
 
 

@@ -16,26 +16,29 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``acc + a @ b`` for a and b of the same dtype and a float32 acc."""
+def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr, FINITE: tl.constexpr = False):
+    """``acc + a @ b`` for a and b of the same dtype and a float32 acc.
+
+    FINITE: a and b are, as weights are. Where activations are infinite, so is the result; that costs registers.
+    """
     if PRODUCTS == 1:
         acc = _dot(a, b, acc, INTERPRETED)
     else:
         a1 = cast(a, tl.bfloat16, INTERPRETED)
         b1 = cast(b, tl.bfloat16, INTERPRETED)
-        a_rest = rest(a, a1)
-        b_rest = rest(b, b1)
+        a_rest = rest(a, a1, FINITE)
+        b_rest = rest(b, b1, FINITE)
         a2 = cast(a_rest, tl.bfloat16, INTERPRETED)
         b2 = cast(b_rest, tl.bfloat16, INTERPRETED)
         if PRODUCTS == 6:
             a3 = cast(a_rest - a2.to(tl.float32), tl.bfloat16, INTERPRETED)
             b3 = cast(b_rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
             # The small products first: a large accumulator would absorb them.
-            acc = _dot(finite(a1), b3, acc, INTERPRETED)
-            acc = _dot(a3, finite(b1), acc, INTERPRETED)
+            acc = _dot(finite(a1, FINITE), b3, acc, INTERPRETED)
+            acc = _dot(a3, finite(b1, FINITE), acc, INTERPRETED)
             acc = _dot(a2, b2, acc, INTERPRETED)
-        acc = _dot(finite(a1), b2, acc, INTERPRETED)
-        acc = _dot(a2, finite(b1), acc, INTERPRETED)
+        acc = _dot(finite(a1, FINITE), b2, acc, INTERPRETED)
+        acc = _dot(a2, finite(b1, FINITE), acc, INTERPRETED)
         acc = _dot(a1, b1, acc, INTERPRETED)
     return acc
 
@@ -44,25 +47,26 @@ def dot(a, b, acc, PRODUCTS: tl.constexpr, INTERPRETED: tl.constexpr):
 def dot_by_pieces(a, b, acc, INTERPRETED: tl.constexpr):
     """``acc + a @ b`` to about 2**-24 for a bfloat16 a and a float32 b, which three pieces represent exactly."""
     b1 = cast(b, tl.bfloat16, INTERPRETED)
-    b_rest = rest(b, b1)
+    b_rest = rest(b, b1, False)
     b2 = cast(b_rest, tl.bfloat16, INTERPRETED)
     b3 = cast(b_rest - b2.to(tl.float32), tl.bfloat16, INTERPRETED)
-    acc = _dot(finite(a), b3, acc, INTERPRETED)
-    acc = _dot(finite(a), b2, acc, INTERPRETED)
+    acc = _dot(finite(a, False), b3, acc, INTERPRETED)
+    acc = _dot(finite(a, False), b2, acc, INTERPRETED)
     acc = _dot(a, b1, acc, INTERPRETED)
     return acc
 
 
 @triton.jit
-def rest(x, piece):
+def rest(x, piece, FINITE: tl.constexpr):
     """What a bfloat16 piece leaves of float32 x; nothing where the piece is infinite."""
-    return tl.where(_infinite(piece), 0.0, x - piece.to(tl.float32))
+    left = x - piece.to(tl.float32)
+    return left if FINITE else tl.where(_infinite(piece), 0.0, left)
 
 
 @triton.jit
-def finite(piece):
+def finite(piece, FINITE: tl.constexpr):
     """A piece for products with small pieces, which are mostly 0: an infinity counts in the large product alone."""
-    return tl.where(_infinite(piece), 0.0, piece).to(piece.dtype)
+    return piece if FINITE else tl.where(_infinite(piece), 0.0, piece).to(piece.dtype)
 
 
 @triton.jit

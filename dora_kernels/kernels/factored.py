@@ -60,7 +60,7 @@ def factored_norm_kernel(
             )
             gram = tl.load(gram_ptr + offs_q[:, None] * stride_gr + offs_r[None, :], mask=mask_g, other=0.0)
             if PIECES == 2:
-                acc = dot(left, gram, acc, 3, INTERPRETED)
+                acc = dot(left, gram, acc, 3, INTERPRETED, True)
             else:
                 acc = dot_by_pieces(left, gram, acc, INTERPRETED)
         b = tl.load(b_rows + offs_r.to(tl.int64)[None, :] * stride_br, mask=mask, other=0.0).to(tl.float32)

@@ -81,7 +81,7 @@ def sweep(
             a = tl.load(
                 a_columns + offs[:, None] * stride_ar, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0
             ).to(wide)
-            acc = dot(b, a, acc, PRODUCTS, INTERPRETED)
+            acc = dot(b, a, acc, PRODUCTS, INTERPRETED, True)
             if PRODUCTS == 3:
                 low += _low_rank_terms(b, a)
         else:
@@ -93,7 +93,7 @@ def sweep(
                 ).to(wide)
                 b = tl.load(b_rows + offs[None, :] * stride_br, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
                 b = b.to(wide)
-                acc = dot(b, a, acc, PRODUCTS, INTERPRETED)
+                acc = dot(b, a, acc, PRODUCTS, INTERPRETED, True)
                 if PRODUCTS == 3:
                     low += _low_rank_terms(b, a)
         w = w.to(tl.float32)

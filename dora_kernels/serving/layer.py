@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -196,15 +197,14 @@ class Forward:
         self.former = self.module.__dict__.get("forward")
         """What somebody had put into the layer's dictionary before; None for the forward of its class."""
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, with the adapters of the running batch."""
         module = self.module
-        base = (
-            type(module).forward(module, x, *args, **kwargs) if self.former is None else self.former(x, *args, **kwargs)
-        )
+        former = functools.partial(type(module).forward, module) if self.former is None else self.former
+        base: Tensor = former(*args, **kwargs)
         if self.layer is None or (batch := running(self.layer.bank)) is None:
             return base
-        return self.layer.run(batch, x, base)
+        return self.layer.run(batch, args[0] if args else next(iter(kwargs.values())), base)
 
     def remove(self) -> None:
         """Leave the layer as it was; where somebody has wrapped this since, do nothing but call the former one."""

@@ -155,6 +155,28 @@ def test_nothing_of_the_stacks_size_is_formed_or_kept(weight):
     assert sum(storages.values()) < stack, {tuple(t.shape) for t in kept}
 
 
+def test_with_float32_adapters_16_bits_are_kept():
+    """Of x and the base product no float32 copy is kept."""
+    problem, wide = Problem(bf16, f32), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dtype == f32 and tensor.shape[-1] in (K, N) and tensor.dim() == 2 and tensor.shape[0] != R:
+            wide.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        problem.experts().grouped(problem.x, ENDS)
+    rows = {end - start for start, end in zip([0, *ENDS], ENDS)}
+    assert not [shape for shape in wide if shape[0] in rows and shape != (E, N)]
+
+
+def test_second_derivatives_of_mixed_dtypes():
+    problem = Problem(bf16, f32)
+    y = problem.experts().grouped(problem.x, ENDS)
+    (first,) = torch.autograd.grad(y.float().square().sum(), problem.a, create_graph=True)
+    assert torch.autograd.grad(first.sum(), problem.x)[0].abs().max() > 0
+
+
 def test_the_norm_is_kept_as_that_of_a_dense_layer():
     problem, cache = Problem(f32, f32), NormCache()
     for _ in range(3):

@@ -128,7 +128,18 @@ def test_the_sample_is_a_part_of_the_weight(shape):
         if given.numel():
             found = sample(given)
             assert set(found.tolist()) <= set(given.flatten().tolist())
-            assert min(given.numel(), 1) <= found.numel() <= 2 * fingerprints._SAMPLES + 1
+            assert min(given.numel(), 1) <= found.numel() <= 3 * fingerprints._SAMPLES
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (64, 512), (96, 300), (8, 64, 32), (4, 128, 64), (64, 16, 3, 3)])
+def test_the_sample_is_spread_over_all_dimensions(shape):
+    """A write to a quarter of the columns of all rows, or to one expert, meets it."""
+    places = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    for transposed in (False, True):
+        for each, size in zip(places, shape):
+            found = sample(each.transpose(0, 1).contiguous().transpose(0, 1) if transposed else each)
+            quarters = (found * 4 // size).unique() if size >= 16 else found.unique()
+            assert len(quarters) == min(size, 4) if size >= 16 else len(quarters) == size
 
 
 def test_nothing_keeps_the_storage_of_a_weight_that_was_converted(layer, x):

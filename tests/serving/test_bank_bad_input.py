@@ -83,6 +83,8 @@ def test_rows(bank):
             bank.model[0](torch.randn(3, 5))
         assert bank.model[0](torch.randn(6, 5)).shape == (6, 4), "rows of three tokens, flattened"
         assert bank.model[0](torch.randn(2, 7, 5)).shape == (2, 7, 4)
+        x = torch.randn(2, 5)
+        assert torch.equal(bank.model[0](input=x), bank.model[0](x)), "by keyword"
     with bank.rows(["one", None], repeats=3):
         assert bank.model[0](torch.randn(6, 1, 5)).shape == (6, 1, 4)
         assert bank.model[0](torch.randn(2, 1, 5)).shape == (2, 1, 4)

@@ -91,8 +91,8 @@ def _forced(name: str, lane: Lane, *constants: str) -> Any:
 _LARGE = ("engine.blocked._FACTORED_ELEMENTS", "engine.blocked._FACTORED_FEATURES")
 FACTORED = [
     _forced("torch-factored", Lane("torch", "cpu"), *_LARGE),
-    _forced("triton-factored", Lane("triton", "cpu"), "kernels.config._DIRECT_RANK"),
-    _forced("triton-cuda-factored", Lane("triton", "cuda"), "kernels.config._DIRECT_RANK"),
+    _forced("triton-factored", Lane("triton", "cpu"), "kernels.factored.DIRECT_RANK"),
+    _forced("triton-cuda-factored", Lane("triton", "cuda"), "kernels.factored.DIRECT_RANK"),
 ]
 # The norm kept on the device, which is worth it for large weights only.
 KEPT = [

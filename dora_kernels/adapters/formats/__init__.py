@@ -15,18 +15,18 @@ from dora_kernels.adapters.formats.qdora import QDoRA
 from dora_kernels.adapters.formats.torchtune import Torchtune
 
 FORMATS: dict[str, Format] = {
-    format.name: format
-    for format in (
-        Peft(), Diffusers(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx(), Vllm(), Sglang()
-    )
-}  # fmt: skip
+    format.name: format for format in (Peft(), Diffusers(), Lycoris(), Kohya(), Torchtune(), Nvidia(), QDoRA(), Mlx())
+}
+
+WRITTEN: dict[str, Format] = {**FORMATS, **{format.name: format for format in (Vllm(), Sglang())}}
+"""Those that are written: also what servers read, plain LoRA in PEFT's files."""
 
 # PEFT's keys are the most general, and part of other formats' keys, so PEFT is tried last.
 _ORDER = ("qdora", "nvidia", "torchtune", "mlx", "diffusers", "kohya", "lycoris", "peft")
 
 
 def check_format(format: Any, *also: str) -> None:
-    """Raise ValueError if `format` is not the name of a format, nor one of `also`."""
+    """Raise ValueError if `format` is not the name of a format that is read, nor one of `also`."""
     if format not in (*FORMATS, *also):
         raise ValueError(f"format: expected one of {', '.join(map(repr, (*also, *FORMATS)))}, got {format!r}")
 
