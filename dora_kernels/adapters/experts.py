@@ -62,7 +62,7 @@ def stacked(
     """Return an adapter's layers with those of experts stacked, where the model (`known`) has stacks of them.
 
     Raises:
-        ValueError: an expert, or one of its layers, is missing.
+        ValueError: an expert, or one of its layers, is missing; or the model's stacks are no such stacks.
     """
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
@@ -77,6 +77,8 @@ def stacked(
                 names[name] = own
     layers = {name: layer for name, layer in adapter.items() if name not in names}
     for own, parts in stacks.items():
+        if known[own].alternating:
+            raise ValueError(f"adapter: {own}: gate and up take turns in this model's stack, and not in the file")
         layers[own] = _stack(own, parts, known[own].weight.shape[0])
     if stacks:
         notes.append(f"the layers of single experts became {len(stacks)} stacks")

@@ -96,9 +96,14 @@ def tune(
     validation.check_number(seconds, "seconds")
     shapes, of_device, of_dtype = shapes_of(model_or_shapes, int(rank))
     default = of_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.device(device) if device is not None else default
+    try:
+        where = torch.device(device) if device is not None else default
+    except RuntimeError:
+        where = torch.device("meta")
     if where.type not in TOKENS:
-        raise ValueError(f"device: expected cpu or cuda, got {str(where)!r}")
+        raise ValueError(f"device: expected cpu or cuda, got {str(device or where)!r}")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: there is no {where}, but {torch.cuda.device_count()} of its kind")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     dtype = dtype or of_dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from experts_models import Mixture, experts, qwen3_moe
@@ -42,7 +44,9 @@ def test_pefts_files(use_dora, tmp_path):
     model = adapted(use_dora)
     dora_kernels.save_adapter(model, tmp_path / "out")
     again = qwen3_moe()
-    dora_kernels.load_adapter(tmp_path / "out", again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of layers that the file has not
+        dora_kernels.load_adapter(tmp_path / "out", again)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
     read = dora_kernels.read_adapter(tmp_path / "out")
     layer = read.layers["model.layers.1.mlp.experts.down_proj"]
@@ -109,6 +113,21 @@ def test_servers_files(format, tmp_path):
     again = qwen3_moe()
     dora_kernels.load_adapter(tmp_path, again)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_gate_and_up_in_turns(tmp_path):
+    """In gpt-oss they alternate: halves of the stack are neither of them."""
+    gpt_oss = "transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts"
+    model = Mixture(experts(*gpt_oss), torch.float32)
+    dora_kernels.apply_dora(model, [], rank=2, use_dora=False, target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj cannot be written as 'vllm': gate and up take turns"):
+        dora_kernels.save_adapter(model, tmp_path / "out", format="vllm")
+    single = dora_kernels.Adapter(split(dora_kernels.extract(model).layers))
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: gate and up take turns"):
+        dora_kernels.attach(Mixture(experts(*gpt_oss), torch.float32), single)
+    dora_kernels.save_adapter(dora_kernels.extract(model), tmp_path / "peft")
+    notes = dora_kernels.save_adapter(dora_kernels.read_adapter(tmp_path / "peft"), tmp_path / "vllm", format="vllm")
+    assert any("not in gpt-oss" in note for note in notes)
 
 
 @pytest.mark.parametrize("format", ["vllm", "sglang", "lycoris", "mlx"])

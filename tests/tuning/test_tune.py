@@ -189,6 +189,8 @@ def test_a_models_shapes():
         ([(3, 0, 2)], {}, "rank"),
         ([(3, 4, 2)], {"tokens": []}, "tokens: expected at least one number"),
         ([(3, 4, 2)], {"device": "meta"}, "device: expected cpu or cuda, got 'meta'"),
+        ([(3, 4, 2)], {"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
+        ([(3, 4, 2)], {"device": "cuda:99"}, "device: there is no cuda:99"),
         ([(3, 4, 2)], {"dtype": torch.int8}, "dtype: expected float32"),
     ],
 )
@@ -209,7 +211,8 @@ def test_the_command(folder):
     assert "ignored" in json.loads(invoke("doctor", "--json").output)["devices"][0]["tuned"]["float32"]
 
 
-@pytest.mark.parametrize("arguments", [["24y40"], ["24x40", "--dtype", "int8"], ["24x40", "--tokens", "a"]])
+@pytest.mark.parametrize("arguments", [["24y40"], ["24x40", "--dtype", "int8"], ["24x40", "--tokens", "a"],
+                                       ["24x40", "--device", "tpu"]])  # fmt: skip
 def test_the_command_refuses(arguments):
     assert invoke("tune", *arguments).exit_code == 2
 
