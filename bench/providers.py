@@ -20,7 +20,7 @@ LABELS = {
     "peft_dora_compiled": "PEFT DoRA, compiled",
     "torchtune": "torchtune DoRA",
     "lycoris": "LyCORIS DoRA",
-    "axolotl": "axolotl DoRA kernels",
+    "axolotl": "axolotl DoRA",
     "dense": "dense, from scratch",
     "ours": "ours: patch_peft",
     "ours_merged": "ours, merged",
@@ -36,7 +36,7 @@ LABELS = {
     "ours_unchanged": "ours, unchanged",  # in earlier records
     "ours_fused": "ours, one kernel",  # in earlier records
     "ours_bank": "ours: AdapterBank",
-    "ours_bank_lora": "ours: AdapterBank, plain LoRA",
+    "ours_bank_lora": "ours: LoRA bank",
 }
 REFERENCES = ("ours", "peft_lora", "peft_dora", "frozen", "ours_bank_lora")
 """Those that every row has its ratio to, where they take part."""

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dora_kernels"
 PARTS = ("core", "engine", "kernels", "functional.py", "rounding.py")
-LEFT_OUT = {"core/reference.py", "core/expressions.py", "core/patterns.py", "core/extras.py", "engine/model_forward.py"}
+LEFT_OUT = {"core/reference.py", "core/expressions.py", "core/patterns.py", "engine/model_forward.py"}
 """The oracle, and what only models and files need."""
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 INIT = '''"""DoRA at the price of LoRA: functions, and layers for `kernelize`. Made from dora_kernels {version}."""
@@ -28,6 +28,7 @@ from . import layers
 from .engine.dispatch import UnsupportedError
 from .functional import dora_linear, dora_weight_norm, merge_dora
 
+__version__ = "{version}"
 __all__ = ["UnsupportedError", "dora_linear", "dora_weight_norm", "layers", "merge_dora"]
 '''
 CARD = """---
@@ -57,7 +58,7 @@ def converted(text: str, module: Path, namespace: str) -> str:
     text = re.sub(r"^(\s*)from dora_kernels\.([\w.]+) import", rf"\1from {up}\2 import", text, flags=re.MULTILINE)
     for before in ('"{}::', "torch.ops.{}.", 'Library("{}"'):
         text = text.replace(before.format("dora_kernels"), before.format(namespace))
-    left = re.search(r"^\s*(import dora_kernels|from dora_kernels)|import_module\(.dora_kernels", text, re.MULTILINE)
+    left = re.search(r"^\s*(import|from) dora_kernels|(import_module\(f?|modules\[).dora_kernels", text, re.MULTILINE)
     if left is not None:
         raise ValueError(f"{module}: {left[0].strip()!r} is not converted")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -20,11 +21,15 @@ ROOT = Path(dora_kernels.__file__).parent.parent
 NOT_RELEASED = {".github", ".git", ".gitignore"}
 
 
-def for_release():
-    spec = importlib.util.spec_from_file_location("for_release", ROOT / ".ci" / "for_release.py")
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def for_release():
+    return loaded(".ci/for_release.py")
 
 
 def test_links_of_a_release():
@@ -40,6 +45,21 @@ def test_urls_of_a_release():
     text = for_release().with_urls((ROOT / "pyproject.toml").read_text(), "https://host/owner/name", "v1.2.3")
     assert text.count('Issues = "https://host/owner/name/issues"') == 1
     assert "[project.urls]" not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_hub_s_kernel_stands_alone(tmp_path, monkeypatch):
+    """What looks for modules by name finds the kernel's own, also what reads a table of `tune`."""
+    for path, text in loaded("hub/build.py").sources("hub_kernel_ops", "1.2.3").items():
+        (tmp_path / "hub_kernel" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hub_kernel" / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    choices = importlib.import_module("hub_kernel.engine.choices")
+    assert choices.versions() == {**dora_kernels.engine.choices.versions(), "dora-kernels": "1.2.3"}
+    pytest.importorskip("triton")
+    tiles, compose = (importlib.import_module(f"hub_kernel.{name}") for name in ("engine.tiles", "kernels.compose"))
+    asked = compose.compose_config
+    with tiles.replaced({}):
+        assert compose.compose_config is not asked
 
 
 def tracked():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import dora_kernels
 from bench.problem import dtypes_of, long_step
 from bench.providers import Case, Checked, Subject, library
 from dora_kernels.testing import error
@@ -89,26 +90,28 @@ class _Adapted(nn.Module):
         return ((self.m / torch.linalg.vector_norm(v, dim=2).detach()).unsqueeze(2) * v).to(weight.dtype)
 
 
-def adapt(model: nn.Module, provider: str, dtype: torch.dtype, targets: list[str]) -> tuple[Any, Callable[[], None]]:
-    """Give a model the provider's adapters; return it, and what undoes the patch."""
+def adapt(model: nn.Module, provider: str, dtype: torch.dtype, targets: list[str]) -> Any:
+    """Return the model with the provider's adapters."""
     if provider == "frozen":
-        return model, lambda: None
+        return model
     if provider == "parametrized_dora":
         for module in [m for m in model.modules() if all(hasattr(m, name) for name in STACKS)]:
             for name in STACKS:
                 parametrize.register_parametrization(module, name, _Adapted(getattr(module, name), dtype), unsafe=True)
-        return model, lambda: None
+        return model
     with library():
         from peft import LoraConfig, get_peft_model
-    import dora_kernels
-
     handle = dora_kernels.patch_peft_globally() if provider.startswith("ours") else None
     config = LoraConfig(
         use_dora=provider == "ours", r=RANK, lora_alpha=int(SCALING * RANK), target_modules=[],
         target_parameters=targets,
     )  # fmt: skip
     model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
-    return model, (lambda: None) if handle is None else handle.restore
+    if handle is not None:
+        handle.restore()  # later models are stock again; layers on experts that have a DoRA adapter stay as they are
+    if provider == "ours_lora":
+        dora_kernels.patch_peft(model)
+    return model
 
 
 def factors(model: nn.Module) -> Iterator[tuple[Any, str, Tensor, Tensor, Tensor | None]]:
@@ -181,12 +184,7 @@ class LayerOfExperts(Case):
         base, adapters = dtypes_of(self.dtypes)
         inner = _Experts(self.shape, base, self.device)
         held = inner.experts
-        model, restore = adapt(inner, provider, adapters, [f"experts.{name}" for name in STACKS])
-        restore()  # later models are stock again; layers on experts that have a DoRA adapter stay as they are
-        if provider == "ours_lora":
-            import dora_kernels
-
-            dora_kernels.patch_peft(model)
+        model = adapt(inner, provider, adapters, [f"experts.{name}" for name in STACKS])
         train_a_little(model)
         leaves = [inner.x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
 
@@ -267,12 +265,7 @@ class MixtureModel(Case):
             num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config, dtype=base).to(self.device).requires_grad_(False)
-        model, restore = adapt(model, provider, adapters, [f"mlp.experts.{name}" for name in STACKS])
-        restore()
-        if provider == "ours_lora":
-            import dora_kernels
-
-            dora_kernels.patch_peft(model)
+        model = adapt(model, provider, adapters, [f"mlp.experts.{name}" for name in STACKS])
         model.train()
         ids = torch.randint(0, 1024, (2, self.tokens // 2), device=self.device)
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -156,13 +157,36 @@ class ServeCase(Case):
 
     def subject(self, provider: str) -> Subject:
         """The provider's forward of the batch, each row checked against float64."""
-        call = _CALLS[provider](self)
-        kind = "frozen" if provider == "frozen" else "lora" if provider.endswith("lora") else "dora"
+        model, options, batch = self.served(provider)
+
+        @torch.no_grad()
+        def call() -> Any:
+            with batch():
+                return model(self.x, **options)
+
+        kind = kind_of(provider)
         wanted, allowed = self.judged(kind)
-        with torch.no_grad():
-            found = errors({"y": call()}, wanted)
-        part = "decode" if self.tokens == 1 else "prefill"
+        found, part = errors({"y": call()}, wanted), "decode" if self.tokens == 1 else "prefill"
         return Subject(provider, {part: [call]}, found, allowed, {part: self._least(kind)})
+
+    def served(self, provider: str) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
+        """The provider's model with the adapters, what its forward takes of the batch, and what is entered around it.
+
+        Every provider has a copy of the base model's modules and shares the weights.
+        """
+        model = copy.deepcopy(self.stack, {id(parameter): parameter for parameter in self.stack.parameters()})
+        if provider == "frozen":
+            return model, {}, contextlib.nullcontext
+        dora = kind_of(provider) == "dora"
+        if "bank" in provider:
+            bank = dora_kernels.AdapterBank(model, slots=self.adapters, max_rank=max(self.ranks))
+            for name, adapter in self.loaded.items():
+                bank.load(name, adapter if dora else plain(adapter))
+            return model, {}, functools.partial(bank.rows, self.names)
+        model = peft_model(model, self.loaded, dora, self.dtype)
+        if dora:
+            patch_all(model)
+        return model, {"adapter_names": self.names}, contextlib.nullcontext
 
     @functools.cache  # noqa: B019  a case lives as long as its run
     def judged(self, kind: str) -> Judged:
@@ -212,42 +236,14 @@ class Stack(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-def _frozen(case: ServeCase) -> Work:
-    return torch.no_grad()(functools.partial(case.stack, case.x))
-
-
-def _bank(case: ServeCase, dora: bool) -> Work:
-    model = Stack([layer.weight for layer in case.stack.layers])
-    bank = dora_kernels.AdapterBank(model, slots=case.adapters, max_rank=max(case.ranks))
-    for name, adapter in case.loaded.items():
-        bank.load(name, adapter if dora else plain(adapter))
-
-    def call() -> Any:
-        with bank.rows(case.names):
-            return model(case.x)
-
-    return call
+def kind_of(provider: str) -> str:
+    """What a provider computes: "frozen", "lora" or "dora"."""
+    return "frozen" if provider == "frozen" else "lora" if provider.endswith("lora") else "dora"
 
 
 def plain(adapter: Adapter) -> Adapter:
     """The adapter without its magnitudes."""
-    layers = {
-        name: AdapterLayer("linear", layer.lora_A, layer.lora_B, None, layer.scaling)
-        for name, layer in adapter.layers.items()
-    }
-    return Adapter(layers)
-
-
-def _peft(case: ServeCase, dora: bool) -> Work:
-    model = peft_model(Stack([layer.weight for layer in case.stack.layers]), case.loaded, dora, case.dtype)
-    if dora:
-        patch_all(model)
-
-    @torch.no_grad()
-    def call() -> Any:
-        return model(case.x, adapter_names=case.names)
-
-    return call
+    return Adapter({name: dataclasses.replace(layer, magnitude=None) for name, layer in adapter.layers.items()})
 
 
 def peft_model(base: nn.Module, adapters: dict[str, Adapter], dora: bool, dtype: torch.dtype) -> Any:
@@ -293,13 +289,9 @@ class ServeModelCase(ServeCase):
 
     @functools.cached_property
     def stack(self) -> Any:
-        """The base model, of which every provider has a copy of the modules and shares the weights."""
+        """The base model."""
         base = finetune.language_model(self.run)[0]
         return (base if self.dtype == torch.float32 else copy.deepcopy(base).to(self.dtype)).eval()
-
-    def base(self) -> Any:
-        """The base model for one provider."""
-        return copy.deepcopy(self.stack, {id(parameter): parameter for parameter in self.stack.parameters()})
 
     @functools.cached_property
     def prompt(self) -> Tensor:
@@ -325,35 +317,21 @@ class ServeModelCase(ServeCase):
 
     def subject(self, provider: str) -> Subject:
         """Generated tokens after a prompt, and the prompt's own forward, whose logits are checked."""
-        if provider in ("frozen", "peft_lora", "ours"):
-            model = self.base()
-            if provider != "frozen":
-                model = peft_model(model, self.loaded, provider == "ours", self.dtype)
-                if provider == "ours":
-                    patch_all(model)
-            options = {} if provider == "frozen" else {"adapter_names": self.names}
-            entered: Callable[[], Any] = contextlib.nullcontext
-        else:
-            model, options = self.base(), {}
-            bank = dora_kernels.AdapterBank(model, slots=self.adapters, max_rank=max(self.ranks))
-            for name, adapter in self.loaded.items():
-                bank.load(name, plain(adapter) if provider.endswith("lora") else adapter)
-            entered = functools.partial(bank.rows, self.names)
+        model, options, batch = self.served(provider)
         forward = functools.partial(model, **options)
         token = Continuation(_Called(forward), self.prompt, CONTINUED)
 
         @torch.no_grad()
         def prefill() -> Tensor:
-            with entered():
+            with batch():
                 logits: Tensor = forward(input_ids=self.prompt, use_cache=False).logits
                 return logits
 
         def decode() -> None:
-            with entered():
+            with batch():
                 token()
 
-        kind = "frozen" if provider == "frozen" else "lora" if provider.endswith("lora") else "dora"
-        wanted, allowed = self.judged(kind)
+        wanted, allowed = self.judged(kind_of(provider))
         parts: dict[str, Sequence[Work]] = {"token": [decode], "prefill": [prefill]}
         return Subject(provider, parts, errors({"logits": prefill()}, wanted), allowed)
 
@@ -386,12 +364,3 @@ class _Called:
 
     def __call__(self, **inputs: Any) -> Any:
         return self.forward(**inputs)
-
-
-_CALLS: dict[str, Callable[[ServeCase], Work]] = {
-    "frozen": _frozen,
-    "peft_lora": functools.partial(_peft, dora=False),
-    "ours": functools.partial(_peft, dora=True),
-    "ours_bank_lora": functools.partial(_bank, dora=False),
-    "ours_bank": functools.partial(_bank, dora=True),
-}

@@ -13,7 +13,7 @@ from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.experts import plan_stacks, stacked
-from dora_kernels.adapters.formats.stacks import EXCHANGED
+from dora_kernels.adapters.formats.stacks import ALTERNATING, EXCHANGED
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers
 from dora_kernels.model.saving import watch_saving
@@ -46,6 +46,13 @@ def joined(models: Any) -> nn.Module:
     return holder
 
 
+def name_of(name: str, layer: nn.Module) -> str:
+    """The name in an adapter of an adapted layer with this name in the model: of a stack, its parameter's."""
+    if isinstance(layer, modules.LoRAExperts):
+        return f"{name.replace('.base_layer', '')}.{layer.parameter}"
+    return name
+
+
 def extract(model: Models) -> Adapter:
     """Copy the adapter of a model with adapted layers (`DoRALinear` and the others).
 
@@ -62,6 +69,7 @@ def extract(model: Models) -> Adapter:
     """
     layers: dict[str, AdapterLayer] = {}
     exchanged: list[str] = []
+    alternating: list[str] = []
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
@@ -75,13 +83,15 @@ def extract(model: Models) -> Adapter:
         dora = isinstance(layer, modules.DoRALayer)
         if isinstance(layer, modules.LoRAExperts):
             _, stacked_a, stacked_b = layer._problem()
-            name = f"{name.replace('.base_layer', '')}.{layer.parameter}"
+            name = name_of(name, layer)
             magnitude = layer.magnitude.detach().clone() if isinstance(layer, modules.DoRAExperts) else None
             layers[name] = AdapterLayer(
                 "experts", stacked_a.detach().clone(), stacked_b.detach().contiguous(), magnitude, layer.scaling
             )
             if hidden_transposed(layer._holder()):
                 exchanged.append(name)
+            if base_layers[name].alternating:
+                alternating.append(name)
             continue
         a, b = (factor.detach().clone() for factor in layer.factors)
         layers[name] = AdapterLayer(
@@ -95,8 +105,8 @@ def extract(model: Models) -> Adapter:
         )
     if not layers:
         raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
-    config: dict[str, Any] = {COMPONENTS: True} if several else {}
-    return Adapter(layers, "model", config={**config, EXCHANGED: exchanged} if exchanged else config)
+    config = {COMPONENTS: several, EXCHANGED: exchanged, ALTERNATING: alternating}
+    return Adapter(layers, "model", config={key: value for key, value in config.items() if value})
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:

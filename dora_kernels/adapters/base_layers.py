@@ -13,7 +13,7 @@ from dora_kernels.adapters.names import proposal
 from dora_kernels.model.targets import named_modules
 from dora_kernels.modules import AdaptedLayer, dequantize
 from dora_kernels.modules.linear import is_conv1d
-from dora_kernels.modules.stand_in import is_transposed
+from dora_kernels.modules.stand_in import alternates, is_transposed
 
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 """Convolution classes by `AdapterLayer.kind`."""
@@ -28,11 +28,13 @@ class BaseLayer:
             layer, an embedding, or a linear layer that is stored transposed.
         features: input and output size, as `AdapterLayer.features`; if the kind is unknown, those of a linear layer.
         weight: the weight as it is stored.
+        alternating: True for a stack in which the outputs of gate and up take turns.
     """
 
     kind: str | None
     features: tuple[int, int]
     weight: Tensor
+    alternating: bool = False
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -143,7 +145,8 @@ def _stacks_of(module: nn.Module) -> dict[str, BaseLayer]:
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() == 3 and not type(module).__module__.startswith("torch."):
             weight = parameter.transpose(1, 2) if is_transposed(module) else parameter
-            found[key] = BaseLayer("experts", (weight.shape[2], weight.shape[1]), weight)
+            mixed = key == "gate_up_proj" and alternates(module)
+            found[key] = BaseLayer("experts", (weight.shape[2], weight.shape[1]), weight, mixed)
     return found
 
 

@@ -62,7 +62,7 @@ def stacked(
     """Return an adapter's layers with those of experts stacked, where the model (`known`) has stacks of them.
 
     Raises:
-        ValueError: an expert, or one of its layers, is missing.
+        ValueError: an expert, or one of its layers, is missing; or the model's stacks are no such stacks.
     """
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
@@ -77,6 +77,8 @@ def stacked(
                 names[name] = own
     layers = {name: layer for name, layer in adapter.items() if name not in names}
     for own, parts in stacks.items():
+        if known[own].alternating:
+            raise ValueError(f"adapter: {own}: gate and up take turns in this model's stack, and not in the file")
         layers[own] = _stack(own, parts, known[own].weight.shape[0])
     if stacks:
         notes.append(f"the layers of single experts became {len(stacks)} stacks")
@@ -102,6 +104,9 @@ def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int)
     same = len({t.shape for t in lora_A}) == 1 == len({t.shape for t in lora_B})
     if not same or any((m is None) != (magnitude[0] is None) for m in magnitude):
         raise ValueError(f"adapter: {name}: its experts have different sizes or ranks, or only some have a magnitude")
+    (axis, eps), *others = {(one.magnitude_axis, one.eps) for row in rows for one in row}
+    if magnitude[0] is not None and (others or axis != "out" or eps):
+        raise ValueError(f"adapter: {name}: its experts have magnitudes along 'in', or an eps, and stacks have neither")
     m = None if magnitude[0] is None else torch.stack([each for each in magnitude if each is not None])
     return AdapterLayer("experts", torch.stack(lora_A), torch.stack(lora_B), m, 1.0)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
-from dora_kernels.adapters.attachment import Models, attach, joined
+from dora_kernels.adapters.attachment import Models, attach, joined, name_of
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.experts import stacked
@@ -65,7 +65,7 @@ def load_adapter(
     if model is not None:
         attached = set(attach(model, adapter))
         layers = adapted_layers(joined(model))
-        if others := [name for name in layers if name not in attached]:
+        if others := [name for name, layer in layers.items() if name_of(name, layer) not in attached]:
             names = listed(others, 3)
             text = f"{names} stay adapted: the file has no tensors for them; to avoid it call remove_dora(model) first"
             adapter.notes.append(text)

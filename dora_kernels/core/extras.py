@@ -1,9 +1,23 @@
-"""Import optional packages, with errors that say what to install or why an installed one cannot be used."""
+"""Optional packages: their versions, and imports whose errors say what to install, or why that did not help."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import Any
+
+TRITON = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
+"""The distributions that bring the package triton."""
+
+
+def version_of(*distributions: str) -> str | None:
+    """The version of the first of these that is installed, without importing it; None if none is."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def load(package: str, extra: str, use: str) -> Any:

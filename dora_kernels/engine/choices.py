@@ -17,13 +17,23 @@ from typing import Any
 
 import torch
 
+from dora_kernels.core import extras
+
 FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """``$DORA_KERNELS_CACHE``, or dora_kernels in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    named = os.environ.get("DORA_KERNELS_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora_kernels"
+    """``$DORA_KERNELS_CACHE``, or dora_kernels in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        FileNotFoundError: the user has no home, as some in containers.
+    """
+    if named := os.environ.get("DORA_KERNELS_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora_kernels"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error} Set DORA_KERNELS_CACHE to a folder for the tables of `tune`") from error
 
 
 def device_name(device: torch.device) -> str:
@@ -45,11 +55,11 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a table holds for."""
-    package: Any = sys.modules["dora_kernels"]
-    triton = sys.modules.get("triton")
+    """The versions that a table holds for, the same before and after triton is imported."""
+    package: Any = sys.modules[__name__.partition(".engine.")[0]]  # not dora_kernels in the Hub's kernel
     found = {"dora-kernels": package.__version__, "torch": str(torch.__version__)}
-    return {**found, "triton": str(triton.__version__)} if triton is not None and torch.cuda.is_available() else found
+    triton = extras.version_of(*extras.TRITON)
+    return found if triton is None else {**found, "triton": triton}
 
 
 def table_path(device: torch.device, dtype: torch.dtype) -> Path:
@@ -84,7 +94,10 @@ def key_of(out_features: int, in_features: int, rank: int) -> str:
 def _table(kind: str, index: int | None, dtype: torch.dtype) -> dict[str, Any]:
     if kind == "cuda" and not torch.cuda.is_available():
         return {}
-    path = table_path(torch.device(kind if index is None else f"{kind}:{index}"), dtype)
+    try:
+        path = table_path(torch.device(kind if index is None else f"{kind}:{index}"), dtype)
+    except FileNotFoundError:
+        return {}
     found, reason = read_table(path)
     if reason is not None:
         warnings.warn(f"dora_kernels: {path} is ignored: {reason}", RuntimeWarning, stacklevel=2)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights, row_problem
-from dora_kernels.core.products import block_rows, blocks
 from dora_kernels.core.scale import norm_of, quotient
 from dora_kernels.engine import autograd, blocked, dispatch, fused, ops, writes
 from dora_kernels.engine.fingerprints import Record
@@ -28,7 +27,6 @@ from dora_kernels.engine.norm import Norm
 from dora_kernels.engine.norm_cache import NormCache, norm_reuse
 from dora_kernels.engine.products import mm
 from dora_kernels.engine.rescale import dot_over_rows, lazy_clone
-from dora_kernels.rounding import is_coarse, seed_for
 
 DTYPES = (torch.float32, torch.float64)
 """Dtypes of a base weight that may run merged."""
@@ -122,47 +120,26 @@ def _current(weights: Weights, form: Form, cache: NormCache, training: bool, bac
     cache.merged = kept = None  # frees the old one, unless a graph still reads it
     with torch.no_grad(), no_autocast(weights.weight.device):
         cache.refreshes += 1
-        merged = _make(weights, form, norm, chosen, seed_for(cache.refreshes, str(cache.number)))
+        merged = _make(weights, form, norm, chosen)
     cache.merged = merged
     return merged
 
 
-def _make(weights: Weights, form: Form, norm: Norm, backend: str, seed: int) -> MergedWeight:
+def _make(weights: Weights, form: Form, norm: Norm, backend: str) -> MergedWeight:
     weight, lora_A, lora_B, magnitude = (t.detach() for t in weights[:4])
-    axis, drawn = form.magnitude_axis, seed if is_coarse(weight.dtype) else None
-    rows = row_problem(weight, lora_A, lora_B, axis)
-    if drawn is not None and backend == "torch":
-        merged = _rounded_stochastically(rows, magnitude, form.scaling, norm.divisor, drawn)
-        merged = merged if axis == "out" else merged.t()
-    elif backend == "torch":
-        merged = blocked.merge(*rows, magnitude, form.scaling, drawn, axis == "in", norm.divisor)
+    axis = form.magnitude_axis
+    if backend == "torch":
+        rows = row_problem(weight, lora_A, lora_B, axis)
+        merged = blocked.merge(*rows, magnitude, form.scaling, None, axis == "in", norm.divisor)
         merged = merged if axis == "out" else merged.t()
     else:
         if form.eps:
             magnitude = magnitude * (norm_of(norm.divisor, form.eps) / norm.divisor)
-        merged = ops.merge(weight, lora_A, lora_B, magnitude, form.scaling, axis, backend, drawn)
+        merged = ops.merge(weight, lora_A, lora_B, magnitude, form.scaling, axis, backend)
     g = quotient(magnitude, norm.divisor, weight)
     lost = (g.abs() < _SMALLEST).nonzero().squeeze(1)
     of_magnitude = weights.magnitude.data_ptr(), weights.magnitude._version, writes.steps
     return MergedWeight(merged, g, norm, lost if len(lost) else None, Record(weights.magnitude), of_magnitude)
-
-
-def _rounded_stochastically(
-    rows: tuple[Tensor, Tensor, Tensor], magnitude: Tensor, scaling: float, divisor: Tensor, seed: int
-) -> Tensor:
-    """V' in bfloat16, each element up or down with the probability of its fraction of the step.
-
-    The random bits are the CPU generator's. Those of `rounding`, the same on every device, take ten times as long: 20
-    and 2 ns per element, of which a step has as many as the model has weights.
-    """
-    weight, lora_A, lora_B = rows
-    generator, merged = torch.Generator().manual_seed(seed), torch.empty_like(weight)
-    a = cast(lora_A, torch.float32)
-    for target, w, b, m, n in blocks(block_rows(*weight.shape), merged, weight, lora_B, magnitude, divisor):
-        wide = blocked.merge(w.float(), a, b, m, scaling, norm=n)
-        bits = torch.empty(wide.shape, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
-        target.copy_(bits.add_(wide.view(torch.int32)).bitwise_and_(-65536).view(torch.float32))
-    return merged
 
 
 class _MergedLinear(torch.autograd.Function):

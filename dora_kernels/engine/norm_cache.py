@@ -17,7 +17,6 @@ that is kept by the same rules. A norm handed out for a backward is a snapshot: 
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -62,8 +61,6 @@ class _Answers(threading.local):
 answers = _Answers()
 
 
-_numbers = itertools.count()
-
 _by_slot: weakref.WeakValueDictionary[int, NormCache] = weakref.WeakValueDictionary()
 
 
@@ -85,8 +82,8 @@ class NormCache:
         self.form, self.backend, self.merges = form, backend, merges
         self.merged: Any = None
         """The merged weight of the last call, and what it was made from."""
-        self.refreshes, self.number = 0, next(_numbers)
-        """How often a merged weight was made, and the cache's number in this process: seeds of its rounding."""
+        self.refreshes = 0
+        """How often a merged weight was made."""
         self._norms: dict[torch.device, Norm] = {}
         self._last: Norm | None = None
         self._weight_square: tuple[tuple[Any, ...], Sample, Tensor] | None = None

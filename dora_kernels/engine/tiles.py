@@ -33,7 +33,7 @@ def replace(tiles: Mapping[str, Sequence[int]], asked: Callable[[str, Any], None
     """
     undo = []
     for function, (name, plan) in ASKED.items():
-        module: Any = importlib.import_module(f"dora_kernels.kernels.{name}")
+        module: Any = importlib.import_module(f"..kernels.{name}", __package__)
         shipped = getattr(module, function)
 
         def answer(*arguments: Any, _function: str = function, _shipped: Callable[..., Any] = shipped) -> Any:

@@ -280,6 +280,8 @@ for _name in ("grouped_mm", "_grouped_mm"):
 _TRANSPOSED = frozenset({"Llama4TextExperts"})
 """Classes whose stacks are ``[E, in, out]`` and that do not say so by `is_transposed`."""
 
+_ALTERNATING = frozenset({"GptOssExperts"})
+
 
 def is_transposed(module: nn.Module) -> bool:
     """True if the module's stacks are ``[E, in, out]``: what it says itself, or for its class is known."""
@@ -289,6 +291,11 @@ def is_transposed(module: nn.Module) -> bool:
 def hidden_transposed(module: nn.Module) -> bool:
     """True if the module's stacks are ``[E, in, out]`` and it does not say so."""
     return type(module).__name__ in _TRANSPOSED and not getattr(module, "is_transposed", False)
+
+
+def alternates(module: nn.Module) -> bool:
+    """True if the outputs of gate and up take turns in the module's ``gate_up_proj``, instead of all of gate first."""
+    return type(module).__name__ in _ALTERNATING
 
 
 _turns: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()

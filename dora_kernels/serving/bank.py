@@ -251,12 +251,14 @@ class AdapterBank:
             raise ValueError(f"{argument}: there is no adapter {name!r} in the bank, which has {known}")
         return entry
 
+    @torch.inference_mode(False)
     def _parts(self, adapter: Source) -> list[tuple[Target, Packed]]:
         """The adapter, packed. The base weights are read here, outside of the lock."""
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(adapter, self.model)
         return packed(self.model, adapter, self.max_rank)
 
+    @torch.inference_mode(False)  # slots are written later, and inference tensors could not be
     def _add(self, name: str, parts: list[tuple[Target, Packed]], old: Entry | None) -> None:
         """Add an entry; in the place of `old`, if given. What may fail comes first."""
         entry = Entry(
@@ -283,8 +285,10 @@ class AdapterBank:
         if old is not None:
             entry.pinned, entry.used = old.pinned, old.used
         self._entries[name] = entry
-        if old is not None and not old.users:
-            self._forget(old)
+        if old is not None:
+            old.pinned = False
+            if not old.users:
+                self._forget(old)
         if free := self._residents.free():
             self._put(entry, free[0])
         self._lock.notify_all()
@@ -346,8 +350,7 @@ class AdapterBank:
     def _running(
         self, names: Sequence[str | None], argument: str
     ) -> Iterator[tuple[dict[str, int], list[int], tuple[Entry, ...]]]:
-        """Keep the adapters in their slots, which are given by name, with all
-        slots' ranks."""
+        """Keep the adapters in their slots, which are given by name, with all slots' ranks."""
         distinct = [name for name in dict.fromkeys(names) if name is not None]
         with self._lock:
             entries = self._seat(distinct, argument)
@@ -361,8 +364,12 @@ class AdapterBank:
             with self._lock:
                 for entry in entries:
                     entry.users -= 1
-                    if not entry.users and self._entries.get(entry.name) is not entry:
-                        self._forget(entry)  # it was replaced
+                    heir = self._entries.get(entry.name)
+                    if not entry.users and heir is not entry:  # it was replaced
+                        slot = entry.slot
+                        self._forget(entry)
+                        if slot is not None and heir is not None and heir.slot is None:
+                            self._put(heir, slot)
                 self._lock.notify_all()
 
     @contextmanager

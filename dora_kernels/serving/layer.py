@@ -78,6 +78,8 @@ class LayerSlots:
         self.in_features, self.out_features = target.features
         self.dtype, self.device = target.dtype, target.device
         self.stacks: Stacks | None = None
+        self._wide: tuple[Stacks, Stacks] | None = None
+        """For outputs of a wider dtype: stacks, and these with their factors in that dtype."""
         self.backend = "triton" if self.device.type == "cuda" and triton_problem(self.device) is None else "torch"
         self._forward = self.module.__dict__["forward"] = Forward(self)
         self._fresh = self._forward.former is None and (type(self.module) is nn.Linear or is_conv1d(self.module))
@@ -88,7 +90,8 @@ class LayerSlots:
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.stacks is None else sum(t.nbytes for t in self.stacks if isinstance(t, Tensor))
+        wide = () if self._wide is None else self._wide[1][:2]
+        return sum(t.nbytes for t in (*(self.stacks or ()), *wide) if isinstance(t, Tensor))
 
     def grown(self, slots: int, packed: Packed) -> Stacks:
         """Return stacks that have room for it: the present ones, or larger copies."""
@@ -158,9 +161,17 @@ class LayerSlots:
             return self._added(route, stacks, x, base, keep)
         if base.dtype.itemsize > dtype.itemsize:  # rows of the base model stay as they are
             dtype = base.dtype
-            stacks = stacks._replace(lora_A=stacks.lora_A.to(dtype), lora_B=stacks.lora_B.to(dtype))
+            stacks = self._widened(stacks, dtype)
         with no_autocast(x.device):
             return self._added(route, stacks, x.to(dtype), base.to(dtype), keep).to(base.dtype)
+
+    def _widened(self, stacks: Stacks, dtype: torch.dtype) -> Stacks:
+        """The stacks with their factors in `dtype`, the same tensors in every forward: a route keeps views of them."""
+        kept = self._wide
+        if kept is None or kept[0] is not stacks or kept[1].lora_A.dtype != dtype:
+            wide = stacks._replace(lora_A=stacks.lora_A.to(dtype), lora_B=stacks.lora_B.to(dtype))
+            kept = self._wide = stacks, wide
+        return kept[1]
 
     def _added(self, route: Route, stacks: Stacks, x: Tensor, base: Tensor, keep: bool) -> Tensor:
         """The output, all in the factors' dtype."""

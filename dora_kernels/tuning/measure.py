@@ -70,9 +70,9 @@ def tune(
     Measured are the forms of the norm on a CPU; on a GPU the formula beside the fused kernels, and the tile sizes of
     these; and the merged forward beside the composed one. Each candidate's result is checked first, the tiles' against
     the shipped ones', all others' against float64; a wrong one is left out. The answers go into a JSON table in the
-    user's cache folder, which `DORA_KERNELS_CACHE` may name, and count from then on for the same device, dtype and
-    versions, tiles in later processes. They change results by rounding at most. How many tokens a merged forward needs
-    is advice: it stays an option. Nothing calls this function by itself.
+    user's cache folder, which `DORA_KERNELS_CACHE` may name, beside those for other shapes. They count from then on for
+    the same device, dtype and versions, tiles in later processes. They change results by rounding at most. How many
+    tokens a merged forward needs is advice: it stays an option. Nothing calls this function by itself.
 
     Args:
         model_or_shapes: a model, whose adapted linear layers count (or all of them, if none is adapted), or
@@ -96,9 +96,14 @@ def tune(
     validation.check_number(seconds, "seconds")
     shapes, of_device, of_dtype = shapes_of(model_or_shapes, int(rank))
     default = of_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.device(device) if device is not None else default
+    try:
+        where = torch.device(device) if device is not None else default
+    except RuntimeError:
+        where = torch.device("meta")
     if where.type not in TOKENS:
-        raise ValueError(f"device: expected cpu or cuda, got {str(where)!r}")
+        raise ValueError(f"device: expected cpu or cuda, got {str(device or where)!r}")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: there is no {where}, but {torch.cuda.device_count()} of its kind")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     dtype = dtype or of_dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
@@ -112,21 +117,24 @@ def tune(
     # With the kernels also evaluation, and three of them with other tiles.
     comparisons = len(shapes) * (2 + len(counts) if where.type == "cpu" else 5 + 2 * len(counts))
     each = seconds / comparisons
-    layers: dict[str, Any] = {}
     path = choices.table_path(where, dtype)
+    before, _ = choices.read_table(path)
+    layers: dict[str, Any] = {} if before is None else before["layers"]
     table = {
         "format": choices.FORMAT, "device": choices.device_name(where), "dtype": str(dtype).removeprefix("torch."),
         "versions": choices.versions(), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
-        "tiles": {},
+        "tiles": {} if before is None else before.get("tiles", {}),
     }  # fmt: skip
     wrong: dict[str, str] = {}
-    with _progress(comparisons, progress) as advance:
-        for shape in shapes:
-            name = choices.key_of(*shape)
-            layers[name] = _measure(Layer(shape, dtype, where), name, counts, each, advance, wrong)
-            table["tiles"] |= layers[name].pop("tiles", {})
-            _write(path, table)  # as they come: a run that is cut short is not lost
-    choices.forget()
+    try:
+        with _progress(comparisons, progress) as advance:
+            for shape in shapes:
+                name = choices.key_of(*shape)
+                layers[name] = _measure(Layer(shape, dtype, where), name, counts, each, advance, wrong)
+                table["tiles"] |= layers[name].pop("tiles", {})
+                _write(path, table)  # as they come: a run that is cut short is not lost
+    finally:
+        choices.forget()
     return Tuned(path, table, wrong)
 
 

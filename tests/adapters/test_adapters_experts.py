@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from experts_models import Mixture, experts, qwen3_moe
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dora_kernels
+from dora_kernels import AdapterLayer
 from dora_kernels.adapters.experts import split
 
 QWEN = "transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts"
@@ -41,7 +44,9 @@ def test_pefts_files(use_dora, tmp_path):
     model = adapted(use_dora)
     dora_kernels.save_adapter(model, tmp_path / "out")
     again = qwen3_moe()
-    dora_kernels.load_adapter(tmp_path / "out", again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of layers that the file has not
+        dora_kernels.load_adapter(tmp_path / "out", again)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
     read = dora_kernels.read_adapter(tmp_path / "out")
     layer = read.layers["model.layers.1.mlp.experts.down_proj"]
@@ -110,6 +115,21 @@ def test_servers_files(format, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
 
 
+def test_gate_and_up_in_turns(tmp_path):
+    """In gpt-oss they alternate: halves of the stack are neither of them."""
+    gpt_oss = "transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts"
+    model = Mixture(experts(*gpt_oss), torch.float32)
+    dora_kernels.apply_dora(model, [], rank=2, use_dora=False, target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj cannot be written as 'vllm': gate and up take turns"):
+        dora_kernels.save_adapter(model, tmp_path / "out", format="vllm")
+    single = dora_kernels.Adapter(split(dora_kernels.extract(model).layers))
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: gate and up take turns"):
+        dora_kernels.attach(Mixture(experts(*gpt_oss), torch.float32), single)
+    dora_kernels.save_adapter(dora_kernels.extract(model), tmp_path / "peft")
+    notes = dora_kernels.save_adapter(dora_kernels.read_adapter(tmp_path / "peft"), tmp_path / "vllm", format="vllm")
+    assert any("not in gpt-oss" in note for note in notes)
+
+
 @pytest.mark.parametrize("format", ["vllm", "sglang", "lycoris", "mlx"])
 def test_formats_without_it(format, tmp_path):
     with pytest.raises(ValueError, match=r"\w+_proj cannot be written as '" + format):
@@ -141,6 +161,16 @@ def test_a_missing_expert():
     layers = split(adapter.layers)
     del layers["model.layers.0.mlp.experts.3.up_proj"]
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: the file has no 3\.up_proj"):
+        dora_kernels.attach(qwen3_moe(), dora_kernels.Adapter(layers))
+
+
+@pytest.mark.parametrize("odd", [{"eps": 0.5}, {"magnitude_axis": "in"}], ids=["eps", "axis"])
+def test_single_experts_of_another_function(odd):
+    """A stack has no eps and no other axis, so they are refused and not dropped."""
+    magnitude = torch.ones(24 if "magnitude_axis" in odd else 32)
+    layer = AdapterLayer("linear", torch.ones(2, 24), torch.ones(32, 2), magnitude, 1.0, **odd)
+    layers = {f"model.layers.0.mlp.experts.{e}.down_proj": layer for e in range(6)}
+    with pytest.raises(ValueError, match=r"0\.mlp\.experts\.down_proj: .* along 'in', or an eps"):
         dora_kernels.attach(qwen3_moe(), dora_kernels.Adapter(layers))
 
 

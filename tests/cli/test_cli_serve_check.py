@@ -12,7 +12,9 @@ pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
 from cli_models import adapter_file, llama
+from experts_models import qwen3_moe
 
+import dora_kernels
 from dora_kernels.cli import serve_check
 from dora_kernels.vllm import TESTED
 
@@ -34,7 +36,7 @@ def serves(found):
 
 def test_dora(call, tmp_path, base, monkeypatch):
     adapter, _ = adapter_file(tmp_path, llama())
-    monkeypatch.setattr(serve_check, "_version", lambda package: None)
+    monkeypatch.setattr(serve_check, "version_of", lambda *_: None)
     status, found = asked(call, base, adapter)
     assert status == 0 and serves(found) == {
         "bank": "right", "vllm": "right", "sglang": "refused", "lorax": "wrong", "tgi": "wrong",
@@ -51,7 +53,7 @@ def test_dora(call, tmp_path, base, monkeypatch):
 def test_installed_versions(call, tmp_path, base, monkeypatch):
     adapter, _ = adapter_file(tmp_path, llama())
     for version, wanted in ((TESTED[0], "right"), (f"{TESTED[-1]}+cpu", "right"), ("0.1.0", "refused")):
-        monkeypatch.setattr(serve_check, "_version", lambda package, version=version: version)
+        monkeypatch.setattr(serve_check, "version_of", lambda *_, version=version: version)
         found = asked(call, base, adapter, "--engine", "vllm")[1]["vllm"]
         assert found["serves"] == wanted
     assert "0.1.0 has not been tested" in found["reason"] and f"vllm=={TESTED[-1]}" in found["advice"]
@@ -72,6 +74,19 @@ def test_magnitudes_along_in(call, tmp_path, base):
     found = asked(call, base, adapter, "--axis", "in")[1]
     assert "right" not in serves(found).values()
     assert "along 'out'" in found["bank"]["reason"] and "along 'out'" in found["vllm"]["reason"]
+
+
+@pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
+def test_experts(call, tmp_path, dora):
+    """In no engine with DoRA; plain LoRA in the layouts of vLLM and SGLang."""
+    model = qwen3_moe()
+    model.save_pretrained(tmp_path / "base")
+    dora_kernels.apply_dora(model, ["q_proj"], use_dora=dora, target_parameters=["experts.down_proj"], rank=2)
+    dora_kernels.save_adapter(model, tmp_path / "adapter")
+    found = asked(call, tmp_path / "base", tmp_path / "adapter")[1]
+    assert set(serves(found).values()) == {"refused"}
+    for engine in ("vllm", "sglang"):
+        assert found[engine]["advice"].endswith("serve OUT" if dora else f"--to {engine}")
 
 
 def test_bad_input(call, tmp_path, base):

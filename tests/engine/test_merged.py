@@ -7,14 +7,13 @@ import pickle
 
 import pytest
 import torch
-from helpers import LANES, NAMES, bf16, check, f32, f64, leaves_of, make_problem, saved_by, usable
+from helpers import LANES, NAMES, bf16, check, f64, leaves_of, make_problem, saved_by, usable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
 from dora_kernels import DoRALinear, apply_dora, frozen_norms
 from dora_kernels.core.problem import Form, Weights
-from dora_kernels.engine import merged
 from dora_kernels.engine.layer import run_layer
 from dora_kernels.engine.norm_cache import NormCache
 
@@ -268,19 +267,3 @@ def test_apply_dora():
     model(torch.arange(3)).sum().backward()
     assert model[1]._norm_cache.refreshes == 1 and "forward='merged'" in repr(model)
     assert dora_kernels.adapted_layers(model)["0"]._norm_cache.refreshes == 0
-
-
-def test_stochastic_rounding():
-    """Of bfloat16: to one of the two neighbours, and right on average."""
-    problem = make_problem((3,), 96, 64, 4, (bf16, bf16, f32), bias=False)
-    form = Form(problem.scaling)
-    weights = Weights(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
-    cache = NormCache(form, "torch", True)
-    norm = cache.norm(weights, form, True, "torch")
-    made = [merged._make(weights, form, norm, "torch", seed).weight for seed in range(64)]
-    exact = merged._make(weights._replace(weight=problem.weight.float()), form, norm, "torch", 0).weight
-    step = 2.0 ** (torch.frexp(exact).exponent - 8)
-    assert all(((one.float() - exact).abs() < step).all() for one in made)
-    mean = sum(one.float() for one in made) / len(made)
-    assert ((mean - exact) / step).abs().mean() < 2 / 64**0.5 / 3
-    assert torch.equal(made[3], merged._make(weights, form, norm, "torch", 3).weight)

@@ -10,6 +10,7 @@ from bank_models import expected, small
 from torch import nn
 
 from dora_kernels import AdapterBank
+from dora_kernels.serving.batch import around
 
 
 def stack():
@@ -167,6 +168,64 @@ def test_replaced_while_in_use(made):
     assert list(bank.resident) == ["a"]
     bank.load("b", adapters["b"])
     assert set(bank.resident) == {"a", "b"}, "the old one has left its slot"
+
+
+def test_a_pinned_one_is_replaced_while_in_use(made):
+    """Another thread waits for the slot that the old one leaves, and the new one is in it before it is asked for."""
+    model, adapters = made
+    bank = AdapterBank(model, slots=1)
+    bank.load("a", adapters["a"])
+    bank.pin("a")
+    with bank.rows(["a"]):
+        bank.replace("a", adapters["c"])
+        waiter = threading.Thread(target=lambda: check(bank, model, {"a": adapters["c"]}, ["a"]))
+        waiter.start()
+        waiter.join(0.1)
+        assert waiter.is_alive(), "it was refused"
+    waiter.join(30)
+    assert bank.resident == {"a": 0}
+    with bank.rows(["a"]):
+        bank.replace("a", adapters["b"])
+    assert bank.resident == {"a": 0}
+
+
+def test_inference_mode(made):
+    """What is loaded in it can make room outside of it, and the other way round."""
+    model, adapters = made
+    bank = AdapterBank(model, slots=1)
+    with torch.inference_mode():
+        for name in "ab":
+            bank.load(name, adapters[name])
+        check(bank, model, adapters, ["b"])
+    bank.load("c", adapters["c"])
+    for name in "acb":
+        check(bank, model, adapters, [name])
+        with torch.inference_mode():
+            check(bank, model, adapters, ["c"])
+
+
+def test_a_wider_output(made):
+    """The factors are widened once, not in every forward of a batch, which would keep them all."""
+
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype)).float()
+
+    model = nn.Sequential(Wide(5, 4).bfloat16())
+    bank = AdapterBank(model, slots=2)
+    bank.load("a", made[1]["a"])
+    x, (layer,) = torch.randn(1, 5), bank._layers.values()
+    with bank.rows(["a"]):
+        before = [model(x), layer._wide[1]]
+        assert torch.equal(model(x), before[0]) and layer._wide[1] is before[1]
+        bank.load("b", made[1]["b"])
+        (plan,) = next(iter(next(around(bank))._routes.values()))._plans.values()
+        model(x)
+        kept = len(plan._kept)
+        for _ in range(3):
+            model(x)
+        assert len(plan._kept) == kept
+    assert bank.memory()["slots"] == sum(t.nbytes for t in (*layer.stacks[:4], *layer._wide[1][:2]))
 
 
 def test_threads():

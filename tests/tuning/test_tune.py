@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,40 @@ def test_ignored(damage, reason):
         assert form_of((24, 40, 4)) == "direct"
 
 
+def test_other_shapes_stay(folder):
+    """In the table of the same versions."""
+    tuned([(24, 40, 4)])
+    assert list(tuned([(40, 24, 4)]).table["layers"]) == ["24x40 r4", "40x24 r4"]
+
+
+def test_versions_are_those_before_an_import(monkeypatch):
+    """A table is read before triton is imported, and written after it."""
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    before = choices.versions()
+    pytest.importorskip("triton")
+    assert choices.versions() == before and "triton" in before
+
+
+def test_a_user_without_a_home(folder, monkeypatch):
+    """Layers run, and `tune` says what to set."""
+    monkeypatch.delenv("DORA_KERNELS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(choices.Path, "home", lambda: Path("~nobody-of-this-name").expanduser())
+    assert form_of((24, 40, 4)) == "direct"
+    with pytest.raises(FileNotFoundError, match="DORA_KERNELS_CACHE"):
+        tuned()
+    assert "DORA_KERNELS_CACHE" in json.loads(invoke("doctor", "--json").output)["devices"][0]["tuned"]["any dtype"]
+
+
+def test_a_candidate_that_cannot_be_compiled(monkeypatch):
+    def broken(*_):
+        raise TypeError("no code for this shape")
+
+    monkeypatch.setattr(candidates.merged, "_make", broken)
+    found = tuned()
+    assert found.wrong == {"24x40 r4, merged": "TypeError: no code for this shape"}
+
+
 def test_without_a_table(folder, recwarn):
     assert form_of((24, 40, 4)) == "direct" and form_of((4096, 4096, 16)) == "factored"
     assert not folder.exists() and not recwarn
@@ -153,6 +189,8 @@ def test_a_models_shapes():
         ([(3, 0, 2)], {}, "rank"),
         ([(3, 4, 2)], {"tokens": []}, "tokens: expected at least one number"),
         ([(3, 4, 2)], {"device": "meta"}, "device: expected cpu or cuda, got 'meta'"),
+        ([(3, 4, 2)], {"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
+        ([(3, 4, 2)], {"device": "cuda:99"}, "device: there is no cuda:99"),
         ([(3, 4, 2)], {"dtype": torch.int8}, "dtype: expected float32"),
     ],
 )
@@ -173,7 +211,8 @@ def test_the_command(folder):
     assert "ignored" in json.loads(invoke("doctor", "--json").output)["devices"][0]["tuned"]["float32"]
 
 
-@pytest.mark.parametrize("arguments", [["24y40"], ["24x40", "--dtype", "int8"], ["24x40", "--tokens", "a"]])
+@pytest.mark.parametrize("arguments", [["24y40"], ["24x40", "--dtype", "int8"], ["24x40", "--tokens", "a"],
+                                       ["24x40", "--device", "tpu"]])  # fmt: skip
 def test_the_command_refuses(arguments):
     assert invoke("tune", *arguments).exit_code == 2
 

@@ -207,7 +207,11 @@ class Vllm(Peft):
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
         for name, layer in adapter.layers.items():
             if layer.magnitude is not None:
-                raise writing.error(name, "vLLM has no DoRA; merge the adapter into the model instead")
+                raise writing.error(name, f"{self.name!r} has no magnitudes; merge the adapter into the model instead")
+            if name in adapter.config.get(stacks.ALTERNATING, ()):
+                raise writing.error(name, "gate and up take turns in it; merge the adapter into the model instead")
+        if adapter.format != "model" and any(name.endswith(".gate_up_proj") for name in _stacks(adapter)):
+            writing.notes.append("gate_up_proj was read as gate above up, which it is not in gpt-oss models")
         return split(adapter.layers)
 
 

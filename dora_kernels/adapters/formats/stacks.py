@@ -21,6 +21,9 @@ from dora_kernels.core.shown import quoted
 EXCHANGED = "exchanged"
 """Entry of `Adapter.config`: the stacks whose A and B PEFT exchanges."""
 
+ALTERNATING = "alternating"
+"""Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns."""
+
 _INSIDE = ".base_layer"
 _FIRST = "gate_up_proj", "up_proj", "gate_proj"
 _LAST = ("down_proj",)
