@@ -219,8 +219,9 @@ def one_pass_config(tokens: int, rank: int, wide_a: bool) -> OnePassConfig:
     # Every program reads x and A from the L2 cache: with 32 rows of W more than twice W's bytes, if both are large.
     # At 32 tokens and rank 64, 64 rows spill on sm_90.
     block_n = 32 if block_m + block_r <= 64 or block_m == 32 else 64
-    stages = 2 if wide_a else 3  # with 3 a float32 A spills on sm_120
-    return OnePassConfig(block_m, block_n, 128 if block_m + block_r <= 48 else 64, block_r, block_n // 8, stages)
+    # Tiles of three stages, or 128 features, spill with a float32 A on sm_120 or sm_90 if loads are not aligned.
+    block_k, stages = (64, 2) if wide_a else (128 if block_m + block_r <= 48 else 64, 3)
+    return OnePassConfig(block_m, block_n, block_k, block_r, block_n // 8, stages)
 
 
 def one_pass_parts(programs: int, steps: int) -> int:
