@@ -153,7 +153,7 @@ def test_all_linear_says_which_experts_it_leaves():
                 conv=nn.Conv1d(8, 8, 3))  # fmt: skip
     assert warned(lambda: apply_dora(model, rank=2)) == [
         "'all-linear' leaves out experts.gate_up_proj [4, 8, 16], experts.down_proj [4, 8, 8]: three-dimensional "
-        "parameters (such as stacked experts) are not the weights of layers"
+        "parameters (stacked experts) are adapted by target_parameters"
     ]
     assert not warned(lambda: apply_dora(net(experts=Experts(up=(4, 8, 16))), ["first"], rank=2))
     many = net(**{f"experts{i}": Experts(up=(2, 2, 2)) for i in range(5)})
