@@ -17,7 +17,6 @@ from torch import nn
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.model.targets import parents_of
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
@@ -124,9 +123,11 @@ class PatchHandle:
         readers = WeightReaders()
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
-            for name, module in model.named_modules():
+            modules = dict(model.named_modules())
+            for name, module in modules.items():
                 if runs_here(module):
-                    reader = readers.never_calling(parents_of(model, name), name)
+                    around = [modules[name.rsplit(".", depth)[0]] for depth in range(1, name.count(".") + 1)]
+                    reader = readers.never_calling([*around, model], name)
                     read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
                     yield prefix + name, read or out_of_reach(module)
 
