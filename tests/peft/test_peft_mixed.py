@@ -24,9 +24,12 @@ def made(dtype=f32, adapters=None):
     torch.manual_seed(1)
     base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8, bias=False)).to(dtype)
     values = {"lora_alpha": 5, "target_modules": ["0", "2"]}
-    model = get_peft_model(base, LoraConfig(r=3, use_dora=True, **values), autocast_adapter_dtype=adapters is f32)
+    model = get_peft_model(base, LoraConfig(r=3, use_dora=True, **values))
     for name, options in (("second", {"r": 5, "use_dora": True}), ("plain", {"r": 2, "init_lora_weights": False})):
-        model.add_adapter(name, LoraConfig(**values, **options), autocast_adapter_dtype=adapters is f32)
+        model.add_adapter(name, LoraConfig(**values, **options))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = parameter.data.to(adapters or dtype)
     for seed, name in enumerate(("default", "second", "plain")):
         move_adapter(model, name, seed)
     dora_kernels.patch_peft(model)
