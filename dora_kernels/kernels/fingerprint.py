@@ -28,3 +28,9 @@ def mixed(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def total(terms):
+    """The sum of a block's int32 terms modulo 2**32. Triton 3.8's interpreter cannot wrap a sum of 32 bits."""
+    return tl.sum(terms.to(tl.int64), 0).to(tl.int32)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_kernels.kernels.config import fingerprint_config, fingerprints
-from dora_kernels.kernels.fingerprint import bits_of, mixed, terms
+from dora_kernels.kernels.fingerprint import bits_of, mixed, terms, total
 from dora_kernels.kernels.launch import PLANS, Plan, launch
 from dora_kernels.kernels.norm import renew_divisor
 
@@ -69,7 +69,7 @@ def _fingerprint(x_ptr, size, width, stride_row, stride_column, share, shares, B
         one, other = terms(bits_of(x), offs.to(tl.int32))
         first += tl.where(mask, one, 0)
         second += tl.where(mask, other, 0)
-    return tl.sum(first, 0).to(tl.int32), tl.sum(second, 0).to(tl.int32)
+    return total(first), total(second)
 
 
 @functools.lru_cache(PLANS)

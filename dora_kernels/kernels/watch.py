@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_kernels.kernels.config import watch_config
-from dora_kernels.kernels.fingerprint import bits_of, terms
+from dora_kernels.kernels.fingerprint import bits_of, terms, total
 from dora_kernels.kernels.launch import Plan, launch
 
 # How a chunk is laid out in memory.
@@ -71,8 +71,8 @@ def compare_chunks(table_ptr, seen_ptr, flags_ptr, call, CHUNK: tl.constexpr, BL
             one, other = terms(x, position.to(tl.int32))
             first += tl.where(mask, one, 0)
             second += tl.where(mask, other, 0)
-    sum_first = tl.sum(first, 0).to(tl.int32)
-    sum_second = tl.sum(second, 0).to(tl.int32)
+    sum_first = total(first)
+    sum_second = total(second)
     seen = seen_ptr + 2 * pid
     if (tl.load(seen) != sum_first) | (tl.load(seen + 1) != sum_second):
         tl.store(seen, sum_first)
