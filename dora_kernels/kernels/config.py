@@ -149,6 +149,13 @@ def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
 
 
+def kept_norm_config(config: NormConfig, rank: int, products: int) -> NormConfig:
+    """The norm's `config` where the norm is kept: the same tiles, for the same bits."""
+    # With a product in pieces and a rank in chunks, 2 stages spill on sm_90 if no load is aligned; 1 stage spills on
+    # sm_120 if the rank is held.
+    return config._replace(num_stages=1) if products > 1 and rank > config.BLOCK_R else config
+
+
 def merge_config(rank: int, products: int, stochastic: bool) -> NormConfig:
     # If a rank of 128 is held, the second sweep spills on sm_100.
     config = norm_config(rank, products, held=64)

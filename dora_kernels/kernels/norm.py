@@ -28,6 +28,7 @@ from dora_kernels.kernels.config import (
     CANCELLATION,
     blocks,
     full_grid,
+    kept_norm_config,
     norm_config,
     norm_products,
     power_of_two,
@@ -303,6 +304,8 @@ def _plan(
     """
     products = norm_products(weight, lora_A, lora_B, K, exact=repair)
     config = norm_config(R, products)
+    if shares:
+        config = kept_norm_config(config, R, products)
     rows, steps = groups * blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
     span = blocks(steps, splits(rows, steps, programs)) * config.BLOCK_K
     flags = groups, blocks(K, span) > 1, repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
