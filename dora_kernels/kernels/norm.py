@@ -29,9 +29,9 @@ from dora_kernels.kernels.config import (
     blocks,
     full_grid,
     kept_norm_config,
+    most_fingerprints,
     norm_config,
     norm_products,
-    power_of_two,
     splits,
 )
 from dora_kernels.kernels.dot import cast, dot
@@ -260,7 +260,7 @@ def renew_divisor(
     It is one launch: a program computes the parts of K one after another. It rarely has anything to do.
     """
     shares = changed.numel()
-    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid(), power_of_two(shares))
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid(), most_fingerprints())
     launch(weight_norm_kernel, plan, grid[:1], (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
 
 
