@@ -149,6 +149,13 @@ def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
     return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
 
 
+def kept_norm_config(config: NormConfig, rank: int, products: int) -> NormConfig:
+    """The norm's `config` where the norm is kept: the same tiles, for the same bits."""
+    # With three products and a rank in chunks, 2 stages spill on sm_90 if no load is aligned. 1 stage spills on sm_120
+    # if the rank is held, and on sm_100 with six products.
+    return config._replace(num_stages=1) if products == 3 and rank > config.BLOCK_R else config
+
+
 def merge_config(rank: int, products: int, stochastic: bool) -> NormConfig:
     # If a rank of 128 is held, the second sweep spills on sm_100.
     config = norm_config(rank, products, held=64)
@@ -178,6 +185,11 @@ def watch_config() -> WatchConfig:
     return WatchConfig(16384, 1024, 4, 2)
 
 
+def most_fingerprints() -> int:
+    """A power of two not below the fingerprints of three tensors. Smaller blocks of flags spill on sm_100."""
+    return power_of_two(3 * _FINGERPRINTS)
+
+
 def fingerprints(elements: int) -> int:
     """How many programs share a tensor's fingerprint."""
     return min(blocks(elements, fingerprint_config().BLOCK), _FINGERPRINTS)
@@ -201,9 +213,11 @@ def product_config(rows: int, columns: int, products: int) -> ProductConfig:
     # With 4 warps the largest tiles spill on sm_90 and sm_120 if loads are not aligned.
     warps = 8 if block_m == block_n == 64 else 4
     if products == 6:
-        return ProductConfig(min(block_m, 32), block_n, 32, 4, 2)
+        # BLOCK_K 32 spills a few registers on sm_90, sm_100 or sm_120 with 1 or 2 stages, 64 columns with 2 on sm_90.
+        return ProductConfig(min(block_m, 32), block_n, 16, 4, 2 if block_n <= 32 else 1)
     if products > 1:
-        return ProductConfig(block_m, block_n, 32, warps, 2)
+        # 2 stages spill a few registers on sm_120.
+        return ProductConfig(block_m, block_n, 32, warps, 1)
     # The tiles of three stages fit in 64 KiB.
     return ProductConfig(block_m, block_n, 128 if block_m + block_n <= 80 else 64, warps, 3)
 

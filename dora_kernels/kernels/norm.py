@@ -28,9 +28,10 @@ from dora_kernels.kernels.config import (
     CANCELLATION,
     blocks,
     full_grid,
+    kept_norm_config,
+    most_fingerprints,
     norm_config,
     norm_products,
-    power_of_two,
     splits,
 )
 from dora_kernels.kernels.dot import cast, dot
@@ -259,7 +260,7 @@ def renew_divisor(
     It is one launch: a program computes the parts of K one after another. It rarely has anything to do.
     """
     shares = changed.numel()
-    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid(), power_of_two(shares))
+    plan, grid = _plan(*_described(weight, lora_A, lora_B), full_grid(), most_fingerprints())
     launch(weight_norm_kernel, plan, grid[:1], (weight, lora_A, lora_B, divisor, changed), (shares, float(scaling)))
 
 
@@ -303,6 +304,8 @@ def _plan(
     """
     products = norm_products(weight, lora_A, lora_B, K, exact=repair)
     config = norm_config(R, products)
+    if shares:
+        config = kept_norm_config(config, R, products)
     rows, steps = groups * blocks(N, config.BLOCK_N), blocks(K, config.BLOCK_K)
     span = blocks(steps, splits(rows, steps, programs)) * config.BLOCK_K
     flags = groups, blocks(K, span) > 1, repair, shares, CANCELLATION, products, INTERPRETED, config.BLOCK_R >= R
