@@ -213,8 +213,9 @@ def product_config(rows: int, columns: int, products: int) -> ProductConfig:
     # With 4 warps the largest tiles spill on sm_90 and sm_120 if loads are not aligned.
     warps = 8 if block_m == block_n == 64 else 4
     if products == 6:
-        # BLOCK_K 32 spills a few registers on sm_90, sm_100 or sm_120 with 1 or 2 stages, 64 columns with 2 on sm_90.
-        return ProductConfig(min(block_m, 32), block_n, 16, 4, 2 if block_n <= 32 else 1)
+        # BLOCK_K 32 spills with 1 stage or 2 on sm_90, sm_100 or sm_120. With 16, 2 stages spill at 32 columns on sm_86
+        # and sm_100, at 64 on sm_90.
+        return ProductConfig(min(block_m, 32), block_n, 16, 4, 2 if block_n == 16 else 1)
     if products > 1:
         # 2 stages spill a few registers on sm_120.
         return ProductConfig(block_m, block_n, 32, warps, 1)
