@@ -144,9 +144,8 @@ def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
     if products > 1:
         # 32 rows spill a few registers on sm_90 and sm_100, 64 with 1 stage or a larger BLOCK_R on sm_120.
         return NormConfig(64, 64, 16, 8, 2)
-    # In chunks, tiles of 64x128 and above spill on sm_80 or sm_120 if loads are not aligned.
-    block_r = _rank_block(rank, held) if rank <= held else 64
-    return NormConfig(64, 128 if block_r <= 32 else 64, block_r, 8, 2)
+    # Tiles of 64x128 spill: at rank 32 on sm_80 and sm_100 along W's other dimension, in chunks on sm_80 or sm_120.
+    return NormConfig(64, 64, _rank_block(rank, held) if rank <= held else 64, 8, 2)
 
 
 def kept_norm_config(config: NormConfig, rank: int, products: int) -> NormConfig:
@@ -219,8 +218,8 @@ def product_config(rows: int, columns: int, products: int) -> ProductConfig:
     if products > 1:
         # 2 stages spill a few registers on sm_120.
         return ProductConfig(block_m, block_n, 32, warps, 1)
-    # The tiles of three stages fit in 64 KiB.
-    return ProductConfig(block_m, block_n, 128 if block_m + block_n <= 80 else 64, warps, 3)
+    # The tiles of three stages fit in 64 KiB. With 128 features, 32x32 spills on sm_100.
+    return ProductConfig(block_m, block_n, 128 if min(block_m, block_n) == 16 else 64, warps, 3)
 
 
 def product_parts(tiles: int, steps: int) -> int:
