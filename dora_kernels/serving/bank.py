@@ -203,7 +203,7 @@ class AdapterBank:
         index = [int(i) for i in (slot_index.tolist() if isinstance(slot_index, Tensor) else slot_index)]
         if names is None:
             with self._lock:
-                chosen: Sequence[str | None] = [entry and entry.name for entry in self._residents.slots]
+                chosen: Sequence[str | None] = [entry.name if entry else None for entry in self._residents.slots]
         else:
             chosen = checked(names)
         wrong = [i for i in index if not -1 <= i < len(chosen) or (i >= 0 and chosen[i] is None)]
