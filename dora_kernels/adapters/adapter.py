@@ -93,6 +93,8 @@ class Adapter:
         format: the format of the file that it was read from, or "model".
         notes: what was decided about it and why, a sentence each.
         config: the rest of the file's configuration.
+        beside: tensors of the file that belong to no adapted layer, by key: PEFT's `modules_to_save`, biases, rows of
+            `trainable_token_indices`. `attach` leaves them out with a warning, `AdapterBank` refuses them.
 
     Raises:
         TypeError: a field has a wrong type.
@@ -102,9 +104,10 @@ class Adapter:
     format: str = "model"
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in (("layers", dict), ("format", str), ("notes", list), ("config", dict)):
+        for name, kind in (("layers", dict), ("format", str), ("notes", list), ("config", dict), ("beside", dict)):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
+from dora_kernels.adapters.beside import WAY_OUT, trained
 from dora_kernels.adapters.experts import plan_stacks, stacked
 from dora_kernels.adapters.formats.stacks import ALTERNATING, EXCHANGED
 from dora_kernels.adapters.names import COMPONENTS, own_layers
@@ -123,6 +125,9 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
     Returns:
         The names of the layers.
 
+    Warns:
+        RuntimeWarning: tensors were trained beside the adapter (`Adapter.beside`), which are left out. It names them.
+
     Raises:
         TypeError: an argument has a wrong type, `apply_dora` cannot adapt a layer, or the adapter is plain LoRA of a
             convolution or an embedding.
@@ -168,6 +173,9 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
         if adapted is not present:
             put(model, places[present], adapted)
             watch_saving(model, places[present])
+    if names := trained(adapter, model):
+        text = f"adapter: {names} trained beside the adapter, left out; {WAY_OUT}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return [*layers, *stacks]
 
 

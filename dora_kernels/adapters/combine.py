@@ -114,7 +114,8 @@ def _weighted_sum(
             )
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
-    return Adapter(layers, "model", [f"combined: {of}; {result}", *given]), result
+    beside = {key: tensor for adapter in adapters for key, tensor in adapter.beside.items()}
+    return Adapter(layers, "model", [f"combined: {of}; {result}", *given], beside=beside), result
 
 
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
@@ -145,7 +146,7 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
         return adapter
     config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
     notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
-    return Adapter(result.layers, adapter.format, notes, config)
+    return Adapter(result.layers, adapter.format, notes, config, adapter.beside)
 
 
 def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:

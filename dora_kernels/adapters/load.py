@@ -53,6 +53,9 @@ def load_adapter(
     Returns:
         The adapter.
 
+    Warns:
+        RuntimeWarning: as `attach`.
+
     Raises:
         TypeError: as `read_adapter` and `attach`. The model is unchanged by any of these errors.
         FileNotFoundError: as `read_adapter`.
@@ -150,7 +153,7 @@ def read_adapter(
         config[COMPONENTS] = True
     if base_layers is not None:
         check_fit(layers, base_layers, reading.error)
-    return Adapter(reading.decide(layers), chosen, reading.notes, config)
+    return Adapter(reading.decide(layers), chosen, reading.notes, config, reading.beside)
 
 
 def _is_state_dict(base: Any) -> bool:

@@ -6,7 +6,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dora_kernels.adapters import FORMATS, Adapter, read_adapter, save_adapter
+from dora_kernels.adapters import Adapter, read_adapter, save_adapter
+from dora_kernels.adapters.formats import WRITTEN
 from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
@@ -25,7 +26,7 @@ def add(app: "typer.Typer") -> None:
     def convert_command(
         source: Annotated[Path, typer.Argument(metavar="IN", help="The adapter: a safetensors file or its folder.")],
         target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder or file.")],
-        to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")],
+        to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{', '.join(WRITTEN)}.")],
         join: Annotated[
             list[str],
             several(metavar="NAME=ADAPTER", help="Another model's, text_encoder=DIR, for the same file; repeatable."),

@@ -4,11 +4,14 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from torch import Tensor
+
 from dora_kernels.adapters import Adapter
+from dora_kernels.adapters.beside import trained
 from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, say, say_each
@@ -134,7 +137,7 @@ def _beyond_linear(engine: str, facts: Facts) -> Verdict | None:
     return None if reads_experts else Verdict("refused", "it serves no such adapters of experts", MERGE)
 
 
-def verdicts(adapter: Adapter) -> dict[str, Verdict]:
+def verdicts(adapter: Adapter, base: Mapping[str, Tensor]) -> dict[str, Verdict]:
     """Return what each engine does with an adapter. All but the bank and llama.cpp want PEFT's format."""
     facts = facts_of(adapter)
     found = {name: _beyond_linear(name, facts) or engine(facts) for name, engine in ENGINES.items()}
@@ -143,6 +146,11 @@ def verdicts(adapter: Adapter) -> dict[str, Verdict]:
             if name not in ("bank", "llama.cpp") and verdict.serves == "right":
                 reason = f"it reads PEFT's format, and this is {facts.format!r}"
                 found[name] = Verdict("refused", reason, f"{CONVERT}, then it is served right ({verdict.reason})")
+    if names := trained(adapter, base):  # no engine loads them, and a conversion leaves them out
+        for name, verdict in found.items():
+            if verdict.serves == "right" or verdict.advice.startswith(CONVERT[:-4]):
+                serves = "refused" if name in ("bank", "vllm") else "wrong"
+                found[name] = Verdict(serves, f"{names} trained beside the adapter, which it does not serve", MERGE)
     return found
 
 
@@ -171,8 +179,9 @@ def add(app: "typer.Typer") -> None:
         with errors():
             if engine and engine not in ENGINES:
                 raise ValueError(f"--engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
-            read, _ = read_for(Checkpoint(base), adapter, **read_options(source_format, axis, scaling, prefix))
-            found = verdicts(read)
+            checkpoint = Checkpoint(base)
+            read, _ = read_for(checkpoint, adapter, **read_options(source_format, axis, scaling, prefix))
+            found = verdicts(read, checkpoint)
         if engine:
             found = {engine: found[engine]}
         if as_json:

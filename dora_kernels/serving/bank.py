@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, read_adapter
-from dora_kernels.adapters.attachment import joined
-from dora_kernels.serving.batch import RUNNING, Batch, Watch, around
+from dora_kernels.serving.batch import RUNNING, Batch, Watch, around, checked, counted
 from dora_kernels.serving.layer import LayerSlots, Packed, Stacks, Target
-from dora_kernels.serving.pack import packed
+from dora_kernels.serving.pack import check_base, packed
 from dora_kernels.serving.residents import Entry, Residents
 
 Source = str | os.PathLike[str] | Adapter
@@ -50,11 +49,11 @@ class AdapterBank:
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or the model is PEFT's wrapper of one.
     """
 
     def __init__(self, model: nn.Module, slots: int = 8, max_rank: int = 64, host_limit: int | None = None) -> None:
-        joined(model)
+        check_base(model)
         for name, value, least in (("slots", slots, 1), ("max_rank", max_rank, 1), ("host_limit", host_limit, 0)):
             if value is None and name == "host_limit":
                 continue
@@ -67,8 +66,14 @@ class AdapterBank:
         self._entries: dict[str, Entry] = {}
         self._layers: dict[str, LayerSlots] = {}
         self._residents = Residents(slots)
-        self._clock = 0
+        self._clock, self._closed = 0, False
         self._watch = model.register_forward_pre_hook(Watch(self))
+
+    def __repr__(self) -> str:
+        """The model's class, and what is loaded."""
+        with self._lock:
+            held = f"{counted(len(self._entries), 'adapter')} in {counted(len(self._residents.slots), 'slot')}"
+        return f"<AdapterBank of {type(self.model).__name__}, {'closed' if self._closed else held}>"
 
     def load(self, name: str, adapter: Source) -> None:
         """Load an adapter. It gets a free slot if there is one, else it waits in host memory until it is used.
@@ -79,6 +84,7 @@ class AdapterBank:
 
         Raises:
             TypeError, FileNotFoundError, OSError: as `read_adapter`.
+            RuntimeError: the bank is closed.
             ValueError: the name is taken; as `read_adapter`; it is not an adapter for this model; its rank is above
                 max_rank, or its magnitude is along "in"; or host_limit would be exceeded. The bank is as it was.
         """
@@ -109,7 +115,7 @@ class AdapterBank:
         with self._lock:
             entry = self._entry(name)
             if entry.users:
-                raise ValueError(f"name: {name!r} is in use by {entry.users} running batches")
+                raise ValueError(f"name: {name!r} is in use by {counted(entry.users, 'running batch', 'es')}")
             del self._entries[name]
             self._forget(entry)
             self._lock.notify_all()
@@ -147,7 +153,7 @@ class AdapterBank:
             return {"slots": sum(layer.nbytes for layer in self._layers.values()), "host": host}
 
     def close(self) -> None:
-        """Unload everything and leave the model as it was.
+        """Unload everything and leave the model as it was. Nothing can be loaded any more.
 
         Raises:
             ValueError: a batch is running.
@@ -158,7 +164,7 @@ class AdapterBank:
             for layer in self._layers.values():
                 layer.remove()
             self._watch.remove()
-            self._layers, self._entries = {}, {}
+            self._layers, self._entries, self._closed = {}, {}, True
             self._residents = Residents(len(self._residents.slots))
 
     @contextmanager
@@ -175,7 +181,7 @@ class AdapterBank:
                 the batch has another number of rows.
             RuntimeError: at the end, if the model ran and none of its adapted layers did.
         """
-        names = _checked(adapters)
+        names = checked(adapters)
         with self._running(names, "adapters") as (slots, ranks, entries):
             rows = [-1 if name is None else slots[name] for name in names]
             batch = Batch(self, rows, ranks, repeats, entries=entries)
@@ -197,10 +203,9 @@ class AdapterBank:
         index = [int(i) for i in (slot_index.tolist() if isinstance(slot_index, Tensor) else slot_index)]
         if names is None:
             with self._lock:
-                by_slot = [None if entry is None else entry.name for entry in self._residents.slots]
-            chosen: Sequence[str | None] = by_slot
+                chosen: Sequence[str | None] = [entry.name if entry else None for entry in self._residents.slots]
         else:
-            chosen = _checked(names)
+            chosen = checked(names)
         wrong = [i for i in index if not -1 <= i < len(chosen) or (i >= 0 and chosen[i] is None)]
         if wrong:
             known = ", ".join(f"{i}: {name!r}" for i, name in enumerate(chosen) if name is not None) or "none"
@@ -214,12 +219,15 @@ class AdapterBank:
             with self._batch(batch):
                 yield
 
-    def generate(self, inputs: Tensor | Mapping[str, Any], adapters: Sequence[str | None], **options: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | Mapping[str, Any] | None = None, adapters: Sequence[str | None] = (), **options: Any
+    ) -> Any:
         """Call the model's `generate` with an adapter for each row of `inputs`.
 
         Args:
-            inputs: what the tokenizer returned, or a tensor of token ids.
-            adapters: as for `rows`.
+            inputs: what the tokenizer returned, or a tensor of token ids. None if `options` have them, as in
+                ``generate(**inputs, adapters=...)``.
+            adapters: as for `rows`; required.
             options: for `generate`. Beams and returned sequences of a row have its adapter.
 
         Returns:
@@ -228,19 +236,23 @@ class AdapterBank:
         Raises:
             TypeError, ValueError: as `rows`, and as the model's `generate`.
         """
+        if not adapters:
+            raise TypeError("adapters: expected a name or None for each row, got none")
         config = options.get("generation_config") or getattr(self.model, "generation_config", None)
         expanded = [
             options.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")
         ]
         with self.rows(adapters, repeats=max(expanded)):
             model: Any = self.model
-            return (
-                model.generate(inputs, **options) if isinstance(inputs, Tensor) else model.generate(**inputs, **options)
-            )
+            if isinstance(inputs, Tensor):
+                return model.generate(inputs, **options)
+            return model.generate(**(inputs or {}), **options)
 
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str):
             raise TypeError(f"name: expected a str, got {type(name).__name__}")
+        if self._closed:
+            raise RuntimeError("the bank is closed; make another one")
         if name in self._entries:
             raise ValueError(f"name: {name!r} is loaded already; replace it, or unload it first")
 
@@ -386,12 +398,3 @@ class AdapterBank:
                 "rows: the model ran, but none of the layers with adapters, so its output is the base model's; were "
                 "they called in another thread, or compiled before the bank was made?"
             )
-
-
-def _checked(names: Any) -> list[str | None]:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"adapters: expected a sequence of names, got {type(names).__name__}")
-    for name in names:
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"adapters: expected names and None, got {type(name).__name__}")
-    return list(names)

@@ -50,18 +50,23 @@ class Batch:
 
     def _made(self, name: str, shape: torch.Size, device: torch.device) -> Route:
         rows, tokens = len(self.slots), shape.numel()
+
+        def given(noun: str) -> str:
+            return f"{counted(rows, noun)} {'was' if rows == 1 else 'were'} given"
+
         if self.packed:
             if tokens != rows:
-                raise ValueError(f"tokens: {rows} slots were given, and {name} got {tokens} tokens: {list(shape)}")
+                raise ValueError(f"tokens: {given('slot')}, and {name} got {counted(tokens, 'token')}: {list(shape)}")
             return Route.of(self.slots, self.ranks, 1, device)
         if len(shape) > 1:  # [rows, ..., features]
             repeats, rest = divmod(shape[0], rows) if rows else (0, shape[0])
             if rest or repeats not in (1, self.repeats):
-                wanted = f"{rows} rows" + (f", or {rows * self.repeats}" if self.repeats > 1 else "")
-                raise ValueError(f"rows: {rows} adapters were given, and {name} got {shape[0]} rows; expected {wanted}")
+                wanted = counted(rows, "row") + (f", or {rows * self.repeats}" if self.repeats > 1 else "")
+                got = counted(shape[0], "row")
+                raise ValueError(f"rows: {given('adapter')}, and {name} got {got}; expected {wanted}")
         elif (tokens % rows if rows else tokens) or (not shape and rows != 1):
             raise ValueError(
-                f"rows: {rows} adapters were given, and {name} got {tokens} tokens, which they do not divide"
+                f"rows: {given('adapter')}, and {name} got {counted(tokens, 'token')}, which they do not divide"
             )
         return Route.of(self.slots, self.ranks, tokens // rows if rows else 0, device)
 
@@ -96,3 +101,18 @@ class Watch:
 
     def __reduce__(self) -> Any:
         return Watch, (None,)
+
+
+def checked(names: Any) -> list[str | None]:
+    """The names as a list. Raises TypeError if they are not a sequence of names and None."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"adapters: expected a sequence of names, got {type(names).__name__}")
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"adapters: expected names and None, got {type(name).__name__}")
+    return list(names)
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number with its noun."""
+    return f"{number} {noun}{'' if number == 1 else plural}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.attachment import joined
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
+from dora_kernels.adapters.beside import WAY_OUT, trained
 from dora_kernels.adapters.names import own_layers
 from dora_kernels.core.precision import accumulation_dtype, no_autocast
 from dora_kernels.core.problem import Form, Weights
@@ -35,12 +36,21 @@ def packed(model: nn.Module, adapter: Adapter, max_rank: int) -> list[tuple[Targ
     layers = own_layers(adapter, base_layers, _error, adapter.notes)
     if not layers:
         raise _error("it has no layers")
+    if names := trained(adapter, joined(model)):
+        raise _error(f"{names} trained beside the adapter, which a bank does not serve; {WAY_OUT}")
     check_fit(layers, base_layers, _error)
     for name, layer in layers.items():
         if problem := _refusal(layer, max_rank):
             raise _error(f"{name}: {problem}")
     targets = _targets(model, layers)
     return [(target, _packed(target, layers[target.name])) for target in targets]
+
+
+def check_base(model: nn.Module) -> None:
+    """Raise TypeError if it is no model, ValueError if it is PEFT's wrapper of one, whose layers have other names."""
+    if any(each.__module__.partition(".")[0] == "peft" for each in type(joined(model)).__mro__):
+        name = type(model).__name__
+        raise ValueError(f"model: expected the base model, which model.unload() returns, got PEFT's {name} around it")
 
 
 def _error(text: str) -> ValueError:

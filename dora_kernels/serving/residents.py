@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from dora_kernels.serving.batch import counted
 from dora_kernels.serving.layer import Packed
 
 
@@ -64,10 +65,11 @@ class Residents:
             own: what the caller's batches around this one use.
         """
         if len(wanted) > len(self.slots):
-            return f"{len(wanted)} adapters in one batch, and the bank has {len(self.slots)} slots"
+            return f"{len(wanted)} adapters in one batch, and the bank has {counted(len(self.slots), 'slot')}"
         own = set(own)
         held = [entry for entry in self.slots if entry and entry not in wanted and (entry.pinned or entry in own)]
         if len(wanted) + len(held) <= len(self.slots):
             return None
         names = ", ".join(f"{entry.name!r} ({'pinned' if entry.pinned else 'in use around this'})" for entry in held)
-        return f"{len(wanted)} adapters need a slot, and {len(self.slots)} slots hold {names}"
+        need = f"{counted(len(wanted), 'adapter')} need{'s' if len(wanted) == 1 else ''} a slot"
+        return f"{need}, and {counted(len(self.slots), 'slot')} hold{'s' if len(self.slots) == 1 else ''} {names}"

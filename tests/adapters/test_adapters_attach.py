@@ -26,6 +26,8 @@ from dora_kernels.adapters import Adapter, combine_adapters
 
 pytest.importorskip("safetensors")
 
+from safetensors.torch import load_file, save_file
+
 LINEAR = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.down", "lm_head"]
 EVERY = [*LINEAR, "embed_tokens", "layers.0.conv_in", "layers.1.conv"]
 
@@ -317,3 +319,19 @@ def test_other_refusals():
         attach(Model(), {})
     with pytest.raises(ValueError, match="the adapter has no layers"):
         save_adapter(Adapter({}), "nowhere")
+
+
+def test_tensors_beside_the_adapter(tmp_path):
+    """They are named in a warning, unless they are the model's own; adapters made of the adapter keep them."""
+    model = Model()
+    save_adapter(adapter_for(model, ["layers.0.q_proj"]), tmp_path, format="qdora")
+    file = tmp_path / "model_state_dict.safetensors"
+    own = {"lm_head.weight": model.lm_head.weight.detach().clone()}
+    save_file({**load_file(file), **own, "norm.weight": torch.ones(3)}, file)
+    words = "norm.weight trained beside the adapter, left out; .*merge.*PEFT"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
+        adapter = load_adapter(file, model)
+    assert len(caught) == 1 and set(adapter.beside) == {"lm_head.weight", "norm.weight"}
+    combined, _ = combine_adapters(model, [adapter, adapter], [0.5, 0.5])
+    with pytest.warns(RuntimeWarning, match=words):
+        attach(Model(), combined)

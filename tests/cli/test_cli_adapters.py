@@ -356,5 +356,5 @@ def test_without_the_extra(call, tmp_path, monkeypatch):
 def test_help_names_the_formats(call):
     for command in ("convert", "merge", "inspect"):
         assert call(command, "--help")[0] == 0
-    assert all(name in call("convert", "--help")[1] for name in FORMATS)
+    assert all(name in call("convert", "--help")[1] for name in (*FORMATS, "vllm", "sglang"))
 

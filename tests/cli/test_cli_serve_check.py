@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from cli_models import adapter_file, llama
 from experts_models import qwen3_moe
+from safetensors.torch import load_file, save_file
 
 import dora_kernels
 from dora_kernels.cli import serve_check
@@ -99,3 +100,18 @@ def test_bad_input(call, tmp_path, base):
     other.save_pretrained(tmp_path / "other")
     status, error = asked(call, tmp_path / "other", adapter)
     assert status == 2 and "the model has no such layer" in error
+
+
+def test_tensors_trained_beside_the_adapter(call, tmp_path, base):
+    """No engine has them: refused where it starts with an error, wrong where it answers without them."""
+    adapter, _ = adapter_file(tmp_path, llama(), plain=True)
+    file = adapter / "adapter_model.safetensors"
+    tensors, stored = load_file(file), load_file(base / "model.safetensors")["lm_head.weight"]
+    save_file(tensors | {"base_model.model.lm_head.weight": stored + 1}, file)
+    found = asked(call, base, adapter)[1]
+    assert {name: each for name, each in serves(found).items() if each != "wrong"} == {
+        "bank": "refused", "vllm": "refused"
+    }  # fmt: skip
+    assert all("lm_head.weight trained beside" in verdict["reason"] for verdict in found.values())
+    save_file(tensors | {"base_model.model.lm_head.weight": stored}, file)
+    assert set(serves(asked(call, base, adapter)[1]).values()) == {"right"}, "the base model's own"

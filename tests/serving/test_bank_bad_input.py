@@ -76,7 +76,7 @@ def test_rows(bank):
     with bank.rows(["one", None]):
         for wrong in (torch.randn(3, 2, 5), torch.randn(1, 2, 5), torch.randn(4, 1, 5)):
             with pytest.raises(
-                ValueError, match=f"2 adapters were given, and 0 got {len(wrong)} rows; expected 2 rows"
+                ValueError, match=f"2 adapters were given, and 0 got {len(wrong)} rows?; expected 2 rows"
             ):
                 bank.model[0](wrong)
         with pytest.raises(ValueError, match="2 adapters were given, and 0 got 3 tokens"):
@@ -150,3 +150,49 @@ def test_layers_that_never_ran(bank):
         pass
     with other.rows([None]):
         model(x.mT)
+
+
+@pytest.mark.parametrize("key", ["1.weight", "0.token_adapter.trainable_tokens_delta"])
+def test_tensors_beside_the_adapter(bank, key):
+    """What was trained beside it is no layer's, so the bank would answer without it."""
+    adapter = small()
+    adapter.beside = {f"base_model.model.{key}": torch.ones(2)}
+    for call in (lambda: bank.load("two", adapter), lambda: bank.replace("one", adapter)):
+        with pytest.raises(ValueError, match=f"{key} trained beside the adapter, .*merge.*PEFT"):
+            call()
+    assert bank.names == ["one"]
+    adapter.beside = {"base_model.model.2.base_layer.bias": bank.model[2].bias.detach().clone()}
+    bank.load("two", adapter)
+
+
+def test_a_closed_bank(bank):
+    assert repr(bank) == "<AdapterBank of Sequential, 1 adapter in 2 slots>"
+    bank.close()
+    assert repr(bank) == "<AdapterBank of Sequential, closed>"
+    with pytest.raises(RuntimeError, match="the bank is closed"):
+        bank.load("two", small())
+    bank.close()
+
+
+def test_a_model_of_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(5, 4)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"the base model, which model.unload\(\) returns, got PEFT's PeftModel"):
+        AdapterBank(model)
+    AdapterBank(model.unload()).load("one", small())
+
+
+def test_one_is_no_plural(bank):
+    with bank.rows(["one"]), pytest.raises(ValueError, match="1 adapter was given, and 0 got 3 rows; expected 1 row$"):
+        bank.model[0](torch.randn(3, 2, 5))
+
+
+def test_generate_is_called_as_the_model_is(bank):
+    """By keywords, or with a mapping or a tensor in front."""
+    bank.model.generate = lambda inputs=None, input_ids=None, **options: (inputs, input_ids, options)
+    ids = torch.ones(1, 2)
+    assert bank.generate(input_ids=ids, adapters=["one"], top_k=3) == (None, ids, {"top_k": 3})
+    assert bank.generate({"input_ids": ids}, ["one"]) == (None, ids, {})
+    assert bank.generate(ids, adapters=["one"]) == (ids, None, {})
+    with pytest.raises(TypeError, match="adapters: expected a name or None for each row, got none"):
+        bank.generate(ids)

@@ -116,6 +116,7 @@ class Format:
             if any(part in _ADAPTERS_ALONE for part in key.split(".")):
                 raise reading.error(f"{key} is part of an adapter, but belongs to no layer of this {self.name!r} file")
         if others:
+            reading.beside = {key: reading.tensors[key] for key in others}
             reading.notes.append(f"{listed(others)}: not part of an adapter, left out")
         return groups
 

@@ -41,6 +41,8 @@ class Reading:
     header: Mapping[str, str] = field(default_factory=dict)
     stacks: dict[str, str] = field(default_factory=dict)
     """Of PEFT's adapters of parameters: the parameter's name by the name in the keys."""
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that belong to no adapter, by key."""
     _patterns: dict[str, ByName] = field(default_factory=dict)
     _steps: Steps = field(default_factory=lambda: Steps(""))
 
