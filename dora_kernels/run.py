@@ -61,11 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("peft") is None:
         parser.error("peft is not installed: pip install 'dora-kernels[peft]'")
     sitecustomize.install()
-    sys.argv = script
     if module:
         sys.path[0] = os.getcwd()
+        if not _is_module(name):
+            parser.error(f"no module named {name!r}")
+        sys.argv = script
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
+        sys.argv = script
         path = os.path.abspath(name)
         sys.path[0] = os.path.dirname(path)
         runpy.run_path(path, run_name="__main__")
@@ -82,6 +85,16 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _is_python(name: str) -> bool:
     """True for a file that this process runs itself: a Python script, or whatever cannot be executed."""
     return os.path.isfile(name) and (name.endswith(".py") or not os.access(name, os.X_OK))
+
+
+def _is_module(name: str) -> bool:
+    """True if Python finds the module; an error inside a package around it is raised."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise
 
 
 def _command(name: str) -> str | None:

@@ -17,7 +17,7 @@ from dora_kernels.adapters.beside import WAY_OUT, trained
 from dora_kernels.adapters.experts import plan_stacks, stacked
 from dora_kernels.adapters.formats.stacks import ALTERNATING, EXCHANGED
 from dora_kernels.adapters.names import COMPONENTS, own_layers
-from dora_kernels.model.apply import adapted_layers
+from dora_kernels.model.apply import adapted_layers, no_adapted_layers
 from dora_kernels.model.saving import watch_saving
 from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
@@ -106,7 +106,7 @@ def extract(model: Models) -> Adapter:
             eps=layer.eps if dora else 0.0,
         )
     if not layers:
-        raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
+        raise no_adapted_layers(model, "save_pretrained(folder)")
     config = {COMPONENTS: several, EXCHANGED: exchanged, ALTERNATING: alternating}
     return Adapter(layers, "model", config={key: value for key, value in config.items() if value})
 

@@ -34,6 +34,9 @@ from dora_kernels.rounding import seed_for
 # Files with weights other than safetensors. They are not copied, since they would stay unmerged.
 _WEIGHTS = (*storage.PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
+# Files that mark an adapter's folder, which is never replaced: a training's result may be nowhere else.
+_OF_ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+
 # Suffixes and names of files that a model's folder has, and that may therefore be replaced.
 _USUAL = (".safetensors", ".json", ".model", ".jinja", "merges.txt", "vocab.txt", "README.md", ".gitattributes")
 
@@ -71,7 +74,8 @@ def merge_checkpoint(
         options: as in `read_adapter`.
 
     Raises:
-        FileExistsError: `out` exists and `force` is False, or it holds files that do not belong to a model.
+        FileExistsError: `out` exists and `force` is False, or it holds files that do not belong to a model,
+            or an adapter's.
         TypeError, FileNotFoundError, ValueError: as `read_for`; a weight is quantised, tied to another, or not finite
             when merged; or it cannot be decided whether one is stored transposed. Nothing is written then.
         OSError: a file cannot be read or written. `out` is unchanged; if it cannot be restored, the message says where
@@ -159,6 +163,9 @@ def _check_target(target: Path, base: Path, adapter: Path, force: bool) -> None:
     if not target.exists():
         return
     held = list(target.rglob("*"))
+    trained = sorted(str(place.relative_to(target)) for place in held if place.name in _OF_ADAPTER)
+    if trained:
+        raise FileExistsError(f"{target}: not replaced: it contains {trained[0]}, so it is an adapter's folder")
     foreign = sorted(str(place.relative_to(target)) for place in held if not _of_model(place, target, base))
     if foreign:
         raise FileExistsError(

@@ -58,6 +58,9 @@ def add(app: "typer.Typer") -> None:
             options = read_options(source_format, axis, scaling, prefix)
             if base:
                 adapter, _ = read_for(Checkpoint(base), source, **options)
+                stacked = read_adapter(source, **options) if to == "peft" else adapter
+                if any(layer.kind == "experts" for layer in stacked.layers.values()):
+                    adapter = stacked  # the base's files may hold single experts, which PEFT does not have
             else:
                 adapter = read_adapter(source, **options)
             others = _joined(component, join)

@@ -49,7 +49,8 @@ def add(app: "typer.Typer") -> None:
                 [shape for one in layers for shape in _shapes(one, rank)], tokens=_numbers(tokens),
                 device=device or None, dtype=_DTYPES.get(dtype), seconds=seconds,
             )  # fmt: skip
-        say(console(), str(found))
+        for line in str(found).splitlines():
+            say(console(), line)
 
 
 def _shapes(given: str, rank: int) -> list[Shape]:

@@ -208,7 +208,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
             change. The model is as it was then.
     """
     validation.check_rounding(rounding, seed)
-    layers = _layers(model)
+    layers = _layers(model, pefts="merge_and_unload()")
     places = places_of(model)
     for name, layer in layers.items():
         reason = None if layer.merged else layer._unmergeable_reason()
@@ -299,10 +299,17 @@ def _trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _layers(model: nn.Module, itself: bool = False) -> dict[str, AdaptedLayer]:
+def no_adapted_layers(model: nn.Module, pefts: str) -> ValueError:
+    """The error for a model without adapted layers; `pefts` is the call that does the same for PEFT's models."""
+    if hasattr(model, "peft_config"):
+        return ValueError(f"model: it has no adapted layers of apply_dora; for a PEFT model call model.{pefts}")
+    return ValueError("model: it has no adapted layers; call apply_dora(model) first")
+
+
+def _layers(model: nn.Module, itself: bool = False, pefts: str = "unload()") -> dict[str, AdaptedLayer]:
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("model: it has no adapted layers; call apply_dora(model) first")
+        raise no_adapted_layers(model, pefts)
     if "" in layers and not itself:
         raise ValueError(
             "model: it is itself an adapted layer, so there is no parent to replace it in; use its base_layer"

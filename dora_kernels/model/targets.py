@@ -214,7 +214,7 @@ def _no_linear_layers(model: nn.Module, places: dict[nn.Module, list[str]]) -> s
     skipped = {
         child
         for module in places
-        if isinstance(module, nn.MultiheadAttention | AdaptedLayer)
+        if isinstance(module, AdaptedLayer)
         for child in module.modules()
         if child is not module
     }
@@ -334,6 +334,8 @@ def _problem(
             f"the layer is quantised ({kind}{of}); use PEFT to adapt it, and dora_kernels.patch_peft to run that"
         )
     if type(module) not in _KINDS and not is_conv1d(module):
+        if isinstance(module, nn.Linear) and (reader := readers.of(parents, name)) is not None:
+            return TypeError(f"{type(reader).__name__} reads the weight itself, so the adapter would not run")
         return TypeError(f"expected a plain nn.Linear, Embedding, Conv1d, Conv2d, Conv3d or GPT-2's Conv1D, got {kind}")
     if not use_dora and kind_of(module, use_dora) is not LoRALinear:
         return TypeError(f"use_dora=False is for linear layers, got {kind}")

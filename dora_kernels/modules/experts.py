@@ -87,7 +87,7 @@ class LoRAExperts(AdaptedLayer):
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A ``[E * rank, in]``, expert by expert, and B ``[out, rank * E]``, its experts side by side, as PEFT's."""
+        """A ``[E * rank, in]``, expert by expert, and B ``[out, rank * E]``, whose experts take turns, as PEFT's."""
         return self.lora_A.weight, self.lora_B.weight
 
     def _problem(self) -> tuple[Tensor, Tensor, Tensor]:

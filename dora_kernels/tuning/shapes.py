@@ -51,6 +51,8 @@ def _adapters(module: nn.Module) -> list[Shape]:
 
 
 def _given(shapes: Iterable[Any]) -> list[Shape]:
+    if isinstance(shapes, str):
+        raise TypeError(f"model_or_shapes: expected a model, or a list of shapes, got the string {shapes!r}")
     found = []
     for shape in shapes:
         if not isinstance(shape, (tuple, list)) or len(shape) != 3:

@@ -188,6 +188,19 @@ def test_shared_outer_factors(tmp_path):
     assert read.layers[name].lora_A.shape == (6, 2, 32)
 
 
+def test_converting_to_pefts_files_keeps_stacks(tmp_path):
+    """The base model's files hold single experts, but the model that PEFT adapts has stacks."""
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from dora_kernels.cli.app import build_app
+
+    dora_kernels.save_adapter(adapted(), tmp_path / "adapter")
+    qwen3_moe().save_pretrained(tmp_path / "base")
+    call = ["convert", tmp_path / "adapter", tmp_path / "out", "--to", "peft", "--base", tmp_path / "base"]
+    assert runner.invoke(build_app(), list(map(str, call))).exit_code == 0
+    written, given = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("out", "adapter"))
+    assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
+
+
 @pytest.mark.parametrize("stored", ["single", "stacked"])
 def test_merging_a_checkpoint(stored, tmp_path):
     """The file holds the layers of each expert, as transformers writes them, or the stacks."""

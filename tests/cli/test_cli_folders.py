@@ -120,6 +120,19 @@ def test_a_folder_that_came_in_between(places, tmp_path):
     assert snapshot(other) == {"mine": b"mine"} and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("held", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapters_folder_is_not_replaced(places, tmp_path, held):
+    """Its files have a model's suffixes, and may be all that is left of a training."""
+    base, source, _ = places
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("model.safetensors", held):
+        (other / name).write_text("trained")
+    with pytest.raises(FileExistsError, match=f"other: not replaced: it contains {held}, so it is an adapter's folder"):
+        merge_checkpoint(Checkpoint(base), source, other, force=True)
+    assert (other / held).read_text() == "trained"
+
+
 def test_a_link_to_a_folder_is_replaced(places, tmp_path):
     base, source, out = places
     link = tmp_path / "link"

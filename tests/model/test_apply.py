@@ -404,14 +404,24 @@ def test_adapted_already():
 def test_attention_and_encoder_layers():
     """Their own code reads the weights, so an adapter would be left out, in evaluation or always."""
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
-    with pytest.raises(TypeError, match=r"attention\.out_proj: expected a plain .*NonDynamicallyQuantizableLinear"):
+    with pytest.raises(TypeError, match=r"attention\.out_proj: MultiheadAttention reads the weight itself"):
         apply_dora(attention, ["out_proj"])
-    assert apply_dora(attention) == ["out"]
+    with pytest.warns(UserWarning, match="leaves out attention.out_proj: MultiheadAttention reads the weight itself"):
+        assert apply_dora(attention) == ["out"]
     encoder = nn.TransformerEncoderLayer(8, 2)
     with pytest.raises(TypeError, match=r"linear1: TransformerEncoderLayer reads the weight itself"):
         apply_dora(encoder, ["linear1"])
-    with pytest.raises(ValueError, match=r"'all-linear' finds no layer .*: linear1, linear2: TransformerEncoder"):
+    with pytest.raises(ValueError, match=r"'all-linear' finds no layer .*[:;] linear1, linear2: TransformerEncoder"):
         apply_dora(encoder)
+
+
+def test_a_model_of_peft():
+    """It has adapters, but none that these functions merge or save: PEFT's own do."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.peft_config = {}
+    for call, name in ((merge_all, "merge_and_unload"), (remove_dora, "unload"), (extract, "save_pretrained")):
+        with pytest.raises(ValueError, match=rf"for a PEFT model call model\.{name}\("):
+            call(model)
 
 
 def test_no_model():

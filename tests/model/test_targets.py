@@ -51,7 +51,8 @@ def test_all_linear_leaves_out_what_it_cannot_adapt():
     (text,) = warned(lambda: apply_dora(model, rank=2))
     assert list(adapted_layers(model)) == ["first"]
     for part in (
-        "'all-linear' leaves out encoder.linear1, encoder.linear2: TransformerEncoderLayer reads the weight itself",
+        "'all-linear' leaves out encoder.self_attn.out_proj, attention.out_proj: MultiheadAttention reads the weight",
+        "; encoder.linear1, encoder.linear2: TransformerEncoderLayer reads the weight itself",
         "; own, other: expected a plain nn.Linear, ",
         "; packed: expected a plain nn.Linear, ",
         "; lazy: expected a plain nn.Linear, ",

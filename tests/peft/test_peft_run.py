@@ -170,3 +170,11 @@ def test_accelerate_launch(project):
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dora_kernels.run"]
     lines, _ = run(project, sys.executable, *command, "train.py", "a")
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["RESULT DoraLinear peft beside train.py a"]
+
+
+def test_a_module_that_is_not_there(capsys, monkeypatch):
+    for name in ("nomodule", "nomodule.train"):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as stop:
+            main(["-m", name])
+        assert stop.value.code == 2 and f"no module named '{name}'" in capsys.readouterr().err

@@ -305,3 +305,13 @@ def test_neighbours():
     found = list(measured_tiles.neighbours(shipped))
     assert shipped not in found and len(set(found)) == len(found) > 6
     assert all(sum(a != b for a, b in zip(one, shipped)) == 1 for one in found)
+
+
+def test_a_string_is_no_list_of_shapes():
+    with pytest.raises(TypeError, match="expected a model, or a list of shapes, got the string 'llama'"):
+        tune("llama")
+
+
+def test_the_command_prints_lines():
+    printed = invoke("tune", "24x40x4", "--tokens", "1", "--device", "cpu", "--seconds", "1").stdout
+    assert "\\n" not in printed and "\n  24x40" in printed

@@ -2,8 +2,9 @@
 
 PEFT wraps a module once for each of its targeted parameters, in the module's order, so the keys of the last parameter
 are ``experts.lora_A``, and those of the one before ``experts.base_layer.lora_A``. A ``[E * r, in]`` has one expert
-after another, B ``[out, r * E]`` has its experts side by side. For Llama 4, whose stacks are transposed without saying
-so, PEFT exchanges the two; so do its versions before 0.19 for all stacks that are not transposed.
+after another; in B ``[out, r * E]`` the expert's index runs fastest, so that expert e's are ``B[:, e::E]``. For Llama
+4, whose stacks are transposed without saying so, PEFT exchanges the two; so do its versions before
+0.19 for all stacks that are not transposed.
 """
 
 from __future__ import annotations
