@@ -144,8 +144,8 @@ def norm_config(rank: int, products: int, held: int = 128) -> NormConfig:
     if products > 1:
         # 32 rows spill a few registers on sm_90 and sm_100, 64 with 1 stage or a larger BLOCK_R on sm_120.
         return NormConfig(64, 64, 16, 8, 2)
-    # Tiles of 64x128 spill: at rank 32 on sm_80 and sm_100 along W's other dimension, in chunks on sm_80 or sm_120. With
-    # a BLOCK_R of 16, 64x64 spills on sm_80.
+    # Tiles of 64x128 spill: at rank 32 on sm_80 and sm_100 if W is transposed, in chunks on sm_80 or sm_120. With a
+    # BLOCK_R of 16, tiles of 64x64 spill on sm_80.
     return NormConfig(64, 64, max(32, _rank_block(rank, held)) if rank <= held else 64, 8, 2)
 
 
