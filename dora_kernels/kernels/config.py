@@ -219,8 +219,10 @@ def product_config(rows: int, columns: int, products: int) -> ProductConfig:
     if products > 1:
         # 2 stages spill a few registers on sm_120.
         return ProductConfig(block_m, block_n, 32, warps, 1)
-    # The tiles of three stages fit in 64 KiB. With 128 features, 32x32 spills on sm_100.
-    return ProductConfig(block_m, block_n, 128 if min(block_m, block_n) == 16 else 64, warps, 3)
+    # The tiles of three stages fit in 64 KiB. With 128 features 32x32 spills on sm_100 and 64x16 on sm_120, with 64
+    # features 64x64 on sm_120.
+    block_k = 128 if block_m * block_n <= 512 else 64 if block_m * block_n <= 2048 else 32
+    return ProductConfig(block_m, block_n, block_k, warps, 3)
 
 
 def product_parts(tiles: int, steps: int) -> int:
