@@ -62,7 +62,6 @@ def test_all_linear_leaves_out_what_it_cannot_adapt():
         "; hooked: the layer has hooks or a replaced forward",
     ):
         assert part in text
-    assert "out_proj" not in text
     named = ["encoder.linear1", "own", "other", "packed", "integers", "foreign", "hooked", "lazy"]
     for name in named:
         with pytest.raises((TypeError, ValueError), match=rf"{name}: .*; leave it out with exclude_modules=\['{name}"):
