@@ -55,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = None if module or _is_python(name) else _command(name)
     if command is None and not module and not os.path.exists(name):
         parser.error(f"no file and no command {name!r}; a module's name needs -m before it")
+    if module:
+        sys.path[0] = os.getcwd()
+        if not _is_module(name):
+            parser.error(f"no module named {name!r}")
     _prepare_environment(vars(options))
     if command is not None:
         _become([command, *script[1:]])
@@ -62,9 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("peft is not installed: pip install 'dora-kernels[peft]'")
     sitecustomize.install()
     if module:
-        sys.path[0] = os.getcwd()
-        if not _is_module(name):
-            parser.error(f"no module named {name!r}")
         sys.argv = script
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:

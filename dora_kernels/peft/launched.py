@@ -11,18 +11,10 @@ from dora_kernels.peft.patch import patch_and_report
 
 
 def patch_this_process(**options: Any) -> None:
-    """Call `patch_peft_globally`, with one line per model, and warnings at exit: of models never called, or of none."""
-    patched: list[str] = []
-
-    def report(line: str) -> None:
-        patched.append(line)
-        _say(line)
-
-    handle = patch_and_report(report, **options)
+    """Call `patch_peft_globally`, with one line for each model, and a warning at exit for each never called."""
+    handle = patch_and_report(_say, **options)
 
     def at_exit() -> None:
-        if not patched:
-            _say("no model with DoRA adapters was made; PEFT's LoraConfig needs use_dora=True")
         for warning in handle._never_called():
             _say(warning)
 
