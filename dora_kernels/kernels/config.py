@@ -112,8 +112,8 @@ _FINGERPRINTS = 256
 # 6e-6 of 16 (random float16 weights, float32 adapters).
 _FEW_FEATURES = 16
 
-# The largest rank at which a bfloat16 weight's norm is computed directly. Counted (bench/static/traffic.py), not timed,
-# for 8192x8192 and bfloat16 adapters: the direct form reads 285 MB of factors from L2 at rank 128 and, with the largest
+# The largest rank at which a bfloat16 weight's norm is computed directly. Counted (tests/support/aot/traffic.py), not
+# timed, for 8192x8192 and bfloat16 adapters: the direct form reads 285 MB of factors from L2 at rank 128 and, with the largest
 # tiles that do not spill, 1610 MB at rank 384. The factored form reads 183 MB at rank 384, besides the vendor's product
 # of W and A.
 DIRECT_RANK = 128
