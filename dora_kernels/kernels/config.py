@@ -113,9 +113,9 @@ _FINGERPRINTS = 256
 _FEW_FEATURES = 16
 
 # The largest rank at which a bfloat16 weight's norm is computed directly. Counted (tests/support/aot/traffic.py), not
-# timed, for 8192x8192 and bfloat16 adapters: the direct form reads 285 MB of factors from L2 at rank 128 and, with the largest
-# tiles that do not spill, 1610 MB at rank 384. The factored form reads 183 MB at rank 384, besides the vendor's product
-# of W and A.
+# timed, for 8192x8192 and bfloat16 adapters: the direct form reads 285 MB of factors from L2 at rank 128 and, with the
+# largest tiles that do not spill, 1610 MB at rank 384. The factored form reads 183 MB at rank 384, besides the vendor's
+# product of W and A.
 DIRECT_RANK = 128
 
 
