@@ -108,6 +108,10 @@ def test_a_row_of_rubbish(tmp_path, capsys):
     assert stopped.value.code == 2 and "nothing to draw" in capsys.readouterr().err
 
 
+def test_every_provider_has_a_color():
+    assert set(plots.COLORS) == set(LABELS)
+
+
 def test_pictures(tmp_path, capsys):
     path = tmp_path / "a.json"
     record.write(full(), path)
