@@ -20,19 +20,21 @@ from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype
 from dora_kernels.core.problem import Form, Weights, row_problem
 from dora_kernels.core.scale import norm_of, quotient
 from dora_kernels.engine import autograd, blocked, dispatch, fused, ops, writes
-from dora_kernels.engine.fingerprints import Record
+from dora_kernels.engine.fingerprints import Record, sample
 from dora_kernels.engine.formula import transformed
-from dora_kernels.engine.fused import Needs
+from dora_kernels.engine.fused import Needs, Scale
 from dora_kernels.engine.norm import Norm
 from dora_kernels.engine.norm_cache import NormCache, norm_reuse
 from dora_kernels.engine.products import mm
 from dora_kernels.engine.rescale import dot_over_rows, lazy_clone
+from dora_kernels.rounding import is_coarse, seed_for
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes of a base weight that may run merged."""
 
-# With a smaller |g| a row's gradient is not recovered from its output; see `rescale`.
+# With a smaller |g| a row's gradient is not recovered from its output; see `rescale`. float16 has a smaller range.
 _SMALLEST = 2.0**-20
+_SMALLEST_FLOAT16 = 2.0**-6
 
 
 FORWARDS = ("composed", "merged")
@@ -127,19 +129,29 @@ def _current(weights: Weights, form: Form, cache: NormCache, training: bool, bac
 
 def _make(weights: Weights, form: Form, norm: Norm, backend: str) -> MergedWeight:
     weight, lora_A, lora_B, magnitude = (t.detach() for t in weights[:4])
-    axis = form.magnitude_axis
+    axis, seed = form.magnitude_axis, _seed(weight)
     if backend == "torch":
         rows = row_problem(weight, lora_A, lora_B, axis)
-        merged = blocked.merge(*rows, magnitude, form.scaling, None, axis == "in", norm.divisor)
+        source = torch.Generator().manual_seed(seed) if seed is not None and weight.is_cpu else seed
+        merged = blocked.merge(*rows, magnitude, form.scaling, source, axis == "in", norm.divisor)
         merged = merged if axis == "out" else merged.t()
     else:
         if form.eps:
             magnitude = magnitude * (norm_of(norm.divisor, form.eps) / norm.divisor)
-        merged = ops.merge(weight, lora_A, lora_B, magnitude, form.scaling, axis, backend)
+        merged = ops.merge(weight, lora_A, lora_B, magnitude, form.scaling, axis, backend, seed)
     g = quotient(magnitude, norm.divisor, weight)
-    lost = (g.abs() < _SMALLEST).nonzero().squeeze(1)
+    smallest = _SMALLEST_FLOAT16 if weight.dtype == torch.float16 else _SMALLEST
+    lost = (g.abs() < smallest).nonzero().squeeze(1)
     of_magnitude = weights.magnitude.data_ptr(), weights.magnitude._version, writes.steps
     return MergedWeight(merged, g, norm, lost if len(lost) else None, Record(weights.magnitude), of_magnitude)
+
+
+def _seed(weight: Tensor) -> int | None:
+    """The seed of stochastic rounding, which 16 bits need: to nearest, small updates are lost.
+
+    It is the layer's, whatever the step: equal weights have equal V', in every process and after a reload.
+    """
+    return seed_for(0, repr(sample(weight).tolist())) if is_coarse(weight.dtype) else None
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -161,6 +173,7 @@ class _MergedLinear(torch.autograd.Function):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         needs = Needs(*ctx.needs_input_grad[:6])
         ctx.form, ctx.lost, ctx.norm = form, merged.lost, merged.norm.divisor
+        ctx.low_dtype = low_rank_dtype(x, lora_A)  # which asks for autocast
         with no_autocast(x.device):
             kept = None
             if bias is None or not fused.keeps_base(form, True, needs):
@@ -190,7 +203,8 @@ class _MergedLinear(torch.autograd.Function):
             return *autograd.differentiable(x, weights, cast(ctx.norm, g.dtype), form, needed, wide), *nothing
         with no_autocast(dy.device):
             rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-            grads = _backward(dy, rows, weights, merged, g, cast(ctx.norm, g.dtype), kept, ctx.lost, form, needs)
+            scale = Scale(g, cast(ctx.norm, g.dtype))
+            grads = _backward(dy, rows, weights, merged, scale, kept, ctx.lost, ctx.low_dtype, form, needs)
         return None if grads[0] is None else grads[0].view(x.shape), *grads[1:], *nothing
 
 
@@ -199,28 +213,27 @@ def _backward(
     x: Tensor,
     weights: Weights,
     merged: Tensor,
-    g: Tensor,
-    divisor: Tensor,
+    scale: Scale,
     kept: Tensor | None,
     lost: Tensor | None,
+    low_dtype: torch.dtype,
     form: Form,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of `Weights` after x's; W's is None, since W is frozen."""
     weight, lora_A, lora_B, magnitude, bias = weights
-    along_in, scaling = form.magnitude_axis == "in", form.scaling
-    accumulate, low_dtype = accumulation_dtype(dy, lora_A), low_rank_dtype(x, lora_A)
+    g: Any = scale.g
+    divisor: Any = scale.divisor
+    along_in, scaling, accumulate = form.magnitude_axis == "in", form.scaling, accumulation_dtype(dy, lora_A)
     need_dm = needs.magnitude or (not form.detach_norm and needs.norm)
     dx = torch.mm(dy, merged) if needs.x or (along_in and need_dm) else None
     d_a = d_b = dm = None
     if needs.lora_A:
-        right = cast(lora_B, low_dtype) * (scaling if along_in else (g * scaling).unsqueeze(1))
-        d_low = mm(dy, right, right.dtype)
+        d_low = fused.low_rank_gradient(dy, lora_B, scaling if along_in else g * scaling, low_dtype)
         d_a = mm(d_low.t(), x, accumulate)
         d_a = d_a.mul_(g) if along_in else d_a
     if needs.lora_B:
-        left = cast(lora_A, low_dtype) * g if along_in else cast(lora_A, low_dtype)
-        h = mm(x, left.t(), left.dtype)
+        h = mm(x, cast(lora_A * g if along_in else lora_A, low_dtype).t(), low_dtype)
         d_b = mm(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
     if need_dm:
         first, second = (x, dx) if along_in else (dy, kept)
