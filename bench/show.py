@@ -19,6 +19,8 @@ from dora_kernels.testing import ROW
 
 WIDTH = 80  # where there is no terminal to ask
 EMPTY = "–"
+LAST = 50
+"""Losses at the end of a training, for their mean."""
 DEMO = {
     "stock": "PEFT DoRA",
     "patched": "PEFT DoRA + `patch_peft`",
@@ -207,11 +209,10 @@ def gaps(curves: list[dict[str, Any]], suite: str = "finetune", provider: str = 
 
 def last(curve: dict[str, Any]) -> float:
     """The mean of the last losses of a training."""
-    losses = curve["losses"][-_LAST:]
+    losses = curve["losses"][-LAST:]
     return float(sum(losses) / len(losses))
 
 
-_LAST = 50
 _APART: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
     "loss": lambda a, b: max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True)),
     "last losses": lambda a, b: abs(last(a) - last(b)),

@@ -19,21 +19,23 @@ def shapes_of(model_or_shapes: Any, rank: int) -> tuple[list[Shape], torch.devic
     """Return the distinct shapes, and a model's device and dtype; None for shapes."""
     if not isinstance(model_or_shapes, nn.Module):
         return _given(model_or_shapes), None, None
-    adapted, plain, first = [], [], None
+    adapted, plain = [], []
+    first: Any = None
     inside: set[int] = set()
     for module in model_or_shapes.modules():
         found = _adapters(module)
         if found:
             inside |= {id(child) for child in module.modules()}
             adapted += found
-            first = module.base_layer.weight if first is None else first  # type: ignore[union-attr]
+            first = module.base_layer if first is None else first
         elif isinstance(module, nn.Linear) and id(module) not in inside:
             plain.append((module.out_features, module.in_features, rank))
-            first = module.weight if first is None and not adapted else first
+            first = module if first is None and not adapted else first
     shapes = list(dict.fromkeys(adapted or plain))
-    if not shapes or not isinstance(first, torch.Tensor):
+    if not shapes or not isinstance(first.weight, torch.Tensor):
         raise ValueError("model_or_shapes: the model has no linear layers")
-    return shapes, first.device, first.dtype
+    weight = first.weight  # a quantised one has bytes for elements, and is multiplied in another dtype
+    return shapes, weight.device, weight.dtype if weight.is_floating_point() else getattr(first, "compute_dtype", None)
 
 
 def _adapters(module: nn.Module) -> list[Shape]:
