@@ -5,7 +5,8 @@
 
 It multiplies less than LoRA from about K/2 tokens per optimizer step on, and holds another copy of W. What the backward
 reads of the output is a lazy clone, which costs no memory where the consumer keeps its input, and is right where the
-consumer writes to it. A row with m = 0 gets its gradient from a product of its own. docs/merged.md says when to use it.
+consumer writes to it. A row with m = 0 gets its gradient from a product of its own. In 16 bits V' is rounded
+stochastically; of a quantised layer it takes the place of the dequantised W. docs/merged.md says when to use it.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def _make(
 ) -> MergedWeight:
     weight, lora_A, lora_B, magnitude = (t.detach() for t in weights[:4])
     dtype = weight.dtype if source is None else source.dtype
-    number = seed = _seed(weight) if is_coarse(dtype) else None
+    seed: Any = _seed(weight) if is_coarse(dtype) else None
+    number = seed
     if number is not None and backend == "torch" and weight.is_cpu:
         seed = torch.Generator().manual_seed(number)
     if source is None:

@@ -194,6 +194,14 @@ def test_a_models_shapes():
         ([(3, 4, 2)], {"dtype": torch.int8}, "dtype: expected float32"),
     ],
 )
+def test_shapes_of_a_quantised_model():
+    """The dtype is that in which its layers multiply."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16)
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    assert shapes_of(nn.Sequential(layer.to("cpu")), 2) == ([(64, 64, 2)], CPU, torch.bfloat16)
+
+
 def test_refused(folder, given, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         tune(given, progress=False, **options)
