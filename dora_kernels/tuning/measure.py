@@ -19,7 +19,8 @@ from dora_kernels.core import validation
 from dora_kernels.engine import choices
 from dora_kernels.tuning import tiles
 from dora_kernels.tuning.candidates import Layer
-from dora_kernels.tuning.shapes import Shape, shapes_of
+from dora_kernels.tuning.quantised import QuantisedLayer
+from dora_kernels.tuning.shapes import Shape, quantised_of, shapes_of
 from dora_kernels.tuning.timing import in_turns
 
 TOKENS = {"cpu": (1, 16, 128, 512, 2048), "cuda": (1, 64, 256, 1024, 4096, 8192)}
@@ -95,6 +96,7 @@ def tune(
     validation.check_rank(rank)
     validation.check_number(seconds, "seconds")
     shapes, of_device, of_dtype = shapes_of(model_or_shapes, int(rank))
+    quantised = quantised_of(model_or_shapes, int(rank))
     default = of_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(device) if device is not None else default
@@ -129,8 +131,10 @@ def tune(
     try:
         with _progress(comparisons, progress) as advance:
             for shape in shapes:
-                name = choices.key_of(*shape)
-                layers[name] = _measure(Layer(shape, dtype, where), name, counts, each, advance, wrong)
+                base = quantised.get(shape)
+                name = choices.key_of(*shape) + ("" if base is None else f" {type(base).__name__}")
+                layer = Layer(shape, dtype, where) if base is None else QuantisedLayer(shape, dtype, where, base)
+                layers[name] = _measure(layer, name, counts, each, advance, wrong)
                 table["tiles"] |= layers[name].pop("tiles", {})
                 _write(path, table)  # as they come: a run that is cut short is not lost
     finally:
@@ -158,7 +162,7 @@ def _measure(
         if reason := layer.wrong_norm(call):
             wrong[f"{name}, {form} norm"] = reason
             del norms[form]
-    if timed := times("norm", norms):
+    if norms and (timed := times("norm", norms)):
         found["norm"] = min(timed, key=lambda form: timed[form])
     ways = []
     for way in layer.ways():
