@@ -75,7 +75,7 @@ class Record:
         """One line, if none of the model's layers has ever been called."""
         if self.called or not self.count:
             return None
-        cause = ": other code computes them, and not dora_kernels" if self.ran else ""
+        cause = ": other code computes them, and not dora_kernels" if self.ran else ", nor was the model"
         return f"WARNING: none of the {self.count} patched DoRA layers of {self.name} was ever called{cause}"
 
 

@@ -115,11 +115,22 @@ def test_a_model_without_a_call():
     handle = dora_kernels.patch_peft(model)
     text = "WARNING: none of the 2 patched DoRA layers of {} was ever called"
     name = type(model).__name__
-    assert handle._never_called() == [text.format(name)]
+    assert handle._never_called() == [text.format(name) + ", nor was the model"]
     with model.disable_adapter():
         model(torch.randn(4, 12))
     assert handle._never_called() == [text.format(name) + ": other code computes them, and not dora_kernels"]
     model.eval()(torch.randn(4, 12))
+    assert handle._never_called() == []
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_model_that_is_only_merged(merge):
+    """Its layers are never called, and nothing is wrong with that."""
+    model = toy().eval()
+    handle = dora_kernels.patch_peft(model)
+    merged = getattr(model, merge)() or model
+    assert handle._never_called() == []
+    merged(torch.randn(4, 12))
     assert handle._never_called() == []
 
 
