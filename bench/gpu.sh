@@ -36,6 +36,8 @@ seconds=${STAGE_SECONDS:-215}
 begun=$SECONDS
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+compiling=$((seconds / 4)) # at most, of the stage `tables`
+share=0
 status=0
 
 has() {
@@ -71,11 +73,14 @@ check() {
     fi
 }
 
-# A run of `python -m bench run`: NAME, share of the stage's time in percent, options.
+# A run of `python -m bench run`: NAME, share in percent of the stage's time less that of `compiled`, options. What a run
+# leaves of its share is the next ones'.
 measure() {
-    local name=tables-$1 limit=$((seconds * $2 / 100)) hard code
+    local name=tables-$1 limit hard code
+    share=$((share + $2))
+    limit=$((begun + compiling + (seconds - compiling) * share / 100 - SECONDS))
     shift 2
-    hard=$((limit + 15))
+    hard=$((limit + 10))
     if [ "$(left)" -lt "$hard" ]; then hard=$(left); fi
     if [ "$((hard - 5))" -lt "$limit" ]; then limit=$((hard - 5)); fi
     if [ "$limit" -lt 10 ]; then
@@ -84,26 +89,53 @@ measure() {
         return
     fi
     echo "== $name, at most $limit s: $out/$name.json"
-    timeout --kill-after=10 "$hard" "$python" -m bench run --limit-s "$limit" --rounds 11 \
+    # The record is written comparison by comparison. Interrupted, the run says in it how many it had not begun.
+    timeout --signal=INT --kill-after=5 "$hard" "$python" -m bench run --limit-s "$limit" --rounds 11 \
         --out "$out/$name.json" "$@" >"$out/$name.txt" 2>"$out/$name.log"
     code=$?
     if [ "$code" -ne 0 ]; then
-        echo "   failed: exit status $code"
+        echo "   failed, or left something out: exit status $code"
         status=1
     fi
-    # The record is written stage by stage: of a run that was killed, too, `python -m bench plot` draws what there is.
     if [ -s "$out/$name.txt" ]; then cat "$out/$name.txt"; else tail -n 15 "$out/$name.log"; fi
 }
 
+# Every run of `tables`, by a function that gets NAME, share, options. What matters most comes first, and what the
+# compilers of others need time for last.
+runs() {
+    local each=$1 few=(--providers frozen peft_lora ours ours_triton ours_torch ours_merged)
+    shift
+    "$each" layer 30 --suite layer --rank 16 --tokens 8192 1024 64 "${few[@]}" "$@"
+    "$each" decode 15 --suite decode host --rank 16 --tokens 1 64 --providers frozen peft_lora ours ours_frozen \
+        ours_merged "$@"
+    "$each" ranks 20 --suite layer decode --rank 64 384 --tokens 8192 1 "${few[@]}" "$@"
+    "$each" norm 10 --suite norm --rank 16 384 --providers peft_dora ours ours_direct ours_factored "$@"
+    "$each" block 10 --suite block --rank 16 "$@"
+    "$each" compiled 8 --suite decode --rank 16 --tokens 1 --providers peft_lora peft_lora_compiled ours ours_compiled \
+        "$@"
+    "$each" everybody 7 --suite layer --rank 16 --tokens 1024 "$@"
+}
+
+# The kernels of all runs, compiled into Triton's cache by a process for each run. Without it each run would compile its
+# kernels one after another inside its share. Nothing that these processes measure is kept.
+compiled() {
+    local name=$1 folder
+    folder=$(mktemp -d)
+    shift 2
+    (
+        timeout --kill-after=5 "$compiling" "$python" -m bench run --limit-s "$compiling" --rounds 1 \
+            --out "$folder/$name.json" "$@" >/dev/null 2>&1
+        rm -r "$folder"
+    ) &
+}
+
 tables() {
-    local few=(--providers frozen peft_lora ours ours_triton ours_torch ours_merged)
-    measure layer 30 --suite layer --rank 16 --tokens 8192 1024 64 "${few[@]}" "$@"
-    measure decode 15 --suite decode host --rank 16 --tokens 1 64 --providers frozen peft_lora peft_lora_compiled ours \
-        ours_frozen ours_merged ours_compiled "$@"
-    measure ranks 20 --suite layer decode --rank 64 384 --tokens 8192 1 "${few[@]}" "$@"
-    measure norm 10 --suite norm --rank 16 384 --providers peft_dora ours ours_direct ours_factored "$@"
-    measure block 10 --suite block --rank 16 "$@"
-    measure everybody 10 --suite layer --rank 16 --tokens 1024 "$@"
+    echo "== compilation, at most $compiling s"
+    runs compiled "$@"
+    wait
+    echo "   $((SECONDS - begun)) s"
+    compiling=$((SECONDS - begun))
+    runs measure "$@"
 }
 
 tune() {

@@ -87,6 +87,13 @@ def _scale_reduces(make: _Make) -> Iterator[Case]:
         if any(wanted) and not all(wanted):
             yield _scale_reduce(make, BF, BF, 20, 128, *wanted)
     yield from _grouped_scale_reduces(make)
+    for dtype, h_dtype in ((BF, BF), (HF, HF), (BF, F32), (HF, F32), (F32, F32)):
+        yield _scale_reduce(make, dtype, dtype, 64, 128, h=(h_dtype, 16))
+        yield _scale_reduce(make, dtype, dtype, 37, 131, total=False, h=(h_dtype, 40))
+    yield _scale_reduce(make, BF, BF, 300, 70, total=False, layout="rows", h=(BF, 5))  # several strips
+    yield _scale_reduce(make, BF, BF, 20, 64, scaled=False, layout="offset", h=(BF, 64))
+    yield _scale_reduce(make, BF, F32, 20, 64, scaled=False, h=(F32, 70))  # of which the product is apart
+    yield from _products_over_tokens(make)
 
 
 def _scale_reduce(
@@ -99,20 +106,30 @@ def _scale_reduce(
     dot: bool = True,
     total: bool = True,
     layout: str = "",
+    h: tuple[torch.dtype, int] | None = None,
 ) -> Case:
+    """`h`: the dtype and rank of the matrix in the product of the same pass."""
     from dora_kernels import kernels
 
     grad, other = make(M, F, dtype=dtype, layout=layout.strip("t")), make(M, F, dtype=other_dtype, layout=layout)
     g = make(F)
+    right = None if h is None else make(M, h[1], dtype=h[0], layout=layout.strip("t"))
 
     def call() -> Results:
-        return kernels.scale_reduce(grad, other if dot else None, g if scaled else None, scaled, total)
+        given = grad, other if dot else None, g if scaled else None, scaled, total
+        if right is None:
+            return kernels.scale_reduce(*given)
+        made, *sums, low = kernels.scale_partials(*given, None, right)
+        return made, *(one if one is None else one.sum(0) for one in sums), low.sum(0)
 
     wide = grad.double()
-    reference = g.double() * wide if scaled else None, (wide * other.double()).sum(0) if dot else None
+    sums = (wide * other.double()).sum(0) if dot else None, wide.sum(0) if total else None
     absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there]
-    name = _words("scale_reduce", f"{M}x{F}", layout, *absent)
-    return name, _labels(dtype, other_dtype), call, (*reference, wide.sum(0) if total else None)
+    name = _words("scale_reduce", f"{M}x{F}", "" if h is None else f"r{h[1]}", layout, *absent)
+    reference = g.double() * wide if scaled else None, *sums
+    if right is None:
+        return name, _labels(dtype, other_dtype), call, reference
+    return name, _labels(dtype, other_dtype, h[0]), call, (*reference, wide.t() @ right.double())
 
 
 def _grouped_scale_reduces(make: _Make) -> Iterator[Case]:
@@ -155,6 +172,52 @@ def _grouped_scale_reduce(
     more = f"sentinels {sentinels}" if sentinels else ""
     name = _words("scale_reduce in groups", "+".join(map(str, counts)), f"x{F}", layout, more, *absent)
     return name, _labels(dtype), call, reference
+
+
+def _products_over_tokens(make: _Make) -> Iterator[Case]:
+    for left, right in ((BF, BF), (HF, HF), (BF, F32), (HF, F32), (F32, F32)):
+        yield _product_over_tokens(make, left, right, right, (40, 0, 24), 64, 16)
+    yield _product_over_tokens(make, BF, BF, F32, (5, 0, 137, 1), 131, 5, sentinels=9, turned=True)
+    yield _product_over_tokens(make, BF, F32, BF, (17, 20), 64, 70, layout="rows", turned=True)
+    yield _product_over_tokens(make, BF, BF, BF, (0, 300), 64, 16, layout="offset")  # several strips
+    yield _product_over_tokens(make, BF, BF, F32, (40, 30), 128, 20, scaled=True)
+    yield _product_over_tokens(make, BF, F32, F32, (0, 30), 64, 70, scaled=True)
+
+
+def _product_over_tokens(
+    make: _Make,
+    left_dtype: torch.dtype,
+    right_dtype: torch.dtype,
+    dtype: torch.dtype,
+    counts: tuple[int, ...],
+    F: int,
+    R: int,
+    layout: str = "",
+    sentinels: int = 0,
+    turned: bool = False,
+    scaled: bool = False,
+) -> Case:
+    """`scaled`: in the pass that scales left too."""
+    from dora_kernels import kernels
+
+    M, given = sum(counts) + sentinels, sum(counts)
+    left, right = make(M, F, dtype=left_dtype, layout=layout), make(M, R, dtype=right_dtype, layout=layout)
+    g, ends = make(len(counts), F), make.ends(counts)
+
+    def call() -> Results:
+        if not scaled:
+            return (kernels.product_over_tokens(left, right, ends, dtype, turned),)
+        made, _, _, low = kernels.scale_partials(left, None, g, True, False, ends, right)
+        return made[:given], low.sum(0)
+
+    low = torch.stack([left[start:stop].double().t() @ right[start:stop].double() for start, stop in _spans(counts)])
+    reference: Results = (low.mT if turned else low,)
+    if scaled:
+        rows = [left[start:stop].double() * g[group].double() for group, (start, stop) in enumerate(_spans(counts))]
+        reference = torch.cat(rows), low
+    said = f"sentinels {sentinels}" if sentinels else "", "turned" if turned else "", "scaled" if scaled else ""
+    name = _words("product_over_tokens", "+".join(map(str, counts)), f"x{F}", f"r{R}", layout, *said)
+    return name, _labels(left_dtype, right_dtype, dtype), call, reference
 
 
 # --- compose ---------------------------------------------------------------------------------------------------------
@@ -569,6 +632,10 @@ def _factor_grads(make: _Make) -> Iterator[Case]:
     yield _factor_grad(make, BF, BF, 40, 16, 2, layout="peft", groups=3)
     yield _factor_grad(make, F32, F32, 35, 70, 1, layout="rows", groups=2)
     yield _factor_grad(make, BF, None, 35, 5, 3, layout="peft", groups=2)
+    yield _factor_grad(make, BF, BF, 35, 70, 7, parts=7)
+    yield _factor_grad(make, BF, F32, 35, 5, 2, groups=2, parts=2)
+    yield _factor_grad(make, BF, F32, 35, 5, 0, groups=2)
+    yield _factor_grad(make, BF, BF, 40, 16, 0, parts=3)
 
 
 def _factor_grad(
@@ -580,19 +647,25 @@ def _factor_grad(
     strips: int,
     layout: str = "",
     groups: int = 0,
+    parts: int = 1,
 ) -> Case:
+    """Without strips there is no dm."""
     from dora_kernels import kernels
 
     stack = (groups,) if groups else ()
-    P, B, dot = make(*stack, N, R), make(*stack, N, R, dtype=b_dtype, layout=layout), make(*stack, strips, N)
+    made, B, dot = make(parts, *stack, N, R), make(*stack, N, R, dtype=b_dtype, layout=layout), make(*stack, strips, N)
     g, n = make(*stack, N), make.positive(*stack, N)
     n[..., 3] = torch.inf  # a row of zeros
-    db = None if dtype is None else SCALING * g.double()[..., None] * P.double()
-    dm = (dot.double().sum(-2) + SCALING * (B.double() * P.double()).sum(-1)) / n.double()
+    P = made.double().sum(0)
+    db = None if dtype is None else SCALING * g.double()[..., None] * P
+    dm = (dot.double().sum(-2) + SCALING * (B.double() * P).sum(-1)) / n.double()
     rows = f"{groups}x{N}" if groups else f"{N}"
-    name = _words("factor_grads", rows, f"r{R}", f"strips {strips}", layout, "" if dtype else "no dB")
+    name = _words("factor_grads", rows, f"r{R}", f"strips {strips}", f"parts {parts}", layout, "" if dtype else "no dB")
     labels = _labels(b_dtype, *([] if dtype is None else [dtype]))
-    return name, labels, lambda: kernels.factor_grads(P, B, dot, g, n, SCALING, dtype), (db, dm)
+    return name, labels, lambda: kernels.factor_grads(made, B, dot if strips else None, g, n, SCALING, dtype), (
+        db,
+        dm if strips else None,
+    )
 
 
 # --- Watch -----------------------------------------------------------------------------------------------------------

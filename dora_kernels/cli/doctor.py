@@ -149,19 +149,23 @@ def _examine(device: torch.device) -> dict[str, Any]:
 
 
 def _tables(device: torch.device) -> dict[str, str]:
-    """What `dora-kernels tune` has left for a device, by dtype: the table's layers, or why it is ignored."""
-    found = {}
+    """The tables of choices for a device, by dtype: what they hold and where they are, or why they are ignored."""
+    found: dict[str, str] = {}
     for dtype in DTYPES if device.type in ("cpu", "cuda") else ():
+        said = []
         try:
-            path = choices.table_path(device, dtype)
+            paths = {"": choices.table_path(device, dtype), "shipped, ": choices.shipped_path(device, dtype)}
         except FileNotFoundError as error:
             return {"any dtype": f"no table: {error}"}
-        table, reason = choices.read_table(path)
-        name = str(dtype).removeprefix("torch.")
-        if table is not None:
-            found[name] = f"{len(table['layers'])} shapes, measured {table.get('measured', 'at some time')}: {path}"
-        elif reason is not None:
-            found[name] = f"ignored, {reason}: {path}"
+        for whose, path in paths.items():
+            table, reason = choices.read_table(path, device)
+            if table is not None:
+                when = table.get("measured", "at some time")
+                said.append(f"{whose}{len(table['layers'])} shapes, measured {when}: {path}")
+            elif reason is not None:
+                said.append(f"{whose}ignored, {reason}: {path}")
+        if said:
+            found[str(dtype).removeprefix("torch.")] = "; ".join(said)
     return found
 
 

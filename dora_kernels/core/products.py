@@ -71,18 +71,6 @@ def mm_groups(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-def mm_groups_reduced(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Each group's ``leftᵀ right``: ``[S, M]`` and ``[S, N]`` to ``[E, M, N]``, with zeros for a group without rows."""
-    if _grouped(left):
-        result = _grouped_mm(left.t(), right, ends)
-        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-        return result.masked_fill_(sizes.eq(0).view(-1, 1, 1), 0.0)
-    result = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
-    for e, part in _groups(ends):
-        torch.mm(left[part].t(), right[part], out=result[e])
-    return result
-
-
 def _grouped(rows: Tensor) -> bool:
     """True if PyTorch's grouped product runs: it reads `ends` on the device."""
     return rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")

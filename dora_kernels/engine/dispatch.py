@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -46,11 +47,33 @@ def takes_one_pass(x: Tensor, weights: Weights) -> bool:
     """True if the kernels compute this forward in one launch and one read of W (`kernels.one_pass`).
 
     That is so for few tokens in 16 bits, if W and the low-rank branch are in x's dtype. The vendor's products would
-    take as long for W, which is all that few tokens read, and need four launches more.
+    take as long for W, which is all that few tokens read, and need four launches more. A table of `choices` may say
+    up to how many tokens it was the faster way.
     """
-    tokens, dtype, lora_A = x.numel() // max(x.shape[-1], 1), x.dtype, weights.lora_A
-    few = 0 < tokens <= ONE_PASS_TOKENS and 0 < lora_A.shape[0] <= ONE_PASS_RANK
-    return few and dtype.itemsize == 2 and weights.weight.dtype == dtype == low_rank_dtype(x, lora_A)
+    tokens, dtype, lora_A, weight = x.numel() // max(x.shape[-1], 1), x.dtype, weights.lora_A, weights.weight
+    rank = lora_A.shape[0]
+    if not (0 < tokens <= ONE_PASS_TOKENS and 0 < rank <= ONE_PASS_RANK and dtype.itemsize == 2):
+        return False
+    if not (weight.dtype == dtype == low_rank_dtype(x, lora_A)):
+        return False
+    if _one_pass is not None:
+        return _one_pass
+    known = choices.measured(x.device, dtype, weight.shape[0], weight.shape[1], rank)
+    return bool(tokens <= known.get("one_pass_to_tokens", ONE_PASS_TOKENS))
+
+
+_one_pass: bool | None = None
+
+
+@contextmanager
+def one_pass(taken: bool) -> Iterator[None]:
+    """Inside, `kernels.one_pass` is taken wherever it can be, or never, whatever was measured before."""
+    global _one_pass
+    before, _one_pass = _one_pass, taken
+    try:
+        yield
+    finally:
+        _one_pass = before
 
 
 def prefers_fused(call: Call) -> bool:
@@ -188,6 +211,7 @@ def _find_problem(device: torch.device) -> str | None:
         kernels.probe(device)
         if measured := choices.tiles(device):
             tiles.replace(measured)
+        kernels.FACTORED.update(choices.factored_norms(device))
     except Exception as error:  # anything that stops a compiler or driver: no C compiler, a full disk, an old driver
         return f"a first kernel failed: {type(error).__name__}: {first_line(error)}"
     return None

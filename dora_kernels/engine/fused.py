@@ -228,33 +228,30 @@ def compose_backward(
     _, h, base, (g, divisor) = saved
     scaling, detach_norm = form.scaling, form.detach_norm
     scaled = g is not None and needs.base
-    dg: Any = dy
-    partial_dot: Any = None
-    total: Any = None
-    want_sum = needs.sum or (base is not None and base_bias is not None)
-    if scaled or base is not None or want_sum:
-        one_pass = kernels().scale_reduce if base is None else kernels().scale_partials
-        scaled_dy, partial_dot, total = one_pass(dy, base, g, scaled, want_sum)
-        dg = scaled_dy if scaled else dy
-        if base is not None and total is not None:
-            total = total.sum(0)
-
     # g * dy may replace dy in the products of rank r too, if that rounds no more often than scaling B by g would.
     rounds_once = detach_norm or dy.dtype == accumulation_dtype(dy)
     uses_scaled = scaled and lora_B.dtype == dy.dtype == h.dtype and rounds_once
+    made: Any = None
+    dot: Any = None
+    total: Any = None
+    p: Any = None
+    want_sum = needs.sum or (base is not None and base_bias is not None)
+    if base is not None or (needs.lora_B and g is not None and not uses_scaled):
+        made, dot, total, p = kernels().scale_partials(dy, base, g, scaled, want_sum, None, h)
+        total = None if total is None else total.sum(0)
+    elif scaled or want_sum:
+        made, _, total = kernels().scale_reduce(dy, None, g, scaled, want_sum)
+    dg = made if scaled else dy
+
     left: Any = dg if uses_scaled else dy
     factor: Any = scaling if g is None or uses_scaled else g * scaling
     d_low = low_rank_gradient(left, lora_B, factor, h.dtype) if needs.h else None
     d_b, dm = None, None
-    if base is not None:
-        p = mm(dy.t(), h, accumulation_dtype(dy, h))
+    if p is not None:
         dtype = _grad_dtype(lora_B, dy, detach_norm) if needs.lora_B else None
-        d_b, dm = kernels().factor_grads(p, lora_B, partial_dot, g, divisor, scaling, dtype)
-    elif needs.lora_B and uses_scaled:
-        d_b = mm(left.t(), h, h.dtype, scaling)
+        d_b, dm = kernels().factor_grads(p, lora_B, dot, g, divisor, scaling, dtype)
     elif needs.lora_B:
-        p = mm(dy.t(), h, accumulation_dtype(dy, h))
-        d_b = p.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
+        d_b = mm(left.t(), h, h.dtype if uses_scaled else accumulation_dtype(dy, h), scaling)
     if dm is not None and base_bias is not None:
         dm = dm - base_bias * total / divisor
     return dg, d_low, d_b, dm, total

@@ -1,9 +1,9 @@
 """A stack of experts around the Triton kernels: forward and hand-written backward, one launch for all experts each.
 
 As `engine.fused` for one layer, with `ends` for the groups of rows; docs/math.md has the derivation. The products with
-W and those of rank r are grouped products. Nothing is read back to the host where PyTorch's grouped product runs.
-Rows after the last end are not computed: results and gradients are uninitialized there, as those of PyTorch's grouped
-product.
+W are PyTorch's grouped products, those of rank r are kernels. Nothing is read back to the host where PyTorch's grouped
+product runs. Rows after the last end are not computed: results and gradients are uninitialized there, as those of
+PyTorch's grouped product.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.core.precision import accumulation_dtype, cast, low_rank_dtype, no_autocast
-from dora_kernels.core.products import mm_groups, mm_groups_reduced
+from dora_kernels.core.precision import cast, low_rank_dtype, no_autocast
+from dora_kernels.core.products import mm_groups
 from dora_kernels.engine import writes
 from dora_kernels.engine.dispatch import UnsupportedError, kernels
 from dora_kernels.engine.fused import as_parameter
@@ -49,27 +49,25 @@ class _FusedExperts(torch.autograd.Function):
             )
         scaling, dy = ctx.scaling, dy.contiguous()
         with no_autocast(dy.device):
-            dg, dot = dy, None
-            if g is not None or base is not None:
-                dg, dot, _ = kernels().scale_partials(dy, base, g, g is not None, False, ends)
-                dg = dy if dg is None else dg
             dx = d_a = d_b = d_scale = None
+            need_p = h if need_b or need_g else None
+            dg, dot, _, p = kernels().scale_partials(dy, base, g, g is not None, False, ends, need_p)
+            dg = dy if dg is None else dg
             if need_x or need_a:
-                factor = cast(lora_B, h.dtype) * scaling
-                d_low = mm_groups(cast(dg, h.dtype), factor, ends)
+                left, right = dg, cast(lora_B, h.dtype)
+                if g is not None and h.dtype != dy.dtype:  # g * dy is rounded, so B is scaled instead
+                    left, right = dy, right * g.unsqueeze(2)
+                d_low = kernels().product(left, right, h.dtype, scaling, ends)
                 if need_x:
                     dx = mm_groups(dg, cast(weight, dg.dtype), ends)
-                    dx = kernels().compose(dx, cast(d_low, h.dtype), lora_A.transpose(1, 2), None, None, 1.0, False,
-                                           None, ends)  # fmt: skip
+                    dx = kernels().compose(dx, d_low, lora_A.transpose(1, 2), None, None, 1.0, False, None, ends)
                 if need_a:
-                    d_a = as_parameter(mm_groups_reduced(d_low, cast(x, h.dtype), ends), lora_A)
-            if need_b or need_g:
-                p = mm_groups_reduced(cast(dy, h.dtype), h, ends).to(accumulation_dtype(dy))
-                if dot is not None and g is not None:
-                    wanted = lora_B.dtype if need_b else None
-                    d_b, d_scale = kernels().factor_grads(p, lora_B, dot, g, torch.ones_like(g), scaling, wanted)
-                else:
-                    d_b = as_parameter(p.mul_(scaling if g is None else scaling * g.unsqueeze(2)), lora_B)
+                    d_a = as_parameter(kernels().product_over_tokens(x, d_low, ends, lora_A.dtype, True), lora_A)
+            if p is not None and g is not None:
+                wanted = lora_B.dtype if need_b else None
+                d_b, d_scale = kernels().factor_grads(p, lora_B, dot, g, torch.ones_like(g), scaling, wanted)
+            elif p is not None:
+                d_b = as_parameter(p.sum(0).mul_(scaling), lora_B)
         return dx, None, None, d_a, d_b, d_scale, None
 
 
@@ -95,7 +93,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     low = low_rank_dtype(x, lora_A)  # which asks for autocast
     with no_autocast(x.device):
-        h = mm_groups(cast(x, low), cast(lora_A, low).transpose(1, 2), ends)
+        h = kernels().product(x, cast(lora_A, low).transpose(1, 2), low, 1.0, ends)
         base = mm_groups(x, cast(weight, x.dtype).transpose(1, 2), ends)
         y = kernels().compose(base, h, lora_B, g, None, scaling, keep, None, ends)
     return y, h, base if keep else None

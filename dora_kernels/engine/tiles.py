@@ -14,6 +14,8 @@ from typing import Any
 ASKED = {
     "compose_config": ("compose", "_plan"),
     "scale_reduce_config": ("scale_reduce", "_plan"),
+    "product_config": ("product", "_plan"),
+    "one_pass_config": ("one_pass", "_plans"),
     "norm_config": ("norm", "_plan"),
 }
 """By function: the kernel's module that asks it, and what remembers its answers there."""

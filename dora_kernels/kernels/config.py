@@ -71,6 +71,7 @@ class OnePassConfig(NamedTuple):
 class ScaleReduceConfig(NamedTuple):
     BLOCK_M: int
     BLOCK_F: int
+    BLOCK_R: int
     num_warps: int
     num_stages: int
 
@@ -169,8 +170,10 @@ def factored_config() -> FactoredConfig:
     return FactoredConfig(64, 32, 8, 1)
 
 
-def factor_grads_config() -> FactoredConfig:
-    return FactoredConfig(16, 64, 4, 1)
+def factor_grads_config(rank: int, split: bool) -> FactoredConfig:
+    """`split`: P is in parts."""
+    # With parts 32 ranks, or less than 8 parts at a time, spill on sm_80 or sm_90.
+    return FactoredConfig(16, _rank_block(rank, 16 if split else 64), 4, 1)
 
 
 def combine_config() -> VectorConfig:
@@ -246,9 +249,25 @@ def one_pass_parts(programs: int, steps: int) -> int:
     return splits(programs, steps, _ONE_PASS_GRID)
 
 
-def scale_reduce_config(few: bool) -> ScaleReduceConfig:
-    """`few`: at most 64 tokens."""
-    return ScaleReduceConfig(4 if few else 16, 128, 4, 2)
+def scale_reduce_config(few: bool, rank: int, products: int) -> ScaleReduceConfig:
+    """`few`: at most 64 tokens, or 64 for each group. `rank`: of the product in the same pass, 0 without."""
+    if not rank:
+        return ScaleReduceConfig(4 if few else 16, 128, 16, 4, 2)
+    # With products in pieces 32 rows spill at rank 64 on sm_80, sm_90 and sm_120, with one product 16 rows on sm_100.
+    # 128 columns take 162 registers on sm_90 where 64 take 100, and 8 strips instead of 16 halve the partial sums.
+    return ScaleReduceConfig(32 if products == 1 else 16, 64, _rank_block(rank, 64), 4, 2)
+
+
+def reduce_strips(programs: int, steps: int, rows: int, rank: int) -> int:
+    """Into how many strips `scale_reduce` cuts a group's rows.
+
+    With a product the partial sums, which are written and read, have their price: half the programs, four for each
+    multiprocessor, move a quarter of grad's bytes at 8192 tokens, 4096 features and rank 64. Few tokens are cut so that
+    it is at most twice of grad's.
+    """
+    if not rank:
+        return splits(programs, steps, _FULL_GRID)
+    return splits(programs, min(steps, max(1, rows // (2 * rank))), _FULL_GRID // 2)
 
 
 def blocks(size: int, block: int) -> int:

@@ -28,6 +28,10 @@ from dora_kernels.kernels.product import wide_products
 _GRAM_FEATURES = 2048
 
 
+FACTORED: dict[tuple[int, ...], bool] = {}
+"""By N, K and R: whether the factored form was measured to be the faster one here. The engine fills it in."""
+
+
 @triton.jit
 def factored_norm_kernel(
     u_ptr, gram_ptr, b_ptr, square_ptr, norm_ptr,
@@ -74,11 +78,17 @@ def factored_norm_kernel(
 
 
 def is_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """True if the norm uses the factored form: at high rank, for one bfloat16 weight, whose BLAS product is exact.
+    """True if the norm uses the factored form: at high rank, or where it was measured to be faster."""
+    rank = lora_A.shape[-2]
+    return FACTORED.get((*weight.shape, rank), rank > DIRECT_RANK) and can_be_factored(weight, lora_A, lora_B)
+
+
+def can_be_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """True for one bfloat16 weight, whose BLAS product is exact.
 
     float16 has too few exponent bits for the pieces of float32 adapters.
     """
-    if weight.dim() > 2 or lora_A.shape[0] <= DIRECT_RANK or weight.dtype != torch.bfloat16:
+    if weight.dim() > 2 or weight.dtype != torch.bfloat16:
         return False
     if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.bfloat16, torch.float32) or 1 not in weight.stride():
         return False  # the BLAS would copy a W with gaps

@@ -29,7 +29,7 @@ from dora_kernels.kernels.dot import cast, dot, dot_by_pieces
 from dora_kernels.kernels.launch import INTERPRETED, PLANS, Plan, launch
 
 # A program's tile has at most 64 columns, so up to here it reads the large operand once.
-_NARROW = 64
+NARROW = 64
 
 
 @triton.jit(do_not_specialize=["M", "K", "span", "groups"])
@@ -99,11 +99,11 @@ def product(
         ends, rows: groups, as in `compose`.
     """
     (M, K), N = left.shape, right.shape[-1]
-    if ends is None and min(M, N) > _NARROW and left.dtype == right.dtype and wide_products(left.device):
+    if ends is None and min(M, N) > NARROW and left.dtype == right.dtype and wide_products(left.device):
         out = torch.mm(left, right, out_dtype=torch.float32)
         return (out if scaling == 1.0 else out.mul_(scaling)).to(dtype)
     groups = 0 if ends is None else ends.shape[0]
-    config = product_config(M // max(groups, 1), N, _products(left.dtype, right.dtype))
+    config = product_config(M // max(groups, 1), N, products_of(left.dtype, right.dtype))
     tiles = blocks(M, config.BLOCK_M) if ends is None else group_tiles(M, groups, config.BLOCK_M)
     tiles *= blocks(N, config.BLOCK_N)
     steps = max(1, blocks(K, config.BLOCK_K))
@@ -134,10 +134,10 @@ def _plan(
     even_k: bool,
 ) -> Plan:
     sizes = N, *strides_left, *strides_right[-2:], strides_right[0] if groups else 0
-    return Plan(sizes, (groups, even_m, even_k, _products(left, right), INTERPRETED), config)
+    return Plan(sizes, (groups, even_m, even_k, products_of(left, right), INTERPRETED), config)
 
 
-def _products(left: torch.dtype, right: torch.dtype) -> int:
+def products_of(left: torch.dtype, right: torch.dtype) -> int:
     """float16 has too few exponent bits for the pieces of a float32 operand."""
     if right != torch.float32:
         return 1

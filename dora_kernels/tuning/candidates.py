@@ -13,7 +13,7 @@ from dora_kernels import testing
 from dora_kernels.core.precision import accumulation_dtype, cast, full_precision
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine import blocked, merged
-from dora_kernels.engine.dispatch import norm_backend, triton_problem
+from dora_kernels.engine.dispatch import ONE_PASS_RANK, norm_backend, one_pass, triton_problem
 from dora_kernels.engine.layer import run_layer
 from dora_kernels.engine.norm import Norm
 from dora_kernels.engine.norm_cache import NormCache
@@ -37,18 +37,27 @@ class Layer:
         return testing.make_problem(*sizes, (self.dtype,) * 3, bias=False, device=self.device)
 
     def norms(self) -> dict[str, Call]:
-        """The forms of the norm on a CPU, with |W|² kept as a frozen layer keeps it."""
-        weight, a, b = self.problem.weight, self.problem.lora_A, self.problem.lora_B
-        dtype, scaling = accumulation_dtype(weight), self.problem.scaling
-        square = blocked.row_square(weight, dtype)
+        """The forms of the norm, with |W|² kept as a frozen layer keeps it."""
+        weight, a, b, scaling = (getattr(self.problem, name) for name in ("weight", "lora_A", "lora_B", "scaling"))
+        if self.device.type == "cpu":
+            dtype = accumulation_dtype(weight)
+            a, b, square = cast(a, dtype), cast(b, dtype), blocked.row_square(weight, dtype)
+            return {
+                "direct": lambda: blocked.direct_norm(weight, a, b, scaling),
+                "factored": lambda: blocked.factored_norm(weight, a, b, scaling, square),
+            }
+        return {} if triton_problem(self.device) else self.kernel_norms()
 
-        def direct() -> Tensor:
-            return blocked.direct_norm(weight, cast(a, dtype), cast(b, dtype), scaling)
+    def kernel_norms(self) -> dict[str, Call]:
+        """The kernels' forms; one alone where the other cannot be had."""
+        from dora_kernels.kernels import factored, norm
 
-        def factored() -> Tensor:
-            return blocked.factored_norm(weight, cast(a, dtype), cast(b, dtype), scaling, square)
-
-        return {"direct": direct, "factored": factored} if self.device.type == "cpu" else {}
+        given = self.problem.weight, self.problem.lora_A, self.problem.lora_B
+        calls: dict[str, Call] = {"direct": lambda: norm.direct_norm(*given, self.problem.scaling)}
+        if factored.can_be_factored(*given):
+            square = norm.row_square(given[0])
+            calls["factored"] = lambda: norm.factored_norm(*given, self.problem.scaling, square)
+        return calls
 
     def wrong_norm(self, call: Call) -> str | None:
         """Return what is wrong with a norm's result, or None."""
@@ -60,10 +69,12 @@ class Layer:
         return None if off <= allowed else f"its error is {off:.1e}, more than {allowed:.1e}"
 
     def ways(self) -> Iterator[str]:
-        """The ways to run the layer here."""
+        """The ways to run the layer here; "one pass" is the fused path's for few tokens."""
         yield "formula"
         if self.device.type == "cuda" and triton_problem(self.device) is None:
             yield "fused"
+            if self.dtype.itemsize == 2 and self.rank <= ONE_PASS_RANK:
+                yield "one pass"
         if self.dtype in merged.DTYPES:
             yield "merged"
 
@@ -106,11 +117,12 @@ class Layer:
     def _bound(self, way: str, problem: testing.Problem) -> tuple[dict[str, Any], Callable[[], Tensor]]:
         leaves = testing.leaves_of(problem, [name for name in testing.NAMES if name != "weight"])
         weights = Weights(*(leaves[name] for name in testing.NAMES[1:]))  # type: ignore[arg-type]
-        backend = {"fused": "triton", "merged": "auto"}.get(way, "torch")
+        backend = {"fused": "triton", "one pass": "triton", "merged": "auto"}.get(way, "torch")
         cache = NormCache(self.form, backend, way == "merged")
 
         def call() -> Tensor:
-            return run_layer(leaves["x"], weights, self.form, cache, True, backend)  # type: ignore[arg-type]
+            with one_pass(way == "one pass"):
+                return run_layer(leaves["x"], weights, self.form, cache, True, backend)  # type: ignore[arg-type]
 
         return leaves, call
 
@@ -122,9 +134,12 @@ class Layer:
             return NormCache(self.form, backend).norm(weights, self.form, True, backend)
 
         calls: dict[str, Call] = {
-            way: functools.partial(norm, "triton" if way == "fused" else "torch") for way in ways if way != "merged"
+            way: functools.partial(norm, "triton" if way == "fused" else "torch")
+            for way in ways
+            if way in ("formula", "fused")
         }
         if "merged" in ways:
             backend = norm_backend("auto", weights.weight)
             calls["merged"] = lambda: merged._make(weights, self.form, norm(backend), backend)
         return calls
+

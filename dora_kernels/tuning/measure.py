@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -17,12 +18,15 @@ from torch import nn
 
 from dora_kernels.core import validation
 from dora_kernels.engine import choices
+from dora_kernels.engine.dispatch import ONE_PASS_TOKENS
 from dora_kernels.tuning import tiles
 from dora_kernels.tuning.candidates import Layer
 from dora_kernels.tuning.quantised import QuantisedLayer
 from dora_kernels.tuning.shapes import Shape, quantised_of, shapes_of
 from dora_kernels.tuning.timing import in_turns
 
+_TILE_QUESTIONS = 8
+"""About how many a rank's kernels ask."""
 TOKENS = {"cpu": (1, 16, 128, 512, 2048), "cuda": (1, 64, 256, 1024, 4096, 8192)}
 
 
@@ -46,6 +50,8 @@ class Tuned:
             fused = found.get("fused_from_tokens", {})
             parts = [f"norm {found['norm']}"] if "norm" in found else []
             parts += [f"fused in {part} from {_tokens(first)}" for part, first in fused.items()]
+            if "one_pass_to_tokens" in found:
+                parts.append(f"in one pass up to {found['one_pass_to_tokens']} tokens")
             if "merged_from_tokens" in found:
                 parts.append(f"merged faster from {_tokens(found['merged_from_tokens'])} per step")
             lines.append(f"  {name}: {', '.join(parts)}")
@@ -68,12 +74,13 @@ def tune(
 ) -> Tuned:
     """Measure which way is fastest for a model's linear layers on this machine, and keep the answers for it.
 
-    Measured are the forms of the norm on a CPU; on a GPU the formula beside the fused kernels, and the tile sizes of
-    these; and the merged forward beside the composed one. Each candidate's result is checked first, the tiles' against
-    the shipped ones', all others' against float64; a wrong one is left out. The answers go into a JSON table in the
-    user's cache folder, which `DORA_KERNELS_CACHE` may name, beside those for other shapes. They count from then on for
-    the same device, dtype and versions, tiles in later processes. They change results by rounding at most. How many
-    tokens a merged forward needs is advice: it stays an option. Nothing calls this function by itself.
+    Measured are the forms of the norm and the merged forward beside the composed one; on a GPU also the formula beside
+    the fused kernels, few tokens in one pass beside the BLAS's products, and the tile sizes of the kernels. Each
+    candidate's result is checked first, the tiles' against the shipped ones', all others' against float64; a wrong one
+    is left out. The answers go into a JSON table in the user's cache folder, which `DORA_KERNELS_CACHE` may name,
+    beside those for other shapes. They count from then on for the same device, dtype and versions, tiles and forms of a
+    GPU's norm in later processes. They change results by rounding at most. How many tokens a merged forward needs is
+    advice: it stays an option. Nothing calls this function by itself.
 
     Args:
         model_or_shapes: a model, whose adapted linear layers count (or all of them, if none is adapted), or
@@ -116,30 +123,44 @@ def tune(
         raise ValueError("tokens: expected at least one number")
     for count in counts:
         validation.check_rank(count, "tokens as ints")
-    # With the kernels also evaluation, and three of them with other tiles.
-    comparisons = len(shapes) * (2 + len(counts) if where.type == "cpu" else 5 + 2 * len(counts))
+    # With the kernels also evaluation, and their tiles.
+    comparisons = len(shapes) * (2 + len(counts) * (1 if where.type == "cpu" else 2))
+    comparisons += 0 if where.type == "cpu" else _TILE_QUESTIONS
     each = seconds / comparisons
     path = choices.table_path(where, dtype)
-    before, _ = choices.read_table(path)
+    before, _ = choices.read_table(path, where)
     layers: dict[str, Any] = {} if before is None else before["layers"]
     table = {
         "format": choices.FORMAT, "device": choices.device_name(where), "dtype": str(dtype).removeprefix("torch."),
-        "versions": choices.versions(), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
+        "versions": choices.versions(where), "measured": time.strftime("%Y-%m-%d"), "layers": layers,
         "tiles": {} if before is None else before.get("tiles", {}),
     }  # fmt: skip
     wrong: dict[str, str] = {}
     try:
         with _progress(comparisons, progress) as advance:
             for shape in shapes:
-                base = quantised.get(shape)
-                name = choices.key_of(*shape) + ("" if base is None else f" {type(base).__name__}")
-                layer = Layer(shape, dtype, where) if base is None else QuantisedLayer(shape, dtype, where, base)
+                name, layer = _made(shape, dtype, where, quantised.get(shape))
                 layers[name] = _measure(layer, name, counts, each, advance, wrong)
-                table["tiles"] |= layers[name].pop("tiles", {})
                 _write(path, table)  # as they come: a run that is cut short is not lost
+            asked: set[str] = set()
+            for shape in sorted(shapes, key=math.prod, reverse=True):  # a question is the same for many shapes
+                name, layer = _made(shape, dtype, where, quantised.get(shape))
+                if "fused" in layer.ways() and f"{name}, fused" not in wrong:
+                    for key, times, best in tiles.tuned(layer, counts, each, asked):
+                        layers[name]["microseconds"][key] = _microseconds(times)
+                        table["tiles"] |= {key: best} if best else {}
+                        advance(f"{name}: {key}")
+                        _write(path, table)
     finally:
         choices.forget()
     return Tuned(path, table, wrong)
+
+
+def _made(shape: Shape, dtype: torch.dtype, where: torch.device, base: nn.Module | None) -> tuple[str, Layer]:
+    """The name in the table and the layer of a shape, whose base layer is quantised unless it is None."""
+    if base is None:
+        return choices.key_of(*shape), Layer(shape, dtype, where)
+    return f"{choices.key_of(*shape)} {type(base).__name__}", QuantisedLayer(shape, dtype, where, base)
 
 
 def _measure(
@@ -150,10 +171,7 @@ def _measure(
 
     def times(what: str, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
         timed = in_turns(calls, layer.device, each) if len(calls) > 1 else {}
-        return keep(what, timed)
-
-    def keep(what: str, timed: dict[str, float]) -> dict[str, float]:
-        microseconds[what] = {way: round(1e6 * value, 1) for way, value in timed.items()}
+        microseconds[what] = _microseconds(timed)
         advance(f"{name}: {what}")
         return timed
 
@@ -171,20 +189,41 @@ def _measure(
         else:
             ways.append(way)
     refresh = times("once per step", layer.refreshes(ways))
-    training = {count: times(f"training, {count} tokens", layer.calls(ways, count, True)) for count in tokens}
+    steps = [way for way in ways if way != "one pass"]
+    training = {count: times(f"training, {count} tokens", layer.calls(steps, count, True)) for count in tokens}
     if "fused" in ways:
-        kinds = [way for way in ways if way != "merged"]
-        evaluation = {count: times(f"evaluation, {count} tokens", layer.calls(kinds, count, False)) for count in tokens}
+        evaluation = {}
+        for count in tokens:
+            kinds = [way for way in ways if way != "merged" and (way != "one pass" or count <= ONE_PASS_TOKENS)]
+            evaluation[count] = times(f"evaluation, {count} tokens", layer.calls(kinds, count, False))
+        if "one pass" in ways:
+            found["one_pass_to_tokens"] = _last(evaluation, "one pass", "fused")
         if "formula" in ways:
+            best = {count: {**each, "fused": min(each["fused"], each.get("one pass", math.inf))}
+                    for count, each in evaluation.items() if each}  # fmt: skip
             found["fused_from_tokens"] = {
                 "training": _first(training, "fused", ["formula"], {}),
-                "evaluation": _first(evaluation, "fused", ["formula"], {}),
+                "evaluation": _first(best, "fused", ["formula"], {}),
             }
-        found["tiles"] = tiles.tuned(layer, max(tokens), each, keep)
-    others = [way for way in ways if way != "merged"]
+    others = [way for way in steps if way != "merged"]
     if "merged" in ways and others:
         found["merged_from_tokens"] = _first(training, "merged", others, refresh)
     return {**found, "microseconds": microseconds}
+
+
+def _microseconds(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(1e6 * value, 1) for name, value in times.items()}
+
+
+def _last(measured: dict[int, dict[str, float]], way: str, other: str) -> int:
+    """The most tokens up to which `way` is the faster one at every number measured with it; 0 if at none."""
+    last = 0
+    for count in sorted(measured):
+        times = measured[count]
+        if way not in times or times[way] >= times[other]:
+            break
+        last = count
+    return last
 
 
 def _first(

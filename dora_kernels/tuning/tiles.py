@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,36 +34,51 @@ def neighbours(config: Any) -> Iterator[Any]:
             yield config._replace(**{name: other})
 
 
-def tuned(layer: Layer, tokens: int, seconds: float, note: Callable[[str, dict[str, float]], object]) -> dict[str, Any]:
-    """Return the tiles that are faster than the shipped ones for a layer, by question.
+def tuned(
+    layer: Layer, tokens: list[int], seconds: float, asked: set[str]
+) -> Iterator[tuple[str, dict[str, float], list[int] | None]]:
+    """Yield each question of a layer's kernels, the times of the answers, and tiles faster than the shipped ones.
 
     Args:
-        note: called with each question and the times of all its candidates.
+        tokens: the most are used, and for the kernel of few tokens the fewest.
+        seconds: for one question, with the compilation of its candidates.
+        asked: questions that were measured before; those of this layer are added.
     """
+    training = layer.calls(["fused"], max(tokens), True)["fused"]
     calls = {
-        "compose_config": layer.calls(["fused"], tokens, False)["fused"],
-        "scale_reduce_config": layer.calls(["fused"], tokens, True)["fused"],
+        "compose_config": layer.calls(["fused"], max(tokens), False)["fused"],
+        "scale_reduce_config": training,
+        "product_config": training,
         "norm_config": layer.refreshes(["fused"])["fused"],
     }
-    found = {}
+    if "one pass" in layer.ways():
+        calls["one_pass_config"] = layer.calls(["one pass"], min(tokens), False)["one pass"]
     for function, call in calls.items():
-        asked: dict[str, Any] = {}
-        with tiles.replaced({}, asked.__setitem__):
+        found: dict[str, Any] = {}
+        with tiles.replaced({}, found.__setitem__):
             wanted = _tensors(call())
-        questions = {key: config for key, config in asked.items() if key.startswith(function)}
-        for key, shipped in questions.items():
-            candidates = {str(tuple(shipped)): shipped}
-            for config in neighbours(shipped):
-                if _is_right(call, {key: tuple(config)}, wanted):
-                    candidates[str(tuple(config))] = config
-            answers = {name: {key: tuple(one)} for name, one in candidates.items()}
-            same = dict.fromkeys(candidates, call)
-            timed = in_turns(same, layer.device, seconds, functools.partial(_replaced, answers))
-            note(key, timed)
-            best = min(timed, key=lambda name: timed[name])
-            if timed[best] <= _LEAST_GAIN * timed[str(tuple(shipped))]:
-                found[key] = list(candidates[best])
-    return found
+        for key, shipped in found.items():
+            if key.startswith(function) and key not in asked:
+                asked.add(key)
+                yield key, *_fastest(layer, key, shipped, call, wanted, seconds)
+
+
+def _fastest(
+    layer: Layer, key: str, shipped: Any, call: Call, wanted: list[Tensor], seconds: float
+) -> tuple[dict[str, float], list[int] | None]:
+    """The times of a question's answers, and the fastest answer, if it is not the shipped one."""
+    start = time.perf_counter()
+    candidates = {str(tuple(shipped)): shipped}
+    for config in neighbours(shipped):
+        if time.perf_counter() - start > seconds:  # each has to be compiled
+            break
+        if _is_right(call, {key: tuple(config)}, wanted):
+            candidates[str(tuple(config))] = config
+    answers = {name: {key: tuple(one)} for name, one in candidates.items()}
+    same, left = dict.fromkeys(candidates, call), seconds - (time.perf_counter() - start)
+    timed = in_turns(same, layer.device, left, functools.partial(_replaced, answers))
+    best = min(timed, key=lambda name: timed[name])
+    return timed, list(candidates[best]) if timed[best] <= _LEAST_GAIN * timed[str(tuple(shipped))] else None
 
 
 def _replaced(answers: dict[str, dict[str, Any]], name: str) -> AbstractContextManager[None]:

@@ -91,6 +91,16 @@ def test_the_kernels(dtypes, dora):
     assert ours[3].stride() == problem.b.stride()
 
 
+def test_sums_over_tokens_are_not_rounded_to_16_bits():
+    """dA and dB of float32 adapters under autocast, whose H and D are rounded."""
+    pytest.importorskip("triton")
+    problem = Problem(bf16, f32)
+    with torch.autocast("cpu", bf16):
+        y = problem.experts(backend="triton").grouped(problem.x, torch.tensor(ENDS, dtype=torch.int32))
+    for grad in torch.autograd.grad(y, [problem.a, problem.b], problem.up):
+        assert grad.dtype is f32 and (grad.to(bf16) != grad).float().mean() > 0.5
+
+
 def test_experts_without_rows_get_zero_gradients():
     _, _, of_a, of_b, of_m = Problem(f32, f32).solve()
     for gradient in (of_a, of_b.view(N, R, E).permute(2, 0, 1), of_m):

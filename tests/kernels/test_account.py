@@ -25,6 +25,7 @@ from aot.launches import (
     merge,
     one_pass,
     product,
+    product_over_tokens,
     scale_reduce,
     shipped,
     weight_norm,
@@ -66,6 +67,7 @@ CALLS: dict[str, Callable[..., Call]] = {
     "factor_grads": partial(factor_grads, (bf16, bf16), 5, 70, 3),
     "factor_grads rank 70": partial(factor_grads, (bf16, f32), 70, 33, 1),
     "factor_grads without dB": partial(factor_grads, (f32, f32), 3, 16, 2, False),
+    "factor_grads of parts": partial(factor_grads, (bf16, bf16), 5, 70, 3, groups=2, parts=3),
     "merge": partial(merge, (bf16, bf16), 5, (67, 133)),
     "merge rank 70": partial(merge, (bf16, f32), 70, (67, 133), conv1d=True),
     "merge stochastic": partial(merge, (bf16, f32), 5, (67, 133), seed=7),
@@ -102,6 +104,10 @@ CALLS: dict[str, Callable[..., Call]] = {
     "scale_reduce without scaled": partial(scale_reduce, bf16, 37, 140, scaled=False),
     "scale_reduce without dot": partial(scale_reduce, bf16, 37, 140, dot=False),
     "scale_reduce without sum": partial(scale_reduce, f16, 37, 140, total=False),
+    "scale_reduce with a product": partial(scale_reduce, bf16, 300, 140, total=False, rank=5),
+    "scale_reduce with a product in pieces": partial(scale_reduce, bf16, 37, 140, rank=20, h=f32),
+    "scale_reduce of experts, with a product": partial(scale_reduce, bf16, 75, 140, groups=3, rank=5),
+    "product_over_tokens": partial(product_over_tokens, bf16, 175, 140, 20, groups=3, h=f32),
 }
 
 

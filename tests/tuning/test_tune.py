@@ -13,7 +13,7 @@ from torch import nn
 import dora_kernels
 from dora_kernels.cli import app
 from dora_kernels.engine import blocked, choices, cost, dispatch, tiles
-from dora_kernels.tuning import candidates, tune
+from dora_kernels.tuning import candidates, measure, tune
 from dora_kernels.tuning import tiles as measured_tiles
 from dora_kernels.tuning.shapes import shapes_of
 from dora_kernels.tuning.timing import in_turns
@@ -100,11 +100,48 @@ def test_other_shapes_stay(folder):
 
 
 def test_versions_are_those_before_an_import(monkeypatch):
-    """A table is read before triton is imported, and written after it."""
+    """A table is read before triton is imported, and written after it. A CPU's has nothing to do with it."""
     monkeypatch.delitem(sys.modules, "triton", raising=False)
-    before = choices.versions()
+    gpu = torch.device("cuda")
+    before = choices.versions(gpu)
     pytest.importorskip("triton")
-    assert choices.versions() == before and "triton" in before
+    assert choices.versions(gpu) == before and "triton" in before and "triton" not in choices.versions(CPU)
+
+
+def test_a_shipped_table(tmp_path, monkeypatch, recwarn):
+    """It counts where the user's table says nothing of a layer; one of other versions is silently ignored."""
+    monkeypatch.setattr(choices, "SHIPPED", tmp_path)
+    path = choices.shipped_path(CPU, F32)
+    table = tuned([(24, 40, 4), (40, 24, 4)]).table
+    for layer in table["layers"].values():
+        layer["norm"] = "factored"
+    choices.table_path(CPU, F32).rename(path)
+
+    def ship(**changed):
+        path.write_text(json.dumps({**table, **changed}))
+        choices.forget()
+
+    ship()
+    assert form_of((24, 40, 4)) == form_of((40, 24, 4)) == "factored"
+    shown = json.loads(invoke("doctor", "--json").output)["devices"][0]["tuned"]
+    assert shown["float32"] == f"shipped, 2 shapes, measured {table['measured']}: {path}"
+    own = tuned([(24, 40, 4)])
+    own.table["layers"]["24x40 r4"]["norm"] = "direct"
+    own.path.write_text(json.dumps(own.table))
+    ship()
+    assert form_of((24, 40, 4)) == "direct" and form_of((40, 24, 4)) == "factored"
+    ship(versions={"torch": "1.0"})
+    assert form_of((40, 24, 4)) == "direct" and not recwarn
+    assert "shipped, ignored, " in json.loads(invoke("doctor", "--json").output)["devices"][0]["tuned"]["float32"]
+
+
+def test_every_shipped_table_can_be_read():
+    for path in choices.SHIPPED.glob("*.json"):
+        table = json.loads(path.read_text())
+        assert table["format"] == choices.FORMAT and table["layers"] and "dora-kernels" in table["versions"]
+        for name, layer in table["layers"].items():
+            out, rest = name.split("x")
+            assert choices.key_of(int(out), *map(int, rest.split(" r"))) == name and layer["microseconds"]
 
 
 def test_a_user_without_a_home(folder, monkeypatch):
@@ -152,14 +189,16 @@ def test_a_wrong_candidate_is_left_out(monkeypatch):
 
 
 def test_the_fastest():
-    """By hand-made times: from which number of tokens on, with what a step does once."""
-    from dora_kernels.tuning.measure import _first
+    """By hand-made times: from which number of tokens on, with what a step does once, or up to which."""
+    from dora_kernels.tuning.measure import _first, _last
 
     times = {1: {"a": 1.0, "b": 9.0}, 8: {"a": 5.0, "b": 4.0}, 64: {"a": 50.0, "b": 30.0}}
     assert _first(times, "b", ["a"], {}) == 8
     assert _first(times, "b", ["a"], {"b": 2.0}) == 64
     assert _first(times, "b", ["a"], {"b": 40.0}) is None
     assert _first(times, "a", ["b"], {}) is None
+    assert _last(times, "a", "b") == 1 and _last(times, "b", "a") == 0
+    assert _last({8: {"a": 1.0, "b": 2.0}, 65: {"b": 2.0}}, "a", "b") == 8
 
 
 def test_in_turns():
@@ -314,11 +353,60 @@ def test_tiles_in_a_table(kernels, monkeypatch):
         lambda calls, *_: {name: 2.0 - (", 2, " in name) for name, call in calls.items() if [call()]},
     )  # fmt: skip
     found = tuned([(16, 24, 4)], tokens=[3])
-    assert {key.partition("(")[0] for key in found.table["tiles"]} == set(tiles.ASKED)
+    asked = set(tiles.ASKED) - {"one_pass_config", "product_config"}  # in 16 bits, and on a GPU
+    assert {key.partition("(")[0] for key in found.table["tiles"]} == asked
     assert all(2 in config for config in found.table["tiles"].values())
     layer = found.table["layers"]["16x24 r4"]
     assert set(layer["fused_from_tokens"]) == {"training", "evaluation"} and "tiles" not in layer
+    assert set(found.table["tiles"]) <= set(layer["microseconds"])
     assert choices.tiles(CPU) == found.table["tiles"]
+
+
+def test_one_pass_or_the_blas(kernels, monkeypatch):
+    """Up to how many tokens one launch was faster than the products; the norm's form, and what counts of it."""
+    ways = "formula", "fused", "one pass"
+    monkeypatch.setattr(candidates.Layer, "ways", lambda layer: iter(ways))
+    monkeypatch.setattr(candidates.Layer, "norms", candidates.Layer.kernel_norms)
+    monkeypatch.setattr(measured_tiles, "tuned", lambda *_: iter(()))
+    kinds = []
+
+    def timed(calls, *_):
+        kinds.append(tuple(calls))
+        tokens = next((len(y) for y in (call() for call in calls.values()) if isinstance(y, torch.Tensor)), 0)
+        fast = {"factored", *(("one pass",) if tokens <= 3 else ())}
+        return {name: 1.0 if name in fast else 2.0 for name in calls}
+
+    monkeypatch.setattr(measure, "in_turns", timed)
+    found = tuned([(16, 24, 4)], tokens=[1, 3, 8, 65], dtype=torch.bfloat16)
+    layer = found.table["layers"]["16x24 r4"]
+    assert not found.wrong and layer["one_pass_to_tokens"] == 3 and layer["norm"] == "factored"
+    assert ("formula", "fused", "one pass") in kinds and kinds[-1] == ("formula", "fused")
+    assert choices.factored_norms(CPU) == {(16, 24, 4): True} and "in one pass up to 3 tokens" in str(found)
+
+
+def test_what_was_measured_of_one_pass_counts(monkeypatch):
+    from dora_kernels.core.problem import Weights
+
+    x, factor = torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(16, 16, dtype=torch.bfloat16)
+    weights = Weights(factor, factor, factor)
+    assert dispatch.takes_one_pass(x, weights)
+    for last, wanted in ((4, True), (3, False), (0, False)):
+        monkeypatch.setattr(choices, "measured", lambda *_, last=last: {"one_pass_to_tokens": last})
+        assert dispatch.takes_one_pass(x, weights) is wanted
+    with dispatch.one_pass(True):
+        assert dispatch.takes_one_pass(x, weights)
+        with dispatch.one_pass(False):
+            assert not dispatch.takes_one_pass(x, weights)
+
+
+def test_a_measured_form_of_a_gpus_norm(kernels, monkeypatch):
+    from dora_kernels.kernels import factored
+
+    weight, a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((16, 24), (4, 24), (16, 4)))
+    for measured, wanted in (({}, False), ({(16, 24, 4): True}, True), ({(16, 24, 8): True}, False)):
+        monkeypatch.setattr(factored, "FACTORED", measured)
+        assert factored.is_factored(weight, a, b) is wanted
+        assert not factored.is_factored(weight.float(), a, b)
 
 
 def test_neighbours():

@@ -176,13 +176,19 @@ def _scale_reduces() -> Iterator[Call]:
         for base, adapter in DTYPES:
             if base is adapter:
                 yield launches.scale_reduce(base, tokens, device="cuda")
-    yield launches.scale_reduce(torch.bfloat16, 16384, groups=_EXPERTS, device="cuda")
+    for tokens in (8192, 1024):
+        for rank in (16, 64):
+            yield launches.scale_reduce(torch.bfloat16, tokens, total=False, rank=rank, device="cuda")
+    for rank in (0, 16):
+        yield launches.scale_reduce(torch.bfloat16, 16384, total=False, groups=_EXPERTS, rank=rank, device="cuda")
+    yield launches.product_over_tokens(torch.bfloat16, 16384, groups=_EXPERTS, device="cuda")
 
 
 def _factor_grads() -> Iterator[Call]:
     for rank in _RANKS:
         for dtypes in DTYPES:
-            yield launches.factor_grads(dtypes, rank, device="cuda")
+            parts = 16 if rank <= 64 else 1
+            yield launches.factor_grads(dtypes, rank, strips=parts if rank <= 64 else 32, parts=parts, device="cuda")
     for dtypes in DTYPES:
         yield launches.factor_grads(dtypes, 16, strips=1, groups=_EXPERTS, device="cuda")
 

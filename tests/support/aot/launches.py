@@ -361,30 +361,65 @@ def scale_reduce(
     dot: bool = True,
     total: bool = True,
     groups: int = 0,
+    rank: int = 0,
+    h: torch.dtype | None = None,
     device: str = "meta",
 ) -> Call:
-    """A pass over `tokens` x `size` gradients that makes any of its three results; groups have equally many tokens."""
+    """A pass over `tokens` x `size` gradients that makes any of its results; groups have equally many tokens.
+
+    With a `rank` one of them is the product with h, in its dtype or the gradient's.
+    """
     stack = (groups,) if groups else ()
     operands = {
         "grad": _zeros((tokens, size), dtype, device),
         "other": _zeros((tokens, size), dtype, device) if dot else None,
         "g": _zeros((*stack, size), _FP32, device) if scaled else None,
+        "h": _zeros((tokens, rank), h or dtype, device) if rank else None,
+        "ends": _ends(tokens, groups, device) if groups else None,
     }
-    launcher = None
-    if groups:
-        operands["ends"] = _ends(tokens, groups, device)
-        launcher = _scale_reduce_experts
     absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot), ("sum", total)) if not there]
-    case = _words(f"{tokens} tokens x {size}", *absent, f"{groups} experts" if groups else "")
-    return Call("scale_reduce", NAMES[dtype], case, operands, (scaled, total), ("scaled", "dot", "sum"), launcher)
+    said = f"rank {rank}" if rank else "", f"{groups} experts" if groups else ""
+    results = "scaled", "dot", "sum", "low"
+    case, labels = _words(f"{tokens} tokens x {size}", *absent, *said), _labels((dtype, h or dtype))
+    return Call("scale_reduce", labels, case, operands, (scaled, total), results, _scale_reduce)
 
 
-def _scale_reduce_experts(
-    grad: Tensor, other: Tensor | None, g: Tensor | None, ends: Tensor, scaled: bool, total: bool
+def _scale_reduce(
+    grad: Tensor, other: Tensor | None, g: Tensor | None, h: Tensor | None, ends: Tensor | None, *wanted: bool
 ) -> tuple[Tensor | None, ...]:
-    from dora_kernels.kernels import scale_reduce
+    """As the layer calls it: the sums are partial where there is a product."""
+    from dora_kernels import kernels
 
-    made: tuple[Tensor | None, ...] = scale_reduce(grad, other, g, scaled, total, ends)
+    if h is None:
+        return *kernels.scale_reduce(grad, other, g, *wanted, ends), None
+    made: tuple[Tensor | None, ...] = kernels.scale_partials(grad, other, g, *wanted, ends, h)
+    return made
+
+
+def product_over_tokens(
+    dtype: torch.dtype,
+    tokens: int,
+    size: int = _SIZE,
+    rank: int = 16,
+    groups: int = 64,
+    h: torch.dtype | None = None,
+    device: str = "meta",
+) -> Call:
+    """The gradient of A of experts with equally many tokens each."""
+    operands = {
+        "grad": _zeros((tokens, size), dtype, device),
+        "h": _zeros((tokens, rank), h or dtype, device),
+        "ends": _ends(tokens, groups, device),
+    }
+    case = _words(f"{tokens} tokens x {size}", f"rank {rank}", f"{groups} experts", "no partner")
+    labels = _labels((dtype, h or dtype))
+    return Call("scale_reduce", labels, case, operands, (h or dtype, True), ("low",), _product_over_tokens)
+
+
+def _product_over_tokens(left: Tensor, right: Tensor, ends: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
+    from dora_kernels import kernels
+
+    made: Tensor = kernels.product_over_tokens(left, right, ends, dtype, turned)
     return made
 
 
@@ -395,19 +430,21 @@ def factor_grads(
     strips: int = 32,
     wanted: bool = True,
     groups: int = 0,
+    parts: int = 1,
     device: str = "meta",
 ) -> Call:
     """The gradients of B and of the magnitude from what was summed over tokens; `wanted`: B's too."""
     stack = (groups,) if groups else ()
     operands: dict[str, Tensor | None] = {
-        "p": _zeros((*stack, size, rank), _FP32, device),
+        "p": _zeros((parts, *stack, size, rank), _FP32, device),
         "b": _factor_b((*stack, size, rank), dtypes[1], device),
         "dot": _zeros((*stack, strips, size), _FP32, device),
         "g": _zeros((*stack, size), _FP32, device),
         "divisor": _zeros((*stack, size), _FP32, device),
     }
     experts = f"{groups} experts" if groups else ""
-    case = _words(f"{size} features", f"rank {rank}", f"{strips} strips", "" if wanted else "no dB", experts)
+    summed = f"{strips} strips", f"{parts} parts"
+    case = _words(f"{size} features", f"rank {rank}", *summed, "" if wanted else "no dB", experts)
     dtype = (dtypes[1] if dtypes[0] is dtypes[1] else _FP32) if wanted else None
     return Call("factor_grads", _labels(dtypes), case, operands, (0.5, dtype), ("db", "dm"))
 
@@ -426,7 +463,10 @@ def shipped(every_dtype: bool = True) -> list[Launch]:
     return list({launch.signature: launch for call in calls for launch in call.launches}.values())
 
 
-_FACTOR_GRADS = ((16,), (384,), (383, _SIZE - 1), (1, _SIZE, 1, False), (16, _SIZE, 1, True, 64))
+_FACTOR_GRADS = (
+    (16, _SIZE, 16, True, 0, 16), (64, _SIZE, 16, True, 0, 16), (63, _SIZE - 1, 16, True, 0, 16), (384,),
+    (383, _SIZE - 1), (1, _SIZE, 1, False), (16, _SIZE, 1, True, 64), (63, _SIZE - 1, 16, True, 64, 16),
+)  # fmt: skip
 
 
 def _classes(values: Iterable[int], make: Callable[[int], Call]) -> list[int]:
@@ -521,6 +561,12 @@ def _scale_reduces(dtype: torch.dtype) -> Iterator[Call]:
         yield scale_reduce(dtype, tokens)
     yield scale_reduce(dtype, 8191, size=_SIZE - 1)
     yield scale_reduce(dtype, 16384, groups=64)
+    for h in dict.fromkeys((dtype, _FP32)):
+        for rank in (16, 32, 64):
+            yield scale_reduce(dtype, 8192, total=False, rank=rank, h=h)
+        yield scale_reduce(dtype, 8191, _SIZE - 1, rank=63, h=h)
+        yield scale_reduce(dtype, 16384, rank=16, groups=64, total=False, h=h)
+        yield product_over_tokens(dtype, 16384, h=h)
     if dtype is not _BF16:
         return
     for wanted in ((True, True, False), (True, False, False), (False, False, True)):

@@ -78,7 +78,7 @@ class Compiled:
 
 _PRODUCT_ROWS = {
     "weight_norm": "BLOCK_N", "factored_norm": "BLOCK_N", "merge": "BLOCK_N",
-    "compose": "BLOCK_M", "product": "BLOCK_M", "one_pass": "BLOCK_M", "finish": "BLOCK_M",
+    "compose": "BLOCK_M", "product": "BLOCK_M", "one_pass": "BLOCK_M", "finish": "BLOCK_M", "scale_reduce": "BLOCK_F",
 }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def expected_matrix(launch: Compiled) -> str | None:
     """The matrix instruction that the launch should use; None for a kernel without a product."""
     target = TARGETS[launch.target]
     rows = _PRODUCT_ROWS.get(launch.kernel)
-    if rows is None:
+    if rows is None or launch.config.get("PRODUCTS") == 0:
         return None
     return target.matrix_large if target.matrix_large and launch.config[rows] >= 64 else target.matrix
 

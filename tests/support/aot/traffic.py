@@ -147,19 +147,30 @@ def product(launch: Launch, unchanged: bool) -> Traffic:
 
 
 def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
-    """Every strip asks for g if there is something to scale, and writes a row of partials; no tile products."""
-    M, F = launch["M"], launch["F"]
-    columns, strips = launch.grid
-    groups = strips // launch["strips"]
+    """Every strip asks for g if there is something to scale, and writes a row of partials.
+
+    With a product every block of columns asks for h, and every strip writes a matrix of partials.
+    """
+    M, F, R = launch["M"], launch["F"], launch["R"]
+    programs, strips = launch.grid
+    groups = strips // launch["strips"] if launch["ends_ptr"] else 0
+    columns, ranks = _blocks(F, launch["BLOCK_F"]), _blocks(R, launch["BLOCK_R"])
+    steps = [_blocks(_blocks(size, launch["BLOCK_M"]), launch["strips"]) for size in _group_sizes(M, groups)]
     return Traffic(
         _bytes(
             launch,
-            grad=M * F,
+            grad=M * F * ranks,
             other=M * F if launch["dot_ptr"] else 0,
             g=F * strips if launch["scaled_ptr"] else 0,
-            ends=columns * launch["strips"] * (2 * groups - 1),
+            h=M * R * columns,
+            ends=programs * launch["strips"] * (2 * groups - 1),
         ),
-        _bytes(launch, scaled=M * F, dot=F * strips, sum=F * strips),
+        _bytes(launch, scaled=M * F, dot=F * strips, sum=F * strips, low=F * R * strips),
+        programs
+        * launch["strips"]
+        * sum(steps)
+        * launch["PRODUCTS"]
+        * _product(launch, "BLOCK_M", "BLOCK_F", "BLOCK_R"),
     )
 
 
@@ -167,7 +178,7 @@ def factor_grads(launch: Launch, unchanged: bool) -> Traffic:
     """Everything once; no tile products."""
     N, R = launch["N"] * (launch.grid[1] if launch["GROUPED"] else 1), launch["R"]
     rows = _bytes(launch, dot=N * launch["strips"], g=N, divisor=N)
-    return Traffic({**_bytes(launch, p=N * R, b=N * R), **rows}, _bytes(launch, db=N * R, dm=N))
+    return Traffic({**_bytes(launch, p=N * R * launch["parts"], b=N * R), **rows}, _bytes(launch, db=N * R, dm=N))
 
 
 def weight_norm(launch: Launch, unchanged: bool) -> Traffic:
