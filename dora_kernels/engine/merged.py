@@ -302,8 +302,7 @@ def _backward(
     d_a = d_b = dm = None
     if low_dtype is None:
         p = torch.mm(dy.t(), x)
-        if need_dm:
-            dm = (p * merged).sum(0 if along_in else 1) / (g * divisor)
+        dm = (p * merged).sum(0 if along_in else 1) / (g * divisor)
         p = p.mul_(g if along_in else g.unsqueeze(1))
         d_a = torch.mm(cast(lora_B, p.dtype).t(), p).mul_(scaling)
         d_b = torch.mm(p, cast(lora_A, p.dtype).t()).mul_(scaling)
@@ -314,10 +313,10 @@ def _backward(
     if needs.lora_B and low_dtype is not None:
         h = mm(x, cast(lora_A * g if along_in else lora_A, low_dtype).t(), low_dtype)
         d_b = mm(dy.t(), h, accumulate).mul_(scaling if along_in else (g * scaling).unsqueeze(1))
-    if need_dm and low_dtype is not None:
+    if need_dm and dm is None:
         first, second = (x, dx) if along_in else (dy, kept)
         dm = dot_over_rows(first, second) / (g * divisor)  # type: ignore[arg-type]
-    if dm is not None and lost is not None:
+    if dm is not None and need_dm and lost is not None:
         dm[lost] = _of_lost(dy, x, weights, lost, form) / divisor[lost]
     if not form.detach_norm and needs.norm:
         assert dm is not None
