@@ -32,7 +32,7 @@ from dora_kernels.engine.rescale import dot_over_rows, lazy_clone
 from dora_kernels.rounding import is_coarse, seed_for, stochastic
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""Dtypes of a base weight that may run merged."""
+"""Dtypes of V'."""
 
 # With a smaller |g| a row's gradient is not recovered from its output; see `rescale`. float16 has a smaller range.
 _SMALLEST = 2.0**-20
@@ -46,16 +46,6 @@ def check_forward(forward: Any) -> None:
     """Check the option that chooses between the two forwards."""
     if forward not in FORWARDS:
         raise ValueError(f"forward: expected 'composed' or 'merged', got {forward!r}")
-
-
-def check_merged_dtype(weight: Any, name: str) -> None:
-    """Check that a base weight may run merged."""
-    dtype = getattr(weight, "dtype", None)
-    if dtype is not None and dtype not in DTYPES:
-        offered = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
-        raise ValueError(
-            f"forward: 'merged' is offered for weights in {offered}, and {name}.weight is {dtype}; use 'composed'"
-        )
 
 
 class Dequantized(NamedTuple):

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
-from dora_kernels.engine.merged import check_forward, check_merged_dtype
+from dora_kernels.engine.merged import check_forward
 from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
@@ -171,9 +171,8 @@ def patch_peft(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
         ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
-            "merged" and a linear layer is tensor-parallel, or its weight has a dtype that it is not offered in; or a
-            layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
-            the reason. The model is unchanged.
+            "merged" and a linear layer is tensor-parallel; or a layer is merged, on the meta device, without its
+            magnitude, or not finite. The message names the layer and the reason. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -335,12 +334,10 @@ def _options(
 
 
 def _check_merged(model: nn.Module) -> None:
-    """Check that the weights of all linear layers may be merged."""
+    """Check that no linear layer is split over processes."""
     for name, layer in model.named_modules():
-        if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer):
-            if shards.is_split(layer):
-                raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
-            check_merged_dtype(getattr(layer.get_base_layer(), "weight", None), f"{name}.base_layer")
+        if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer) and shards.is_split(layer):
+            raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
 
 
 def _check_something_to_patch(model: nn.Module) -> None:

@@ -121,6 +121,8 @@ def test_under_autocast(kind):
     assert results["y"].dtype == expected and cache_of(layer).merged.weight.dtype == bf16
     rounded = {**results, "y": results["y"].to(bf16)}
     check(rounded, problem, NEEDS, bf16)
+    problem = problem.replace(dy=problem.dy.to(f32))
+    check(solve(model, problem), problem, NEEDS)  # in the input's again
 
 
 def test_another_dtype_than_the_input():
