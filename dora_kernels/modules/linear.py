@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dora_kernels.core import validation
 from dora_kernels.core.problem import Form
 from dora_kernels.engine.layer import layer_scale, run_layer
-from dora_kernels.engine.merged import check_forward
+from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.modules.base import AdaptedLayer
 from dora_kernels.modules.dora_layer import DoRALayer
 
@@ -205,6 +205,8 @@ class DoRALinear(DoRALayer, LoRALinear):
 
     def _set_up(self, base_layer: Any, *, forward: str = "composed", **options: Any) -> dict[str, Any]:
         check_forward(forward)
+        if forward == "merged":
+            check_merged_dtype(getattr(getattr(base_layer, "weight", None), "dtype", None), "base_layer.weight")
         factory = super()._set_up(base_layer, **options)
         self._norm_cache.merges = forward == "merged"
         return factory

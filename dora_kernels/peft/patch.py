@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from dora_kernels.engine.dispatch import norm_backend, warn_once
-from dora_kernels.engine.merged import check_forward
+from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
@@ -171,8 +171,9 @@ def patch_peft(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
         ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
-            "merged" and a linear layer is tensor-parallel; or a layer is merged, on the meta device, without its
-            magnitude, or not finite. The message names the layer and the reason. The model is unchanged.
+            "merged" and a linear layer is tensor-parallel, or multiplies in a dtype in which it is not offered; or a
+            layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
+            the reason. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -334,10 +335,15 @@ def _options(
 
 
 def _check_merged(model: nn.Module) -> None:
-    """Check that no linear layer is split over processes."""
+    """Check that the weights of all linear layers may be merged."""
     for name, layer in model.named_modules():
-        if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer) and shards.is_split(layer):
-            raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
+        if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer):
+            if shards.is_split(layer):
+                raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            check_merged_dtype(getattr(weight, "dtype", None), f"{name}.base_layer.weight")
+        elif isinstance(layer, lora.LoraLayer) and dora_adapters(layer):
+            check_merged_dtype(getattr(layer.base_layer, "compute_dtype", None), f"{name}.base_layer.compute_dtype")
 
 
 def _check_something_to_patch(model: nn.Module) -> None:
