@@ -167,7 +167,7 @@ def patch_peft(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
         ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
-            "merged" and a linear layer is tensor-parallel, or its weight has a dtype that it is not offered in; or a
+            "merged" and a linear layer is tensor-parallel, or multiplies in a dtype in which it is not offered; or a
             layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
             the reason. The model is unchanged.
     """
@@ -346,7 +346,10 @@ def _check_merged(model: nn.Module) -> None:
         if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer):
             if shards.is_split(layer):
                 raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
-            check_merged_dtype(getattr(layer.get_base_layer(), "weight", None), f"{name}.base_layer")
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            check_merged_dtype(getattr(weight, "dtype", None), f"{name}.base_layer.weight")
+        elif isinstance(layer, lora.LoraLayer) and dora_adapters(layer):
+            check_merged_dtype(getattr(layer.base_layer, "compute_dtype", None), f"{name}.base_layer.compute_dtype")
 
 
 def _check_something_to_patch(model: nn.Module) -> None:
