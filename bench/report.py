@@ -233,6 +233,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "norm": ("docs/benchmarks.md", "norm", norm_table),
     "layer": ("docs/benchmarks.md", "layer", layer_table),
     "growth": ("docs/benchmarks.md", "growth", growth_note),
+    "axolotl": ("docs/benchmarks.md", "axolotl", run_tables),
     "finetune": ("docs/benchmarks.md", "finetune", finetune_table),
     "classify": ("docs/benchmarks.md", "classify", classify_table),
     "fidelity": ("docs/benchmarks.md", "fidelity", fidelity_table),
