@@ -88,6 +88,9 @@ test-framework-%: $(VENV)-frameworks/%/.stamp
 		$(VENV)-frameworks/$*/bin/python -m tests.frameworks $$case --record tests/frameworks/record.json || exit 1; \
 	done
 
+# Kept: make removes what a chain of pattern rules has made on its way, and the next run would install all anew.
+.PRECIOUS: $(VENV)-frameworks/%/.stamp
+
 # First torch, then all the rest as it was when it ran: the frameworks' own requirements contradict each other. What a
 # framework has in its repository alone (diffusers' scripts) is cloned, at the tag in the line "# source: URL TAG".
 $(VENV)-frameworks/%/.stamp: tests/frameworks/environments/%.txt
