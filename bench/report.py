@@ -256,6 +256,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "norm": ("docs/benchmarks.md", "norm", norm_table),
     "layer": ("docs/benchmarks.md", "layer", layer_table),
     "growth": ("docs/benchmarks.md", "growth", growth_note),
+    "axolotl": ("docs/benchmarks.md", "axolotl", run_tables),
     "finetune": ("docs/benchmarks.md", "finetune", finetune_table),
     "merged": ("docs/merged.md", "merged", merged_table),
     "classify": ("docs/benchmarks.md", "classify", classify_table),
