@@ -238,8 +238,8 @@ def experts_table(results: Sequence[Record]) -> str:
         ours, stock = rows.get("ours"), rows.get("peft_lora")
         if ours and stock:
             cells += [f"{ours['ratios']['peft_lora']:.2f}", f"{ours['peak_bytes'] / stock['peak_bytes']:.2f}"]
-        frozen = rows.get("frozen")
-        lines.append([case, part, *cells, f"{frozen['peak_bytes'] / stock['peak_bytes']:.2f}" if frozen and stock else ""])
+            cells += [f"{rows['frozen']['peak_bytes'] / stock['peak_bytes']:.2f}" if "frozen" in rows else ""]
+        lines.append([case, part, *cells, *[""] * (len(names) + 3 - len(cells))])
     head = [
         "case", "", *(LABELS[name] for name in names), "DoRA ÷ PEFT LoRA", "memory, DoRA ÷ PEFT LoRA",
         "memory, frozen ÷ PEFT LoRA",

@@ -200,11 +200,20 @@ class LayerOfExperts(Case):
         leaves = [inner.x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
 
         def train() -> tuple[Tensor, ...]:
+            if not model.training:
+                model.train()
             return torch.autograd.grad(model(inner.x), leaves, inner.up)
 
         token = inner.x.detach()[:1]
-        evaluated = torch.no_grad()(lambda: model(token))
-        parts = {"forward and backward": [train], "one token": [evaluated]}
+
+        @torch.no_grad()
+        def evaluate() -> Tensor:
+            if model.training:
+                model.eval()
+            result: Tensor = model(token)
+            return result
+
+        parts = {"forward and backward": [train], "one token": [evaluate]}
         check = functools.partial(self._check, model, inner, held)
         return Subject(provider, parts, *check(), again=functools.partial(_after_a_step, model, check))  # type: ignore[arg-type]
 
@@ -275,7 +284,8 @@ class MixtureModel(Case):
         optimizer = torch.optim.AdamW(parameters, lr=1e-4) if provider != "frozen" else None
 
         def step(micro_batches: int = 1) -> None:
-            model.training or model.train()
+            if not model.training:
+                model.train()
             for _ in range(micro_batches):
                 model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
             if optimizer is not None:
@@ -288,13 +298,15 @@ class MixtureModel(Case):
 
         @torch.no_grad()
         def token() -> None:
-            model.training and model.eval()
+            if model.training:
+                model.eval()
             model(input_ids=self.ids[:1, _PROMPT : _PROMPT + 1], past_key_values=past, use_cache=True)
-            past.crop(_PROMPT)
+            past.crop(-1)
 
         parts = {"step": [step], "step, 4 micro-batches": [lambda: step(4)], "one token": [token]}
         check = functools.partial(self._check, model)
-        return Subject(provider, parts, *check(), again=functools.partial(_after_a_step, model, check))  # type: ignore[arg-type]
+        again = functools.partial(_after_a_step, model, check) if optimizer is not None else None
+        return Subject(provider, parts, *check(), again=again)  # type: ignore[arg-type]
 
     @functools.cached_property
     def ids(self) -> Tensor:

@@ -2,10 +2,10 @@
 
     y = g_e ⊙ (x W_eᵀ + s (x A_eᵀ) B_eᵀ)         for the rows x of expert e
 
-An expert is a linear layer, so the formula computes it (`engine.formula`), one expert after another. Nothing of the
-stack's size is made: the tensors of the adapter are taken apart once per call, so that autograd puts their gradients
-together once, with zeros for experts without rows. On two cores this takes 1.03 to 1.07 times as long as a hand-written
-forward and backward around all experts, and 1.3 to 1.8 times as long as the frozen products.
+Nothing of the stack's size is made. On a GPU the kernels compute it (`engine.fused_experts`), on a CPU a loop over the
+experts (`engine.expert_loop`). What neither takes (several adapters, a strength, quantised or training weights,
+transforms) is the formula's, one expert after another, since an expert is a linear layer: the tensors of the adapter
+are taken apart once per call, so that autograd puts their gradients together once, with zeros for experts without rows.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class Experts:
         bounds = [0, *(ends.tolist() if isinstance(ends, Tensor) else ends), len(x)]
         if self._loops(x):
             (adapter,) = self.adapters
-            found = [expert_loop.Rows(e, *pair) for e, pair in enumerate(zip(bounds, bounds[1:-1])) if pair[0] < pair[1]]
+            pairs = enumerate(zip(bounds, bounds[1:-1]))
+            found = [expert_loop.Rows(e, start, end) for e, (start, end) in pairs if start < end]
             return expert_loop.run(x, found, self.weight, *adapter[:4])  # type: ignore[arg-type]
         sizes = [end - start for start, end in zip(bounds, bounds[1:])]
         parts = [(e, rows) for e, rows in enumerate(x.split(sizes)) if sizes[e]]
@@ -185,9 +186,12 @@ class Experts:
         base = None
         if self._loops(x) and low_rank_dtype(x, lora_A) != x.dtype and x.dim() == 2:
             # The formula would keep float32 copies of x and of the sum.
-            one = [None if t is None else t.unsqueeze(0) for t in (lora_A, lora_B, g)]
+            weight = self.weight[expert].unsqueeze(0)
+            one_g = None if g is None else g.unsqueeze(0)
             rows = [expert_loop.Rows(0, 0, len(x))]
-            return expert_loop.run(x, rows, self.weight[expert : expert + 1], *one, adapter.scaling)
+            return expert_loop.run(
+                x, rows, weight, lora_A.unsqueeze(0), lora_B.unsqueeze(0), one_g, adapter.scaling
+            )
         if readable and adapter.strength == 1.0:
             y = formula.linear(x, Weights(self.weight[expert], lora_A, lora_B), g, adapter.scaling)
         else:

@@ -204,8 +204,8 @@ class Peft(Format):
 class Vllm(Peft):
     """vLLM's adapters of experts: PEFT's keys, with the linear layers of each expert, ``experts.3.gate_proj``.
 
-    vLLM and SGLang take one rank and one alpha from the configuration for all layers and read no patterns, so factors of
-    smaller rank are padded with zeros, and other scalings are multiplied into B.
+    vLLM and SGLang take one rank and one alpha from the configuration for all layers and read no patterns, so factors
+    of smaller rank are padded with zeros, and other scalings are multiplied into B.
     """
 
     name = "vllm"
@@ -233,8 +233,8 @@ class Vllm(Peft):
 class Sglang(Vllm):
     """SGLang's adapters of experts: ``<stack>.lora_A.weight`` ``[E, r, in]`` and ``.lora_B.weight`` ``[E, out, r]``.
 
-    From python/sglang/srt/lora (lora.py, mem_pool.py, utils.py): of a stack ``gate_up_proj`` it uses A for both halves of
-    B, and the configuration has to list the last parts of all layers' names.
+    From python/sglang/srt/lora (lora.py, mem_pool.py, utils.py): of a stack ``gate_up_proj`` it uses A for both halves
+    of B, and the configuration has to list the last parts of all layers' names.
     """
 
     name = "sglang"
