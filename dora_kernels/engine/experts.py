@@ -188,10 +188,9 @@ class Experts:
             # The formula would keep float32 copies of x and of the sum.
             weight = self.weight[expert].unsqueeze(0)
             one_g = None if g is None else g.unsqueeze(0)
-            rows = [expert_loop.Rows(0, 0, len(x))]
-            return expert_loop.run(
-                x, rows, weight, lora_A.unsqueeze(0), lora_B.unsqueeze(0), one_g, adapter.scaling
-            )
+            rows = [expert_loop.Rows(0, 0, len(x))] if len(x) else []
+            one_a, one_b = lora_A.unsqueeze(0), lora_B.unsqueeze(0)
+            return expert_loop.run(x, rows, weight, one_a, one_b, one_g, adapter.scaling)
         if readable and adapter.strength == 1.0:
             y = formula.linear(x, Weights(self.weight[expert], lora_A, lora_B), g, adapter.scaling)
         else:
