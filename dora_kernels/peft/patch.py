@@ -17,7 +17,7 @@ from torch import nn
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
+from dora_kernels.peft import calls, experts, gptq, registered, shards, stacks, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -274,6 +274,7 @@ def _wrap_inject_adapter() -> None:
         if not _on:
             return original(self, model, *args, **kwargs)
         tensor_parallel.check_targets(self, model, *args, **kwargs)
+        stacks.check_targets(self, model, *args, **kwargs)
         with tensor_parallel.whole_parameters():
             original(self, model, *args, **kwargs)
         if not _on or not any(map(_concerns, model.modules())):
