@@ -25,7 +25,7 @@ COLORS = {
     "peft_dora_compiled": "#e08a86", "peft_dora_cached": "#d9b3b1",
     "torchtune": "#d98c21", "lycoris": "#6b4c9a", "axolotl": "#c7577f",
     "dense": "#8c6d46", "ours": "#1f5fa8", "ours_compiled": "#7fb2e5",
-    "ours_frozen": "#0f3057",
+    "ours_frozen": "#0f3057", "ours_merged": "#b8860b", "ours_lora": "#5a7d9a", "parametrized_dora": "#d98c21",
     "ours_triton": "#0b7a75", "ours_torch": "#3f9e4d", "ours_reference": "#a8c686", "ours_direct": "#3f9e4d",
     "ours_factored": "#0b7a75", "ours_unchanged": "#a8c686", "ours_fused": "#e36bae",
     "ours_bank": "#1f5fa8", "ours_bank_lora": "#7fb2e5",

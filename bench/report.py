@@ -194,6 +194,29 @@ def finetune_table(results: Sequence[Record]) -> str:
     return "\n\n".join([_sheet(show.quality(curves)), _markdown(head, rows, "lrr"), note])
 
 
+def merged_table(results: Sequence[Record]) -> str:
+    """Learning curves of the merged forward in 16 bits beside stock's, and what lies between two seeds of stock."""
+    curves = [curve for one in results for curve in one["curves"]]
+    found = show.gaps(curves, provider="ours_merged")
+    of = {(curve["provider"], curve["seed"]): curve for curve in curves}
+    pairs = [(of["ours_merged", seed], of["peft_dora", seed]) for seed in sorted({seed for _, seed in of})]
+    measures: dict[str, Callable[[Record], float]] = {
+        "loss": lambda curve: statistics.fmean(curve["losses"]), "last losses": show.last,
+        "held-out loss": lambda curve: float(curve["held_out"]),
+        "held-out accuracy": lambda curve: float(curve["accuracy"]),
+    }  # fmt: skip
+    words = {"loss": "loss of a step", "last losses": f"mean of the last {show.LAST} losses"}
+    rows = []
+    for what, measure in measures.items():
+        apart = statistics.fmean(measure(ours) - measure(stock) for ours, stock in pairs)
+        seeds = f"{found[f'{what}, seed to seed']:.1e} – {found[f'{what}, seed to seed, at most']:.1e}"
+        rows.append([words.get(what, what), f"{apart:+.1e}", _small(found[f"{what}, ours to stock"]), seeds])
+    head = ["difference", "merged − stock, mean", "merged to stock, at most", "stock, seed to seed"]
+    first = curves[0]
+    note = f"{first['dtypes']}, {len(first['losses'])} steps of {first['tokens']} tokens; {place(results)}."
+    return "\n\n".join([_sheet(show.quality(curves)), _markdown(head, rows, "lrrr"), note])
+
+
 def classify_table(results: Sequence[Record]) -> str:
     """LoRA and DoRA at several ranks."""
     curves = [curve for one in results for curve in one["curves"]]
@@ -234,6 +257,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "layer": ("docs/benchmarks.md", "layer", layer_table),
     "growth": ("docs/benchmarks.md", "growth", growth_note),
     "finetune": ("docs/benchmarks.md", "finetune", finetune_table),
+    "merged": ("docs/merged.md", "merged", merged_table),
     "classify": ("docs/benchmarks.md", "classify", classify_table),
     "fidelity": ("docs/benchmarks.md", "fidelity", fidelity_table),
     "serve": ("docs/serving.md", "serve", serve_table),

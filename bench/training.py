@@ -145,11 +145,11 @@ def adapt(base: Any, rank: int, *, dora: bool = True, seed: int = 0, **options: 
     return model.train()
 
 
-def patch_all(model: Any) -> None:
+def patch_all(model: Any, **options: Any) -> None:
     """`patch_peft`, which may skip no layer here."""
     import dora_kernels
 
-    handle = dora_kernels.patch_peft(model)
+    handle = dora_kernels.patch_peft(model, **options)
     if handle.skipped:
         raise RuntimeError(f"patch_peft skipped {handle.skipped}")
 

@@ -4,7 +4,7 @@ A value between two neighbouring numbers of the dtype is rounded away from zero 
 of the step, so that the expected result is the value itself. Element i, by its row-major index in the logical
 ``[out, in]`` weight, uses word ``i % 4`` of Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 3", SC 2011) with the seed as key and ``i // 4`` as counter. Strides, blocks, device and backend make no difference.
-`dora_kernels.kernels.rounding` does the same for tiles.
+`dora_kernels.kernels.rounding` does the same for tiles. Where nobody compares bits, PyTorch's generator is faster.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _ROUNDS = 10
 # Elements that the CPU rounds at once, so that their random words stay in the cache.
 _CHUNK = 1 << 17
 
+_LARGEST = torch.finfo(torch.bfloat16).max
+
 
 def is_coarse(dtype: torch.dtype) -> bool:
     """True if stochastic rounding to `dtype` differs from rounding to nearest. Merging computes in float32 or wider."""
@@ -37,11 +39,12 @@ def seed_for(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def stochastic(x: Tensor, dtype: torch.dtype, seed: int, start: int = 0) -> Tensor:
+def stochastic(x: Tensor, dtype: torch.dtype, seed: int | torch.Generator, start: int = 0) -> Tensor:
     """Return x rounded to `dtype`, for which `is_coarse` is True.
 
     Args:
         x: one or more whole rows of a weight.
+        seed: of the words by index, or a generator on x's device that draws them.
         start: the index of x's first element in the weight.
     """
     values = x.reshape(-1)
@@ -50,9 +53,31 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, start: int = 0) -> Tens
     result = torch.empty_like(values, dtype=dtype)
     for first in range(0, values.numel(), step):
         part = values[first : first + step]
-        drawn = words(seed, start + first, part.numel(), x.device)
-        result[first : first + step] = round_by_words(part, dtype, drawn)
+        if isinstance(seed, int):
+            rounded = round_by_words(part, dtype, words(seed, start + first, part.numel(), x.device))
+        elif dtype == torch.bfloat16 and _within(part):
+            rounded = _cut_off(part, seed)
+        else:
+            drawn = torch.empty(part.numel(), dtype=torch.int64, device=x.device).random_(generator=seed)
+            rounded = round_by_words(part, dtype, drawn >> 31)
+        result[first : first + step] = rounded
     return result.view(x.shape)
+
+
+def _within(x: Tensor) -> bool:
+    """True for float32 numbers up to the largest of bfloat16."""
+    if x.dtype != torch.float32 or not x.numel():
+        return False
+    least, most = x.aminmax()
+    return float(least) >= -_LARGEST and float(most) <= _LARGEST  # not with a NaN
+
+
+def _cut_off(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, which has the upper half of its bits: add random ones to the lower half, and cut it off."""
+    drawn = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    sixteen = drawn.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: x.numel()]
+    bits = torch.add(x.view(torch.int32), sixteen).add_(1 << 15)
+    return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
 def round_by_words(x: Tensor, dtype: torch.dtype, drawn: Tensor) -> Tensor:

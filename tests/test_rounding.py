@@ -175,14 +175,15 @@ def test_beyond_the_largest_number_it_is_rounding_to_nearest(dtype, source):
 
 
 @targets
-def test_the_mean_is_the_value(dtype):
+@pytest.mark.parametrize("seeded", [int, torch.Generator().manual_seed], ids=["words", "generator"])
+def test_the_mean_is_the_value(dtype, seeded):
     """Of as many results as words were drawn: in all, and for each value, subnormal ones included."""
     count = 1 << 12
     x = values(dtype, f32, 200).abs()  # of both signs, a preference for the larger size would cancel
     low, high = neighbours(x.to(f64), dtype)
     fraction = (x.to(f64) - low) / (high - low)
     ups = torch.stack([
-        (rounding.stochastic(x[i].expand(1, count), dtype, seed=i) == high[i].to(dtype)).to(f64).sum()
+        (rounding.stochastic(x[i].expand(1, count), dtype, seeded(i)) == high[i].to(dtype)).to(f64).sum()
         for i in range(200)
     ])  # fmt: skip
     off = ups - count * fraction
@@ -190,6 +191,25 @@ def test_the_mean_is_the_value(dtype):
     assert abs(float(off.sum())) < SIGMAS * float(deviation.square().sum().sqrt())
     enough = deviation > 3  # where a binomial count is close to normal
     assert enough.sum() > 100 and bool((off.abs() < (SIGMAS + 1) * deviation)[enough].all())
+
+
+@targets
+@sources
+def test_a_generator_takes_one_of_the_two_neighbours(dtype, source, monkeypatch):
+    monkeypatch.setattr(rounding, "_CHUNK", 7000)
+    x = values(dtype, source)
+    draw = torch.Generator().manual_seed
+    for signed in (x, -x):
+        got = rounding.stochastic(signed, dtype, draw(3))
+        low, high = neighbours(signed.to(f64), dtype)
+        known = low == signed
+        assert torch.equal(got.to(f64)[known], low[known]) and bool(((got == low) | (got == high)).all())
+        assert torch.equal(got, rounding.stochastic(signed, dtype, draw(3)))
+        assert not torch.equal(got, rounding.stochastic(signed, dtype, draw(4)))
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, torch.finfo(dtype).max], dtype=source)
+    for part in (odd, odd[1:], odd[3:]):
+        assert rounding.stochastic(part, dtype, draw(0)).to(source).view(-1).tolist()[1:] == part.tolist()[1:]
+    assert bool(rounding.stochastic(odd[3:], dtype, draw(0)).signbit()[0])
 
 
 # Merges.

@@ -94,7 +94,8 @@ class Adapter:
         notes: what was decided about it and why, a sentence each.
         config: the rest of the file's configuration.
         beside: tensors of the file that belong to no adapted layer, by key: PEFT's `modules_to_save`, biases, rows of
-            `trainable_token_indices`. `attach` leaves them out with a warning, `AdapterBank` refuses them.
+            `trainable_token_indices`. `save_adapter` writes them again, in the same format; `attach` leaves them out
+            with a warning; `AdapterBank` refuses them.
 
     Raises:
         TypeError: a field has a wrong type.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
+from dora_kernels.adapters.beside import common_beside
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
@@ -86,7 +87,8 @@ def combine_adapters(
         ValueError: there is not one weight for each adapter; a weight, or a value of the model or of an adapter, is not
             finite; `rank` is below 1; a layer is missing in the model, has another shape or is on the meta device; a
             convolution has groups, so that its update is not a product of two factors; or a layer's adapters have
-            magnitudes along both axes, whose sum is exact only as a dense weight.
+            magnitudes along both axes, whose sum is exact only as a dense weight; or the tensors beside the adapters
+            (`Adapter.beside`), which the result keeps, have different values.
     """
     _check(model, adapters, weights, rank)
     return _weighted_sum(model, adapters, weights, None if rank is None else int(rank), "adapters")
@@ -114,8 +116,8 @@ def _weighted_sum(
             )
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result = CombineReport(report)
-    beside = {key: tensor for adapter in adapters for key, tensor in adapter.beside.items()}
-    return Adapter(layers, "model", [f"combined: {of}; {result}", *given], beside=beside), result
+    notes = [f"combined: {of}; {result}", *given]
+    return replace(common_beside(adapters, argument), layers=layers, notes=notes), result
 
 
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:

@@ -14,6 +14,7 @@ from torch import nn
 from dora_kernels.adapters.adapter import Adapter
 from dora_kernels.adapters.attachment import extract, joined
 from dora_kernels.adapters.base_layers import base_layers_of
+from dora_kernels.adapters.beside import check_written, settings
 from dora_kernels.adapters.formats import FORMATS, WRITTEN, check_format
 from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.formats.writer import Writing
@@ -57,8 +58,8 @@ def save_adapter(
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the format cannot express the adapter, a value is not finite, or the path is not a valid name for
-            it.
+        ValueError: the format cannot express the adapter; the adapter was read in another format, and has tensors in
+            `Adapter.beside`; a value is not finite; or the path is not a valid name for the format.
         FileExistsError: a file exists and `force` is False; or the folder holds an adapter of another format, which
             this would half replace or sit beside.
         OSError: a file cannot be written.
@@ -68,6 +69,7 @@ def save_adapter(
     adapter, known = _source(source)
     if not adapter.layers:
         raise ValueError("source: the adapter has no layers")
+    check_written(adapter, format)
     chosen = WRITTEN[format]
     if prefix is not None and not chosen.prefixed:
         raise ValueError(f"prefix: names in the format {format!r} have no prefix")
@@ -89,6 +91,9 @@ def save_adapter(
         raise ValueError(f"{place}: the format {format!r} has a configuration beside the tensors, so pass a folder")
     _check_place(weights, chosen)
     tensors, config = chosen.write(adapter, writing)
+    tensors |= adapter.beside
+    if config is not None:
+        config |= settings(adapter.config) if adapter.beside else {}
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"source: {key} has values that are not finite")
@@ -128,6 +133,7 @@ def _source(source: Any) -> tuple[Adapter, Collection[str]]:
                 f"source: {component}: {other} belongs to another model; pass prefix= when reading to get one model's "
                 "layers"
             )
+        result.beside |= adapter.beside
         result.layers |= {f"{component}.{name.removeprefix(start)}": layer for name, layer in adapter.layers.items()}
     return result, known
 

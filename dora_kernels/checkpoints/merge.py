@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
+from dora_kernels.adapters.beside import NOTE
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
 from dora_kernels.checkpoints.checkpoint import (
@@ -113,7 +114,7 @@ def merge_checkpoint(
                 f"strength: expected 1, because {next(iter(beside))} was trained beside the adapter, got {strength:g}; "
                 "adapter_only=True leaves it out"
             )
-        adapter.notes[:] = [note for note in adapter.notes if not note.endswith(": not part of an adapter, left out")]
+        adapter.notes[:] = [note for note in adapter.notes if not note.endswith(NOTE)]
         adapter.notes += [f"{key}: as trained beside the adapter" for key in (*beside.whole, *beside.rows)]
         adapter.notes += [f"{key}: added as trained beside the adapter; the base model's files do not have it"
                           for key in beside.added]  # fmt: skip

@@ -47,6 +47,9 @@ def add(app: "typer.Typer") -> None:
             str,
             typer.Option(metavar="NAME", show_default=False, help="IN's model in a pipeline, e.g. unet; with --join."),
         ] = "",
+        adapter_only: Annotated[
+            bool, typer.Option("--adapter-only", help="Leave out tensors beside the adapter (modules_to_save).")
+        ] = False,
         force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     ) -> None:
         """Write an adapter in another format: the same function, to float32 accuracy.
@@ -65,6 +68,8 @@ def add(app: "typer.Typer") -> None:
                 adapter = read_adapter(source, **options)
             others = _joined(component, join)
             read = {component: adapter} | others
+            for one in read.values() if adapter_only else ():
+                one.beside.clear()
             advance(f"{source} is read", 2)
             whole = read if others else adapter
             folded = save_adapter(whole, target, format=to, prefix=to_prefix or None, force=force)

@@ -129,7 +129,7 @@ def merge(
     lora_B: Tensor,
     magnitude: Tensor | None,
     scaling: float,
-    seed: int | None = None,
+    seed: int | torch.Generator | None = None,
     transposed: bool = False,
     norm: Tensor | None = None,
 ) -> Tensor:
@@ -139,6 +139,7 @@ def merge(
     a seed is given.
 
     Args:
+        seed: as `rounding.stochastic`.
         transposed: True if this is the transposed problem (``magnitude_axis="in"``). Its columns are then the rows of
             the original weight; stochastic rounding numbers the elements along those.
         norm: the norm of the rows, if it is known.
@@ -152,7 +153,7 @@ def merge(
     merged = torch.empty_like(weight)
     start = 0
     with full_precision(weight.device):
-        if row_major(weight) if seed is None else not transposed:
+        if not transposed if isinstance(seed, int) else row_major(weight):
             for target, rows, left, scale in blocks(block_rows(*merged.shape), merged, weight, b, g):
                 _merge_block(target, rows, left, a, scale, scaling, seed, start)
                 start += target.numel()
@@ -171,7 +172,7 @@ def _merge_block(
     right: Tensor,
     scale: Tensor | None,
     scaling: float,
-    seed: int | None,
+    seed: int | torch.Generator | None,
     start: int,
 ) -> None:
     if w.dtype == target.dtype == left.dtype:
@@ -179,6 +180,6 @@ def _merge_block(
         if scale is not None:
             direction.mul_(scale)
         return
-    direction = torch.addmm(w.to(left.dtype), left, right, alpha=scaling)
+    direction = w.to(left.dtype).addmm_(left, right, alpha=scaling)
     merged = direction if scale is None else direction.mul_(scale)
     target.copy_(merged if seed is None else stochastic(merged, target.dtype, seed, start))

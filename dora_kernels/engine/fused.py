@@ -245,7 +245,7 @@ def compose_backward(
 
     left: Any = dg if uses_scaled else dy
     factor: Any = scaling if g is None or uses_scaled else g * scaling
-    d_low = _low_rank_gradient(left, lora_B, factor, h) if needs.h else None
+    d_low = low_rank_gradient(left, lora_B, factor, h.dtype) if needs.h else None
     d_b, dm = None, None
     if p is not None:
         dtype = _grad_dtype(lora_B, dy, detach_norm) if needs.lora_B else None
@@ -265,7 +265,7 @@ def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: 
     need_dm, accumulate, mixed = _needs_dm(form, needs), accumulation_dtype(dy, h), h.dtype != dy.dtype
     d_low: Any = None
     if needs.x or need_dm or needs.lora_A:
-        d_low = _low_rank_gradient(dy, lora_B, form.scaling, h)
+        d_low = low_rank_gradient(dy, lora_B, form.scaling, h.dtype)
     dx, dm = None, None
     q: Any = mm(d_low.t(), x, accumulate) if needs.lora_A or (mixed and need_dm) else None
     if mixed and (needs.x or need_dm):
@@ -287,14 +287,14 @@ def _backward_in(dy: Tensor, weights: Weights, saved: Saved, form: Form, needs: 
     return Grads(dx, dw, d_a, d_b, dm, total)
 
 
-def _low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, h: Tensor) -> Tensor:
-    """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in h's dtype, rounded once."""
-    if h.dtype != dy.dtype:
-        wide = cast(lora_B, h.dtype)
-        return mm(dy, wide * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor), h.dtype)
+def low_rank_gradient(dy: Tensor, lora_B: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``D = dy (factor * B)``, the gradient of ``h = x Aᵀ``: ``[M, r]`` in `dtype`, h's, rounded once."""
+    if dtype != dy.dtype:
+        wide = cast(lora_B, dtype)
+        return mm(dy, wide * (factor.unsqueeze(1) if isinstance(factor, Tensor) else factor), dtype)
     if isinstance(factor, Tensor):
-        return mm(dy, scaled_rows(lora_B, factor, dy.dtype), h.dtype)
-    return mm(dy, cast(lora_B, dy.dtype), h.dtype, factor)
+        return mm(dy, scaled_rows(lora_B, factor, dtype), dtype)
+    return mm(dy, cast(lora_B, dtype), dtype, factor)
 
 
 def norm_gradient(

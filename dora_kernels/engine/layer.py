@@ -121,7 +121,8 @@ def layer_norm(
         with no_autocast(weights.weight.device):
             dense = formula.weight_norm(weights, form)
         return Norm(safe_divisor(dense.detach() if form.detach_norm else dense, form.eps))
-    chosen = norm_backend(backend, weights.weight)
+    # A quantised weight is none that the kernels read, but they run for the rest of its layer.
+    chosen = norm_backend(backend, weights.weight if compute is None else weights.lora_B)
     if compiling and cache is not None and compute is None and form.group is None:
         tensors = [t.detach() for t in weights[:4]]
         norm = Norm(kept_divisor(cache.slot, *tensors, form.scaling, training))

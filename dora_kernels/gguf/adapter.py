@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, AdapterLayer, extract
 from dora_kernels.adapters.adapter import problem_of
+from dora_kernels.adapters.beside import check_written
 from dora_kernels.core.extras import load
 from dora_kernels.core.shown import name_problem, quoted, shown
 from dora_kernels.files.replacing import replacing
@@ -60,7 +61,7 @@ def export_adapter(
         TypeError: `base` is missing for an `Adapter`.
         ValueError: the model type is not supported; a layer has no name in GGUF, is neither linear nor an embedding, or
             has factors of a dtype that is not in `TYPES`; or layers of a plain LoRA need different alphas, while the
-            file has one.
+            file has one; or the adapter has tensors in `Adapter.beside`.
     """
     gguf = load("gguf", "gguf", "GGUF files need")
 
@@ -72,6 +73,7 @@ def export_adapter(
         raise TypeError(
             "base: required for an Adapter, which does not know its base model; pass the model or its configuration"
         )
+    check_written(adapter, "gguf")
     layers = adapter.layers
     if not layers:
         raise ValueError("source: the adapter has no layers")

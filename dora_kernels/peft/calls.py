@@ -1,5 +1,8 @@
 """Whether the layers of a patched model are called at all.
 
+Some modules read the weight of a layer inside them in every path, `nn.MultiheadAttention` that of its ``out_proj`` for
+one. Their source tells, so this is known at once.
+
 Kernels of other packages (axolotl's `lora_qkv_kernel`, for one) and replaced forwards of the modules around a layer
 read its weights and never call it. Then nothing of this package runs, whatever the layer's class is. The proof is a
 gradient of B without a call. It is looked for in the model's first training step.
@@ -8,7 +11,7 @@ gradient of B without a call. It is looked for in the model's first training ste
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from dora_kernels.engine.dispatch import warn_once
 from dora_kernels.engine.model_forward import around
+from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters, switch
 
@@ -32,6 +36,26 @@ def bypassed(layer: nn.Module) -> bool:
     """True if the layer takes part in training and is never called."""
     state = switch(layer)
     return state is not None and state.trained_elsewhere and not called(layer)
+
+
+def read_by_others(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Of `layers`, by name, those that the modules around them read and never call, each with the reason."""
+    readers, modules, found = WeightReaders(), dict(model.named_modules()), {}
+    for name in layers:
+        around = [modules[name.rsplit(".", depth)[0]] for depth in range(1, name.count(".") + 1)]
+        reader = readers.never_calling([*around, model], name)
+        if reader is not None:
+            found[name] = f"{type(reader).__name__} reads its weight and never calls it"
+    return found
+
+
+def warn_of(read: dict[str, str], model: nn.Module) -> None:
+    """Warn, once, of the layers of `read_by_others`."""
+    if read:
+        name, reason = next(iter(read.items()))
+        others = f", and {len(read) - 1} more" if len(read) > 1 else ""
+        warn_once(f"DoRA layers of {type(model).__name__} whose adapter has no effect, with or without dora_kernels: "
+                  f"{name} ({reason}){others}; leave them out of target_modules")  # fmt: skip
 
 
 class Record:
@@ -51,7 +75,7 @@ class Record:
         """One line, if none of the model's layers has ever been called."""
         if self.called or not self.count:
             return None
-        cause = ": other code computes them, and not dora_kernels" if self.ran else ""
+        cause = ": other code computes them, and not dora_kernels" if self.ran else ", nor was the model"
         return f"WARNING: none of the {self.count} patched DoRA layers of {self.name} was ever called{cause}"
 
 

@@ -18,7 +18,18 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.peft import calls, conv, embedding, experts, gptq, linear, quantized, shards, tensor_parallel
+from dora_kernels.peft import (
+    calls,
+    conv,
+    embedding,
+    experts,
+    fast_path,
+    gptq,
+    linear,
+    quantized,
+    shards,
+    tensor_parallel,
+)
 from dora_kernels.peft.combine import COMBINATIONS, combine
 from dora_kernels.peft.config import follow_configs
 from dora_kernels.peft.layer import DoraLayer
@@ -211,6 +222,7 @@ def patch_layers(model: nn.Module, options: Options | None = None, *, exchange_l
         for adapter in dora_adapters(layer):
             # Create the cache before a compiler traces the layer.
             norm_cache(layer, adapter).move(layer.lora_magnitude_vector[adapter].weight.device)
+    fast_path.avoid(model)
 
 
 def _magnitudes(layer: Any, kind: type) -> list[Any]:
@@ -227,6 +239,7 @@ def restore_layers(model: nn.Module) -> None:
     """
     layer: Any
     shards.undo_mend(model)
+    fast_path.permit(model)
     for layer in model.modules():
         if dora_adapters(layer) and isinstance(layer, gptq.DoraRefused | experts.ParamWrapper):
             continue

@@ -193,6 +193,8 @@ class DoraLayer:
                 state.unmerged = self._keep()
             try:
                 self._merge(safe_merge, adapter_names)
+                if state.record is not None:
+                    state.record.called = True  # a merged layer has nothing more to call
             finally:  # PEFT writes the weight through `.data`, which changes no version
                 forget_norms(self)
                 if not self.merged_adapters or not keep:

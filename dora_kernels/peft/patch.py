@@ -17,7 +17,6 @@ from torch import nn
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
@@ -120,16 +119,13 @@ class PatchHandle:
     def _reasons(self) -> Iterator[tuple[str, str | None]]:
         """Yield each DoRA layer's name and why its calls do not run on this package, None if they do."""
         models = list(self._models)
-        readers = WeightReaders()
         for number, model in enumerate(models):
             prefix = f"{type(model).__name__} {number}: " if len(models) > 1 else ""
-            modules = dict(model.named_modules())
-            for name, module in modules.items():
-                if runs_here(module):
-                    around = [modules[name.rsplit(".", depth)[0]] for depth in range(1, name.count(".") + 1)]
-                    reader = readers.never_calling([*around, model], name)
-                    read = None if reader is None else f"{type(reader).__name__} reads its weight and never calls it"
-                    yield prefix + name, read or out_of_reach(module)
+            layers = _layers(model)
+            read = calls.read_by_others(model, layers)
+            for name, layer in layers.items():
+                yield prefix + name, read.get(name) or out_of_reach(layer)
+
 
 
 def patch_peft(
@@ -195,6 +191,7 @@ def patch_peft(
     if exact_init:
         handle._rewrite(model)
     patched, skipped = handle.patched, handle.skipped
+    calls.warn_of(calls.read_by_others(model, skipped), model)
     logger.info(
         "patched %d DoRA layers of %s, skipped %d, backend %s",
         len(patched), type(model).__name__, len(skipped), _backend(model),
@@ -292,8 +289,13 @@ def _wrap_inject_adapter() -> None:
         if exact_init:
             handle._rewrite(model)
         # The weights themselves may still be on meta. Which layers are patched is what counts.
-        layers = [m for m in model.modules() if runs_here(m)]
-        others = [reason for m in layers if switch(m) is None and (reason := unsupported(m)) is not None]
+        layers = _layers(model)
+        read = calls.read_by_others(model, layers)
+        others = [
+            reason for name, layer in layers.items()
+            if (reason := read.get(name) or (unsupported(layer) if switch(layer) is None else None)) is not None
+        ]  # fmt: skip
+        calls.warn_of(read, model)
         left = f", left {len(others)} to PEFT ({others[0]})" if others else ""
         done = len(layers) - len(others)
         report(f"patched {done} DoRA layers of {type(model).__name__}, backend {_backend(model)}{left}")
@@ -306,6 +308,10 @@ def _wrap_inject_adapter() -> None:
     _unwrap.extend([gptq.allow(), experts.allow(), tensor_parallel.allow(), read_from_files(), unwrap])
     _unwrap.extend([] if exchange else [registered.register()])
     BaseTuner.inject_adapter = inject_adapter
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if runs_here(module)}
 
 
 def _concerns(layer: Any) -> bool:

@@ -19,8 +19,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from dora_kernels.core.precision import no_autocast
-from dora_kernels.core.problem import Weights
+from dora_kernels.core.precision import cast, compute_dtype, no_autocast
+from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine import merged
+from dora_kernels.engine.dispatch import PLAIN
 from dora_kernels.engine.fingerprints import Sample
 from dora_kernels.engine.layer import run_compose
 from dora_kernels.modules import dequantize
@@ -217,6 +219,10 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
     factors = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if (dropping and state.options.dropout == "peft") or hooked(*factors):
         return stock.forward(layer, x, *args, **kwargs)
+    if state.options.forward == "merged" and not dropping:
+        y = _merged(layer, name, x, weights)
+        if y is not None:
+            return y
     result = layer.base_layer(x)
     dropped = layer.lora_dropout[name](x) if dropping else x
     h = F.linear(dropped, weights.lora_A if torch.is_autocast_enabled(x.device.type) else weights.lora_A.to(x.dtype))
@@ -225,6 +231,36 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
         result, h, weights._replace(bias=bias), layer.scaling[name],
         lambda: DoraQuantizedVariant.divisor(layer, name, weights), cache=norm_cache(layer, name),
     )  # fmt: skip
+
+
+def _merged(layer: Any, adapter: str, x: Tensor, weights: Weights) -> Tensor | None:
+    """The layer by the merged forward; None if it has to run composed.
+
+    V' takes the place of the copy of W that the base layer's library writes, dequantised, at each call.
+    """
+    base, cache, form = layer.base_layer, norm_cache(layer, adapter), Form(layer.scaling[adapter])
+    blocks = dequantize.row_blocks(base)
+    if blocks is None or hooked(base) or type(x) not in PLAIN or x.shape[-1:] != (layer.in_features,):
+        return None
+    dtype, result = _dtypes(cache, base, x)
+    of_norm = DoraQuantizedVariant.norm_source(layer, adapter, weights)[1]
+    source = merged.Dequantized(blocks, of_norm, dtype)  # type: ignore[arg-type]
+    read = cast(x, dtype)
+    if not merged.runs_merged(read, weights, cache, layer.training, source):
+        return None
+    return cast(merged.run_merged(read, weights, form, cache, layer.training, source=source), result)
+
+
+def _dtypes(cache: AdapterCache, base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes in which the base layer multiplies and returns; the latter is learned from a call on one token."""
+    key = x.dtype, compute_dtype(x)
+    if cache.returns is None or cache.returns[0] != key:
+        with torch.no_grad():  # an input with a gradient, as in training: else bitsandbytes repacks W
+            of_token = base.forward(x.new_zeros(1, x.shape[-1]).requires_grad_())
+        cache.returns = key, of_token.dtype
+    own = getattr(base, "compute_dtype", None)
+    multiplies = key[1] if key[1] != x.dtype or own is None else own
+    return multiplies, cache.returns[1]
 
 
 class DoraHqq(DoraQuantized):

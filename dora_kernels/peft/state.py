@@ -31,6 +31,8 @@ class AdapterCache(NormCache):
         self.checked: tuple[Any, ...] | None = None
         self.constants: tuple[Any, ...] | None = None
         """|W|² and bias of a base layer that shows its weight only through its forward."""
+        self.returns: tuple[Any, torch.dtype] | None = None
+        """The dtype that a quantised base layer returns, for an input's dtype and autocast's."""
         self.record: Any = None
         """Where it is noted that the model's layers are called (`calls.Record`)."""
 

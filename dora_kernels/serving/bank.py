@@ -66,7 +66,7 @@ class AdapterBank:
         self._entries: dict[str, Entry] = {}
         self._layers: dict[str, LayerSlots] = {}
         self._residents = Residents(slots)
-        self._clock, self._closed = 0, False
+        self._clock, self._closed, self._nested_waits = 0, False, False
         self._watch = model.register_forward_pre_hook(Watch(self))
 
     def __repr__(self) -> str:
@@ -177,8 +177,9 @@ class AdapterBank:
 
         Raises:
             TypeError: `adapters` is not a sequence of names.
-            ValueError: there is no adapter of a name, or more adapters than slots that are not pinned. In the forward:
-                the batch has another number of rows.
+            ValueError: there is no adapter of a name, or more adapters than slots that are not pinned; or this block
+                lies within another one, and so does another thread's that waits for slots. In the forward: the batch
+                has another number of rows.
             RuntimeError: at the end, if the model ran and none of its adapted layers did.
         """
         names = checked(adapters)
@@ -350,13 +351,26 @@ class AdapterBank:
             slots = self._residents.room(wanted)
             if slots is not None:
                 break
-            self._lock.wait()
+            self._wait(bool(own), argument)
         for entry, slot in zip([entry for entry in wanted if entry.slot is None], slots, strict=True):
             self._put(entry, slot)
         for entry in wanted:
             self._clock += 1
             entry.used = self._clock
         return wanted
+
+    def _wait(self, nested: bool, argument: str) -> None:
+        """Wait for a change. Two blocks within others would wait for each other's slots for ever: only one may wait."""
+        if nested and self._nested_waits:
+            raise ValueError(
+                f"{argument}: expected a free slot, since another thread's block within a block waits for one too, got "
+                f"none of {counted(len(self._residents.slots), 'slot')}"
+            )
+        self._nested_waits |= nested
+        try:
+            self._lock.wait()
+        finally:
+            self._nested_waits &= not nested
 
     @contextmanager
     def _running(

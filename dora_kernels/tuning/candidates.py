@@ -13,7 +13,7 @@ from dora_kernels import testing
 from dora_kernels.core.precision import accumulation_dtype, cast, full_precision
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.engine import blocked, merged
-from dora_kernels.engine.dispatch import ONE_PASS_RANK, one_pass, triton_problem
+from dora_kernels.engine.dispatch import ONE_PASS_RANK, norm_backend, one_pass, triton_problem
 from dora_kernels.engine.layer import run_layer
 from dora_kernels.engine.norm import Norm
 from dora_kernels.engine.norm_cache import NormCache
@@ -117,7 +117,7 @@ class Layer:
     def _bound(self, way: str, problem: testing.Problem) -> tuple[dict[str, Any], Callable[[], Tensor]]:
         leaves = testing.leaves_of(problem, [name for name in testing.NAMES if name != "weight"])
         weights = Weights(*(leaves[name] for name in testing.NAMES[1:]))  # type: ignore[arg-type]
-        backend = "triton" if way in ("fused", "one pass") else "torch"
+        backend = {"fused": "triton", "one pass": "triton", "merged": "auto"}.get(way, "torch")
         cache = NormCache(self.form, backend, way == "merged")
 
         def call() -> Tensor:
@@ -139,6 +139,7 @@ class Layer:
             if way in ("formula", "fused")
         }
         if "merged" in ways:
-            calls["merged"] = lambda: merged._make(weights, self.form, norm("torch"), "torch")
+            backend = norm_backend("auto", weights.weight)
+            calls["merged"] = lambda: merged._make(weights, self.form, norm(backend), backend)
         return calls
 

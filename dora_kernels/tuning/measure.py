@@ -21,7 +21,8 @@ from dora_kernels.engine import choices
 from dora_kernels.engine.dispatch import ONE_PASS_TOKENS
 from dora_kernels.tuning import tiles
 from dora_kernels.tuning.candidates import Layer
-from dora_kernels.tuning.shapes import Shape, shapes_of
+from dora_kernels.tuning.quantised import QuantisedLayer
+from dora_kernels.tuning.shapes import Shape, quantised_of, shapes_of
 from dora_kernels.tuning.timing import in_turns
 
 _TILE_QUESTIONS = 8
@@ -102,6 +103,7 @@ def tune(
     validation.check_rank(rank)
     validation.check_number(seconds, "seconds")
     shapes, of_device, of_dtype = shapes_of(model_or_shapes, int(rank))
+    quantised = quantised_of(model_or_shapes, int(rank))
     default = of_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(device) if device is not None else default
@@ -137,12 +139,12 @@ def tune(
     try:
         with _progress(comparisons, progress) as advance:
             for shape in shapes:
-                name = choices.key_of(*shape)
-                layers[name] = _measure(Layer(shape, dtype, where), name, counts, each, advance, wrong)
+                name, layer = _made(shape, dtype, where, quantised.get(shape))
+                layers[name] = _measure(layer, name, counts, each, advance, wrong)
                 _write(path, table)  # as they come: a run that is cut short is not lost
             asked: set[str] = set()
             for shape in sorted(shapes, key=math.prod, reverse=True):  # a question is the same for many shapes
-                layer, name = Layer(shape, dtype, where), choices.key_of(*shape)
+                name, layer = _made(shape, dtype, where, quantised.get(shape))
                 if "fused" in layer.ways() and f"{name}, fused" not in wrong:
                     for key, times, best in tiles.tuned(layer, counts, each, asked):
                         layers[name]["microseconds"][key] = _microseconds(times)
@@ -152,6 +154,13 @@ def tune(
     finally:
         choices.forget()
     return Tuned(path, table, wrong)
+
+
+def _made(shape: Shape, dtype: torch.dtype, where: torch.device, base: nn.Module | None) -> tuple[str, Layer]:
+    """The name in the table and the layer of a shape, whose base layer is quantised unless it is None."""
+    if base is None:
+        return choices.key_of(*shape), Layer(shape, dtype, where)
+    return f"{choices.key_of(*shape)} {type(base).__name__}", QuantisedLayer(shape, dtype, where, base)
 
 
 def _measure(
@@ -171,7 +180,7 @@ def _measure(
         if reason := layer.wrong_norm(call):
             wrong[f"{name}, {form} norm"] = reason
             del norms[form]
-    if timed := times("norm", norms):
+    if norms and (timed := times("norm", norms)):
         found["norm"] = min(timed, key=lambda form: timed[form])
     ways = []
     for way in layer.ways():

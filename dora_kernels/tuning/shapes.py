@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dora_kernels.core.validation import check_rank
-from dora_kernels.modules import AdaptedLayer, LoRALinear
+from dora_kernels.modules import AdaptedLayer, LoRALinear, dequantize
 
 Shape = tuple[int, int, int]
 """out_features, in_features, rank."""
@@ -19,21 +19,36 @@ def shapes_of(model_or_shapes: Any, rank: int) -> tuple[list[Shape], torch.devic
     """Return the distinct shapes, and a model's device and dtype; None for shapes."""
     if not isinstance(model_or_shapes, nn.Module):
         return _given(model_or_shapes), None, None
-    adapted, plain, first = [], [], None
+    adapted, plain = [], []
+    first: Any = None
     inside: set[int] = set()
     for module in model_or_shapes.modules():
         found = _adapters(module)
         if found:
             inside |= {id(child) for child in module.modules()}
             adapted += found
-            first = module.base_layer.weight if first is None else first  # type: ignore[union-attr]
+            first = module.base_layer if first is None else first
         elif isinstance(module, nn.Linear) and id(module) not in inside:
             plain.append((module.out_features, module.in_features, rank))
-            first = module.weight if first is None and not adapted else first
+            first = module if first is None and not adapted else first
     shapes = list(dict.fromkeys(adapted or plain))
-    if not shapes or not isinstance(first, torch.Tensor):
+    weight = None if first is None else dequantize.carrier(first)
+    if not shapes or weight is None:
         raise ValueError("model_or_shapes: the model has no linear layers")
-    return shapes, first.device, first.dtype
+    dtype = getattr(getattr(first, "weight", weight), "dtype", weight.dtype)
+    return shapes, weight.device, dtype if dtype.is_floating_point else getattr(first, "compute_dtype", None)
+
+
+def quantised_of(model_or_shapes: Any, rank: int) -> dict[Shape, nn.Module]:
+    """For each shape a quantised layer of the model, of those that can be dequantised."""
+    found: dict[Shape, nn.Module] = {}
+    for module in model_or_shapes.modules() if isinstance(model_or_shapes, nn.Module) else ():
+        shapes, base = _adapters(module), getattr(module, "base_layer", module)
+        if isinstance(module, nn.Linear) and not shapes:
+            shapes = [(module.out_features, module.in_features, rank)]
+        if shapes and dequantize.row_blocks(base) is not None:
+            found |= {shape: found.get(shape, base) for shape in shapes}
+    return found
 
 
 def _adapters(module: nn.Module) -> list[Shape]:
@@ -41,7 +56,8 @@ def _adapters(module: nn.Module) -> list[Shape]:
     if isinstance(module, AdaptedLayer):
         return [(module.out_features, module.in_features, module.rank)] if isinstance(module, LoRALinear) else []
     factors, base = getattr(module, "lora_A", None), getattr(module, "base_layer", None)
-    if not isinstance(factors, nn.ModuleDict) or getattr(getattr(base, "weight", None), "dim", int)() != 2:
+    weight = dequantize.carrier(base) if isinstance(base, nn.Module) else None
+    if not isinstance(factors, nn.ModuleDict) or weight is None or weight.dim() != 2:
         return []
     return [
         (module.out_features, module.in_features, one.out_features)  # type: ignore[misc]

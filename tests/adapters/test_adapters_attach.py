@@ -335,3 +335,6 @@ def test_tensors_beside_the_adapter(tmp_path):
     combined, _ = combine_adapters(model, [adapter, adapter], [0.5, 0.5])
     with pytest.warns(RuntimeWarning, match=words):
         attach(Model(), combined)
+    adapter.beside["norm.weight"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="adapters: norm.weight: expected one value"):
+        combine_adapters(model, [adapter, combined], [0.5, 0.5])

@@ -331,7 +331,7 @@ def test_many_long_names_inside_a_layer(saved):
     format, file, keys = saved
     tensors = {f"{496 * 'a.'}{i:05}": torch.ones(0) for i in range(300)}
     change(file, lambda whole: whole.update(tensors))
-    assert any("299 more: not part of an adapter, left out" in note for note in read_adapter(file).notes)
+    assert any("299 more: not part of the adapter, but beside it" in note for note in read_adapter(file).notes)
 
 
 @pytest.mark.timeout(60)

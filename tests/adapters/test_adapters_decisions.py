@@ -338,4 +338,4 @@ def test_other_tensors_are_named(tmp_path):
     save_adapter(adapter_for(Model(), SQUARE), tmp_path, format="qdora")
     file = tmp_path / "model_state_dict.safetensors"
     save_file({**load_file(file), "norm.weight": torch.ones(3), "norm.bias": torch.ones(3)}, file)
-    assert read_adapter(file).notes == ["norm.bias and 1 more: not part of an adapter, left out"]
+    assert read_adapter(file).notes == ["norm.bias and 1 more: not part of the adapter, but beside it"]

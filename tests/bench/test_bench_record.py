@@ -59,6 +59,18 @@ def full():
     return a_record(rows, curves)
 
 
+def test_the_table_of_the_merged_forward():
+    """From several records; its distance from stock beside the least and the largest between two seeds."""
+    offs = {"peft_dora": 0.0, "ours_merged": 0.005}
+    records = [a_record(curves=[curve(provider=n, seed=s, off=off) for n, off in offs.items()]) for s in (0, 1, 3)]
+    table = report.merged_table(records)
+    for what in ("loss of a step", "mean of the last 50 losses"):
+        assert f"| {what} | +5.0e-03 | 5.0e-03 | 1.0e-02 – 3.0e-02 |" in table
+    assert "| held-out loss | +5.0e-03 | 5.0e-03 | 2.0e-02 – 6.0e-02 |" in table
+    assert "| held-out accuracy | +0.0e+00 | 0.0e+00 | 1.0e-02 – 3.0e-02 |" in table
+    assert "ours, merged | 16 | 3 | 2.0317" in table and "fp32, 12 steps of 8 tokens" in table
+
+
 def test_a_record_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "a.json"
     record.write(full(), path)
@@ -106,6 +118,10 @@ def test_a_row_of_rubbish(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plot", str(path), "--out", str(tmp_path)])
     assert stopped.value.code == 2 and "nothing to draw" in capsys.readouterr().err
+
+
+def test_every_provider_has_a_color():
+    assert set(plots.COLORS) == set(LABELS)
 
 
 def test_pictures(tmp_path, capsys):

@@ -89,10 +89,23 @@ def test_learning_curves(tiny, suite):
     assert found["loss, ours to stock"] < 1e-4 < found["loss, seed to seed"]
 
 
+def test_learning_curves_of_the_merged_forward(tiny):
+    """In 16 bits, where it rounds its weight: named, beside stock alone."""
+    run = Run(options("finetune", dtypes=["bf16+fp32"], providers=["peft_dora", "ours_merged"]))
+    run.all()
+    assert not run.record["missing"]
+    curves = run.record["curves"]
+    assert [(curve["provider"], curve["dtypes"], curve["tokens"]) for curve in curves] == 2 * [
+        ("peft_dora", "bf16+fp32", 24), ("ours_merged", "bf16+fp32", 24)
+    ]  # fmt: skip
+    stock, ours = curves[:2]
+    assert stock["losses"] != ours["losses"] and abs(stock["held_out"] - ours["held_out"]) < 0.05
+
+
 def test_a_model_that_is_far_from_stock_fails(tiny, monkeypatch):
     """As far as another seed is."""
 
-    def other(model):
+    def other(model, **options):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_A" in name:

@@ -101,6 +101,23 @@ def test_as_peft_merges(call, tmp_path, make, options, moved):
     assert status == 2 and "strength: expected 1" in stderr and "--adapter-only" in stderr
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(llama, {"modules_to_save": ["lm_head"]}), (llama, {"trainable_token_indices": [1]}), (biased, {"bias": "all"})],
+    ids=["modules", "tokens", "biases"],
+)
+def test_converted(call, tmp_path, make, options):
+    """PEFT loads what is written again; a format without a place for it is refused, unless it is left out."""
+    wanted = trained(make(), tmp_path / "adapter", **options)
+    assert call("convert", tmp_path / "adapter", tmp_path / "again", "--to", "peft")[0] == 0
+    found = peft.PeftModel.from_pretrained(make(), tmp_path / "again").merge_and_unload().state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for more, status in ((), 2), (("--adapter-only",), 0):
+        result = call("convert", tmp_path / "adapter", tmp_path / "other", "--to", "qdora", *more)
+        assert result[0] == status and ("beside an adapter of the format 'peft'" in result[2]) == (status == 2)
+    assert "other" in {place.name for place in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("size", ["10GB", "4KB"])
 def test_a_head_that_the_files_lack_is_added(call, tmp_path, size):
     """Of the model that a classifier was made from, whole or in shards."""

@@ -51,6 +51,7 @@ def test_no_rank_launches_what_was_not_compiled():
         for rank in range(1, launches.LARGEST_RANK + 1)
         for call in (
             *(make(dtypes, rank) for make in (launches.weight_norm, launches.kept_norm, launches.merge)),
+            launches.weight_norm(dtypes, rank, wide=True),
             *(launches.compose(dtypes, 1 + 31 * rank % 500, rank, wide=wide) for wide in (False, True)),
             *((launches.merge(dtypes, rank, seed=0),) if dtypes[0] is bf16 else ()),
         )

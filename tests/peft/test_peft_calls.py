@@ -14,7 +14,9 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import torch
-from peft_models import FIRST, SECOND, counted, lora_layers, toy, toy_twins
+from peft import LoraConfig, get_peft_model
+from peft_models import FIRST, SECOND, anatomy, counted, lora_layers, move_adapter, toy, toy_twins
+from torch import nn
 
 import dora_kernels
 from dora_kernels.peft import calls
@@ -113,11 +115,22 @@ def test_a_model_without_a_call():
     handle = dora_kernels.patch_peft(model)
     text = "WARNING: none of the 2 patched DoRA layers of {} was ever called"
     name = type(model).__name__
-    assert handle._never_called() == [text.format(name)]
+    assert handle._never_called() == [text.format(name) + ", nor was the model"]
     with model.disable_adapter():
         model(torch.randn(4, 12))
     assert handle._never_called() == [text.format(name) + ": other code computes them, and not dora_kernels"]
     model.eval()(torch.randn(4, 12))
+    assert handle._never_called() == []
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_model_that_is_only_merged(merge):
+    """Its layers are never called, and nothing is wrong with that."""
+    model = toy().eval()
+    handle = dora_kernels.patch_peft(model)
+    merged = getattr(model, merge)() or model
+    assert handle._never_called() == []
+    merged(torch.randn(4, 12))
     assert handle._never_called() == []
 
 
@@ -148,3 +161,53 @@ def test_a_forward_that_only_moves_its_input(known, monkeypatch):
     assert (counts["layer"], len(seen)) == ((4, 0) if known else (0, 8))
     layer.lora_A["default"].forward = lambda x: 0 * layer.lora_A["default"].forward_origin(x)
     assert not torch.allclose(ours(x), wanted), "a later forward was not called"
+
+
+def encoder(**options):
+    """torch's Transformer encoder with moved DoRA adapters, in evaluation, without dropout."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    config = LoraConfig(r=2, use_dora=True, **options)
+    return move_adapter(get_peft_model(nn.TransformerEncoder(layer, 2), config)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_encoder_in_evaluation(padded):
+    """Its fast path reads the weights of its linear layers, so that it drops their adapters. It is not taken."""
+    model = encoder(target_modules=["linear1", "linear2"])
+    x, mask = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[5], [4], [2]]) if padded else None
+    base, before = model(x, src_key_padding_mask=mask), anatomy(model)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        wanted = model(x, src_key_padding_mask=mask)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    kept = slice(None) if mask is None else ~mask
+    assert not torch.allclose(wanted[kept], base[kept], atol=1e-2), "PEFT has no such adapter"
+    handle = dora_kernels.patch_peft(model)
+    assert len(handle.patched) == 4 and not handle.skipped
+    for _ in range(2):  # with the hooks of the first training step, and without
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask)[kept], wanted[kept])
+        with torch.enable_grad():
+            model.train()(x).sum().backward()
+        model.eval()
+    torch.testing.assert_close(copy.deepcopy(model)(x, src_key_padding_mask=mask)[kept], wanted[kept])
+    handle.restore()
+    assert torch.equal(model(x, src_key_padding_mask=mask), base) and anatomy(model) == before
+
+
+@pytest.mark.parametrize("globally", [False, True])
+def test_a_layer_that_is_never_called_is_told_aloud(globally, recwarn):
+    """Once, with what to do. A layer of which the adapter does run is not."""
+    handles = [dora_kernels.patch_peft_globally()] if globally else []
+    try:
+        models = [encoder(target_modules=["out_proj", "linear1"]) for _ in range(2)]
+        handles += [] if globally else map(dora_kernels.patch_peft, models)
+        (said,) = [str(one.message) for one in recwarn if issubclass(one.category, RuntimeWarning)]
+        assert "layers.0.self_attn.out_proj (MultiheadAttention reads its weight and never calls it)" in said
+        assert "and 1 more; leave them out of target_modules" in said and "linear1" not in said
+        assert all(len(handle.skipped) == len(handle.patched) for handle in handles)
+    finally:
+        for handle in handles:
+            handle.restore()

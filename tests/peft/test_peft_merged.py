@@ -73,10 +73,18 @@ def test_the_options_of_the_last_call():
     assert all(SWITCH not in vars(layer) for layer in lora_layers(ours))
 
 
+def test_bfloat16():
+    stock = peft_model(dtype=torch.bfloat16)
+    ours = copy.deepcopy(stock)
+    dora_kernels.patch_peft(ours, forward="merged")
+    check_parity(stock, ours, batch(), dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(**batch())
+    assert refreshes(ours) == {1}
+
+
 def test_refused():
-    model = peft_model().to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"merged' is offered for .*q_proj.base_layer.weight is torch.bfloat16"):
-        dora_kernels.patch_peft(model, forward="merged")
+    model = peft_model()
     with pytest.raises(ValueError, match="forward: expected 'composed' or 'merged', got 'fused'"):
         dora_kernels.patch_peft(model, forward="fused")
     assert all(SWITCH not in vars(layer) for layer in lora_layers(model))

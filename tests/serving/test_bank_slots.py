@@ -189,6 +189,31 @@ def test_a_pinned_one_is_replaced_while_in_use(made):
     assert bank.resident == {"a": 0}
 
 
+def test_blocks_within_blocks_do_not_wait_for_each_other(made):
+    """Each thread holds one of two slots and wants another: one is told, and the other then gets it."""
+    model, adapters = made
+    bank, both, told = AdapterBank(model, slots=2), threading.Barrier(2), []
+    for name in "abcd":
+        bank.load(name, adapters[name])
+
+    def run(first, second):
+        with bank.rows([first]):
+            both.wait(30)
+            try:
+                check(bank, model, adapters, [second])
+            except ValueError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=run, args=names, daemon=True) for names in ("ac", "bd")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(told) == 1 and "got none of 2 slots" in told[0]
+    check(bank, model, adapters, ["c", "d"])
+
+
 def test_inference_mode(made):
     """What is loaded in it can make room outside of it, and the other way round."""
     model, adapters = made

@@ -19,6 +19,7 @@ from dora_kernels.core.scale import safe_divisor
 from dora_kernels.testing import (  # noqa: F401  for the tests, which have all their helpers from here
     NAMES,
     Problem,
+    all_of,
     budgets,
     check,
     distance,

@@ -221,6 +221,29 @@ def test_a_models_shapes():
     assert shapes_of(model, 2) == ([(24, 40, 3)], CPU, torch.float64)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_quantised_model(adapted, monkeypatch):
+    """Its own layers are measured, in the dtype in which they multiply, under names of their own."""
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    layer = bnb.nn.Linear4bit(64, 128, bias=False, compute_dtype=F32)
+    layer.load_state_dict(nn.Linear(64, 128, bias=False).state_dict())
+    model = nn.Sequential(layer.to("cpu"))
+    if adapted:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    assert shapes_of(model, 4) == ([(128, 64, 4)], CPU, F32)
+    found = tune(model, rank=4, tokens=[2, 8], seconds=0.01, progress=False)
+    assert not found.wrong and list(found.table["layers"]) == ["128x64 r4 Linear4bit"]
+    times = found.table["layers"]["128x64 r4 Linear4bit"]["microseconds"]
+    assert set(times) == {"once per step", "training, 2 tokens", "training, 8 tokens"}
+    assert all(set(each) == {"composed", "merged"} for each in times.values())
+    assert form_of((128, 64, 4)) == "direct"
+    make = candidates.merged._make
+    monkeypatch.setattr(
+        candidates.merged, "_make", lambda *args: (one := make(*args))._replace(weight=one.weight * 1.01)
+    )
+    assert list(tune(model, rank=4, tokens=[2], seconds=0.01, progress=False).wrong) == ["128x64 r4 Linear4bit, merged"]
+
+
 @pytest.mark.parametrize(
     "given, options, message",
     [

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
+from dora_kernels.adapters.beside import NOTE
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 
@@ -117,7 +118,7 @@ class Format:
                 raise reading.error(f"{key} is part of an adapter, but belongs to no layer of this {self.name!r} file")
         if others:
             reading.beside = {key: reading.tensors[key] for key in others}
-            reading.notes.append(f"{listed(others)}: not part of an adapter, left out")
+            reading.notes.append(f"{listed(others)}: {NOTE}")
         return groups
 
     def _called(self, part: str) -> str:

@@ -8,10 +8,12 @@ layer calls it with; tests/test_aot.py checks that no rank from 1 to 1024 launch
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -57,6 +59,8 @@ class Call:
     """Where it is not the function of the primitive's name."""
     unchanged: bool = False
     """Whether the device finds that there is nothing to do."""
+    wide: bool = False
+    """Whether the device has 16-bit products with unrounded float32 sums, as NVIDIA's have: high ranks are factored."""
 
     def run(self, made: Callable[[Made], None] = lambda _: None) -> Recorded:
         """Call the launcher; `made` has each launch, which does not run by itself."""
@@ -70,7 +74,9 @@ class Call:
                 made(one)
 
         launcher = self.launcher or getattr(kernels, self.primitive)
-        with instead(launch), Operations(self.operands) as operations:
+        product = sys.modules["dora_kernels.kernels.product"]
+        wide = mock.patch.dict(product._wide, {torch.device("meta"): self.wide})
+        with instead(launch), wide, Operations(self.operands) as operations:
             found = launcher(*self.operands.values(), *self.others)
         found = found if isinstance(found, tuple) else (found,)
         results = {name: one for name, one in zip(self.results, found, strict=True) if one is not None}
@@ -103,13 +109,15 @@ def weight_norm(
     square: bool = False,
     groups: int = 0,
     device: str = "meta",
+    wide: bool = False,
 ) -> Call:
     """A norm of a weight of that shape; `square`: its squared norm per row is known; `groups`: of a stack."""
     operands = _factors(dtypes, rank, shape, conv1d, axis, device, groups)
     given = {"square": _zeros((operands["w"].shape[0],), _FP32, device)} if square else {}
     case = _words(_weight_case(rank, shape, conv1d, axis, groups), "|W|² given" if square else "")
     launcher = _norm_with_square if square else None
-    return Call("weight_norm", _labels(dtypes), case, {**operands, **given}, (0.5,), ("norm",), launcher)
+    operands |= given
+    return Call("weight_norm", _labels(dtypes), case, operands, (0.5,), ("norm",), launcher, wide=wide)
 
 
 def _norm_with_square(w: Tensor, a: Tensor, b: Tensor, square: Tensor, scaling: float) -> Tensor:
@@ -468,6 +476,10 @@ def _classes(values: Iterable[int], make: Callable[[int], Call]) -> list[int]:
 
 
 def _norms(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[Call]:
+    for rank in _classes(RANKS, partial(weight_norm, dtypes, wide=True)):
+        yield weight_norm(dtypes, rank, wide=True)
+        yield weight_norm(dtypes, rank, axis="in", wide=True)
+        yield weight_norm(dtypes, max(1, rank - 1), (_SIZE - 1, _SIZE - 1), wide=True)
     ranks = _classes(RANKS, partial(weight_norm, dtypes))
     for rank in ranks:
         yield weight_norm(dtypes, rank)
