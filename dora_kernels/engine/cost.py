@@ -8,9 +8,9 @@ over activations are counted operation by operation; W is read once by each larg
 been compared with a GPU.** ``dora_kernels.tune`` measures instead, and ``python -m bench static --choices`` prints it.
 
 The host times: CPU time of a `DoRALinear` of 32 features, rank 8, one token, bfloat16 (merged: float32), the norm at
-hand, on an AMD EPYC with torch 2.13 and triton 3.8, whose compiled kernels went through their launchers to a driver that
-does nothing; the least of 25 rounds in which all took turns. PEFT's LoRA took 74 and 24 us, `torch.add` of 16 numbers
-2.3, evaluation in one pass 26. What a driver needs for each launch comes on top.
+hand, on an AMD EPYC with torch 2.13 and triton 3.8, whose compiled kernels went through their launchers to a driver
+that does nothing; the least of 25 rounds in which all took turns. PEFT's LoRA took 74 and 24 us, `torch.add` of 16
+numbers 2.3, evaluation in one pass 26. What a driver needs for each launch comes on top.
 """
 
 from __future__ import annotations
