@@ -3,15 +3,16 @@
 # rich. Three stages, each under four minutes and useful without the others:
 #
 #   bash bench/gpu.sh check  OUTDIR       the GPU tests, kernel cases first, compiled by several processes
-#   bash bench/gpu.sh tables OUTDIR       ceilings, then what matters most first: a layer's training and decoding at
-#                                         ranks 16, 64 and 384, host time, norms, a decoder block
+#   bash bench/gpu.sh tables OUTDIR       kernels compiled, ceilings, then what matters most first: a layer's training
+#                                         and decoding at ranks 16, 384 and 64, host time, norms, a decoder block
 #   bash bench/gpu.sh tune   OUTDIR       dora_kernels.tune for an 8B model's layers: a table for the cache folder
 #
 # Everything is written to OUTDIR as it comes: a line per test, a record after each comparison, a table after each
-# layer. A stage whose results are there already is refused. Exit status 0 only if the stage's tests passed and nothing
-# in its tables failed. PYTHON names the interpreter (python3), COMMIT the commit where there is no repository, and
-# STAGE_SECONDS the time of a stage (215). Further words are options of `python -m bench run` for tables, and layers for
-# tune. A rehearsal without a GPU:
+# layer. A stage that runs out of time says what it has left out, and what it has written can be used. A stage whose
+# results are there already is refused. Exit status 0 only if the stage's tests passed and nothing in its tables failed.
+# PYTHON names the interpreter (python3), COMMIT the commit where there is no repository, and STAGE_SECONDS the time of
+# a stage (215). Further words are options of `python -m bench run` for tables, and layers for tune. A rehearsal without
+# a GPU:
 #
 #   bash bench/gpu.sh check rehearsal
 #   bash bench/gpu.sh tables rehearsal --device cpu --dtype fp32 --hidden 256 --tokens 32 --block 256x512x4x2
@@ -90,7 +91,7 @@ measure() {
     fi
     echo "== $name, at most $limit s: $out/$name.json"
     # The record is written comparison by comparison. Interrupted, the run says in it how many it had not begun.
-    timeout --signal=INT --kill-after=5 "$hard" "$python" -m bench run --limit-s "$limit" --rounds 11 \
+    timeout --signal=INT --kill-after=10 "$hard" "$python" -m bench run --limit-s "$limit" --rounds 11 \
         --out "$out/$name.json" "$@" >"$out/$name.txt" 2>"$out/$name.log"
     code=$?
     if [ "$code" -ne 0 ]; then
@@ -108,7 +109,8 @@ runs() {
     "$each" layer 30 --suite layer --rank 16 --tokens 8192 1024 64 "${few[@]}" "$@"
     "$each" decode 15 --suite decode host --rank 16 --tokens 1 64 --providers frozen peft_lora ours ours_frozen \
         ours_merged "$@"
-    "$each" ranks 20 --suite layer decode --rank 64 384 --tokens 8192 1 "${few[@]}" "$@"
+    "$each" rank384 11 --suite layer decode --rank 384 --tokens 8192 1 "${few[@]}" "$@"
+    "$each" rank64 9 --suite layer decode --rank 64 --tokens 8192 1 "${few[@]}" "$@"
     "$each" norm 10 --suite norm --rank 16 384 --providers peft_dora ours ours_direct ours_factored "$@"
     "$each" block 10 --suite block --rank 16 "$@"
     "$each" compiled 8 --suite decode --rank 16 --tokens 1 --providers peft_lora peft_lora_compiled ours ours_compiled \
@@ -117,7 +119,8 @@ runs() {
 }
 
 # The kernels of all runs, compiled into Triton's cache by a process for each run. Without it each run would compile its
-# kernels one after another inside its share. Nothing that these processes measure is kept.
+# kernels one after another inside its share: about 130 in all, each 0.3 s of one core for sm_90 and about as much for
+# its launcher. Nothing that these processes measure is kept.
 compiled() {
     local name=$1 folder
     folder=$(mktemp -d)
@@ -157,6 +160,7 @@ PYTHON
     if [ "$code" -ne 0 ]; then
         echo "   failed: exit status $code"
         tail -n 5 "$out/tune.log"
+        echo "   of ${layers[*]} the table has: $(cat "$out"/tune/*.json 2>/dev/null | grep -oE '[0-9]+x[0-9]+ r[0-9]+' | xargs)"
         status=1
     fi
     cat "$out/tune.txt"

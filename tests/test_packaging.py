@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import dora_kernels
 
@@ -54,7 +55,8 @@ def test_the_hub_s_kernel_stands_alone(tmp_path, monkeypatch):
         (tmp_path / "hub_kernel" / path).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     choices = importlib.import_module("hub_kernel.engine.choices")
-    assert choices.versions() == {**dora_kernels.engine.choices.versions(), "dora-kernels": "1.2.3"}
+    versions = dora_kernels.engine.choices.versions(torch.device("cuda"))
+    assert choices.versions(torch.device("cuda")) == {**versions, "dora-kernels": "1.2.3"}
     pytest.importorskip("triton")
     tiles, compose = (importlib.import_module(f"hub_kernel.{name}") for name in ("engine.tiles", "kernels.compose"))
     asked = compose.compose_config
@@ -93,6 +95,7 @@ def test_the_sdist_and_the_wheel(tmp_path):
     package = {name for name in files if name.startswith("dora_kernels/")}
     assert package == {name for name in inside if ".dist-info/" not in name}
     assert {"dora_kernels/py.typed", "dora_kernels/startup/sitecustomize.py"} <= package
+    assert any(name.startswith("dora_kernels/tuning/tables/") for name in package)
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     tests = ["tests/test_flags.py", "tests/test_docs.py", "tests/test_packaging.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not slow", "-k", "not variants", *tests]

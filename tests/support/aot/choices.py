@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from dora_kernels.engine import cost
+from dora_kernels.engine.dispatch import ONE_PASS_RANK, ONE_PASS_TOKENS
 
 SHAPES = (1024, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)
 RANKS = 16, 64, 384
@@ -32,8 +33,10 @@ def rows() -> list[dict[str, Any]]:
                 f"{way} launches": one.launches, f"{way} MB": size / 1e6, f"{way} host": 1e6 * one.host,
                 way: 1e6 * cost.seconds(way, gradients, tokens, *shape),
             }  # fmt: skip
+        few = tokens <= ONE_PASS_TOKENS and rank <= ONE_PASS_RANK and not gradients
         first = cost.first_tokens("fused", "formula", gradients, *shape)
-        row["default"] = "fused" if first is not None and tokens >= first else "formula"
+        later = "fused" if first is not None and tokens >= first else "formula"
+        row["default"] = "one pass" if few else later
         found.append(row)
     return found
 
