@@ -57,7 +57,7 @@ def run(
     if torch.is_grad_enabled():
         y: Tensor = _Loop.apply(x, rows, weight, lora_A, lora_B, g, scaling)
         return y
-    if len(x) <= _FEW * len(rows):
+    if rows and len(x) <= _FEW * len(rows):
         return _few(x, rows, weight, lora_A, lora_B, g, scaling)
     return _forward(x, rows, weight, lora_A, lora_B, g, scaling, False)[0]
 

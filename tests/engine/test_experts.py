@@ -213,17 +213,27 @@ def test_in_float32_y_is_not_kept_beside_the_result():
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_row_for_each_expert_in_evaluation(contiguous):
     """The low-rank products of all rows at once; also under autocast, and with rows of no expert."""
-    for dtypes in DTYPES.values():
+    for dtypes, autocast in [(each, False) for each in DTYPES.values()] + [((bf16, f32), True)]:
         problem = Problem(*dtypes)
         adapter = problem.experts().adapters[0]
         adapter = adapter._replace(lora_B=adapter.lora_B.contiguous()) if contiguous else adapter
         ends = [1, 1, 3, 4, 5]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", bf16, enabled=autocast):
             y = Experts(problem.weight, [adapter]).grouped(problem.x[:6], ends)
         v = Experts(problem.weight.double(), [adapter._replace(g=adapter.g.double())]).formed()
         ids, x = torch.tensor([0, 2, 2, 3, 4]), problem.x[:5].double()
         wanted = torch.einsum("snk,sk->sn", v[ids], x)
         assert error(y[:5], wanted) <= 4 * torch.finfo(dtypes[0]).eps and y[5].eq(0).all()
+
+
+def test_no_rows_in_evaluation():
+    """An empty batch, as an expert-parallel process may get."""
+    for dtypes in DTYPES.values():
+        problem = Problem(*dtypes)
+        with torch.no_grad():
+            y = problem.experts().grouped(problem.x[:0], [0] * E)
+            one = problem.experts().linear(problem.x[:0], 2)
+        assert y.shape == one.shape == (0, N) and y.dtype == one.dtype == dtypes[0]
 
 
 def test_the_copy_of_b_follows_b():
