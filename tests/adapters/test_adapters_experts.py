@@ -120,6 +120,24 @@ def test_servers_files(format, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", ["vllm", "sglang"])
+def test_servers_files_in_16_bits(format, tmp_path):
+    """A scaling that is folded into B is not rounded to B's 16 bits."""
+    torch.manual_seed(0)
+    layers = {
+        f"layers.0.{name}": AdapterLayer("linear", torch.randn(rank, 8).bfloat16(), torch.randn(6, rank).bfloat16(),
+                                         None, scaling)
+        for name, rank, scaling in (("q_proj", 2, 1.5), ("k_proj", 3, 1.0), ("v_proj", 3, 1.0))
+    }  # fmt: skip
+    notes = dora_kernels.save_adapter(dora_kernels.Adapter(layers), tmp_path, format=format)
+    assert any("1 of 3 layers was folded into lora_B" in note for note in notes)
+    read = dora_kernels.read_adapter(tmp_path).layers
+    assert {layer.rank for layer in read.values()} == {3} and len({layer.scaling for layer in read.values()}) == 1
+    for name, layer in layers.items():
+        one, two = (each.scaling * each.lora_B.double() @ each.lora_A.double() for each in (layer, read[name]))
+        torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)
+
+
 def test_gate_and_up_in_turns(tmp_path):
     """In gpt-oss they alternate: halves of the stack are neither of them."""
     gpt_oss = "transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts"

@@ -16,10 +16,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
@@ -258,18 +256,7 @@ class Sglang(Vllm):
 
 
 def _uniform(layers: Layers, writing: Writing) -> Layers:
-    """The same function with one rank and one scaling for all layers."""
-    rank = max((layer.rank for layer in layers.values()), default=0)
-    (scaling, _), *_ = Counter(layer.scaling for layer in layers.values() if layer.scaling).most_common(1) or [(1.0, 0)]
-    found = {}
-    for name, layer in layers.items():
-        more = 0 if layer.kind.startswith("conv") else rank - layer.rank
-        a, b = layer.lora_A, layer.lora_B
-        if more:
-            a, b = F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
-        if layer.scaling != scaling:
-            b = b * (layer.scaling / scaling)
-        found[name] = replace(layer, lora_A=a, lora_B=b, scaling=scaling)
-    if any(layer.rank != rank or layer.scaling != scaling for layer in layers.values()):
-        writing.notes.append(f"all layers were given rank {rank} and scaling {scaling:g}: the server reads no patterns")
-    return found
+    """The same function with one scaling, and one rank for all layers but convolutions."""
+    layers, _ = writing.one_scaling(layers)
+    rest = {name: layer for name, layer in layers.items() if not layer.kind.startswith("conv")}
+    return layers | (writing.one_rank(rest)[0] if rest else {})

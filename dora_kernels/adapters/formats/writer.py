@@ -134,9 +134,10 @@ def _pad(layer: AdapterLayer, rank: int) -> AdapterLayer:
     more = rank - layer.rank
     if not more:
         return layer
-    after = (0, 0) * (layer.lora_A.dim() - 1)
+    stacked = layer.kind == "experts"  # [E, r, K] and [E, N, r]
+    after = (0, 0) * (layer.lora_A.dim() - 1 - stacked)
     return replace(
         layer,
         lora_A=F.pad(layer.lora_A, (*after, 0, more)),
-        lora_B=F.pad(layer.lora_B, (*after[:-2], 0, more)),
+        lora_B=F.pad(layer.lora_B, (*after[2:], 0, more)),
     )
