@@ -88,7 +88,8 @@ def read_table(path: Path, device: torch.device) -> tuple[dict[str, Any] | None,
         return None, None
     except (OSError, ValueError) as error:
         return None, f"it cannot be read: {error}"
-    if not isinstance(found, dict) or not isinstance(found.get("layers"), dict) or found.get("format") != FORMAT:
+    parts = (found.get("layers"), found.get("tiles", {})) if isinstance(found, dict) else (None,)
+    if not all(isinstance(part, dict) for part in parts) or found.get("format") != FORMAT:
         return None, f"it is no table of format {FORMAT}"
     then, now = found.get("versions"), versions(device)
     if not isinstance(then, dict) or then != now:

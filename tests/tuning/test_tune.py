@@ -80,6 +80,7 @@ def test_it_counts(folder, form):
         (lambda table: table["versions"].update(torch="1.0"), "measured with torch 1.0; run dora-kernels tune again"),
         (lambda table: table.update(format=0), "no table of format 1"),
         (lambda table: table.pop("layers"), "no table of format 1"),
+        (lambda table: table.update(tiles=[]), "no table of format 1"),
     ],
 )
 def test_ignored(damage, reason):
