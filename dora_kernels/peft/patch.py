@@ -127,7 +127,6 @@ class PatchHandle:
                 yield prefix + name, read.get(name) or out_of_reach(layer)
 
 
-
 def patch_peft(
     model: nn.Module,
     *,

@@ -154,7 +154,7 @@ def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__
         for key in {*module._parameters, *getattr(module, "parametrizations", {})}:
             full = f"{plain}.{key}".removeprefix(".")
             if any(full == one or full.endswith(f".{one}") for one in targets):
-                check(f"{full}", module, key, config.lora_dropout)
+                check(full, module, key, config.lora_dropout)
 
 
 def check(full: str, module: nn.Module, name: str, dropout: float) -> None:

@@ -142,4 +142,3 @@ class Layer:
             backend = norm_backend("auto", weights.weight)
             calls["merged"] = lambda: merged._make(weights, self.form, norm(backend), backend)
         return calls
-
