@@ -178,6 +178,7 @@ def patch_peft(
     check_layers(model)
     if forward == "merged":
         _check_merged(model)
+    calls.warn_of(calls.read_by_others(model, _layers(model)), model)  # before anything changes: it may be an error
     patch_layers(model, options)
     configs = configs_of(model)
     if grouped_norm is not None:
@@ -190,7 +191,6 @@ def patch_peft(
     if exact_init:
         handle._rewrite(model)
     patched, skipped = handle.patched, handle.skipped
-    calls.warn_of(calls.read_by_others(model, skipped), model)
     logger.info(
         "patched %d DoRA layers of %s, skipped %d, backend %s",
         len(patched), type(model).__name__, len(skipped), _backend(model),

@@ -197,6 +197,15 @@ def test_torchs_encoder_in_evaluation(padded):
     assert torch.equal(model(x, src_key_padding_mask=mask), base) and anatomy(model) == before
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_warning_as_an_error_leaves_the_model_alone():
+    model = encoder(target_modules=["out_proj", "linear1"])
+    before = anatomy(model)
+    with pytest.raises(RuntimeWarning, match="reads its weight and never calls it"):
+        dora_kernels.patch_peft(model)
+    assert anatomy(model) == before
+
+
 @pytest.mark.parametrize("globally", [False, True])
 def test_a_layer_that_is_never_called_is_told_aloud(globally, recwarn):
     """Once, with what to do. A layer of which the adapter does run is not."""
