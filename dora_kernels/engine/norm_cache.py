@@ -203,8 +203,10 @@ class NormCache:
     def contiguous_b(self, lora_B: Tensor) -> Tensor:
         """B of the norm that was just handed out, contiguous: copied once for all calls in which that norm stays valid.
 
-        Of other norms, and where values are not compared, B is returned as it is.
+        Of other norms, where values are not compared, and in a compiled graph, B is returned as it is.
         """
+        if torch.compiler.is_compiling():
+            return lora_B
         norm = self._last
         if norm is None or self.frozen is not None or lora_B.is_contiguous() or not _enabled:
             return lora_B

@@ -32,6 +32,17 @@ def layer_of(module=None):
     return layer, torch.randn(2, 4)
 
 
+@torch.no_grad()
+def test_compiled_evaluation():
+    """In one graph also after calls that were not compiled, whose copies of B it does not keep."""
+    layer, x = layer_of()
+    layer.eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), compiled(x))
+        layer.lora_B.weight.data.mul_(-1.5)
+
+
 def test_calls_in_two_threads():
     """The second call begins in the middle of the first, which ends before it."""
     layer, x = layer_of()
