@@ -406,8 +406,8 @@ def experts(rank, folder):
 def transposed_experts(rank, folder):
     """Llama 4's stacks are ``[experts, in, out]``, so its plan has rows and columns exchanged.
 
-    It works in float32 in places whatever the model's dtype. With gradients transformers 5.24 raises in its own sum over
-    experts, which is in place.
+    It works in float32 in places whatever the model's dtype. With gradients transformers 5.24 raises in its own sum
+    over experts, which is in place.
     """
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 12, "intermediate_size_mlp": 24,
