@@ -88,11 +88,16 @@ test-framework-%: $(VENV)-frameworks/%/.stamp
 		$(VENV)-frameworks/$*/bin/python -m tests.frameworks $$case --record tests/frameworks/record.json || exit 1; \
 	done
 
-# First torch, then all the rest as it was when it ran: the frameworks' own requirements contradict each other.
+# Kept: make removes what a chain of pattern rules has made on its way, and the next run would install all anew.
+.PRECIOUS: $(VENV)-frameworks/%/.stamp
+
+# First torch, then all the rest as it was when it ran: the frameworks' own requirements contradict each other. What a
+# framework has in its repository alone (diffusers' scripts) is cloned, at the tag in the line "# source: URL TAG".
 $(VENV)-frameworks/%/.stamp: tests/frameworks/environments/%.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-input $(PIP_ARGS) torch==2.13.0
 	$(@D)/bin/python -m pip install --quiet --no-input $(PIP_ARGS) --no-deps -r $<
+	sed -n 's/^# source: //p' $< | while read url tag; do git -c advice.detachedHead=false clone --quiet --depth 1 --branch $$tag $$url $(@D)/source; done
 	@touch $@
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-model

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_VERSIONED = ("torch", "triton", "peft", "transformers", "torchtune", "lycoris-lora", "numpy")
+_VERSIONED = ("torch", "triton", "peft", "transformers", "torchtune", "lycoris-lora", "axolotl", "numpy")
 
 
 def from_tests(name: str) -> Any:

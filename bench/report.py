@@ -249,6 +249,28 @@ def serve_table(results: Sequence[Record]) -> str:
     return f"Times over those of the base model alone, and two quotients of them.\n\n{table}\n\n{place(results)}."
 
 
+def experts_table(results: Sequence[Record]) -> str:
+    """Times over the frozen layer's, ours over PEFT's LoRA, and peaks of memory."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in (row for result in results for row in result["rows"]):
+        found.setdefault((row["case"], row["part"]), {})[row["provider"]] = row
+    names = ("peft_lora", "parametrized_dora", "ours_lora", "ours")
+    lines = []
+    for (case, part), rows in found.items():
+        cells = [f"{rows[name]['ratios']['frozen']:.2f}" if name in rows else "" for name in names]
+        ours, stock = rows.get("ours"), rows.get("peft_lora")
+        if ours and stock:
+            cells += [f"{ours['ratios']['peft_lora']:.2f}", f"{ours['peak_bytes'] / stock['peak_bytes']:.2f}"]
+            cells += [f"{rows['frozen']['peak_bytes'] / stock['peak_bytes']:.2f}" if "frozen" in rows else ""]
+        lines.append([case, part, *cells, *[""] * (len(names) + 3 - len(cells))])
+    head = [
+        "case", "", *(LABELS[name] for name in names), "DoRA ÷ PEFT LoRA", "memory, DoRA ÷ PEFT LoRA",
+        "memory, frozen ÷ PEFT LoRA",
+    ]  # fmt: skip
+    table = _markdown(head, lines, "ll" + "r" * (len(head) - 2))
+    return f"Times over those of the frozen experts, and three quotients.\n\n{table}\n\n{place(results)}."
+
+
 TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "demo": ("README.md", "demo", demo_table),
     "providers": ("README.md", "run", providers_table),
@@ -256,11 +278,13 @@ TABLES: dict[str, tuple[str, str, Callable[[Sequence[Record]], str]]] = {
     "norm": ("docs/benchmarks.md", "norm", norm_table),
     "layer": ("docs/benchmarks.md", "layer", layer_table),
     "growth": ("docs/benchmarks.md", "growth", growth_note),
+    "axolotl": ("docs/benchmarks.md", "axolotl", run_tables),
     "finetune": ("docs/benchmarks.md", "finetune", finetune_table),
     "merged": ("docs/merged.md", "merged", merged_table),
     "classify": ("docs/benchmarks.md", "classify", classify_table),
     "fidelity": ("docs/benchmarks.md", "fidelity", fidelity_table),
     "serve": ("docs/serving.md", "serve", serve_table),
+    "experts": ("docs/experts.md", "experts", experts_table),
 }
 """Of each marker, the document, the kind of record, and what is written there of one machine's records."""
 

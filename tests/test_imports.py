@@ -117,6 +117,29 @@ for call in (lambda: dora_kernels.save_adapter(model, {str(tmp_path / "new")!r})
     assert [file.name for file in tmp_path.rglob("*.*")] == ["a.safetensors"]
 
 
+def test_the_patch_without_peft(tmp_path):
+    """What is missing is said with its extra, and why what is there cannot be imported."""
+    ask = """
+import dora_kernels
+try:
+    dora_kernels.patch_peft
+except ImportError as error:
+    print(error)
+try:
+    from dora_kernels.run import main
+    main(["-m", "json.tool"])
+except SystemExit as error:
+    print(error.code)
+"""
+    out, err = run(BLOCKED + ask)
+    missing = "peft: pip install 'dora-kernels[peft]'"
+    assert out == f"patch_peft needs {missing}\n2\n" and "peft is not installed" in err
+    (tmp_path / "peft.py").write_text("import nowhere")
+    out, _ = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + ask.partition("try:\n    from")[0])
+    cause = "ModuleNotFoundError: No module named 'nowhere'"
+    assert out == f"patch_peft needs peft, which is installed but cannot be imported: {cause}\n"
+
+
 def test_dir():
     """The public names, lazily loaded ones too, and nothing that is merely imported."""
     out, _ = run("import dora_kernels; print(*dir(dora_kernels))")

@@ -32,6 +32,8 @@ SHAPES = (32, 512, 512, 512, 4), (8, 1024, 2048, 512, 2), (64, 256, 512, 1024, 8
 """Experts, hidden size, intermediate size, tokens, experts per token."""
 _ALLOWED = 4.0
 """The largest error, relative to that of the dense formula in the same dtypes."""
+_PROMPT = 64
+"""Tokens in the cache before the one that is timed."""
 
 
 def cases(run: Run, suite: str) -> Iterator[Case]:
@@ -95,7 +97,7 @@ def adapt(model: nn.Module, provider: str, dtype: torch.dtype, targets: list[str
     if provider == "frozen":
         return model
     if provider == "parametrized_dora":
-        for module in [m for m in model.modules() if all(hasattr(m, name) for name in STACKS)]:
+        for module in mixtures(model):
             for name in STACKS:
                 parametrize.register_parametrization(module, name, _Adapted(getattr(module, name), dtype), unsafe=True)
         return model
@@ -147,15 +149,24 @@ def _original(module: Any, name: str) -> Tensor:
     return parameter
 
 
-def formed(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The adapted weights, formed in `dtype`, as the dense formula has them."""
-    weights = {}
+def formed(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, str, Tensor]]:
+    """Each adapted stack: its module and name, and the adapted weights formed in `dtype`, as the dense formula does."""
     for module, name, a, b, m in factors(model):
         v = _original(module, name).to(dtype) + SCALING * (b.detach().to(dtype) @ a.detach().to(dtype))
         if m is not None:
             v *= (m.detach().to(dtype) / torch.linalg.vector_norm(v, dim=2)).unsqueeze(2)
-        weights[name] = v
-    return weights
+        yield module, name, v
+
+
+def mixtures(model: nn.Module) -> list[Any]:
+    """The modules that hold the stacks."""
+    return [module for module in model.modules() if all(hasattr(module, name) for name in STACKS)]
+
+
+def allowed(found: Tensor, results: dict[str, Tensor]) -> Checked:
+    """The error of a result, and what is allowed: the dense formula's own in the same dtype, times a factor."""
+    plain = error(results["plain"], results["exact"])
+    return {"y": error(found, results["exact"])}, {"y": max(_ALLOWED * plain, 1e-6)}
 
 
 @dataclass
@@ -189,11 +200,20 @@ class LayerOfExperts(Case):
         leaves = [inner.x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
 
         def train() -> tuple[Tensor, ...]:
+            if not model.training:
+                model.train()
             return torch.autograd.grad(model(inner.x), leaves, inner.up)
 
         token = inner.x.detach()[:1]
-        evaluated = torch.no_grad()(lambda: model(token))
-        parts = {"forward and backward": [train], "one token": [evaluated]}
+
+        @torch.no_grad()
+        def evaluate() -> Tensor:
+            if model.training:
+                model.eval()
+            result: Tensor = model(token)
+            return result
+
+        parts = {"forward and backward": [train], "one token": [evaluate]}
         check = functools.partial(self._check, model, inner, held)
         return Subject(provider, parts, *check(), again=functools.partial(_after_a_step, model, check))  # type: ignore[arg-type]
 
@@ -203,10 +223,10 @@ class LayerOfExperts(Case):
             y = model(inner.x.detach())
             results = {}
             for name, dtype in (("exact", torch.float64), ("plain", dtypes_of(self.dtypes)[0])):
-                weights = {stack: _original(held, stack) for stack in STACKS} | formed(model, dtype)
+                weights = {stack: _original(held, stack) for stack in STACKS}
+                weights |= {stack: weight for _, stack, weight in formed(model, dtype)}
                 results[name] = self._dense(inner, weights, dtype)
-        found, plain = error(y, results["exact"]), error(results["plain"], results["exact"])
-        return {"y": found}, {"y": max(_ALLOWED * plain, 1e-6)}
+        return allowed(y, results)
 
     def _dense(self, inner: _Experts, weights: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Qwen3-MoE's experts, one after another."""
@@ -236,7 +256,7 @@ def _after_a_step(model: nn.Module, check: Callable[[], Checked]) -> Checked:
 
 @dataclass
 class MixtureModel(Case):
-    """A Qwen3-MoE of two layers in training, with AdamW."""
+    """A Qwen3-MoE of two layers: training with AdamW, and one token after a prompt."""
 
     dtypes: str
     device: torch.device
@@ -256,30 +276,65 @@ class MixtureModel(Case):
 
     def subject(self, provider: str) -> Subject:
         """The provider's model."""
-        with library():
-            from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-        base, adapters = dtypes_of(self.dtypes)
-        torch.manual_seed(0)
-        config = Qwen3MoeConfig(
-            vocab_size=1024, hidden_size=512, intermediate_size=512, moe_intermediate_size=512, num_hidden_layers=2,
-            num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4,
-        )  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config, dtype=base).to(self.device).requires_grad_(False)
-        model = adapt(model, provider, adapters, [f"mlp.experts.{name}" for name in STACKS])
-        model.train()
-        ids = torch.randint(0, 1024, (2, self.tokens // 2), device=self.device)
+        model = adapt(self._base(), provider, dtypes_of(self.dtypes)[1], [f"mlp.experts.{name}" for name in STACKS])
+        train_a_little(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:  # the frozen model's step is the gradient of its input embeddings
-            embedding = model.get_input_embeddings()
-            parameters = [embedding.weight.requires_grad_()]
+            parameters = [model.get_input_embeddings().weight.requires_grad_()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4) if provider != "frozen" else None
 
         def step(micro_batches: int = 1) -> None:
+            if not model.training:
+                model.train()
             for _ in range(micro_batches):
-                model(input_ids=ids, labels=ids).loss.backward()
+                model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
             if optimizer is not None:
                 optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
 
-        return Subject(provider, {"step": [step], "step, 4 micro-batches": [lambda: step(4)]})
+        with torch.no_grad():
+            past = model(input_ids=self.ids[:1, :_PROMPT], use_cache=True).past_key_values
+
+        @torch.no_grad()
+        def token() -> None:
+            if model.training:
+                model.eval()
+            model(input_ids=self.ids[:1, _PROMPT : _PROMPT + 1], past_key_values=past, use_cache=True)
+            past.crop(-1)
+
+        parts = {"step": [step], "step, 4 micro-batches": [lambda: step(4)], "one token": [token]}
+        check = functools.partial(self._check, model)
+        again = functools.partial(_after_a_step, model, check) if optimizer is not None else None
+        return Subject(provider, parts, *check(), again=again)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def ids(self) -> Tensor:
+        """Two texts of random tokens."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, 1024, (2, self.tokens // 2), generator=generator).to(self.device)
+
+    def _base(self) -> Any:
+        """The frozen model, the same at each call."""
+        with library():
+            from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            vocab_size=1024, hidden_size=512, intermediate_size=512, moe_intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config, dtype=dtypes_of(self.dtypes)[0])
+        return model.to(self.device).requires_grad_(False)
+
+    @torch.no_grad()
+    def _check(self, model: Any) -> Checked:
+        """The logits beside those of a model with the adapted weights formed, in float64 and in the model's dtype."""
+        logits, results = model(input_ids=self.ids, use_cache=False).logits, {}
+        for name, dtype in (("exact", torch.float64), ("plain", dtypes_of(self.dtypes)[0])):
+            dense = self._base().to(dtype)
+            dense.set_experts_implementation("eager")
+            places = dict(zip(mixtures(model), mixtures(dense), strict=True))
+            for module, stack, weight in formed(model, dtype):
+                getattr(places[module], stack).data = weight
+            results[name] = dense(input_ids=self.ids, use_cache=False).logits
+        return allowed(logits, results)

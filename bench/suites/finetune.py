@@ -30,6 +30,7 @@ from bench.problem import dtypes_of
 from bench.providers import LABELS, library
 from bench.record import significant
 from bench.training import Corpus, Inputs, Training
+from dora_kernels.engine import merged
 
 if TYPE_CHECKING:
     from bench.run import Run
@@ -118,6 +119,8 @@ def adapted(run: Run, provider: str, rank: int, seed: int, dtypes: str = "fp32")
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
     if provider in PATCHED:
+        if provider == "ours_merged" and base_dtype not in merged.DTYPES:
+            merged.DTYPES = (*merged.DTYPES, base_dtype)  # what is refused until it has been measured
         training.patch_all(model, **PATCHED[provider])
     return model
 

@@ -82,6 +82,11 @@ def check_fit(
     """Raise ``error(text)`` if a layer of the adapter is missing in the base model or has another size there."""
     for name, layer in layers.items():
         base = base_layers.get(name)
+        if base is None and name.endswith(".weight"):  # PEFT's `target_parameters` of a router, for one
+            raise error(
+                f"{name}: a parameter that is no layer's and no stack of experts; only PEFT adapts it: "
+                "patch_peft_globally(), then PeftModel.from_pretrained"
+            )
         if base is None:
             raise error(f"{name}: the model has no such layer{proposal(name, base_layers)}")
         if not base.fits(layer):

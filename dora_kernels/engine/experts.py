@@ -2,10 +2,10 @@
 
     y = g_e ⊙ (x W_eᵀ + s (x A_eᵀ) B_eᵀ)         for the rows x of expert e
 
-An expert is a linear layer, so the formula computes it (`engine.formula`), one expert after another. Nothing of the
-stack's size is made: the tensors of the adapter are taken apart once per call, so that autograd puts their gradients
-together once, with zeros for experts without rows. On two cores this takes 1.03 to 1.07 times as long as a hand-written
-forward and backward around all experts, and 1.3 to 1.8 times as long as the frozen products.
+Nothing of the stack's size is made. On a GPU the kernels compute it (`engine.fused_experts`), on a CPU a loop over the
+experts (`engine.expert_loop`). What neither takes (several adapters, a strength, quantised or training weights,
+transforms) is the formula's, one expert after another, since an expert is a linear layer: the tensors of the adapter
+are taken apart once per call, so that autograd puts their gradients together once, with zeros for experts without rows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype, no_autocast
 from dora_kernels.core.problem import Weights
-from dora_kernels.engine import formula, fused_experts
-from dora_kernels.engine.autograd import gradients
-from dora_kernels.engine.dispatch import UnsupportedError, resolve
+from dora_kernels.engine import expert_loop, formula, fused_experts
+from dora_kernels.engine.dispatch import PLAIN, UnsupportedError, resolve
 
 
 class Stack(Protocol):
@@ -96,6 +95,11 @@ class Experts:
                 ends = torch.tensor(list(ends), dtype=torch.int32, device=x.device)
             return fused_experts.grouped(x, ends, self.weight, *adapter[:4])  # type: ignore[arg-type]
         bounds = [0, *(ends.tolist() if isinstance(ends, Tensor) else ends), len(x)]
+        if self._loops(x):
+            (adapter,) = self.adapters
+            pairs = enumerate(zip(bounds, bounds[1:-1]))
+            found = [expert_loop.Rows(e, start, end) for e, (start, end) in pairs if start < end]
+            return expert_loop.run(x, found, self.weight, *adapter[:4])  # type: ignore[arg-type]
         sizes = [end - start for start, end in zip(bounds, bounds[1:])]
         parts = [(e, rows) for e, rows in enumerate(x.split(sizes)) if sizes[e]]
         if sizes[-1]:
@@ -159,6 +163,16 @@ class Experts:
         one = Weights(weight[0], adapter.lora_A[0], adapter.lora_B[0], g)
         return resolve(self.backend, x, one) == "triton"
 
+    def _loops(self, x: Tensor) -> bool:
+        """True if `engine.expert_loop` runs this call: plain tensors on a CPU, one adapter, W frozen in x's dtype."""
+        (adapter, *others), weight = self.adapters, self.weight
+        plain = not others and adapter.strength == 1.0 and isinstance(weight, Tensor) and not weight.requires_grad
+        tensors = x, weight, *adapter[:3]
+        return (
+            plain and x.is_cpu and weight.dtype == x.dtype and all(type(t) in PLAIN for t in tensors)
+            and not torch.compiler.is_compiling() and not formula.transformed()
+        )  # fmt: skip
+
     def _taken_apart(self) -> list[_Parts]:
         if self._parts is None:
             self._parts = [_Parts(each) for each in self.adapters]
@@ -170,9 +184,14 @@ class Experts:
         lora_A, lora_B, g = parts[expert]
         readable = isinstance(self.weight, Tensor) and (self.weight.dtype == x.dtype or self.weight.requires_grad)
         base = None
-        if readable and adapter.strength == 1.0 and _keeps_16_bits(x, self.weight, lora_A):
-            y = _Mixed.apply(x, self.weight[expert], lora_A, lora_B, g, adapter.scaling)
-        elif readable and adapter.strength == 1.0:
+        if self._loops(x) and low_rank_dtype(x, lora_A) != x.dtype and x.dim() == 2:
+            # The formula would keep float32 copies of x and of the sum.
+            weight = self.weight[expert].unsqueeze(0)
+            one_g = None if g is None else g.unsqueeze(0)
+            rows = [expert_loop.Rows(0, 0, len(x))] if len(x) else []
+            one_a, one_b = lora_A.unsqueeze(0), lora_B.unsqueeze(0)
+            return expert_loop.run(x, rows, weight, one_a, one_b, one_g, adapter.scaling)
+        if readable and adapter.strength == 1.0:
             y = formula.linear(x, Weights(self.weight[expert], lora_A, lora_B), g, adapter.scaling)
         else:
             base = F.linear(x, self.weight[expert]) if readable else _Base.apply(x, self.weight, expert)
@@ -208,60 +227,6 @@ def _composed(
     else:
         y = formula.compose(result, h, Weights(lora_B, lora_B, lora_B), g, adapter.scaling)
     return y if adapter.strength == 1.0 else torch.lerp(result, y, adapter.strength)
-
-
-def _keeps_16_bits(x: Tensor, weight: Any, lora_A: Tensor) -> bool:
-    """True if the formula would keep float32 copies of x and of the sum for its backward."""
-    mixed = torch.is_grad_enabled() and not weight.requires_grad and low_rank_dtype(x, lora_A) != x.dtype
-    return mixed and not torch.compiler.is_compiling() and not formula.transformed()
-
-
-class _Mixed(torch.autograd.Function):
-    """A 16-bit expert with a float32 adapter, which keeps x and the base product in 16 bits.
-
-    The formula's copies in float32 took a layer of 32 experts from 0.31 to 0.42 of the memory of PEFT's LoRA, at the
-    same time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, g: Tensor | None, scaling: float
-    ) -> Tensor:
-        h = x.to(lora_A.dtype) @ lora_A.t()
-        base = F.linear(x, weight)
-        z = torch.add(base, h @ lora_B.t().to(h.dtype), alpha=scaling)
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, weight, lora_A, lora_B, g, h, base if ctx.needs_input_grad[4] else None)
-        return (z if g is None else z.mul_(g)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, g, h, base = ctx.saved_tensors
-        need_x, _, need_a, need_b, need_g, _ = ctx.needs_input_grad
-        scaling, inputs = ctx.scaling, [x, weight, lora_A, lora_B, g]
-        if torch.is_grad_enabled():
-
-            def layer(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, g: Tensor | None) -> Tensor:
-                return formula.linear(x, Weights(weight, lora_A, lora_B), g, scaling)
-
-            return *gradients(inputs, ctx.needs_input_grad, layer, dy), None
-        dx = d_a = d_b = d_g = None
-        with no_autocast(dy.device):
-            wide, b = dy.to(h.dtype), lora_B.to(h.dtype)
-            if need_b or need_g:
-                p = wide.t() @ h
-                if need_g:
-                    d_g = (wide * base).sum(0).add_((b * p).sum(1), alpha=scaling)
-                if need_b:
-                    d_b = p.mul_(scaling if g is None else (scaling * g).unsqueeze(1)).to(lora_B.dtype)
-            if need_x or need_a:
-                d_low = wide @ (b * (scaling if g is None else (scaling * g).unsqueeze(1)))
-                if need_a:
-                    d_a = (d_low.t() @ x.to(h.dtype)).to(lora_A.dtype)
-                if need_x:
-                    scaled = dy if g is None else torch.mul(dy, g, out=torch.empty_like(dy))
-                    dx = torch.mm(d_low.to(x.dtype), lora_A.to(x.dtype)).addmm_(scaled, weight)
-        return dx, None, d_a, d_b, d_g, None
 
 
 class _Base(torch.autograd.Function):

@@ -104,7 +104,7 @@ def scaled(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
         return z * g if bias is None else torch.addcmul(cast(bias, g.dtype), z, g)
     # With a frozen g the batch normalization would keep z for nobody.
     if _normalizes(z, g) and (g.requires_grad or not torch.is_grad_enabled()):
-        mean, variance = _standard(z.shape[1], z.device)
+        mean, variance = standard(z.shape[1], torch.float32, z.device)
         bias = None if bias is None else cast(bias, torch.float32)
         return torch.batch_norm(z, g, bias, mean, variance, False, 0.0, 0.0, False)
     y = z * g if bias is None else torch.addcmul(cast(bias, g.dtype), z, g)
@@ -116,10 +116,10 @@ def _normalizes(z: Tensor, g: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _standard(features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def standard(features: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean 0 and variance 1 for `torch.batch_norm`."""
     with torch.inference_mode(False):
-        return torch.zeros(features, device=device), torch.ones(features, device=device)
+        return torch.zeros(features, dtype=dtype, device=device), torch.ones(features, dtype=dtype, device=device)
 
 
 def transformed() -> bool:

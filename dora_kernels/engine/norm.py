@@ -21,11 +21,15 @@ class Norm:
     It keeps those tensors alive, so that no other tensor can get their addresses.
     """
 
-    __slots__ = ("b_is_zero", "backwards", "divisor", "held", "key", "steps", "tensors", "training", "version")
+    __slots__ = (
+        "b_is_zero", "backwards", "contiguous_b", "divisor", "held", "key", "steps", "tensors", "training", "version",
+    )  # fmt: skip
 
     def __init__(self, divisor: Tensor, b_is_zero: bool = False) -> None:
         self.divisor = divisor
         """`core.scale.safe_divisor` of the norm. A snapshot if a backward may read it; otherwise to be used at once."""
+        self.contiguous_b: Tensor | None = None
+        """A copy of B, see `NormCache.contiguous_b`."""
         self.b_is_zero = b_is_zero
         """True if B is known to be 0. Then ``m / n`` is 1 wherever m equals the norm to float32's rounding."""
 

@@ -200,6 +200,20 @@ class NormCache:
         self.reused += fresh
         return norm if fresh else None
 
+    def contiguous_b(self, lora_B: Tensor) -> Tensor:
+        """B of the norm that was just handed out, contiguous: copied once for all calls in which that norm stays valid.
+
+        Of other norms, and where values are not compared, B is returned as it is.
+        """
+        norm = self._last
+        if norm is None or self.frozen is not None or lora_B.is_contiguous() or not _enabled:
+            return lora_B
+        if getattr(norm, "held", None) is None or not _same_memory(norm.tensors[2], lora_B):
+            return lora_B
+        if norm.contiguous_b is None:
+            norm.contiguous_b = lora_B.detach().contiguous()
+        return norm.contiguous_b
+
     def still_holds(self, norm: Norm, weight: Tensor) -> bool:
         """True if `norm` is the last one and still valid, for the same tensors that it was computed for.
 

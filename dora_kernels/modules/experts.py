@@ -121,7 +121,10 @@ class LoRAExperts(AdaptedLayer):
 
     def _experts(self) -> Experts:
         weight, lora_A, lora_B = self._problem()
-        return Experts(weight, [Adapter(lora_A, lora_B, self._scale(), self.scaling, self.strength)], self.backend)
+        g = self._scale()
+        if isinstance(self, DoRAExperts) and not torch.is_grad_enabled():
+            lora_B = self._norm_cache.contiguous_b(lora_B)
+        return Experts(weight, [Adapter(lora_A, lora_B, g, self.scaling, self.strength)], self.backend)
 
     def _scale(self) -> Tensor | None:
         return None

@@ -206,7 +206,7 @@ class DoRALinear(DoRALayer, LoRALinear):
     def _set_up(self, base_layer: Any, *, forward: str = "composed", **options: Any) -> dict[str, Any]:
         check_forward(forward)
         if forward == "merged":
-            check_merged_dtype(getattr(base_layer, "weight", None), "base_layer")
+            check_merged_dtype(getattr(getattr(base_layer, "weight", None), "dtype", None), "base_layer.weight")
         factory = super()._set_up(base_layer, **options)
         self._norm_cache.merges = forward == "merged"
         return factory

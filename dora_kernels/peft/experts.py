@@ -219,6 +219,8 @@ class ParamWrapper(DoraLayer, STOCK):
             if weights.magnitude is not None:
                 g = cast(ExpertsVariant.scale(self, name, weights), accumulation_dtype(weight))
             a, b = weights.lora_A, weights.lora_B
+            if g is not None and not torch.is_grad_enabled():
+                b = norm_cache(self, name).contiguous_b(b)
             if weight.dim() == 2:
                 weight, a, b = weight.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0)
                 g = None if g is None else g.unsqueeze(0)
@@ -226,11 +228,12 @@ class ParamWrapper(DoraLayer, STOCK):
         assert weight is not None
         return experts.Experts(weight, adapters)
 
-    def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+    def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, **kwargs: Any) -> None:
         """Add an adapter as PEFT does, with a magnitude if its configuration asks for DoRA."""
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
+        use_dora, _, plain = _without_dora(kwargs)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, **plain)
         self.agree(adapter_name)
-        if config.use_dora:
+        if use_dora:
             self.add_magnitude(adapter_name)
 
     def agree(self: Any, adapter_name: str) -> None:
@@ -330,12 +333,20 @@ class _Holder:
         self.weight = weight
 
 
-def _plain(config: Any) -> Any:
+def _without_dora(options: dict[str, Any]) -> tuple[bool, float, dict[str, Any]]:
+    """Whether PEFT's options ask for DoRA, their dropout, and the options of plain LoRA.
+
+    PEFT hands over a configuration since 0.21, before that its fields.
+    """
+    config = options.get("config")
+    if config is None:
+        use_dora, dropout = bool(options.get("use_dora")), float(options.get("lora_dropout") or 0.0)
+        return use_dora, dropout, options | {"use_dora": False} if use_dora else options
     if not config.use_dora:
-        return config
+        return False, config.lora_dropout, options
     plain = copy.copy(config)
     plain.use_dora = False
-    return plain
+    return True, config.lora_dropout, options | {"config": plain}
 
 
 def unsupported(layer: Any) -> str | None:
@@ -348,18 +359,14 @@ def allow() -> Callable[[], None]:
     original = STOCK.__init__
 
     @functools.wraps(original)
-    def __init__(
-        self: Any, base_layer: Any, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any
-    ) -> None:
-        if config.use_dora:
+    def __init__(self: Any, base_layer: Any, adapter_name: str, parameter_name: str, **kwargs: Any) -> None:
+        use_dora, dropout, plain = _without_dora(kwargs)
+        if use_dora:
             module = base_layer.get_base_layer() if isinstance(base_layer, STOCK) else base_layer
             name = kwargs.get("target_name") or f"{type(module).__name__}.{parameter_name}"
-            if reason := stacks.unsupported(module, parameter_name):
-                raise ValueError(f"{name}: DoRA cannot run on this parameter: {reason}")
-            if config.lora_dropout:
-                raise ValueError(f"{name}: lora_dropout: expected 0 for a parameter, got {config.lora_dropout}")
-        original(self, base_layer, adapter_name, parameter_name=parameter_name, config=_plain(config), **kwargs)
-        if config.use_dora:
+            stacks.check(name, module, parameter_name, dropout)
+        original(self, base_layer, adapter_name, parameter_name=parameter_name, **plain)
+        if use_dora:
             self.__class__ = ParamWrapper
             setattr(self, SWITCH, Switch())
             switch(self).name = str(kwargs.get("target_name") or "").rpartition(".")[0]  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from torch import nn
 from dora_kernels.engine.dispatch import norm_backend, warn_once
 from dora_kernels.engine.merged import check_forward, check_merged_dtype
 from dora_kernels.engine.model_forward import ask_once
-from dora_kernels.peft import calls, experts, gptq, registered, shards, tensor_parallel
+from dora_kernels.peft import calls, experts, gptq, registered, shards, stacks, tensor_parallel
 from dora_kernels.peft.check import check_layers
 from dora_kernels.peft.config import (
     NORMS,
@@ -167,7 +167,7 @@ def patch_peft(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exact_init` or `keep_unmerged` is not a bool.
         ValueError: `dropout`, `grouped_norm` or `forward` has another value; there is nothing to patch; `forward` is
-            "merged" and a linear layer is tensor-parallel, or its weight has a dtype that it is not offered in; or a
+            "merged" and a linear layer is tensor-parallel, or multiplies in a dtype in which it is not offered; or a
             layer is merged, on the meta device, without its magnitude, or not finite. The message names the layer and
             the reason. The model is unchanged.
     """
@@ -274,6 +274,7 @@ def _wrap_inject_adapter() -> None:
         if not _on:
             return original(self, model, *args, **kwargs)
         tensor_parallel.check_targets(self, model, *args, **kwargs)
+        stacks.check_targets(self, model, *args, **kwargs)
         with tensor_parallel.whole_parameters():
             original(self, model, *args, **kwargs)
         if not _on or not any(map(_concerns, model.modules())):
@@ -346,7 +347,10 @@ def _check_merged(model: nn.Module) -> None:
         if type(layer) in (lora.Linear, DoraLinear) and dora_adapters(layer):
             if shards.is_split(layer):
                 raise ValueError(f"forward: expected 'composed', since {name} is tensor-parallel, got 'merged'")
-            check_merged_dtype(getattr(layer.get_base_layer(), "weight", None), f"{name}.base_layer")
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            check_merged_dtype(getattr(weight, "dtype", None), f"{name}.base_layer.weight")
+        elif isinstance(layer, lora.LoraLayer) and dora_adapters(layer):
+            check_merged_dtype(getattr(layer.base_layer, "compute_dtype", None), f"{name}.base_layer.compute_dtype")
 
 
 def _check_something_to_patch(model: nn.Module) -> None:

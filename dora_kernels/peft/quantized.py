@@ -219,7 +219,7 @@ def forward(stock: Any, layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor
     factors = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if (dropping and state.options.dropout == "peft") or hooked(*factors):
         return stock.forward(layer, x, *args, **kwargs)
-    if state.options.forward == "merged" and not dropping:
+    if state.options.forward == "merged" and not dropping and not torch.compiler.is_compiling():
         y = _merged(layer, name, x, weights)
         if y is not None:
             return y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -126,6 +127,8 @@ def unsupported(module: nn.Module, name: str) -> str | None:
         return f"the module around {kind} reads its parameters itself, outside its calls"
     parameter = module._parameters.get(name)
     if parameter is not None:
+        if hasattr(parameter, "device_mesh") and f"{name}_scale_inv" in module._parameters:
+            return "quantised experts that are split over processes; load the model dequantised"
         if parameter.dim() not in (2, 3):
             return f"its parameter has the shape {list(parameter.shape)}; expected 2 dimensions, or 3 for experts"
         scaled = parameter.dtype == torch.float8_e4m3fn and f"{name}_scale_inv" in module._parameters
@@ -136,3 +139,27 @@ def unsupported(module: nn.Module, name: str) -> str | None:
     elif parametrize.is_parametrized(module, name) and packing(module, name) is None:
         return "its parameter is parametrized; remove the parametrization first"
     return None
+
+
+def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
+    """Raise ValueError, before PEFT adds an adapter, if DoRA cannot run on one of its ``target_parameters``."""
+    config = tuner.peft_config[adapter_name]
+    targets = getattr(config, "target_parameters", None)
+    if not targets or not getattr(config, "use_dora", False):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        plain = name.replace(".base_layer", "")
+        for key in {*module._parameters, *getattr(module, "parametrizations", {})}:
+            full = f"{plain}.{key}".removeprefix(".")
+            if any(full == one or full.endswith(f".{one}") for one in targets):
+                check(f"{full}", module, key, config.lora_dropout)
+
+
+def check(full: str, module: nn.Module, name: str, dropout: float) -> None:
+    """Raise ValueError if a parameter, whose full name is for the message, cannot have a DoRA adapter."""
+    if reason := unsupported(module, name):
+        raise ValueError(f"{full}: DoRA cannot run on this parameter: {reason}")
+    if dropout:
+        raise ValueError(f"{full}: lora_dropout: expected 0 for a parameter, got {dropout}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -104,12 +105,16 @@ def test_servers_files(format, tmp_path):
     dora_kernels.save_adapter(model, tmp_path, format=format)
     shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
     start = "base_model.model.model.layers.0.mlp.experts"
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, {}, {})  # the servers read no patterns
     if format == "vllm":
-        assert shapes[f"{start}.5.up_proj.lora_B.weight"] == (24, 2)
+        assert shapes[f"{start}.5.up_proj.lora_B.weight"] == (24, 3)
         assert shapes[f"{start}.0.down_proj.lora_A.weight"] == (3, 24)
     else:
-        assert shapes[f"{start}.gate_up_proj.lora_A.weight"] == (6, 2, 32)
+        assert shapes[f"{start}.gate_up_proj.lora_A.weight"] == (6, 3, 32)
         assert shapes[f"{start}.down_proj.lora_B.weight"] == (6, 32, 3)
+        assert config["target_modules"] == ["down_proj", "gate_up_proj", "q_proj"]
+        assert "target_parameters" not in config
     again = qwen3_moe()
     dora_kernels.load_adapter(tmp_path, again)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
@@ -185,7 +190,7 @@ def test_shared_outer_factors(tmp_path):
     save_file(tensors, file)
     read = dora_kernels.read_adapter(tmp_path)
     name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    assert read.layers[name].lora_A.shape == (6, 2, 32)
+    assert read.layers[name].lora_A.shape == (6, 3, 32)
 
 
 def test_converting_to_pefts_files_keeps_stacks(tmp_path):

@@ -24,7 +24,7 @@ import safetensors.torch
 NAMES = ["layers.0.q_proj", "layers.1.up_proj", "lm_head"]
 FORMATS_OF_TWO_FILES = [name for name, format in FORMATS.items() if format.configured]
 
-ROOT = Path(dora_kernels.__file__).parents[1]
+ROOT, SUPPORT = Path(dora_kernels.__file__).parents[1], Path(__file__).parents[1] / "support"
 
 
 def content(folder):
@@ -114,7 +114,7 @@ def test_a_process_that_dies(old, moment):
     module, name = moment.split(".")
     code = f"""
         import os, sys
-        sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}
+        sys.path[:0] = {[str(ROOT), str(SUPPORT)]!r}
         from dora_kernels import save_adapter
         from dora_kernels.files import replacing, storage
         from adapter_models import Model, adapter_for

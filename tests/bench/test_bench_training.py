@@ -23,6 +23,7 @@ from bench import show, training
 from bench.providers import Missing
 from bench.run import Options, Run
 from bench.training import Training, held_out, in_turns
+from dora_kernels.engine import merged
 
 ROOT = Path(dora_kernels.__file__).parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -89,8 +90,9 @@ def test_learning_curves(tiny, suite):
     assert found["loss, ours to stock"] < 1e-4 < found["loss, seed to seed"]
 
 
-def test_learning_curves_of_the_merged_forward(tiny):
+def test_learning_curves_of_the_merged_forward(tiny, monkeypatch):
     """In 16 bits, where it rounds its weight: named, beside stock alone."""
+    monkeypatch.setattr(merged, "DTYPES", merged.DTYPES)  # which it widens
     run = Run(options("finetune", dtypes=["bf16+fp32"], providers=["peft_dora", "ours_merged"]))
     run.all()
     assert not run.record["missing"]

@@ -192,6 +192,57 @@ def test_with_float32_adapters_16_bits_are_kept():
     assert not [shape for shape in wide if shape[0] in rows and shape != (E, N)]
 
 
+def test_in_float32_y_is_not_kept_beside_the_result():
+    """The backward reads the memory that the result has, unless somebody writes to that."""
+    torch.manual_seed(0)
+    rows, outputs = 256, 128  # above the size from which y is read
+    weight = torch.randn(2, outputs, 8)
+    a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, outputs, 3, requires_grad=True)
+    g, x, kept = (1 + torch.rand(2, outputs)).requires_grad_(), torch.randn(rows, 8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = Experts(weight, [Adapter(a, b, g, SCALING)]).grouped(x, [100, rows])
+    (same,) = [t for t in kept if t.shape == y.shape]
+    assert torch._C._data_address(same) == torch._C._data_address(y)
+    up, before = torch.randn_like(y), y.detach().clone()
+    wanted = torch.stack([(up[part] * before[part]).sum(0) for part in (slice(100), slice(100, rows))]) / g
+    y.detach().zero_()  # as rotary embeddings and biases write to what they are given
+    (found,) = torch.autograd.grad(y, g, up)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_row_for_each_expert_in_evaluation(contiguous):
+    """The low-rank products of all rows at once; also under autocast, and with rows of no expert."""
+    for dtypes in DTYPES.values():
+        problem = Problem(*dtypes)
+        adapter = problem.experts().adapters[0]
+        adapter = adapter._replace(lora_B=adapter.lora_B.contiguous()) if contiguous else adapter
+        ends = [1, 1, 3, 4, 5]
+        with torch.no_grad():
+            y = Experts(problem.weight, [adapter]).grouped(problem.x[:6], ends)
+        v = Experts(problem.weight.double(), [adapter._replace(g=adapter.g.double())]).formed()
+        ids, x = torch.tensor([0, 2, 2, 3, 4]), problem.x[:5].double()
+        wanted = torch.einsum("snk,sk->sn", v[ids], x)
+        assert error(y[:5], wanted) <= 4 * torch.finfo(dtypes[0]).eps and y[5].eq(0).all()
+
+
+def test_the_copy_of_b_follows_b():
+    """Made once while the norm holds, anew after a write that moves no version."""
+    problem, cache = Problem(f32, f32), NormCache()
+
+    def copy() -> Tensor:
+        with torch.no_grad():
+            problem.experts(cache)
+            return cache.contiguous_b(problem.weights().lora_B)
+
+    first = copy()
+    assert first.is_contiguous() and copy() is first
+    problem.b.data[3, 7] += 1
+    assert torch.equal(copy(), problem.weights().lora_B) and copy() is not first
+    other = Problem(f32, f32).weights().lora_B
+    assert cache.contiguous_b(other) is other
+
+
 def test_second_derivatives_of_mixed_dtypes():
     problem = Problem(bf16, f32)
     y = problem.experts().grouped(problem.x, ENDS)

@@ -18,6 +18,7 @@ from dora_kernels.engine import merged
 from dora_kernels.engine.layer import run_layer
 from dora_kernels.engine.norm_cache import NormCache
 
+SIXTEEN = torch.bfloat16, torch.float16
 TRAINED = [name for name in NAMES if name != "weight"]
 
 
@@ -54,6 +55,13 @@ def test_gradients(lane, magnitude_axis, detach_norm, bias):
     check(results(problem, needed(problem), backend=lane.backend), problem, needed(problem))
 
 
+@pytest.fixture
+def in_sixteen_bits(monkeypatch):
+    """What is refused otherwise."""
+    monkeypatch.setattr(merged, "DTYPES", (*merged.DTYPES, *SIXTEEN))
+
+
+@pytest.mark.usefixtures("in_sixteen_bits")
 @pytest.mark.parametrize("dtypes", ["bf16", "bf16+fp32", "fp16", "fp16+fp32"])
 @pytest.mark.parametrize("magnitude_axis", ["out", "in"])
 def test_sixteen_bits(lane, dtypes, magnitude_axis):
@@ -64,6 +72,7 @@ def test_sixteen_bits(lane, dtypes, magnitude_axis):
     check(results(problem, backend=lane.backend), problem, TRAINED)
 
 
+@pytest.mark.usefixtures("in_sixteen_bits")
 def test_small_updates_are_not_lost():
     """The 16-bit V' moves as far as the float32 one, though hardly an element moves by half of its step."""
     torch.manual_seed(0)
@@ -77,6 +86,7 @@ def test_small_updates_are_not_lost():
     assert abs(seen - 1) < 5 * deviation < 0.5 and (weight + update).to(bf16).eq(weight).double().mean() > 0.9
 
 
+@pytest.mark.usefixtures("in_sixteen_bits")
 def test_the_same_bits_for_the_same_layer():
     """In every copy, at every refresh; layers with other weights round in other places."""
     x = torch.randn(3, 24, dtype=bf16)
@@ -304,6 +314,12 @@ class DroppedOut:
 def test_refused():
     with pytest.raises(ValueError, match="forward: expected 'composed' or 'merged', got 'fast'"):
         DoRALinear(4, 4, rank=2, forward="fast")
+    for dtype in SIXTEEN:
+        with pytest.raises(ValueError, match=f"is offered in float32, float64, and base_layer.weight is {dtype}"):
+            DoRALinear(4, 4, rank=2, forward="merged", dtype=dtype)
+    one = layer().to(bf16)
+    one(torch.randn(3, 24, dtype=bf16))
+    assert one._norm_cache.refreshes == 0
     model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
     with pytest.raises(ValueError, match="got 'fast'"):
         apply_dora(model, ["0"], forward="fast")

@@ -7,6 +7,7 @@ framework's loss at each step is in its ``trainer_state.json``, or printed as ``
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,8 @@ class Case:
     paths: tuple[str, ...] = ()
     """More folders on PYTHONPATH."""
     layers: int = 14
-    own_layers: bool = False
-    """The framework has DoRA layers of its own; the command with "ours" replaces them, on the same weights."""
+    ours: tuple[str, ...] = ()
+    """For a framework with DoRA layers of its own: what the command ends in to have this package compute them."""
     fused: int | None = None
     """Calls that run as one function; None: all."""
 
@@ -95,6 +96,64 @@ def _axolotl(kernels: bool) -> Callable[[Path, Path], list[str]]:
     return command
 
 
+def _torchtune(inputs: Path, out: Path) -> list[str]:
+    import sentencepiece
+
+    model = json.loads((inputs / "model" / "config.json").read_text())
+    texts = [" ".join(one.values()) for one in json.loads((inputs / "data" / "alpaca.json").read_text())]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(inputs / "pieces"), vocab_size=model["vocab_size"],
+        hard_vocab_limit=False, minloglevel=1,
+    )  # fmt: skip
+    config = {
+        "model": {
+            "_component_": "torchtune.models.llama2.lora_llama2", "vocab_size": model["vocab_size"],
+            "num_layers": model["num_hidden_layers"], "num_heads": model["num_attention_heads"],
+            "num_kv_heads": model["num_key_value_heads"], "embed_dim": model["hidden_size"],
+            "intermediate_dim": model["intermediate_size"], "max_seq_len": 1024, "lora_rank": 4, "lora_alpha": 8,
+            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True,
+            "use_dora": True,
+        },
+        "tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": f"{inputs}/pieces.model"},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": f"{inputs}/model",
+            "checkpoint_files": ["model.safetensors"], "output_dir": str(out), "model_type": "LLAMA2",
+        },
+        "dataset": {
+            "_component_": "torchtune.datasets.alpaca_dataset", "source": "json",
+            "data_files": f"{inputs}/data/alpaca.json",
+        },
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 1,
+        },
+        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+        "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": str(out)},
+        "output_dir": str(out), "resume_from_checkpoint": False, "seed": 0, "shuffle": True, "batch_size": 2,
+        "epochs": 1, "max_steps_per_epoch": STEPS, "gradient_accumulation_steps": 1, "device": "cpu", "dtype": "fp32",
+        "compile": False, "enable_activation_checkpointing": False,
+    }  # fmt: skip
+    path = inputs / f"torchtune-{out.name}.yaml"
+    path.write_text(json.dumps(config))
+    return ["tune", "run", "lora_finetune_single_device", "--config", str(path)]
+
+
+def _diffusers(inputs: Path, out: Path) -> list[str]:
+    if not (inputs / "pipeline").exists():
+        from tests.frameworks import pipeline
+
+        pipeline.write(inputs)
+    script = Path(sys.prefix) / "source" / "examples" / "dreambooth" / "train_dreambooth_lora_sdxl.py"
+    return [
+        "accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", str(script), "--pretrained_model_name_or_path", f"{inputs}/pipeline",
+        "--instance_data_dir", f"{inputs}/images", "--instance_prompt", "a photo of a cat", "--output_dir", str(out),
+        "--resolution", "16", "--train_batch_size", "2", "--max_train_steps", str(STEPS), "--learning_rate", "1e-3",
+        "--lr_warmup_steps", "0", "--rank", "4", "--use_dora", "--train_text_encoder", "--seed", "0",
+        "--report_to", "tensorboard", "--mixed_precision", "no",
+    ]  # fmt: skip
+
+
 def _script(name: str) -> Callable[[Path, Path], list[str]]:
     return lambda inputs, out: ["python", str(SCRIPTS / f"{name}.py"), str(inputs), str(out)]
 
@@ -104,7 +163,7 @@ CASES = {
     "trl": Case("TRL", ("trl", *BASE), _trl, started="trl sft ..."),
     "llamafactory": Case(
         "LLaMA-Factory", ("llamafactory", *BASE), _llamafactory, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"},
-        "llamafactory-cli train x.yaml", ("stubs",),
+        "llamafactory-cli train x.yaml", ("stubs/audio",),
     ),
     "swift": Case("ms-swift", ("ms-swift", *BASE), _swift, {"USE_HF": "1"}, started="swift sft ... --use_dora true"),
     "axolotl": Case("axolotl, its kernels off", ("axolotl", *BASE), _axolotl(False), started="axolotl train x.yml"),
@@ -115,8 +174,14 @@ CASES = {
     "trainer": Case("transformers' Trainer", BASE, _script("trainer"), started="train.py"),
     "accelerate": Case("Accelerate", ("accelerate", *BASE), _script("accelerate_loop"), started="train.py"),
     "torchtune": Case(
-        "torchtune's own DoRA and `DoRALinear`", ("torchtune", "torch"), _script("torchtune_model"),
-        started="scripts/torchtune_model.py", own_layers=True,
+        "torchtune's recipe, its own DoRA and `dora_linear`", ("torchtune", "torchao", "torch"), _torchtune,
+        started="tune run lora_finetune_single_device ... model._component_=...", paths=("scripts",),
+        ours=("model._component_=torchtune_ours.lora_llama2",),
+    ),
+    "diffusers": Case(
+        "diffusers' DreamBooth script, SDXL", ("diffusers", *BASE), _diffusers,
+        started="accelerate launch train_dreambooth_lora_sdxl.py ... --use_dora --train_text_encoder",
+        paths=("stubs/vision",), layers=80,
     ),
     "lightning": Case("Lightning", ("lightning", *BASE), _script("lightning_module"), started="train.py"),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from peft_models import (
 )
 
 import dora_kernels
+from dora_kernels.engine import merged
 from dora_kernels.peft.state import SWITCH, norm_cache
 
 
@@ -73,7 +74,10 @@ def test_the_options_of_the_last_call():
     assert all(SWITCH not in vars(layer) for layer in lora_layers(ours))
 
 
-def test_bfloat16():
+def test_bfloat16(monkeypatch):
+    with pytest.raises(ValueError, match=r"offered in .*q_proj.base_layer.weight is torch.bfloat16"):
+        dora_kernels.patch_peft(peft_model(dtype=torch.bfloat16), forward="merged")
+    monkeypatch.setattr(merged, "DTYPES", (*merged.DTYPES, torch.bfloat16))
     stock = peft_model(dtype=torch.bfloat16)
     ours = copy.deepcopy(stock)
     dora_kernels.patch_peft(ours, forward="merged")

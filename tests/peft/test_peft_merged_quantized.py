@@ -19,11 +19,19 @@ from test_peft_quantized import FORMATS, KINDS, batch, peft_model
 
 import dora_kernels
 from dora_kernels import testing
+from dora_kernels.engine import merged
 from dora_kernels.modules import dequantize
 from dora_kernels.peft.state import norm_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NEEDS = ("x", "lora_A", "lora_B", "magnitude")
+
+
+@pytest.fixture(autouse=True)
+def in_sixteen_bits(request, monkeypatch):
+    """What is refused otherwise."""
+    if "refused" not in request.node.name:
+        monkeypatch.setattr(merged, "DTYPES", (*merged.DTYPES, bf16, f16))
 
 
 def merged_model(kind, dtype=bf16, bias=True, **options):
@@ -121,6 +129,8 @@ def test_under_autocast(kind):
     assert results["y"].dtype == expected and cache_of(layer).merged.weight.dtype == bf16
     rounded = {**results, "y": results["y"].to(bf16)}
     check(rounded, problem, NEEDS, bf16)
+    problem = problem.replace(dy=problem.dy.to(f32))
+    check(solve(model, problem), problem, NEEDS)  # in the input's again
 
 
 def test_another_dtype_than_the_input():
@@ -163,6 +173,16 @@ def test_copies_and_frozen_norms(kind):
     with torch.no_grad(), dora_kernels.frozen_norms(model):
         model(problem.x), model(problem.x)
         assert torch.equal(cache_of(layer).merged.weight, v) and cache_of(layer).refreshes == 2
+
+
+def test_refused():
+    """By the dtype in which the layer multiplies, or, where only a call shows that, composed."""
+    model, *_ = peft_model("nf4", bf16)
+    with pytest.raises(ValueError, match=r"offered in float32, float64, and .*layer.base_layer.compute_dtype is"):
+        dora_kernels.patch_peft(model, forward="merged")
+    model, layer, problem = merged_model("int8", bf16)
+    solve(model, problem)
+    assert cache_of(layer).refreshes == 0
 
 
 def test_second_derivatives():

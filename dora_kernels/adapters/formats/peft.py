@@ -16,8 +16,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
@@ -161,7 +163,7 @@ class Peft(Format):
         for name, layer in layers.items():
             if layer.kind == "experts":
                 exchanged = name in adapter.config.get(stacks.EXCHANGED, ())
-                tensors |= stacks.written(f"{_PREFIX}{keys[name]}", layer, exchanged)
+                tensors |= self._of_stack(name, keys[name], layer, exchanged)
                 continue
             a, b = ("embedding_A", "embedding_B") if layer.kind == "embedding" else ("A.weight", "B.weight")
             tensors[f"{_PREFIX}{name}.lora_{a}"] = layer.lora_A
@@ -174,6 +176,10 @@ class Peft(Format):
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
         """The layers as the format has them."""
         return adapter.layers
+
+    def _of_stack(self, name: str, key: str, layer: AdapterLayer, exchanged: bool) -> dict[str, Tensor]:
+        """The tensors of a stack."""
+        return stacks.written(f"{_PREFIX}{key}", layer, exchanged)
 
     @staticmethod
     def _configuration(layers: Layers, base: str | None) -> dict[str, Any]:
@@ -196,7 +202,11 @@ class Peft(Format):
 
 
 class Vllm(Peft):
-    """vLLM's adapters of experts: PEFT's keys, with the linear layers of each expert, ``experts.3.gate_proj``."""
+    """vLLM's adapters of experts: PEFT's keys, with the linear layers of each expert, ``experts.3.gate_proj``.
+
+    vLLM and SGLang take one rank and one alpha from the configuration for all layers and read no patterns, so factors
+    of smaller rank are padded with zeros, and other scalings are multiplied into B.
+    """
 
     name = "vllm"
 
@@ -205,36 +215,61 @@ class Vllm(Peft):
         return False
 
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
+        return _uniform(split(self._plain(adapter, writing)), writing)
+
+    def _plain(self, adapter: Adapter, writing: Writing) -> Layers:
+        """The adapter's layers, which are plain LoRA."""
+        names = [name for name, layer in adapter.layers.items() if layer.kind == "experts"]
         for name, layer in adapter.layers.items():
             if layer.magnitude is not None:
                 raise writing.error(name, f"{self.name!r} has no magnitudes; merge the adapter into the model instead")
             if name in adapter.config.get(stacks.ALTERNATING, ()):
                 raise writing.error(name, "gate and up take turns in it; merge the adapter into the model instead")
-        if adapter.format != "model" and any(name.endswith(".gate_up_proj") for name in _stacks(adapter)):
+        if adapter.format != "model" and any(name.endswith(".gate_up_proj") for name in names):
             writing.notes.append("gate_up_proj was read as gate above up, which it is not in gpt-oss models")
-        return split(adapter.layers)
+        return adapter.layers
 
 
 class Sglang(Vllm):
-    """SGLang's adapters of experts: ``<stack>.lora_A.weight`` ``[E, r, in]`` and ``.lora_B.weight`` ``[E, out, r]``."""
+    """SGLang's adapters of experts: ``<stack>.lora_A.weight`` ``[E, r, in]`` and ``.lora_B.weight`` ``[E, out, r]``.
+
+    From python/sglang/srt/lora (lora.py, mem_pool.py, utils.py): of a stack ``gate_up_proj`` it uses A for both halves
+    of B, and the configuration has to list the last parts of all layers' names.
+    """
 
     name = "sglang"
 
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
-        super()._layers(adapter, writing)
-        return adapter.layers
+        layers = self._plain(adapter, writing)
+        split(layers)  # which raises for stacks that it does not know
+        return _uniform(layers, writing)
 
-    def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """Return the tensors with those of stacks as they are."""
-        tensors, config = super().write(adapter, writing)
-        for name, layer in adapter.layers.items():
-            if layer.kind == "experts":
-                for key in stacks.written(f"{_PREFIX}{stacks.keys([*_stacks(adapter)], writing)[name]}", layer, False):
-                    tensors.pop(key, None)
-                tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.contiguous()
-                tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.contiguous()
-        return tensors, config
+    def _of_stack(self, name: str, key: str, layer: AdapterLayer, exchanged: bool) -> dict[str, Tensor]:
+        return {
+            f"{_PREFIX}{name}.lora_A.weight": layer.lora_A.contiguous(),
+            f"{_PREFIX}{name}.lora_B.weight": layer.lora_B.contiguous(),
+        }
+
+    @staticmethod
+    def _configuration(layers: Layers, base: str | None) -> dict[str, Any]:
+        config = Peft._configuration(layers, base) | {"target_modules": sorted({n.rpartition(".")[2] for n in layers})}
+        config.pop("target_parameters", None)
+        return config
 
 
-def _stacks(adapter: Adapter) -> list[str]:
-    return [name for name, layer in adapter.layers.items() if layer.kind == "experts"]
+def _uniform(layers: Layers, writing: Writing) -> Layers:
+    """The same function with one rank and one scaling for all layers."""
+    rank = max((layer.rank for layer in layers.values()), default=0)
+    (scaling, _), *_ = Counter(layer.scaling for layer in layers.values() if layer.scaling).most_common(1) or [(1.0, 0)]
+    found = {}
+    for name, layer in layers.items():
+        more = 0 if layer.kind.startswith("conv") else rank - layer.rank
+        a, b = layer.lora_A, layer.lora_B
+        if more:
+            a, b = F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
+        if layer.scaling != scaling:
+            b = b * (layer.scaling / scaling)
+        found[name] = replace(layer, lora_A=a, lora_B=b, scaling=scaling)
+    if any(layer.rank != rank or layer.scaling != scaling for layer in layers.values()):
+        writing.notes.append(f"all layers were given rank {rank} and scaling {scaling:g}: the server reads no patterns")
+    return found

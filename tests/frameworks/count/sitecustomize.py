@@ -31,6 +31,10 @@ def count_calls(module):
     module.DoraLinearVariant.forward = classmethod(counting(forward, "by modules"))
 
 
+def count_function(module):
+    module.dora_linear = counting(module.dora_linear, "fused")
+
+
 def seed_adapters(module):
     make = module.get_peft_model
 
@@ -44,7 +48,11 @@ def seed_adapters(module):
     module.get_peft_model = get_peft_model
 
 
-CHANGES = {"dora_kernels.peft.linear": count_calls, "peft.mapping_func": seed_adapters}
+CHANGES = {
+    "dora_kernels.functional": count_function,
+    "dora_kernels.peft.linear": count_calls,
+    "peft.mapping_func": seed_adapters,
+}
 
 
 class Finder(importlib.abc.MetaPathFinder):
