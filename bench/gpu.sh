@@ -81,6 +81,7 @@ measure() {
     share=$((share + $2))
     limit=$((begun + compiling + (seconds - compiling) * share / 100 - SECONDS))
     shift 2
+    if [ "$limit" -lt 15 ]; then limit=15; fi # what an earlier run took too long is the last ones' loss
     hard=$((limit + 10))
     if [ "$(left)" -lt "$hard" ]; then hard=$(left); fi
     if [ "$((hard - 5))" -lt "$limit" ]; then limit=$((hard - 5)); fi

@@ -360,6 +360,7 @@ def _products(make: _Make) -> Iterator[Case]:
     yield _product(make, BF, BF, F32, 128, 64, 16, layout="t")  # as dYᵀ H
     yield _product(make, BF, BF, BF, 16, 2100, 20)  # K in parts
     yield _product(make, BF, F32, BF, 1, 200, 5, layout="rows")
+    yield _product(make, BF, F32, F32, 40, 100, 30)
     yield _product(make, BF, BF, F32, 20, 64, 16, layout="offset")
     yield _product(make, BF, BF, F32, 5, 0, 7)
     yield _product(make, BF, BF, BF, 0, 128, 16, counts=(20, 0, 12), sentinels=3)

@@ -108,7 +108,10 @@ class _Loop(torch.autograd.Function):
                 d_z, dot = _through_scale(up, None if kept is None else kept[start:end], None if g is None else g[e])
                 if d_g is not None and dot is not None:
                     d_g[e] = dot
-                wide = padded[: end - start, :outputs].copy_(up)
+                if low.itemsize < 4:  # products of oneDNN, which are no slower for it
+                    wide, factor = d_z, scaling
+                else:
+                    wide = padded[: end - start, :outputs].copy_(up)
                 if d_b is not None:
                     torch.mul(wide.t() @ of_low, factor, out=d_b[e])
                 if need_x or need_a:

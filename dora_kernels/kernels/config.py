@@ -221,8 +221,8 @@ def product_config(rows: int, columns: int, products: int) -> ProductConfig:
         return ProductConfig(min(block_m, 32), block_n, 16, 4, 2 if block_n == 16 else 1)
     if products > 1:
         # Three stages hold the tiles in shared memory and need fewer registers than two, which spill on sm_120: 64x16
-        # takes 52 on sm_90, 64x64 86. With 32 features 32x32 spills on sm_100.
-        return ProductConfig(block_m, block_n, 16 if block_m == block_n == 32 else 32, warps, 3)
+        # takes 52 on sm_90, 64x64 86. With 32 features 32x32 spills on sm_100, 64x32 on sm_86 and sm_89.
+        return ProductConfig(block_m, block_n, 16 if block_n == 32 <= block_m else 32, warps, 3)
     # The tiles of three stages fit in 64 KiB. With 128 features 32x32 spills on sm_100 and 64x16 on sm_120, with 64
     # features 64x64 on sm_120.
     block_k = 128 if block_m * block_n <= 512 else 64 if block_m * block_n <= 2048 else 32

@@ -13,7 +13,7 @@ from bench import layers, providers, record, show, suites, timing
 from bench.__main__ import main
 from bench.layers import KINDS, PROVIDERS
 from bench.problem import LayerShape, adapter_gradients
-from bench.providers import Subject
+from bench.providers import Missing, Subject
 from bench.run import Options, Run
 from bench.suites import fidelity
 from bench.suites import layer as layer_suite
@@ -43,6 +43,10 @@ def plain_memory(monkeypatch):
 def test_every_provider_computes_the_same_layer(provider, dtypes):
     """Output and gradients within the limits; those of LyCORIS and the tutorial include the norm's own."""
     case = LayerCase(dataclasses.replace(SHAPE, dtypes=dtypes), "layer", ("forward and backward",))
+    if provider == "ours_merged" and dtypes != "fp32":
+        with pytest.raises(Missing, match="'merged' is offered in float32"):
+            case.subject(provider)
+        return
     subject = case.subject(provider)
     assert not beyond(subject.errors, subject.limits)
     assert all(call() is not None for call in subject.parts["forward and backward"])

@@ -22,6 +22,7 @@ from peft_models import check
 from safetensors.torch import load_file
 from tensor_parallel import (
     TARGETS,
+    VOCAB,
     agree,
     base_model,
     logits,
@@ -36,7 +37,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
@@ -402,6 +403,39 @@ def experts(rank, folder):
             split.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
 
 
+def transposed_experts(rank, folder):
+    """Llama 4's stacks are ``[experts, in, out]``, so its plan has rows and columns exchanged.
+
+    It works in float32 in places whatever the model's dtype. With gradients transformers 5.24 raises in its own sum
+    over experts, which is in place.
+    """
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 12, "intermediate_size_mlp": 24,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    base = Llama4ForCausalLM(Llama4TextConfig(**sizes))
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    base.save_pretrained(folder / "llama4")  # which the first process writes
+    distributed.barrier()
+    names = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    config = LoraConfig(r=2, lora_alpha=4, use_dora=True, target_modules=[], target_parameters=names)
+    models = []
+    with patched():
+        for options in ({}, {"tp_plan": "auto"}):
+            base = Llama4ForCausalLM.from_pretrained(folder / "llama4", dtype=torch.float64, **options)
+            models.append(move(get_peft_model(base.eval(), config, autocast_adapter_dtype=False)))
+        one, split = map(logits, models)
+        with models[0].disable_adapter():
+            assert (logits(models[0]) - one).abs().max() > 1e-2
+    stack = models[1].get_base_model().model.layers[0].feed_forward.experts.get_base_layer()._parameters["down_proj"]
+    assert stack.to_local().shape == (4, 6, 32)
+    torch.testing.assert_close(split, one, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
 def exact_start(rank, folder):
     """`exact_init` makes a fresh adapter of bfloat16 layers the identity, and `restore` puts its magnitudes back."""
     with patched():
@@ -445,7 +479,7 @@ def restored(rank, folder):
 
 CHECKS = [
     lora, gradients, float32, fresh, untrained_start, training, one_process_changes, modes, modules, compiled,
-    merging, experts, exact_start, refused, restored,
+    merging, experts, transposed_experts, exact_start, refused, restored,
 ]  # fmt: skip
 
 

@@ -433,12 +433,15 @@ def factor_grads(
     parts: int = 1,
     device: str = "meta",
 ) -> Call:
-    """The gradients of B and of the magnitude from what was summed over tokens; `wanted`: B's too."""
+    """The gradients of B and of the magnitude from what was summed over tokens; `wanted`: B's too.
+
+    Without strips there is no gradient of the magnitude.
+    """
     stack = (groups,) if groups else ()
     operands: dict[str, Tensor | None] = {
         "p": _zeros((parts, *stack, size, rank), _FP32, device),
         "b": _factor_b((*stack, size, rank), dtypes[1], device),
-        "dot": _zeros((*stack, strips, size), _FP32, device),
+        "dot": _zeros((*stack, strips, size), _FP32, device) if strips else None,
         "g": _zeros((*stack, size), _FP32, device),
         "divisor": _zeros((*stack, size), _FP32, device),
     }
@@ -465,7 +468,8 @@ def shipped(every_dtype: bool = True) -> list[Launch]:
 
 _FACTOR_GRADS = (
     (16, _SIZE, 16, True, 0, 16), (64, _SIZE, 16, True, 0, 16), (63, _SIZE - 1, 16, True, 0, 16), (384,),
-    (383, _SIZE - 1), (1, _SIZE, 1, False), (16, _SIZE, 1, True, 64), (63, _SIZE - 1, 16, True, 64, 16),
+    (383, _SIZE - 1), (1, _SIZE, 1, False), (16, _SIZE, 0, True, 0, 16), (64, _SIZE, 0), (16, _SIZE, 1, True, 64),
+    (63, _SIZE - 1, 16, True, 64, 16),
 )  # fmt: skip
 
 

@@ -175,10 +175,11 @@ def scale_reduce(launch: Launch, unchanged: bool) -> Traffic:
 
 
 def factor_grads(launch: Launch, unchanged: bool) -> Traffic:
-    """Everything once; no tile products."""
+    """Everything once, B where there is a dm; no tile products."""
     N, R = launch["N"] * (launch.grid[1] if launch["GROUPED"] else 1), launch["R"]
+    low = N * R if launch["dot_ptr"] else 0
     rows = _bytes(launch, dot=N * launch["strips"], g=N, divisor=N)
-    return Traffic({**_bytes(launch, p=N * R * launch["parts"], b=N * R), **rows}, _bytes(launch, db=N * R, dm=N))
+    return Traffic({**_bytes(launch, p=N * R * launch["parts"], b=low), **rows}, _bytes(launch, db=N * R, dm=N))
 
 
 def weight_norm(launch: Launch, unchanged: bool) -> Traffic:
