@@ -68,7 +68,7 @@ def common_beside(adapters: Collection[Adapter], argument: str) -> Adapter:
             raise ValueError(f"{argument}: expected one configuration of the tensors beside them, got several: {names}")
         for key, tensor in adapter.beside.items():
             other = result.beside.setdefault(key, tensor)
-            if not (other.shape == tensor.shape and torch.equal(other, tensor.to(other.device, other.dtype))):
+            if not (other.shape == tensor.shape and torch.equal(other.double(), tensor.to(other.device).double())):
                 raise ValueError(f"{argument}: {key}: expected one value, got different ones; it cannot be combined")
     return result
 

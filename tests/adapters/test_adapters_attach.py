@@ -335,6 +335,9 @@ def test_tensors_beside_the_adapter(tmp_path):
     combined, _ = combine_adapters(model, [adapter, adapter], [0.5, 0.5])
     with pytest.warns(RuntimeWarning, match=words):
         attach(Model(), combined)
-    adapter.beside["norm.weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="adapters: norm.weight: expected one value"):
-        combine_adapters(model, [adapter, combined], [0.5, 0.5])
+    combined.beside["norm.weight"] = torch.ones(3, dtype=torch.bfloat16)
+    for other in (torch.zeros(3), torch.full((3,), 1.001)):  # in bfloat16 that is 1
+        adapter.beside["norm.weight"] = other
+        for both in ([adapter, combined], [combined, adapter]):
+            with pytest.raises(ValueError, match="adapters: norm.weight: expected one value"):
+                combine_adapters(model, both, [0.5, 0.5])
