@@ -41,10 +41,15 @@ def trained(adapter: Adapter, base: nn.Module | Mapping[str, Tensor]) -> str:
 def check_written(adapter: Adapter, format: str) -> None:
     """Raise ValueError if an adapter has such tensors and the format has no place for them."""
     if adapter.beside and adapter.format != format:
-        raise ValueError(
-            f"source: {listed(adapter.beside, 3)}: beside an adapter of the format {adapter.format!r}, and {format!r} "
-            "has no place for it; Adapter.beside.clear() or `dora-kernels convert --adapter-only` leaves it out"
-        )
+        raise no_place("source", adapter, f"an adapter of the format {adapter.format!r}, and {format!r}")
+
+
+def no_place(argument: str, adapter: Adapter, where: str) -> ValueError:
+    """The error that something cannot hold what is beside an adapter."""
+    return ValueError(
+        f"{argument}: {listed(adapter.beside, 3)}: beside {where} has no place for it; Adapter.beside.clear() or "
+        "`dora-kernels convert --adapter-only` leaves it out"
+    )
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

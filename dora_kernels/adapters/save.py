@@ -14,7 +14,7 @@ from torch import nn
 from dora_kernels.adapters.adapter import Adapter
 from dora_kernels.adapters.attachment import extract, joined
 from dora_kernels.adapters.base_layers import base_layers_of
-from dora_kernels.adapters.beside import check_written, settings
+from dora_kernels.adapters.beside import check_written, no_place, settings
 from dora_kernels.adapters.formats import FORMATS, WRITTEN, check_format
 from dora_kernels.adapters.formats.base import Format
 from dora_kernels.adapters.formats.writer import Writing
@@ -58,8 +58,8 @@ def save_adapter(
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the format cannot express the adapter; the adapter was read in another format, and has tensors in
-            `Adapter.beside`; a value is not finite; or the path is not a valid name for the format.
+        ValueError: the format cannot express the adapter; the adapter has tensors in `Adapter.beside`, and was read in
+            another format or is in a mapping; a value is not finite; or the path is not a valid name for the format.
         FileExistsError: a file exists and `force` is False; or the folder holds an adapter of another format, which
             this would half replace or sit beside.
         OSError: a file cannot be written.
@@ -133,7 +133,8 @@ def _source(source: Any) -> tuple[Adapter, Collection[str]]:
                 f"source: {component}: {other} belongs to another model; pass prefix= when reading to get one model's "
                 "layers"
             )
-        result.beside |= adapter.beside
+        if adapter.beside:
+            raise no_place(f"source: {component}", adapter, "its adapter, and a mapping of models")
         result.layers |= {f"{component}.{name.removeprefix(start)}": layer for name, layer in adapter.layers.items()}
     return result, known
 

@@ -341,3 +341,5 @@ def test_tensors_beside_the_adapter(tmp_path):
         for both in ([adapter, combined], [combined, adapter]):
             with pytest.raises(ValueError, match="adapters: norm.weight: expected one value"):
                 combine_adapters(model, both, [0.5, 0.5])
+    with pytest.raises(ValueError, match="source: unet: .*norm.weight: beside its adapter, and a mapping of models"):
+        save_adapter({"unet": adapter}, tmp_path / "out", format="qdora")
