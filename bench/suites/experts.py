@@ -159,8 +159,9 @@ def formed(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, str, Ten
 
 
 def mixtures(model: nn.Module) -> list[Any]:
-    """The modules that hold the stacks."""
-    return [module for module in model.modules() if all(hasattr(module, name) for name in STACKS)]
+    """The modules that hold the stacks. A parametrized one keeps a dictionary of modules under the same names."""
+    found = (module for module in model.modules() if not isinstance(module, nn.ModuleDict))
+    return [module for module in found if all(hasattr(module, name) for name in STACKS)]
 
 
 def allowed(found: Tensor, results: dict[str, Tensor]) -> Checked:

@@ -30,3 +30,11 @@ def test_a_wrong_one_is_noticed():
     subject = case.subject("ours")
     errors, limits = subject.errors, subject.limits
     assert beyond({"y": 100 * limits["y"]}, limits) and not beyond(errors, limits)
+
+
+def test_parametrized_stacks_are_found_once():
+    module = torch.nn.Module()
+    for name in experts.STACKS:
+        setattr(module, name, torch.nn.Parameter(torch.ones(2, 3, 3)))
+        torch.nn.utils.parametrize.register_parametrization(module, name, torch.nn.Identity())
+    assert experts.mixtures(module) == [module]
