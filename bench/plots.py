@@ -26,7 +26,7 @@ COLORS = {
     "torchtune": "#d98c21", "lycoris": "#6b4c9a", "axolotl": "#c7577f",
     "dense": "#8c6d46", "ours": "#1f5fa8", "ours_compiled": "#7fb2e5",
     "ours_frozen": "#0f3057", "ours_merged": "#b8860b", "ours_lora": "#5a7d9a", "parametrized_dora": "#d98c21",
-    "ours_triton": "#0b7a75", "ours_torch": "#3f9e4d", "ours_reference": "#a8c686", "ours_direct": "#3f9e4d",
+    "ours_triton": "#0b7a75", "ours_torch": "#3f9e4d", "ours_reference": "#a8c686", "ours_direct": "#8f63b8",
     "ours_factored": "#0b7a75", "ours_unchanged": "#a8c686", "ours_fused": "#e36bae",
     "ours_bank": "#1f5fa8", "ours_bank_lora": "#7fb2e5",
 }  # fmt: skip
@@ -161,7 +161,7 @@ def model(record: Record) -> Figure | None:
     parts = (
         ("step", "us", 1e3, f"milliseconds, a training step of {length} tokens", "{:.0f}"),
         ("token", "us", 1e3, "milliseconds, a generated token", "{:.0f}"),
-        ("step", "peak_bytes", 2**20, "MiB, peak of a step", "{:.0f}"),
+        ("step", "peak_bytes", 2**20, f"MiB, peak of a step of {length} tokens", "{:.0f}"),
     )
     figure, axes = _panels(len(parts), 4.2, 2.2)
     for panel, (part, key, unit, label, form) in zip(axes, parts):

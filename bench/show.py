@@ -226,7 +226,8 @@ def demo(result: Record) -> Sheet:
     """The variants and controls of `make demo`: times, and those of LoRA's; memory; whether the losses are stock's."""
     variants = result["variants"]
     lengths = list(variants["lora"]["step_seconds"])
-    head = ["", *(f"step, {length} tokens" for length in lengths), "generated token", "peak memory"]
+    head = ["", *(f"step, {length} tokens" for length in lengths), "generated token"]
+    head.append(f"peak memory, {lengths[-1]} tokens")
     rows = []
     for kind, label in DEMO.items():
         variant = variants[kind]

@@ -37,6 +37,26 @@ _RENAMED = (
     ((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
 )  # fmt: skip
 
+# Vision transformers. Their files keep the names from before transformers 5 (conversion_mapping.py). Old and new:
+_ATTENTION = (
+    (r"attention\.(?:attention|self)\.query\.", "attention.q_proj."),
+    (r"attention\.(?:attention|self)\.key\.", "attention.k_proj."),
+    (r"attention\.(?:attention|self)\.value\.", "attention.v_proj."),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+)
+_SUBSTITUTED = (
+    # ViT, DeiT, BEiT
+    ((r"encoder\.layer\.", "layers."), *_ATTENTION, (r"intermediate\.dense\.", "mlp.fc1."),
+     (r"output\.dense\.", "mlp.fc2.")),
+    # DINOv2
+    _ATTENTION,
+    # SegFormer
+    ((r"encoder\.patch_embeddings\.(\d+)\.", r"stages.\1.patch_embeddings."),
+     (r"encoder\.block\.(\d+)\.", r"stages.\1.blocks."), (r"encoder\.layer_norm\.(\d+)\.", r"stages.\1.layer_norm."),
+     (r"attention\.self\.sr\.", "attention.sequence_reduction.sequence_reduction."), *_ATTENTION,
+     (r"mlp\.dense(\d)\.", r"mlp.fc\1.")),
+)  # fmt: skip
+
 # For a longer name, or a model with more layers, no similar name is proposed.
 _LONGEST, _MOST = 200, 500
 
@@ -49,7 +69,17 @@ def _changed(rules: tuple[tuple[str, str], ...], key: str) -> str:
     return key
 
 
-RENAMINGS: tuple[Callable[[str], str], ...] = tuple(functools.partial(_changed, rules) for rules in _RENAMED)
+def _substituted(rules: tuple[tuple[str, str], ...], key: str) -> str:
+    """Rename a key by all rules."""
+    for pattern, new in rules:
+        key = re.sub(pattern, new, key)
+    return key
+
+
+RENAMINGS: tuple[Callable[[str], str], ...] = (
+    *(functools.partial(_changed, rules) for rules in _RENAMED),
+    *(functools.partial(_substituted, rules) for rules in _SUBSTITUTED),
+)
 """Renamings of a model's keys from one release of transformers to another."""
 
 

@@ -80,7 +80,9 @@ def save_adapter(
     if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
         name = next(iter(adapter.layers))
         raise writing.error(
-            name, "its name has underscores for dots; read the adapter with its model to get the model's names"
+            name,
+            "its name has underscores for dots; read the adapter with its model to get the model's names: "
+            "read_adapter(file, model), or --base MODEL_DIR on the command line",
         )
     weights = place
     if place.suffix in storage.PICKLES:

@@ -73,6 +73,8 @@ def _given(shapes: Iterable[Any]) -> list[Shape]:
     for shape in shapes:
         if not isinstance(shape, (tuple, list)) or len(shape) != 3:
             raise ValueError(f"model_or_shapes: expected a model, or (out_features, in_features, rank), got {shape!r}")
+        if any(isinstance(size, int) and size < 1 for size in shape):
+            raise ValueError(f"model_or_shapes: expected out_features, in_features, rank of at least 1, got {shape!r}")
         for size in shape:
             check_rank(size, "ints: (out_features, in_features, rank)")
         found.append((int(shape[0]), int(shape[1]), int(shape[2])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,3 +218,19 @@ def test_converted_through_all_libraries(tmp_path):
     x = inputs(model.get_submodule(name))
     with torch.no_grad():
         assert_output(again.base_model.model.get_submodule(name)(x), model.get_submodule(name), first.layers[name], x)
+
+
+def test_saved_again_and_combined_in_peft(tmp_path):
+    """PEFT combines adapters only if the configurations of all name their layers in the same way."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"], init_lora_weights=False)
+    peft.get_peft_model(Model(), config).save_pretrained(tmp_path / "peft")
+    adapter = read_adapter(tmp_path / "peft", Model())
+    save_adapter(adapter, tmp_path / "again")
+    both = peft.PeftModel.from_pretrained(Model(), tmp_path / "peft", "a")
+    both.load_adapter(tmp_path / "again", "b")
+    both.add_weighted_adapter(["a", "b"], [0.5, 0.5], "ab", combination_type="cat")
+    del adapter.layers["layers.1.up_proj"]
+    adapter.layers["lm_head"] = replace(adapter_for(Model(), ["lm_head"]).layers["lm_head"], magnitude=None)
+    save_adapter(adapter, tmp_path / "other")
+    assert isinstance(json.loads((tmp_path / "other" / "adapter_config.json").read_text())["target_modules"], str)

@@ -57,6 +57,37 @@ def test_what_is_wrong_under_another_prefix_is_said(call, tmp_path):
     assert status == 2 and "transformer.h.0.mlp.c_proj: the model has no such layer" in stderr, stderr
 
 
+VIT = {
+    "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+SEGFORMER = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_attention_heads": [1, 2], "decoder_hidden_size": 8,
+             "num_encoder_blocks": 2, "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2],
+             "mlp_ratios": [2, 2]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("ViT", VIT), ("DeiT", VIT), ("Beit", VIT), ("Dinov2", VIT), ("Segformer", SEGFORMER)]
+)
+def test_vision_transformers_whose_files_have_older_names(call, tmp_path, name, sizes):
+    """The model and its adapter have the names of transformers 5; `save_pretrained` writes the older ones."""
+    peft = pytest.importorskip("peft")
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForImageClassification")(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    options = {"r": 2, "use_dora": True, "init_lora_weights": False}
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=linear, **options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = adapted.merge_and_unload().state_dict()
+    status, _, stderr = call("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert status == 0, stderr
+    found = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key])
+
+
 def test_an_undecided_axis_under_another_prefix_is_said(call, tmp_path):
     llama().model.save_pretrained(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj"

@@ -24,7 +24,7 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.experts import split
 from dora_kernels.adapters.formats import stacks
 from dora_kernels.adapters.formats.base import Format, Parts
-from dora_kernels.adapters.formats.names import targets, whole
+from dora_kernels.adapters.formats.names import targets_again, whole
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Layers, Writing
 from dora_kernels.core.shown import quoted, shown
@@ -169,7 +169,7 @@ class Peft(Format):
             if layer.magnitude is not None:
                 shape = (1, -1, *(1 for _ in layer.lora_B.shape[2:])) if layer.kind.startswith("conv") else (-1,)
                 tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
-        return tensors, self._configuration(layers, str(adapter.config.get("base_model_name_or_path") or "") or None)
+        return tensors, self._configuration(layers, adapter.config)
 
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
         """The layers as the format has them."""
@@ -180,7 +180,7 @@ class Peft(Format):
         return stacks.written(f"{_PREFIX}{key}", layer, exchanged)
 
     @staticmethod
-    def _configuration(layers: Layers, base: str | None) -> dict[str, Any]:
+    def _configuration(layers: Layers, read: Mapping[str, Any]) -> dict[str, Any]:
         parameters = sorted(name for name, layer in layers.items() if layer.kind == "experts")
         others = [name for name in layers if name not in parameters]
         ranks = {name: layer.rank for name, layer in layers.items()}
@@ -189,13 +189,14 @@ class Peft(Format):
         alpha = Counter(alphas.values()).most_common(1)[0][0]
         return {
             "peft_type": "LORA", "use_dora": all(layer.magnitude is not None for layer in layers.values()),
-            "r": rank, "lora_alpha": whole(alpha), "target_modules": targets(others) if others else [],
+            "r": rank, "lora_alpha": whole(alpha),
+            "target_modules": targets_again(others, read.get("target_modules")) if others else [],
             **({"target_parameters": parameters} if parameters else {}),
             "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
             "alpha_pattern": {f"^{re.escape(name)}": whole(a) for name, a in alphas.items() if a != alpha},
             "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
             "init_lora_weights": True, "modules_to_save": None, "inference_mode": True, "task_type": None,
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": str(read.get("base_model_name_or_path") or "") or None,
         }  # fmt: skip
 
 
@@ -249,8 +250,8 @@ class Sglang(Vllm):
         }
 
     @staticmethod
-    def _configuration(layers: Layers, base: str | None) -> dict[str, Any]:
-        config = Peft._configuration(layers, base) | {"target_modules": sorted({n.rpartition(".")[2] for n in layers})}
+    def _configuration(layers: Layers, read: Mapping[str, Any]) -> dict[str, Any]:
+        config = Peft._configuration(layers, read) | {"target_modules": sorted({n.rpartition(".")[2] for n in layers})}
         config.pop("target_parameters", None)
         return config
 
