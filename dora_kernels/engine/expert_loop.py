@@ -29,6 +29,16 @@ _FEW = 2
 """Rows for each expert, up to which evaluation gathers the factors."""
 
 
+class Stack(NamedTuple):
+    """The experts' weights and one adapter, as `run` takes them."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    g: Tensor | None
+    scaling: float
+
+
 class Rows(NamedTuple):
     """The rows of one expert."""
 
@@ -58,8 +68,8 @@ def run(
         y: Tensor = _Loop.apply(x, rows, weight, lora_A, lora_B, g, scaling)
         return y
     if rows and len(x) <= _FEW * len(rows):
-        return _few(x, rows, weight, lora_A, lora_B, g, scaling)
-    return _forward(x, rows, weight, lora_A, lora_B, g, scaling, False)[0]
+        return _few(x, rows, Stack(weight, lora_A, lora_B, g, scaling))
+    return _forward(x, rows, Stack(weight, lora_A, lora_B, g, scaling), False)[0]
 
 
 class _Loop(torch.autograd.Function):
@@ -74,7 +84,8 @@ class _Loop(torch.autograd.Function):
         g: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        y, h, kept, divide = _forward(x, rows, weight, lora_A, lora_B, g, scaling, ctx.needs_input_grad[5])
+        stack = Stack(weight, lora_A, lora_B, g, scaling)
+        y, h, kept, divide = _forward(x, rows, stack, ctx.needs_input_grad[5])
         ctx.rows, ctx.scaling, ctx.divide = rows, scaling, divide
         ctx.save_for_backward(x, weight, lora_A, lora_B, g, h, kept)
         return y
@@ -87,7 +98,7 @@ class _Loop(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def layer(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, g: Tensor | None) -> Tensor:
-                return _recorded(x, rows, weight, lora_A, lora_B, g, scaling)
+                return _recorded(x, rows, Stack(weight, lora_A, lora_B, g, scaling))
 
             needed = (need_x, False, need_a, need_b, need_g)
             dx, _, *rest = gradients([x, weight, lora_A, lora_B, g], needed, layer, dy)
@@ -127,17 +138,9 @@ class _Loop(torch.autograd.Function):
         return dx, None, None, as_parameter(d_a, lora_A), as_parameter(d_b, lora_B), d_g, None
 
 
-def _forward(
-    x: Tensor,
-    rows: Sequence[Rows],
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    g: Tensor | None,
-    scaling: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+def _forward(x: Tensor, rows: Sequence[Rows], stack: Stack, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """y, H, what g's gradient needs, and whether that is y."""
+    weight, lora_A, lora_B, g, scaling = stack
     low = low_rank_dtype(x, lora_A)  # which asks for autocast
     y = x.new_empty(x.shape[0], weight.shape[1])
     h = x.new_empty(x.shape[0], lora_A.shape[1], dtype=low)
@@ -174,19 +177,12 @@ def _through_scale(up: Tensor, kept: Tensor | None, g: Tensor | None) -> tuple[T
     return d_z, dot
 
 
-def _few(
-    x: Tensor,
-    rows: Sequence[Rows],
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    g: Tensor | None,
-    scaling: float,
-) -> Tensor:
+def _few(x: Tensor, rows: Sequence[Rows], stack: Stack) -> Tensor:
     """`run` without gradients, for about a row for each expert: the low-rank products of all rows at once, in float32.
 
     In PEFT's B the experts take turns, so that taking one out of it reads it whole.
     """
+    weight, lora_A, lora_B, g, scaling = stack
     y, wide = x.new_empty(x.shape[0], weight.shape[1]), accumulation_dtype(x)
     ids = torch.tensor([e for e, start, end in rows for _ in range(start, end)])
     count = len(ids)
@@ -207,16 +203,9 @@ def _few(
     return y
 
 
-def _recorded(
-    x: Tensor,
-    rows: Sequence[Rows],
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    g: Tensor | None,
-    scaling: float,
-) -> Tensor:
+def _recorded(x: Tensor, rows: Sequence[Rows], stack: Stack) -> Tensor:
     """`run` in operations that autograd records, for second derivatives."""
+    weight, lora_A, lora_B, g, scaling = stack
     parts = [
         formula.linear(x[start:end], Weights(weight[e], lora_A[e], lora_B[e]), None if g is None else g[e], scaling)
         for e, start, end in rows

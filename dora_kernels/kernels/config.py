@@ -1,7 +1,7 @@
 """Tile sizes and thresholds: frozen data, chosen by pure functions of shapes and dtypes, the same on every target.
 
 Each choice fits the smallest shared memory among the targets (64 KiB, gfx942 and gfx1100) and does not spill on the
-CUDA targets in bfloat16 and float16. tests/test_aot.py compiles all of them for all targets. None has been timed on a
+CUDA targets in bfloat16 and float16. tests/kernels/test_aot.py compiles them for all targets. None has been timed on a
 GPU yet.
 """
 

@@ -3,7 +3,7 @@
 A launcher runs on tensors of the "meta" device with its kernels replaced by recorders, so that a `Launch` holds what a
 real call would pass: the grid, the tile sizes chosen for that shape and dtype, flags derived from them, the strides.
 `shipped` lists one launch per distinct configuration over ranks and token counts, for each dtype and layout that the
-layer calls it with; tests/test_aot.py checks that no rank from 1 to 1024 launches anything else.
+layer calls it with; tests/kernels/test_aot.py checks that no rank from 1 to 1024 launches anything else.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Bytes are those of the elements that a program asks for: lanes that a mask leave
 programs ask for counts several times, though the L2 cache serves all but the first. FLOPs are those of the tile
 products, two for each multiplication and addition, of whole tiles as the matrix units execute them and for each of the
 products that a float32 product is made of (`dora_kernels.kernels.dot`). `aot.counting` counts the same in the
-interpreter, and tests/test_static.py holds the two equal.
+interpreter, and tests/kernels/test_account.py holds the two equal.
 
 What depends on the numbers is taken as it nearly always is: no row is computed again because digits were lost.
 
