@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.core.precision import accumulation_dtype, cast, compute_dtype, low_rank_dtype, no_autocast
+from dora_kernels.core.precision import (
+    accumulation_dtype,
+    cast,
+    compute_dtype,
+    low_rank_dtype,
+    no_autocast,
+    product_dtype,
+)
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import expert_loop, formula, fused_experts
 from dora_kernels.engine.dispatch import PLAIN, UnsupportedError, resolve
@@ -184,8 +191,9 @@ class Experts:
         lora_A, lora_B, g = parts[expert]
         readable = isinstance(self.weight, Tensor) and (self.weight.dtype == x.dtype or self.weight.requires_grad)
         base = None
-        if self._loops(x) and low_rank_dtype(x, lora_A) != x.dtype and x.dim() == 2:
-            # The formula would keep float32 copies of x and of the sum.
+        wider = low_rank_dtype(x, lora_A) != x.dtype or product_dtype(x.dtype) != x.dtype
+        if wider and x.dim() == 2 and self._loops(x):
+            # The formula would keep float32 copies of x and of the sum, and multiply in x's dtype.
             weight = self.weight[expert].unsqueeze(0)
             one_g = None if g is None else g.unsqueeze(0)
             rows = [expert_loop.Rows(0, 0, len(x))] if len(x) else []

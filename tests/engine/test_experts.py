@@ -6,8 +6,11 @@ import pytest
 import torch
 from allocations import Allocations
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dora_kernels.core import precision
 from dora_kernels.core.problem import Form, Weights
+from dora_kernels.engine import expert_loop, experts
 from dora_kernels.engine.experts import Adapter, Experts, _Base
 from dora_kernels.engine.layer import layer_scale
 from dora_kernels.engine.norm_cache import NormCache
@@ -17,8 +20,17 @@ E, N, K, R, SCALING = 5, 24, 40, 3, 0.7
 ENDS = [3, 3, 11, 12, 20]  # expert 1 has no rows; the last two rows belong to no expert
 ROWS = 22
 
-f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
-DTYPES = {"fp64": (f64, f64), "fp32": (f32, f32), "bf16": (bf16, bf16), "bf16+fp32": (bf16, f32)}
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = {"fp64": (f64, f64), "fp32": (f32, f32), "bf16": (bf16, bf16), "bf16+fp32": (bf16, f32), "fp16": (f16, f16)}
+
+
+@pytest.fixture(params=["own products", "float32 products"])
+def products(request, monkeypatch):
+    """16 bits as on a CPU that multiplies them, and as on one that does not."""
+    own = request.param == "own products"
+    for module in (expert_loop, experts):
+        monkeypatch.setattr(module, "product_dtype", lambda dtype: dtype if own or dtype.itemsize > 2 else f32)
+    return own
 
 
 class Problem:
@@ -67,7 +79,7 @@ def dense(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))
-def test_like_the_dense_formula(dtypes, dora):
+def test_like_the_dense_formula(dtypes, dora, products):
     """No further from float64 than twice the formula in the compute dtype."""
     problem = Problem(*dtypes, dora)
     exact, eager, ours = dense(problem, f64), dense(problem, dtypes[0]), problem.solve()
@@ -99,6 +111,44 @@ def test_sums_over_tokens_are_not_rounded_to_16_bits():
         y = problem.experts(backend="triton").grouped(problem.x, torch.tensor(ENDS, dtype=torch.int32))
     for grad in torch.autograd.grad(y, [problem.a, problem.b], problem.up):
         assert grad.dtype is f32 and (grad.to(bf16) != grad).float().mean() > 0.5
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__:
+            self.seen |= {t.dtype for t in args if isinstance(t, Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapter", [bf16, f32], ids=["bf16", "bf16+fp32"])
+def test_on_a_cpu_without_products_of_16_bits(adapter, monkeypatch):
+    """All are float32's: of all experts, of one, and in the backward. One row in evaluation reads W as it is."""
+    for module in (expert_loop, experts):
+        monkeypatch.setattr(module, "product_dtype", lambda dtype: f32)
+    problem = Problem(bf16, adapter)
+    of_problem = problem.experts()
+    with Products() as products:
+        for y in (of_problem.grouped(problem.x, ENDS), of_problem.linear(problem.x[:9], 2)):
+            assert y.dtype is bf16
+            torch.autograd.grad(y, problem.leaves, torch.ones_like(y), retain_graph=True)
+    assert products.seen == {f32}
+    with torch.no_grad(), Products() as products:
+        of_problem.grouped(problem.x[:1], [1] * E)
+    assert bf16 in products.seen
+
+
+def test_the_dtype_of_products():
+    """float32 for 16 bits that the CPU does not multiply, as PyTorch says itself; nothing else changes."""
+    for dtype, supported in ((bf16, "_is_mkldnn_bf16_supported"), (f16, "_is_mkldnn_fp16_supported")):
+        own = getattr(torch.ops.mkldnn, supported)()
+        assert precision.product_dtype(dtype) is (dtype if own else f32)
+    assert precision.product_dtype(f32) is f32 and precision.product_dtype(f64) is f64
 
 
 def test_experts_without_rows_get_zero_gradients():
@@ -211,8 +261,8 @@ def test_in_float32_y_is_not_kept_beside_the_result():
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_a_row_for_each_expert_in_evaluation(contiguous):
-    """The low-rank products of all rows at once; also under autocast, and with rows of no expert."""
+def test_a_row_for_each_expert_in_evaluation(contiguous, products):
+    """Also under autocast, and with rows of no expert."""
     for dtypes, autocast in [(each, False) for each in DTYPES.values()] + [((bf16, f32), True)]:
         problem = Problem(*dtypes)
         adapter = problem.experts().adapters[0]
