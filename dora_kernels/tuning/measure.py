@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -242,13 +243,13 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[str], None]]:
     if not wanted:
         yield lambda text: None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         done = iter(range(1, total + 1))
         yield lambda text: print(f"{next(done, total)}/{total} {text}", file=sys.stderr)
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("checking", total=total)

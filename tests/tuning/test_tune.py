@@ -270,7 +270,7 @@ def test_refused(folder, given, options, message):
 
 def test_the_command(folder):
     done = invoke("tune", "24x40", "--rank", "4", "--tokens", "1", "--seconds", "1", "--device", "cpu")
-    assert done.exit_code == 0 and "24x40 r4: norm" in done.output
+    assert done.exit_code == 0 and "24x40 r4: norm" in done.output and "1/3 24x40 r4" in done.output
     shown = json.loads(invoke("doctor", "--json").output)
     assert shown["devices"][0]["tuned"]["float32"].startswith("1 shapes, measured ")
     found = json.loads(next(folder.iterdir()).read_text())
