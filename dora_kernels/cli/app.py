@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _discard_unwritten() -> None:
-    """Send nowhere what standard output still holds, and error if it fails too: it would fail again when Python ends."""
+    """Send nowhere what standard output still holds, and error if it fails: it would fail again when Python ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     try:
