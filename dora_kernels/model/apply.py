@@ -29,7 +29,6 @@ from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.rounding import seed_for
 
-
 # Layers that a warning names one by one.
 _SHOWN = 3
 
