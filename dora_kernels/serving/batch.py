@@ -91,7 +91,7 @@ def running(bank: Any) -> Batch | None:
 
 @contextmanager
 def entered(batch: Batch) -> Iterator[None]:
-    """Make it the running batch, without gradients. Raises RuntimeError if the model ran and no layer with adapters did."""
+    """Make it the running batch, without gradients. RuntimeError at the end if the model ran and no adapter did."""
     batch.outer = RUNNING.get()
     token = RUNNING.set(batch)
     try:
