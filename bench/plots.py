@@ -33,6 +33,7 @@ COLORS = {
 MARKERS = {"ours": "o", "peft_dora": "s", "peft_lora": "^"}
 Curve = dict[int, float]
 MEAN_OF = 10
+NO_GAP = 1e-9  # a logarithmic axis has no 0
 pyplot.rcParams.update({
     "svg.hashsalt": "dora_kernels", "svg.fonttype": "none", "font.size": 9, "figure.dpi": 110,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -201,11 +202,11 @@ def curves(record: Record) -> Figure | None:
     ]  # fmt: skip
     for one, other, color, label in pairs:
         if one in of and other in of:
-            gap = [max(abs(a - b), 1e-9) for a, b in zip(of[one], of[other])]
+            gap = [max(abs(a - b), NO_GAP) for a, b in zip(of[one], of[other])]
             known = apart.get_legend_handles_labels()[1]
             steps = range(1, len(gap) + 1)
             apart.plot(steps, gap, color=color, linewidth=0.9, label=None if label in known else label)
-    apart.set(xlabel="step", ylabel="difference of the training losses", yscale="log")
+    apart.set(xlabel="step", ylabel=f"difference of the training losses, {NO_GAP:.0e} for none", yscale="log")
     apart.legend()
     words = f"SmolLM2-135M on real prose, {found[0]['tokens']} tokens a step, {len(seeds)} seeds"
     return _titled(figure, record, words)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
+from dora_kernels.core.shown import listed
 from dora_kernels.engine.merged import check_forward
 from dora_kernels.model.saving import unwatch_saving, watch_saving
 from dora_kernels.model.targets import (
@@ -28,9 +29,6 @@ from dora_kernels.modules import AdaptedLayer
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.rounding import seed_for
-
-# Layers that a warning names one by one.
-_SHOWN = 3
 
 
 def apply_dora(
@@ -139,12 +137,9 @@ def apply_dora(
         if unmergeable := [name for name, layer in made.items() if layer._cannot_be_merged]:
             notes.append(f"{', '.join(unmergeable)}: {CANNOT_BE_MERGED}")
         if wide := [name for name, layer in made.items() if _exceeds_full_rank(layer)]:
-            sizes = [f"{name} (rank {made[name].rank}, {_size(made[name])})" for name in wide[:_SHOWN]]
-            more = f" and {len(wide) - _SHOWN} more" if len(wide) > _SHOWN else ""
-            notes.append(
-                "rank: above the smaller side of a layer's weight it adds parameters and no freedom: "
-                f"{', '.join(sizes)}{more}"
-            )
+            sizes = (f"{name} (rank {made[name].rank}, {_size(made[name])})" for name in wide)
+            what = "above the smaller side of a layer's weight it adds parameters and no freedom"
+            notes.append(f"rank: {what}: {listed(sizes, 3)}")
         for note in notes:
             warnings.warn(note, stacklevel=2)
     except BaseException:
