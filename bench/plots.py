@@ -206,7 +206,7 @@ def curves(record: Record) -> Figure | None:
             known = apart.get_legend_handles_labels()[1]
             steps = range(1, len(gap) + 1)
             apart.plot(steps, gap, color=color, linewidth=0.9, label=None if label in known else label)
-    apart.set(xlabel="step", ylabel=f"difference of the training losses, {NO_GAP:.0e} for none", yscale="log")
+    apart.set(xlabel="step", ylabel=f"difference of the losses ({NO_GAP:.0e}: none)", yscale="log")
     apart.legend()
     words = f"SmolLM2-135M on real prose, {found[0]['tokens']} tokens a step, {len(seeds)} seeds"
     return _titled(figure, record, words)
