@@ -32,6 +32,8 @@ COLORS = {
 }  # fmt: skip
 MARKERS = {"ours": "o", "peft_dora": "s", "peft_lora": "^"}
 Curve = dict[int, float]
+MEAN_OF = 10
+NO_GAP = 1e-9  # a logarithmic axis has no 0
 pyplot.rcParams.update({
     "svg.hashsalt": "dora_kernels", "svg.fonttype": "none", "font.size": 9, "figure.dpi": 110,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -184,11 +186,12 @@ def curves(record: Record) -> Figure | None:
     for name, (width, alpha, style) in styles.items():
         for seed in seeds:
             if (name, seed) in of:
+                means = running_mean(of[name, seed])
                 losses.plot(
-                    _smooth(of[name, seed]), style, color=COLORS[name], linewidth=width, alpha=alpha,
+                    list(means), list(means.values()), style, color=COLORS[name], linewidth=width, alpha=alpha,
                     label=LABELS[name] if seed == seeds[0] else None,
                 )  # fmt: skip
-    losses.set(xlabel="step", ylabel="training loss, mean of 10 steps")
+    losses.set(xlabel="step", ylabel=f"training loss, mean of the last {MEAN_OF} steps")
     losses.legend()
     pairs: list[tuple[Any, Any, str, str]] = [
         (("ours", seed), ("peft_dora", seed), COLORS["ours"], "ours to stock, the same seed") for seed in seeds
@@ -199,17 +202,19 @@ def curves(record: Record) -> Figure | None:
     ]  # fmt: skip
     for one, other, color, label in pairs:
         if one in of and other in of:
-            gap = [max(abs(a - b), 1e-9) for a, b in zip(of[one], of[other])]
+            gap = [max(abs(a - b), NO_GAP) for a, b in zip(of[one], of[other])]
             known = apart.get_legend_handles_labels()[1]
-            apart.plot(gap, color=color, linewidth=0.9, label=None if label in known else label)
-    apart.set(xlabel="step", ylabel="difference of the training losses", yscale="log")
+            steps = range(1, len(gap) + 1)
+            apart.plot(steps, gap, color=color, linewidth=0.9, label=None if label in known else label)
+    apart.set(xlabel="step", ylabel=f"difference of the losses ({NO_GAP:.0e}: none)", yscale="log")
     apart.legend()
     words = f"SmolLM2-135M on real prose, {found[0]['tokens']} tokens a step, {len(seeds)} seeds"
     return _titled(figure, record, words)
 
 
-def _smooth(losses: Sequence[float], width: int = 10) -> list[float]:
-    return [statistics.fmean(losses[max(0, end - width) : end]) for end in range(1, len(losses) + 1)]
+def running_mean(losses: Sequence[float], width: int = MEAN_OF) -> Curve:
+    """The mean of the last `width` losses by step, from the first step that has so many: means of fewer would jump."""
+    return {step: statistics.fmean(losses[step - width : step]) for step in range(width, len(losses) + 1)}
 
 
 def classify(record: Record) -> Figure | None:

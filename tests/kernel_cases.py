@@ -59,12 +59,21 @@ class _Make:
     def ends(self, counts: tuple[int, ...]) -> Tensor:
         return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=self.device)
 
+    def groups(self, counts: tuple[int, ...], sentinels: int, F: int) -> tuple[int, int, Tensor, Tensor]:
+        """How many rows the groups have, and with those behind them; g of each group, and where they end."""
+        given = sum(counts)
+        return given, given + sentinels, self(len(counts), F), self.ends(counts)
+
     def positive(self, *shape: int) -> Tensor:
         return self(*shape).abs_() + 0.5
 
 
 def _words(*said: object) -> str:
     return " ".join(str(word) for word in said if word not in ("", None))
+
+
+def _behind(sentinels: int) -> str:
+    return f"sentinels {sentinels}" if sentinels else ""
 
 
 def _labels(*dtypes: torch.dtype) -> str:
@@ -153,9 +162,8 @@ def _grouped_scale_reduce(
 ) -> Case:
     from dora_kernels import kernels
 
-    M, given = sum(counts) + sentinels, sum(counts)
+    given, M, g, ends = make.groups(counts, sentinels, F)
     grad, other = make(M, F, dtype=dtype, layout=layout), make(M, F, dtype=dtype, layout=layout)
-    g, ends = make(len(counts), F), make.ends(counts)
 
     def call() -> Results:
         made, *sums = kernels.scale_reduce(grad, other if dot else None, g if scaled else None, scaled, True, ends)
@@ -169,8 +177,7 @@ def _grouped_scale_reduce(
         torch.stack([one.sum(0) for one, _ in parts]),
     )
     absent = [f"no {name}" for name, there in (("scaled", scaled), ("dot", dot)) if not there]
-    more = f"sentinels {sentinels}" if sentinels else ""
-    name = _words("scale_reduce in groups", "+".join(map(str, counts)), f"x{F}", layout, more, *absent)
+    name = _words("scale_reduce in groups", "+".join(map(str, counts)), f"x{F}", layout, _behind(sentinels), *absent)
     return name, _labels(dtype), call, reference
 
 
@@ -200,9 +207,8 @@ def _product_over_tokens(
     """`scaled`: in the pass that scales left too."""
     from dora_kernels import kernels
 
-    M, given = sum(counts) + sentinels, sum(counts)
+    given, M, g, ends = make.groups(counts, sentinels, F)
     left, right = make(M, F, dtype=left_dtype, layout=layout), make(M, R, dtype=right_dtype, layout=layout)
-    g, ends = make(len(counts), F), make.ends(counts)
 
     def call() -> Results:
         if not scaled:
@@ -215,7 +221,7 @@ def _product_over_tokens(
     if scaled:
         rows = [left[start:stop].double() * g[group].double() for group, (start, stop) in enumerate(_spans(counts))]
         reference = torch.cat(rows), low
-    said = f"sentinels {sentinels}" if sentinels else "", "turned" if turned else "", "scaled" if scaled else ""
+    said = _behind(sentinels), "turned" if turned else "", "scaled" if scaled else ""
     name = _words("product_over_tokens", "+".join(map(str, counts)), f"x{F}", f"r{R}", layout, *said)
     return name, _labels(left_dtype, right_dtype, dtype), call, reference
 
@@ -339,7 +345,7 @@ def _grouped_compose(
             y = y * (g[group].double() if n is None else g[group].double() / n[group].double())
         reference[mine] = y + (c[group] if biases else c).double()
     said = "" if gain else "no g", "div" if divisor else "", "wide h" if h_dtype != base_dtype else "", layout
-    also = "rows" if rows else "", f"sentinels {sentinels}" if sentinels else ""
+    also = "rows" if rows else "", _behind(sentinels)
     name = _words("compose in groups", "+".join(map(str, counts)), f"x{N}", f"r{R}", *also, *said)
     return name, _labels(base_dtype, h_dtype, b_dtype), call, (reference,)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,12 +132,6 @@ def article(kind: str) -> str:
     if kind == "experts":
         return "a stack of experts"
     return f"an {kind}" if kind == "embedding" else f"a {kind}"
-
-
-def listed(names: Iterable[str], shown: int = 1) -> str:
-    """The first names, and how many more there are."""
-    first, others = (listed := list(names))[:shown], listed[shown:]
-    return ", ".join(first) + (f" and {len(others)} more" if others else "")
 
 
 def problem_of(layer: AdapterLayer) -> str | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.adapters.adapter import Adapter, listed
+from dora_kernels.adapters.adapter import Adapter
+from dora_kernels.core.shown import listed
 
 WAY_OUT = "`dora-kernels merge` writes them into a merged model, and PEFT loads them"
 NOTE = "not part of the adapter, but beside it"

@@ -167,7 +167,7 @@ def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
     for weight in weights:
         validation.check_number(weight, "weights", "numbers")
     if rank is not None:
-        validation.check_rank(rank, "an int or None")
+        validation.check_size(rank, "rank", "an int or None")
 
 
 def _check_model(model: Any) -> None:

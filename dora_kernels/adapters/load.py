@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.attachment import Models, attach, joined, name_of
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
@@ -20,7 +20,7 @@ from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
 from dora_kernels.core import validation
-from dora_kernels.core.shown import shown
+from dora_kernels.core.shown import listed, shown
 from dora_kernels.files import pairs, storage
 from dora_kernels.model.apply import adapted_layers
 

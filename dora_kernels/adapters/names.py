@@ -8,9 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.components import components_of, is_component, prefix_of, spellings
-from dora_kernels.core.shown import shown
+from dora_kernels.core.shown import listed, shown
 
 UNDERSCORED = "underscored"
 """Entry of `Adapter.config`: the names are still the file's, with underscores for dots."""

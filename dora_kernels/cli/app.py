@@ -2,7 +2,6 @@
 
 # Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
-import errno
 import io
 import os
 import sys
@@ -15,6 +14,9 @@ from dora_kernels.core.extras import load
 
 if TYPE_CHECKING:
     import typer
+
+_SIGPIPE = 128 + 13
+"""The exit status that a shell shows of a program whose reader has gone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = int(build_app()(args=arguments, standalone_mode=False, prog_name="dora-kernels") or 0)
         sys.stdout.flush()
         return status
-    except (OSError, SystemExit) as error:  # a full device or a closed pipe; for these rich and click only exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise it fails again when Python ends
-        reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.EPIPE)
-        print(f"error: standard output: {reason}", file=sys.stderr)
+    except (BrokenPipeError, SystemExit):  # nobody reads on; rich and click exit then
+        _discard_unwritten()
+        return _SIGPIPE
+    except OSError as error:  # a full device
+        _discard_unwritten()
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
         return 2
     except Exception as error:
         # Usage errors come from click, or from the copy of it that newer releases of typer contain.
@@ -44,6 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
         return 2
+
+
+def _discard_unwritten() -> None:
+    """Send nowhere what standard output still holds, and error if it fails: it would fail again when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(nowhere, sys.stderr.fileno())
 
 
 def build_app() -> "typer.Typer":

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 import dora_kernels
-from dora_kernels.cli import parity
+from dora_kernels.cli import cases
 from dora_kernels.cli.output import console
-from dora_kernels.cli.parity import Case
 from dora_kernels.core.extras import TRITON, version_of
 from dora_kernels.core.validation import DTYPES
 from dora_kernels.engine import choices, norm_cache
@@ -176,10 +175,10 @@ def _check(device: torch.device, backend: str) -> list[str]:
     """
     problems = []
     for dtype in _CHECKED_DTYPES:
-        case = Case((9, 40, 24), 4, dtype, "out")
+        case = cases.Case((9, 40, 24), 4, dtype, "out")
         try:
-            with parity.threads_for(case):
-                cells = parity.measure(parity.prepare(case, device), backend)
+            with cases.threads_for(case):
+                cells = cases.measure(cases.prepare(case, device), backend)
         except Exception as error:  # the device itself fails, or plain PyTorch on it
             problems.append(f"{dtype}: {type(error).__name__}: {first_line(error)}")
         else:

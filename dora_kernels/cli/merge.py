@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.checkpoints.checkpoint import Checkpoint
 from dora_kernels.checkpoints.merge import merge_checkpoint
-from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
+from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, SEEDS, number, read_options
 from dora_kernels.cli.output import console, errors, progress, say, say_each
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def add(app: "typer.Typer") -> None:
             str,
             typer.Option(metavar="NAME", help="nearest, or stochastic, which keeps updates too small for 16 bits."),
         ] = "nearest",
-        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of stochastic rounding.")] = 0,
-        strength: Annotated[float, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = 1.0,
+        seed: Annotated[str, typer.Option(metavar="N", help="Seed of stochastic rounding.")] = "0",
+        strength: Annotated[str, typer.Option(metavar="X", help="0 is the base model, 1 the adapter.")] = "1.0",
         source_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FROM)] = "auto",
         axis: Annotated[str, typer.Option(metavar="NAME", help=AXIS)] = "auto",
         scaling: Annotated[str, typer.Option(metavar="X", show_default=False, help=SCALING)] = "",
@@ -44,11 +44,12 @@ def add(app: "typer.Typer") -> None:
         """
         with errors():
             options = read_options(source_format, axis, scaling, prefix)
+            options |= {"seed": number("--seed", seed, int, *SEEDS), "strength": number("--strength", strength, float)}
             checkpoint = Checkpoint(base)
             with progress() as advance:
                 merged = merge_checkpoint(
-                    checkpoint, adapter, out, rounding=rounding, seed=seed, strength=strength, force=force,
-                    adapter_only=adapter_only, advance=advance, **options,
+                    checkpoint, adapter, out, rounding=rounding, force=force, adapter_only=adapter_only,
+                    advance=advance, **options,
                 )  # fmt: skip
         output = console()
         say_each(output, "note", merged.notes)

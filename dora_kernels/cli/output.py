@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 # Arguments of the Python functions, as their errors name them, and the commands' options for them.
+_FLAGS = {"force=True": "--force", "adapter_only=True": "--adapter-only"}
 _OPTIONS = {
-    "force=True": "--force",
-    "adapter_only=True": "--adapter-only",
-    "magnitude_axis=": "--axis ",
-    "scaling=": "--scaling ",
-    "prefix=": "--prefix ",
-    "format=": "--from ",
+    "magnitude_axis": "--axis",
+    "scaling": "--scaling",
+    "prefix": "--prefix",
+    "format": "--from",
+    "strength": "--strength",
+    "rounding": "--rounding",
+    "device": "--device",
 }
 
 
@@ -74,7 +76,10 @@ def errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         text = str(error)
+        for argument, flag in _FLAGS.items():
+            text = re.sub(rf"\b{argument}", flag, text)
         for argument, option in _OPTIONS.items():
-            text = re.sub(rf"\b{argument}", option, text)
+            text = re.sub(rf"^{argument}: ", f"{option}: ", text)
+            text = re.sub(rf"\b{argument}=", f"{option} ", text)
         print("error: " + shown(" ".join(text.split()), _LONGEST), file=sys.stderr)
         raise typer.Exit(2) from None

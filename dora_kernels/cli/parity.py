@@ -8,36 +8,27 @@ error of PEFT's norm if PEFT computes it in float32 too.
 
 # Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
-import contextlib
 import functools
 import itertools
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from torch import Tensor
 
 import dora_kernels
 from dora_kernels import testing
-from dora_kernels.cli.output import console, progress
-from dora_kernels.cli.peft_formula import peft_formula, peft_norm
+from dora_kernels.cli.cases import DTYPES, Case, Cell, measure, prepare, quantities, threads_for
+from dora_kernels.cli.options import SEEDS, number
+from dora_kernels.cli.output import console, errors, progress
 from dora_kernels.core.validation import AXES, BACKENDS
 from dora_kernels.engine.dispatch import first_line, triton_problem
-from dora_kernels.functional import dora_linear, dora_weight_norm
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console
-
-# Dtypes of x and the base layer, and of the adapter. PEFT turns a bfloat16 model into "mixed" by default.
-DTYPES = {
-    name: testing.DTYPES[short]
-    for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("mixed", "bf16+fp32"))
-}
 
 RULE = (
     "Budget: ours may be off by twice the error of PEFT's formula in the same dtypes, by twice what the exact result "
@@ -51,75 +42,6 @@ DEFAULT_SHAPES = ("128,512,384", "37,131,257")  # the first has whole tiles only
 INTERPRETED_SHAPES = ("37,131,257",)  # Triton's interpreter takes half a minute for the other
 DEFAULT_RANKS = (16,)
 
-# A case is small if its products have fewer multiply-adds than this. With several threads the default cases, all small,
-# took 27 s on two busy cores, with one thread 2.6 s: the threads wait for one another.
-_SMALL = 10**8
-
-_GRADIENTS = {"x": "dX", "lora_A": "dA", "lora_B": "dB", "magnitude": "dm", "bias": "db", "weight": "dW"}
-
-
-class OptionError(ValueError):
-    """An option that cannot be used. The message is one line that begins with the option's name."""
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: tuple[int, int, int]  # tokens, out_features, in_features
-    rank: int
-    dtype: str
-    axis: str
-
-    def __str__(self) -> str:
-        return f"{','.join(map(str, self.shape))} rank {self.rank} {self.dtype} axis {self.axis}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measured error. If the call itself failed there is one cell, "call", with the message as its note."""
-
-    case: Case
-    backend: str
-    quantity: str
-    error: float
-    peft: float = math.nan
-    budget: float = math.nan
-    note: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.budget
-
-    def __str__(self) -> str:
-        where = f"{self.quantity}, {self.case}, backend {self.backend}"
-        if self.note:
-            return f"{where}: {self.note}"
-        return f"{where}: off by {self.error:.1e}, budget {self.budget:.1e}, PEFT's formula {self.peft:.1e}"
-
-    def as_dict(self) -> dict[str, Any]:
-        numbers = {"error": self.error, "peft_error": self.peft, "budget": self.budget}
-        return {
-            "shape": list(self.case.shape),
-            "rank": self.case.rank,
-            "dtype": self.case.dtype,
-            "axis": self.case.axis,
-            "backend": self.backend,
-            "quantity": self.quantity,
-            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-            "ok": self.ok,
-            "note": self.note,
-        }
-
-
-class Yardstick(NamedTuple):
-    """A case's problem, its exact results, the errors of PEFT's formula, and the errors allowed to ours."""
-
-    case: Case
-    problem: testing.Problem
-    gradients: tuple[str, ...]
-    exact: dict[str, Tensor]
-    peft: dict[str, float]
-    budget: dict[str, float]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -132,7 +54,7 @@ class Settings:
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        return "y", *(_GRADIENTS[name] for name in _wanted(self.weight_gradient)), "norm"
+        return quantities(self.weight_gradient)
 
 
 def settings(
@@ -148,11 +70,8 @@ def settings(
     """Check the options of the command line. None or an empty list means the default.
 
     Raises:
-        OptionError: a value is unknown, or not possible here.
+        ValueError: a value is unknown, or not possible here.
     """
-    for rank in ranks or ():
-        if rank < 1:
-            raise OptionError(f"--rank: expected at least 1, got {rank}")
     names = _known("--dtype", dtypes, tuple(DTYPES)) or tuple(DTYPES)
     along = _known("--axis", axes, AXES) or AXES
     where = _find_device(device)
@@ -174,76 +93,11 @@ def run(options: Settings, advance: Callable[[Case, str], None] = lambda case, b
             try:
                 yardstick = prepare(case, options.device, options.seed, options.weight_gradient)
             except (RuntimeError, MemoryError) as error:
-                raise OptionError(f"--shape: {case} failed on {options.device}: {first_line(error)}") from error
+                raise ValueError(f"--shape: {case} failed on {options.device}: {first_line(error)}") from error
             for backend in options.backends:
                 cells += measure(yardstick, backend)
                 advance(case, backend)
     return cells
-
-
-@contextlib.contextmanager
-def threads_for(case: Case) -> Iterator[None]:
-    """Use one thread for a small case."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if _is_small(case) else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def prepare(case: Case, device: torch.device, seed: int = 0, weight_gradient: bool = False) -> Yardstick:
-    """Compute the exact results of a case, the errors of PEFT's formula and the budgets."""
-    tokens, out_features, in_features = case.shape
-    base, adapter = DTYPES[case.dtype]
-    problem = testing.make_problem(
-        (tokens,), in_features, out_features, case.rank, (base, base, adapter), magnitude_axis=case.axis, device=device,
-        seed=seed,
-    )  # fmt: skip
-    wanted = _wanted(weight_gradient)
-    exact = testing.oracle(problem, wanted)
-    plain = testing.solve(peft_formula, problem, wanted)
-    # Results of a few numbers, e.g. with one token and rank 1, vary widely: in 19 200 results of small layers four
-    # tries gave ten false alarms, sixteen gave one.
-    tries = 16 if _is_small(case) else 4
-    allowed = testing.budgets(problem, wanted, baseline=plain, tries=tries, seed=seed + 1)
-    peft = {_short(name): testing.error(result, exact[name]) for name, result in plain.items()}
-    budget = {_short(name): allowed[name] / exact[name].norm().item() for name in exact}
-    exact = {_short(name): result for name, result in exact.items()}
-    exact["norm"] = testing.true_norm(problem)
-    peft["norm"] = testing.norm_error(peft_norm(*problem.factors, problem.scaling, case.axis), exact["norm"])
-    fair = adapter == torch.float32
-    budget["norm"] = max(testing.norm_bound(base, adapter), 2 * peft["norm"] if fair else 0.0)
-    return Yardstick(case, problem, wanted, exact, peft, budget)
-
-
-def measure(yardstick: Yardstick, backend: str) -> list[Cell]:
-    """Return our errors. A call that raises gives one cell of its own."""
-    case, problem, exact = yardstick.case, yardstick.problem, yardstick.exact
-    try:
-        results = testing.solve(dora_linear, problem, yardstick.gradients, backend=backend)
-        norm = dora_weight_norm(
-            *problem.factors, scaling=problem.scaling, magnitude_axis=case.axis, backend=backend
-        )  # fmt: skip
-        errors = {_short(name): testing.error(result, exact[_short(name)]) for name, result in results.items()}
-        errors["norm"] = testing.norm_error(norm, exact["norm"])
-    except Exception as error:  # a compiler's, a driver's or our own: the table goes on and reports it
-        return [Cell(case, backend, "call", math.inf, note=f"{type(error).__name__}: {first_line(error)}")]
-    peft, budget = yardstick.peft, yardstick.budget
-    return [Cell(case, backend, name, off, peft[name], budget[name]) for name, off in errors.items()]
-
-
-def _short(name: str) -> str:
-    """A result's name in the table."""
-    return _GRADIENTS.get(name, name)
-
-
-def _is_small(case: Case) -> bool:
-    return math.prod(case.shape) < _SMALL
-
-
-def _wanted(weight_gradient: bool) -> tuple[str, ...]:
-    return tuple(name for name in _GRADIENTS if weight_gradient or name != "weight")
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:
@@ -251,16 +105,16 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
     try:
         tokens, out_features, in_features = (int(part) for part in parts)
     except ValueError:
-        raise OptionError(f"--shape: expected tokens,out_features,in_features, as 128,512,384; got {text!r}") from None
+        raise ValueError(f"--shape: expected tokens,out_features,in_features, as 128,512,384; got {text!r}") from None
     if min(tokens, out_features, in_features) < 1:
-        raise OptionError(f"--shape: expected three sizes of at least 1, got {text!r}")
+        raise ValueError(f"--shape: expected three sizes of at least 1, got {text!r}")
     return tokens, out_features, in_features
 
 
 def _known(option: str, values: Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
     for value in values or ():
         if value not in known:
-            raise OptionError(f"{option}: expected one of {', '.join(known)}; got {value!r}")
+            raise ValueError(f"{option}: expected one of {', '.join(known)}; got {value!r}")
     return tuple(dict.fromkeys(values or ()))
 
 
@@ -273,7 +127,7 @@ def _find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # also fails for "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"--device: {name!r} is not available: {first_line(error)}") from None
+        raise ValueError(f"--device: {name!r} is not available: {first_line(error)}") from None
     return device
 
 
@@ -284,7 +138,7 @@ def _choose_backends(named: tuple[str, ...], device: torch.device) -> tuple[tupl
     if problem is None:
         return chosen, {}
     if named:
-        raise OptionError(f"--backend: triton is not available on {device}: {problem}")
+        raise ValueError(f"--backend: triton is not available on {device}: {problem}")
     return tuple(name for name in chosen if name != "triton"), {"triton": problem}
 
 
@@ -305,7 +159,7 @@ def add(app: "typer.Typer") -> None:
             list[str],
             several(metavar="NAME", help=f"{', '.join(DTYPES)} (adapters in float32). [default: all]"),
         ],
-        rank: Annotated[list[int], several(metavar="R", help="[default: 16]")],
+        rank: Annotated[list[str], several(metavar="R", help="[default: 16]")],
         axis: Annotated[list[str], several(metavar="NAME", help="Magnitude axis: out, in. [default: both]")],
         backend: Annotated[
             list[str],
@@ -314,7 +168,7 @@ def add(app: "typer.Typer") -> None:
         device: Annotated[
             str, typer.Option(metavar="NAME", show_default=False, help="[default: an accelerator, else cpu]")
         ] = "",
-        seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the random problems.")] = 0,
+        seed: Annotated[str, typer.Option(metavar="N", help="Seed of the random problems.")] = "0",
         weight: Annotated[bool, typer.Option("--weight", help="Also check the base weight's gradient.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
@@ -322,12 +176,11 @@ def add(app: "typer.Typer") -> None:
 
         Options may be repeated. Exit status 1 if an error exceeds its budget.
         """
-        try:
-            options = settings(shape, dtype, rank, axis, backend, device or None, seed, weight)
+        with errors():
+            ranks = [number("--rank", one, int, least=1) for one in rank]
+            start = number("--seed", seed, int, *SEEDS)
+            options = settings(shape, dtype, ranks, axis, backend, device or None, start, weight)
             cells = _run_with_progress(options)
-        except OptionError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
         failed = [cell for cell in cells if not cell.ok]
         if as_json:
             print(json.dumps(_parity_json(options, cells), indent=2, allow_nan=False))

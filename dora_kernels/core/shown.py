@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 1000
@@ -18,6 +19,12 @@ def shown(text: str, longest: int = 200) -> str:
 def quoted(value: Any) -> str:
     """Return the repr of a value from a file, made safe by `shown`."""
     return shown(repr(value))
+
+
+def listed(names: Iterable[str], most: int = 1) -> str:
+    """The first `most` names, and how many more there are."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def name_problem(name: str) -> str | None:

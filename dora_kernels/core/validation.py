@@ -23,9 +23,7 @@ _SIZES = 1 << 31
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_layer(
-    x: Any, weights: Weights, scaling: Any, magnitude_axis: Any, weight_norm: Any, backend: Any
-) -> None:
+def check_layer(x: Any, weights: Weights, scaling: Any, magnitude_axis: Any, weight_norm: Any, backend: Any) -> None:
     """Check the arguments of `dora_linear`."""
     weight, lora_A, lora_B, magnitude, bias = weights
     check_adapter(weight, lora_A, lora_B, scaling, magnitude_axis, backend)
@@ -119,13 +117,14 @@ def check_number(value: Any, name: str, expected: str = "a number") -> None:
         raise ValueError(f"{name}: expected a finite number, got {_as_text(value)}")
 
 
-def check_rank(rank: Any, expected: str = "an int") -> None:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank: expected {expected}, got {type(rank).__name__}")
-    if int(rank) < 1:
-        raise ValueError(f"rank: expected at least 1, got {_as_text(rank)}")
-    if int(rank) >= _SIZES:
-        raise ValueError(f"rank: expected less than {_SIZES}, got {_as_text(rank)}")
+def check_size(value: Any, name: str, expected: str = "an int") -> None:
+    """Check for an int that can be the size of a dimension, such as a rank."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if int(value) < 1:
+        raise ValueError(f"{name}: expected at least 1, got {_as_text(value)}")
+    if int(value) >= _SIZES:
+        raise ValueError(f"{name}: expected less than {_SIZES}, got {_as_text(value)}")
 
 
 def check_scaling(scaling: Any) -> None:
@@ -134,7 +133,7 @@ def check_scaling(scaling: Any) -> None:
 
 def check_options(rank: Any, alpha: Any, dropout: Any, backend: Any, adapter_dtype: Any) -> None:
     """Check the options that every adapted layer is made with."""
-    check_rank(rank)
+    check_size(rank, "rank")
     if alpha is not None:
         check_number(alpha, "alpha")
     _check_real(dropout, "dropout", "a probability in [0, 1)")

@@ -105,16 +105,21 @@ def forward(
         return _forward(x, weights, scale, form, keep_base, low_dtype)
 
 
+def _factor(scale: Scale, magnitude: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What a kernel multiplies by, and what it divides that by first: g alone, or the magnitude by the divisor.
+
+    Both are None for plain LoRA.
+    """
+    g, divisor = scale
+    return (magnitude, divisor) if g is None and divisor is not None else (g, None)
+
+
 def _few(
     x: Tensor, weights: Weights, scale: Scale, form: Form, keep_base: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The forward of few tokens, in one read of W."""
     weight, lora_A, lora_B, magnitude, bias = weights
-    g, divisor = scale
-    if divisor is not None and g is None:
-        g = magnitude
-    else:
-        divisor = None
+    g, divisor = _factor(scale, magnitude)
     x = x if x.stride(1) == 1 else x.contiguous()
     made: tuple[Tensor, Tensor, Tensor | None]
     made = kernels().one_pass(x, weight, lora_A, lora_B, g, bias, form.scaling, keep_base, divisor)
@@ -126,14 +131,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     weight, lora_A, lora_B, magnitude, bias = weights
     dtype = x.dtype
-    (g, divisor), g_in = scale, None
-    if divisor is not None and g is None:
-        g = magnitude
-    elif divisor is not None:
-        divisor = None
+    (g, divisor), g_in = _factor(scale, magnitude), None
     if g is not None and form.magnitude_axis == "in":
-        g_in, g = g if divisor is None else quotient(g, divisor, x), None
-        divisor = None
+        g_in = g if divisor is None else quotient(g, divisor, x)
+        g = divisor = None
     h = None
     if low_dtype != dtype:  # the scaled x is rounded, so A is scaled instead
         h = mm(x, (lora_A if g_in is None else lora_A * g_in).t(), low_dtype)
@@ -192,11 +193,7 @@ def compose(
 
     The kept base includes the bias if `holds_bias`.
     """
-    (g, divisor), bias, base = scale, weights.bias, result
-    if g is None:
-        g = weights.magnitude
-    else:
-        divisor = None
+    (g, divisor), bias, base = _factor(scale, weights.magnitude), weights.bias, result
     if bias is not None and not holds_bias(result):
         base = result - cast(bias, result.dtype)
     elif bias is not None:

@@ -71,8 +71,12 @@ class Dequantized(NamedTuple):
 
     def whole(self) -> Tensor:
         """All of W."""
-        parts = sorted(((rows.start, block) for rows, block in self.blocks()), key=lambda part: part[0])
-        return torch.cat([block for _, block in parts]).to(self.dtype)
+        return joined(self.blocks()).to(self.dtype)
+
+
+def joined(blocks: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """All of W from its blocks ``rows, W[rows]``, in any order."""
+    return torch.cat([block for _, block in sorted(blocks, key=lambda part: part[0].start)])
 
 
 class MergedWeight(NamedTuple):

@@ -210,7 +210,7 @@ class NormCache:
         norm = self._last
         if norm is None or self.frozen is not None or lora_B.is_contiguous() or not _enabled:
             return lora_B
-        if getattr(norm, "held", None) is None or not _same_memory(norm.tensors[2], lora_B):
+        if norm.held is None or not _same_memory(norm.tensors[2], lora_B):
             return lora_B
         if norm.contiguous_b is None:
             norm.contiguous_b = lora_B.detach().contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
+from dora_kernels.core.shown import listed
 from dora_kernels.engine.merged import check_forward
 from dora_kernels.model.saving import unwatch_saving, watch_saving
 from dora_kernels.model.targets import (
@@ -67,7 +68,7 @@ def apply_dora(
             the projections inside `nn.MultiheadAttention`, which reads their weights itself. "all-linear" leaves out
             what cannot be adapted, and a warning gives names and reasons: quantised layers, layers whose weights the
             modules around them read (Mamba's ``out_proj``), and parameters that are many matrices in one (experts).
-        rank: of the factors, at least 1.
+        rank: of the factors, at least 1. It may exceed a layer's smaller side, as in PEFT, which only costs.
         alpha: the low-rank product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` with `use_rslora`. None:
             scaling 1.
         rank_pattern: other ranks for some layers, as PEFT's: keys are regular expressions that match the end of a name,
@@ -89,7 +90,8 @@ def apply_dora(
 
     Returns:
         The names of the adapted layers, in the model's order, and then those of the parameters. A warning names
-        patterns that match nothing, and convolutions with groups, whose adapters cannot be saved to a file.
+        patterns that match nothing, convolutions with groups, whose adapters cannot be saved to a file, and layers
+        with a smaller side than their rank.
 
     Raises:
         TypeError: a layer that is named (not by "all-linear") is of no kind that can be adapted: a plain `nn.Linear`,
@@ -118,21 +120,26 @@ def apply_dora(
     flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters(recurse=False)]
     layers: dict[nn.Module, AdaptedLayer] = {}
     around: dict[nn.Module, AdaptedLayer] = {}
+    made: dict[str, AdaptedLayer] = {}
     try:
         for module, names in stacks.items():
             for name in names:
                 own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
-                around[module] = adapted_stack(around.get(module, module), name, use_dora, **own, **options)
+                inner = around.get(module, module)
+                made[name] = around[module] = adapted_stack(inner, name, use_dora, **own, **options)
         for module, name in found.items():
             own = {"rank": ranks.get(name, rank), "alpha": alphas.get(name, alpha)}
             if use_dora and forward != "composed" and (isinstance(module, nn.Linear) or is_conv1d(module)):
                 own["forward"] = forward
-            layers[module] = adapted_layer(module, name, use_dora, **own, **options)
+            made[name] = layers[module] = adapted_layer(module, name, use_dora, **own, **options)
         named = [*found.values(), *(name for names in stacks.values() for name in names)]
         notes += ranks.unmatched(named) + alphas.unmatched(named)
-        unmergeable = [found[module] for module, layer in layers.items() if layer._cannot_be_merged]
-        if unmergeable:
+        if unmergeable := [name for name, layer in made.items() if layer._cannot_be_merged]:
             notes.append(f"{', '.join(unmergeable)}: {CANNOT_BE_MERGED}")
+        if wide := [name for name, layer in made.items() if _exceeds_full_rank(layer)]:
+            sizes = (f"{name} (rank {made[name].rank}, {_size(made[name])})" for name in wide)
+            what = "above the smaller side of a layer's weight it adds parameters and no freedom"
+            notes.append(f"rank: {what}: {listed(sizes, 3)}")
         for note in notes:
             warnings.warn(note, stacklevel=2)
     except BaseException:
@@ -143,6 +150,17 @@ def apply_dora(
         put(model, places[module], layer)
         watch_saving(model, places[module])
     return named
+
+
+def _exceeds_full_rank(layer: AdaptedLayer) -> bool:
+    """True if a smaller rank could give every product ``B A`` that this one can."""
+    rows, columns = layer._problem()[0].shape[-2:]
+    groups = getattr(layer.base_layer, "groups", 1)  # a convolution's, each with its part of the rank
+    return bool(layer.rank // groups > min(rows // groups, columns))
+
+
+def _size(layer: AdaptedLayer) -> str:
+    return "x".join(str(size) for size in layer._problem()[0].shape[-2:])
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import compiled
+from dora_kernels.core.shown import listed
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.modules import (
     AdaptedLayer,
@@ -131,12 +132,10 @@ def chosen(
         raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
     known = [name for names in places.values() for name in names if name]
     missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
-    stacks = _stacks(model) if everything else []
-    left = [f"'all-linear' leaves out {reasons}"] * bool(left_out)
-    if stacks:
-        more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
+    left = [f"'all-linear' leaves out {reasons}"] if left_out else []
+    if everything and (stacks := _stacks(model)):
         what = "three-dimensional parameters (stacked experts) are adapted by target_parameters"
-        left.append(f"'all-linear' leaves out {', '.join(stacks[:3])}{more}: {what}")
+        left.append(f"'all-linear' leaves out {listed(stacks, 3)}: {what}")
     return found, left + missed
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.core.products import BLOCK_ELEMENTS
+from dora_kernels.engine.merged import joined
 
 Blocks = Iterator[tuple[slice, Tensor]]
 
@@ -51,10 +52,7 @@ def carrier(base: nn.Module) -> Tensor | None:
 def dequantized(base: nn.Module) -> Tensor | None:
     """All of W, dequantised, for merging."""
     blocks = row_blocks(base)
-    if blocks is None:
-        return None
-    parts = sorted(((rows.start, block) for rows, block in blocks()), key=lambda part: part[0])
-    return torch.cat([block for _, block in parts])
+    return None if blocks is None else joined(blocks())
 
 
 def _steps(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:

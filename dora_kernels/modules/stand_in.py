@@ -179,11 +179,11 @@ class StandIn:
         if self._rows_first == rows_first:
             return self._experts
         if any(each.g is not None for each in self._experts.adapters):
-            shape, other = ("[experts, out, in]", "[experts, in, out]")[:: 1 if rows_first else -1]
+            read, made = ("out, in", "in, out") if rows_first else ("in, out", "out, in")
             raise UnsupportedError(
-                f"{self._name}: the layer's forward reads this weight as {shape}, and the adapter's magnitudes were "
-                f"made for {other}; set is_transposed={not rows_first} on the module that holds it, and make the "
-                "adapter again"
+                f"{self._name}: the layer's forward reads this weight as [experts, {read}], and the adapter's "
+                f"magnitudes were made for [experts, {made}]; set is_transposed={not rows_first} on the module that "
+                "holds it, and make the adapter again"
             )
         return self._experts.turned()
 
@@ -198,8 +198,8 @@ class StandIn:
             result = answer(*args, **(kwargs or {}))
             if result is not None:
                 return result
-        formed = [_formed(each) for each in args], {name: _formed(each) for name, each in (kwargs or {}).items()}
-        return function(*formed[0], **formed[1])
+        named = {name: _formed(each) for name, each in (kwargs or {}).items()}
+        return function(*map(_formed, args), **named)
 
 
 def _formed(value: Any) -> Any:
@@ -249,6 +249,7 @@ def _right(x: Tensor, weight: StandIn, rows_first: bool) -> Tensor | None:
 
 
 def _mm(input: Any, mat2: Any) -> Tensor | None:
+    """`_matmul`, by the argument names of `torch.mm` and `torch.bmm`."""
     return _matmul(input, mat2)
 
 

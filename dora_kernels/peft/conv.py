@@ -19,7 +19,7 @@ from dora_kernels.core import convolution
 from dora_kernels.core.problem import Weights
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.peft.layer import DoraLayer, DoraVariant, NormSource
-from dora_kernels.peft.state import active_dropout, interpolated, read, settings
+from dora_kernels.peft.state import active_dropout, interpolated, read_modules, settings
 
 _KINDS: dict[Any, tuple[Any, Callable[..., Tensor]]] = {
     nn.Conv1d: (DoraConv1dLayer, F.conv1d),
@@ -29,22 +29,16 @@ _KINDS: dict[Any, tuple[Any, Callable[..., Tensor]]] = {
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
-    """`read`, with two-dimensional tensors and the magnitude as a vector.
+    """`read_modules`, with two-dimensional tensors and the magnitude as a vector.
 
     Groups are no linear problem: see `_grouped_norm`.
     """
-    children = layer._modules
-    base = children["base_layer"]
-    lora_A, lora_B = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
-    identity = base, lora_A, lora_B, type(base), type(lora_A), type(lora_B), lora_B._parameters.get("bias")
-    weights = read(layer, adapter, weight, a, b, bias, identity, _fit)
+    weights = read_modules(layer, adapter, _fit)
     if weights is None:
         return None
-    last = base.groups == 1 and not weights.weight.is_contiguous()
+    last = layer._modules["base_layer"].groups == 1 and not weights.weight.is_contiguous()
     w, a = convolution.rows(weights.weight, last), convolution.rows(weights.lora_A, last)
-    return Weights(w, a, weights.lora_B.flatten(1), weights.magnitude.view(-1), bias)
+    return Weights(w, a, weights.lora_B.flatten(1), weights.magnitude.view(-1), weights.bias)
 
 
 def _fit(layer: Any, adapter: str, weights: Weights) -> bool:

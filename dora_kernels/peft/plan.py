@@ -21,7 +21,7 @@ from dora_kernels.peft.state import (
     SWITCH,
     hooked,
     norm_cache,
-    read,
+    read_modules,
     show_caching,
     switch,
 )
@@ -30,14 +30,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_weights(layer: Any, adapter: str) -> Weights | None:
-    """`read`, with Conv1D's weight, which is stored transposed, as rows."""
-    children = layer._modules
-    base = children["base_layer"]
-    lora_A, lora_B = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
-    identity = base, lora_A, lora_B, type(base), type(lora_A), type(lora_B), lora_B._parameters.get("bias")
-    weights = read(layer, adapter, weight, a, b, bias, identity, _fit)
+    """`read_modules`, with Conv1D's weight, which is stored transposed, as rows."""
+    weights = read_modules(layer, adapter, _fit)
     return weights._replace(weight=weights.weight.t()) if weights is not None and layer.fan_in_fan_out else weights
 
 

@@ -167,8 +167,9 @@ class UnmergedParts:
     @property
     def weight(self) -> Tensor:
         """The whole dequantised weight. Merging makes it whole too."""
-        weight: Any = dequantize.dequantized(self._before)
-        return weight  # type: ignore[no-any-return]
+        weight = dequantize.dequantized(self._before)
+        assert weight is not None
+        return weight
 
     def merged(self, base: Any) -> None:
         """Record which tensors the merged layer has."""
@@ -245,10 +246,10 @@ def _merged(layer: Any, adapter: str, x: Tensor, weights: Weights) -> Tensor | N
     dtype, result = _dtypes(cache, base, x)
     of_norm = DoraQuantizedVariant.norm_source(layer, adapter, weights)[1]
     source = merged.Dequantized(blocks, of_norm, dtype)  # type: ignore[arg-type]
-    read = cast(x, dtype)
-    if not merged.runs_merged(read, weights, cache, layer.training, source):
+    x = cast(x, dtype)
+    if not merged.runs_merged(x, weights, cache, layer.training, source):
         return None
-    return cast(merged.run_merged(read, weights, form, cache, layer.training, source=source), result)
+    return cast(merged.run_merged(x, weights, form, cache, layer.training, source=source), result)
 
 
 def _dtypes(cache: AdapterCache, base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -150,6 +150,17 @@ def interpolated(layer: Any, adapter: str, base: Tensor, dora: Tensor) -> Tensor
     return torch.lerp(base.to(dora.dtype), dora, k)
 
 
+def read_modules(layer: Any, adapter: str, fit: Callable[[Any, str, Weights], bool]) -> Weights | None:
+    """`read`, of a layer whose base layer and factors are modules with a weight."""
+    children = layer._modules
+    base = children["base_layer"]
+    lora_A, lora_B = children["lora_A"]._modules[adapter], children["lora_B"]._modules[adapter]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    identity = base, lora_A, lora_B, type(base), type(lora_A), type(lora_B), lora_B._parameters.get("bias")
+    return read(layer, adapter, weight, a, b, bias, identity, fit)
+
+
 def read(
     layer: Any,
     adapter: str,

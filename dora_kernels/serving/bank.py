@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import Adapter, read_adapter
-from dora_kernels.serving.batch import RUNNING, Batch, Watch, around, checked, counted
+from dora_kernels.serving.batch import Batch, Watch, around, checked, counted, entered
 from dora_kernels.serving.layer import LayerSlots, Packed, Stacks, Target
 from dora_kernels.serving.pack import check_base, packed
 from dora_kernels.serving.residents import Entry, Residents
@@ -182,12 +182,8 @@ class AdapterBank:
                 has another number of rows.
             RuntimeError: at the end, if the model ran and none of its adapted layers did.
         """
-        names = checked(adapters)
-        with self._running(names, "adapters") as (slots, ranks, entries):
-            rows = [-1 if name is None else slots[name] for name in names]
-            batch = Batch(self, rows, ranks, repeats, entries=entries)
-            with self._batch(batch):
-                yield
+        with self._running(checked(adapters), "adapters", repeats=repeats):
+            yield
 
     @contextmanager
     def tokens(self, slot_index: Sequence[int] | Tensor, names: Sequence[str] | None = None) -> Iterator[None]:
@@ -214,11 +210,8 @@ class AdapterBank:
                 f"slot_index: there is no adapter at {wrong[0]}; -1 is the base model, and there are {known}"
             )
         used = [None if i < 0 else chosen[i] for i in index]
-        with self._running(used, "names") as (slots, ranks, entries):
-            rows = [-1 if name is None else slots[name] for name in used]
-            batch = Batch(self, rows, ranks, packed=True, entries=entries)
-            with self._batch(batch):
-                yield
+        with self._running(used, "names", packed=True):
+            yield
 
     def generate(
         self, inputs: Tensor | Mapping[str, Any] | None = None, adapters: Sequence[str | None] = (), **options: Any
@@ -374,18 +367,20 @@ class AdapterBank:
 
     @contextmanager
     def _running(
-        self, names: Sequence[str | None], argument: str
-    ) -> Iterator[tuple[dict[str, int], list[int], tuple[Entry, ...]]]:
-        """Keep the adapters in their slots, which are given by name, with all slots' ranks."""
+        self, names: Sequence[str | None], argument: str, repeats: int = 1, packed: bool = False
+    ) -> Iterator[None]:
+        """Run a batch with these adapters, which keep their slots meanwhile."""
         distinct = [name for name in dict.fromkeys(names) if name is not None]
         with self._lock:
             entries = self._seat(distinct, argument)
             for entry in entries:
                 entry.users += 1
-            slots = {entry.name: entry.slot for entry in entries if entry.slot is not None}
+            places = {entry.name: entry.slot for entry in entries if entry.slot is not None}
+            slots = [-1 if name is None else places[name] for name in names]
             ranks = [0 if entry is None else entry.rank for entry in self._residents.slots]
         try:
-            yield slots, ranks, tuple(entries)
+            with entered(Batch(self, slots, ranks, repeats, packed, entries=tuple(entries))):
+                yield
         finally:
             with self._lock:
                 for entry in entries:
@@ -397,18 +392,3 @@ class AdapterBank:
                         if slot is not None and heir is not None and heir.slot is None:
                             self._put(heir, slot)
                 self._lock.notify_all()
-
-    @contextmanager
-    def _batch(self, batch: Batch) -> Iterator[None]:
-        batch.outer = RUNNING.get()
-        token = RUNNING.set(batch)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            RUNNING.reset(token)
-        if batch.called and batch.entries and not batch.met:
-            raise RuntimeError(
-                "rows: the model ran, but none of the layers with adapters, so its output is the base model's; were "
-                "they called in another thread, or compiled before the bank was made?"
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,23 @@ def running(bank: Any) -> Batch | None:
     if batch is None or batch.bank is bank:
         return batch
     return next(around(bank), None)
+
+
+@contextmanager
+def entered(batch: Batch) -> Iterator[None]:
+    """Make it the running batch, without gradients. RuntimeError at the end if the model ran and no adapter did."""
+    batch.outer = RUNNING.get()
+    token = RUNNING.set(batch)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        RUNNING.reset(token)
+    if batch.called and batch.entries and not batch.met:
+        raise RuntimeError(
+            "rows: the model ran, but none of the layers with adapters, so its output is the base model's; were "
+            "they called in another thread, or compiled before the bank was made?"
+        )
 
 
 class Watch:

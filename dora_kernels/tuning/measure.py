@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -100,7 +101,7 @@ def tune(
         ValueError: there is no linear layer or shape, or a number is out of range. Nothing is written.
         OSError: the table cannot be written.
     """
-    validation.check_rank(rank)
+    validation.check_size(rank, "rank")
     validation.check_number(seconds, "seconds")
     shapes, of_device, of_dtype = shapes_of(model_or_shapes, int(rank))
     quantised = quantised_of(model_or_shapes, int(rank))
@@ -122,7 +123,7 @@ def tune(
     if not counts:
         raise ValueError("tokens: expected at least one number")
     for count in counts:
-        validation.check_rank(count, "tokens as ints")
+        validation.check_size(count, "tokens", "ints")
     # With the kernels also evaluation, and their tiles.
     comparisons = len(shapes) * (2 + len(counts) * (1 if where.type == "cpu" else 2))
     comparisons += 0 if where.type == "cpu" else _TILE_QUESTIONS
@@ -226,9 +227,7 @@ def _last(measured: dict[int, dict[str, float]], way: str, other: str) -> int:
     return last
 
 
-def _first(
-    measured: dict[int, dict[str, float]], way: str, others: list[str], once: dict[str, float]
-) -> int | None:
+def _first(measured: dict[int, dict[str, float]], way: str, others: list[str], once: dict[str, float]) -> int | None:
     """The fewest tokens from which on `way` is the fastest at every number measured, what a step does once included."""
     first = None
     for count in sorted(measured, reverse=True):
@@ -244,13 +243,13 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[str], None]]:
     if not wanted:
         yield lambda text: None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         done = iter(range(1, total + 1))
         yield lambda text: print(f"{next(done, total)}/{total} {text}", file=sys.stderr)
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("checking", total=total)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_kernels.core.validation import check_rank
+from dora_kernels.core.validation import check_size
 from dora_kernels.modules import AdaptedLayer, LoRALinear, dequantize
 
 Shape = tuple[int, int, int]
@@ -76,7 +76,7 @@ def _given(shapes: Iterable[Any]) -> list[Shape]:
         if any(isinstance(size, int) and size < 1 for size in shape):
             raise ValueError(f"model_or_shapes: expected out_features, in_features, rank of at least 1, got {shape!r}")
         for size in shape:
-            check_rank(size, "ints: (out_features, in_features, rank)")
+            check_size(size, "model_or_shapes", "ints: (out_features, in_features, rank)")
         found.append((int(shape[0]), int(shape[1]), int(shape[2])))
     if not found:
         raise ValueError("model_or_shapes: no shapes given")

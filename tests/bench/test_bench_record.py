@@ -162,6 +162,12 @@ def test_the_straight_line():
     assert plots.straight({1: 1.0, 2: 4.0, 3: 1.0})[2] == pytest.approx(0.0)
 
 
+def test_a_running_mean_starts_where_it_is_full():
+    """The mean of the first few losses alone would be a jump that no training made."""
+    assert plots.running_mean([8.0, 4.0, 3.0, 2.0], width=2) == {2: 6.0, 3: 3.5, 4: 2.5}
+    assert plots.running_mean([8.0], width=2) == {}
+
+
 def test_a_wrong_row_shows():
     rows = [row(), row(provider="peft_dora", errors={"y": 1e-7, "x": 2e-3}, limits={"y": 1e-6, "x": 1e-3})]
     sheet = show.comparison(rows)

@@ -13,8 +13,8 @@ import torch
 
 import dora_kernels
 from dora_kernels import cli, dora_linear, testing
-from dora_kernels.cli import doctor, parity
-from dora_kernels.cli.parity import Case, OptionError
+from dora_kernels.cli import cases, doctor, parity
+from dora_kernels.cli.cases import Case
 from dora_kernels.engine import dispatch, formula, norm_cache
 
 f64 = torch.float64
@@ -71,8 +71,8 @@ def break_layer(monkeypatch, quantity, change=lambda t: t.mul_(1.2)):
     """Make one result of the layer wrong on the CPU, and nothing else."""
     right = formula.linear
     if quantity == "norm":
-        right_norm = parity.dora_weight_norm
-        monkeypatch.setattr(parity, "dora_weight_norm", lambda *args, **kw: change(right_norm(*args, **kw)))
+        right_norm = cases.dora_weight_norm
+        monkeypatch.setattr(cases, "dora_weight_norm", lambda *args, **kw: change(right_norm(*args, **kw)))
     elif quantity == "y":
 
         def off(*args):
@@ -81,7 +81,7 @@ def break_layer(monkeypatch, quantity, change=lambda t: t.mul_(1.2)):
 
         monkeypatch.setattr(formula, "linear", off)
     else:
-        name = {short: name for name, short in parity._GRADIENTS.items()}[quantity]
+        name = {short: name for name, short in cases._GRADIENTS.items()}[quantity]
 
         class Wrong(torch.autograd.Function):
             @staticmethod
@@ -108,14 +108,14 @@ def break_layer(monkeypatch, quantity, change=lambda t: t.mul_(1.2)):
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
-@pytest.mark.parametrize("dtype", parity.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_the_errors_are_those_of_the_layer(dtype, axis):
     """Computed once more, with the formula written out in float64."""
-    yardstick = parity.prepare(Case((9, 20, 24), 3, dtype, axis), CPU, seed=5)
-    cells = {cell.quantity: cell for cell in parity.measure(yardstick, "torch")}
+    yardstick = cases.prepare(Case((9, 20, 24), 3, dtype, axis), CPU, seed=5)
+    cells = {cell.quantity: cell for cell in cases.measure(yardstick, "torch")}
     leaves = {name: t.to(f64).requires_grad_() for name, t in yardstick.problem.tensors.items()}
     x, weight, lora_A, lora_B, magnitude, bias = leaves.values()
-    assert lora_B.any() and yardstick.problem.tensors["lora_A"].dtype == parity.DTYPES[dtype][1]
+    assert lora_B.any() and yardstick.problem.tensors["lora_A"].dtype == cases.DTYPES[dtype][1]
     direction = weight + 0.7 * lora_B @ lora_A
     norm = direction.detach().norm(dim=1 if axis == "out" else 0)
     g = magnitude / norm
@@ -136,12 +136,12 @@ def test_the_errors_are_those_of_the_layer(dtype, axis):
     assert cells["norm"].ok and cells["norm"].error < 1e-6
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_pefts_formula_is_pefts(dtype):
     """The same numbers as PEFT's own layer, up to a tenth of what that is off by."""
     peft = pytest.importorskip("peft")
     case = Case((9, 20, 24), 3, dtype, "out")
-    yardstick = parity.prepare(case, CPU, weight_gradient=True)
+    yardstick = cases.prepare(case, CPU, weight_gradient=True)
     tensors = yardstick.problem.tensors
     model = torch.nn.Sequential(torch.nn.Linear(24, 20))
     config = peft.LoraConfig(r=3, lora_alpha=0.7 * 3, use_dora=True, target_modules=["0"])
@@ -160,25 +160,25 @@ def test_pefts_formula_is_pefts(dtype):
     y = layer(leaves["x"])
     grads = torch.autograd.grad(y, [leaves[name] for name in yardstick.gradients], yardstick.problem.dy)
     theirs = {"y": y.detach(), **dict(zip(yardstick.gradients, grads))}
-    formula = testing.solve(parity.peft_formula, yardstick.problem, yardstick.gradients)
+    formula = testing.solve(cases.peft_formula, yardstick.problem, yardstick.gradients)
     assert set(formula) == set(theirs)
     for name, result in formula.items():
         assert result.dtype == theirs[name].dtype
-        short = parity._GRADIENTS.get(name, name)
+        short = cases._GRADIENTS.get(name, name)
         apart = (result.to(f64) - theirs[name].to(f64)).norm() / yardstick.exact[short].norm()
         assert apart <= 0.1 * yardstick.peft[short]
 
 
 @pytest.mark.parametrize("quantity", [*QUANTITIES, "dW"])
-@pytest.mark.parametrize("dtype", parity.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("axis", ["out", "in"])
 def test_every_cell_can_fail(monkeypatch, quantity, dtype, axis):
     """A result that is wrong by a few times its budget fails, and no other does."""
-    yardstick = parity.prepare(Case((9, 20, 24), 3, dtype, axis), CPU, weight_gradient=True)
-    assert all(cell.ok for cell in parity.measure(yardstick, "torch"))
+    yardstick = cases.prepare(Case((9, 20, 24), 3, dtype, axis), CPU, weight_gradient=True)
+    assert all(cell.ok for cell in cases.measure(yardstick, "torch"))
     step = 3 * yardstick.budget[quantity]
     break_layer(monkeypatch, quantity, lambda t: t.mul_(1 + step))
-    cells = parity.measure(yardstick, "torch")
+    cells = cases.measure(yardstick, "torch")
     assert [cell.quantity for cell in cells if not cell.ok] == [quantity]
     error = next(cell.error for cell in cells if cell.quantity == quantity)
     assert error == pytest.approx(step, rel=0.5)
@@ -186,11 +186,11 @@ def test_every_cell_can_fail(monkeypatch, quantity, dtype, axis):
 
 def test_a_formula_that_overflows_grants_nothing(monkeypatch):
     case = Case((9, 20, 24), 3, "float16", "out")
-    fair = parity.prepare(case, CPU).budget["y"]
-    right = parity.peft_formula
+    fair = cases.prepare(case, CPU).budget["y"]
+    right = cases.peft_formula
     for bad in (torch.nan, torch.inf):
-        monkeypatch.setattr(parity, "peft_formula", lambda *args, bad=bad, **kw: right(*args, **kw) * bad)
-        assert 0 < parity.prepare(case, CPU).budget["y"] <= fair
+        monkeypatch.setattr(cases, "peft_formula", lambda *args, bad=bad, **kw: right(*args, **kw) * bad)
+        assert 0 < cases.prepare(case, CPU).budget["y"] <= fair
 
 
 def test_threads_are_given_back(monkeypatch):
@@ -221,7 +221,7 @@ def test_parity_table(invoke):
     assert "torch on cpu: 9 tokens, 24 to 20 features, rank 3" in output
     header = next(line for line in output.splitlines() if line.lstrip().startswith("dtype"))
     assert header.split() == ["dtype", *QUANTITIES]
-    for dtype, axis in [(dtype, axis) for dtype in parity.DTYPES for axis in ("out", "in")]:
+    for dtype, axis in [(dtype, axis) for dtype in cases.DTYPES for axis in ("out", "in")]:
         rows = [line.split() for line in output.splitlines()]
         ours = [at for at, row in enumerate(rows) if row[:2] == [dtype, "ours"]][axis == "in"]
         assert rows[ours + 1][:3] == ["axis", axis, "PEFT"] and rows[ours + 2][0] == "budget"
@@ -317,8 +317,8 @@ def test_a_backend_that_is_not_available(monkeypatch, call):
         (["--dtype", "half"], ["--dtype", "float32, bfloat16, float16, mixed", "'half'"]),
         (["--backend", "fast"], ["--backend", "auto, torch, triton", "'fast'"]),
         (["--axis", "row"], ["--axis", "out, in", "'row'"]),
-        (["--rank", "0"], ["--rank", "at least 1", "0"]),
-        (["--rank", "many"], ["--rank", "integer"]),
+        (["--rank", "0"], ["--rank: expected a whole number of at least 1, got '0'"]),
+        (["--rank", "2", "--rank", "many"], ["--rank: expected a whole number of at least 1, got 'many'"]),
         (["--shape", "1,2"], ["--shape", "tokens,out_features,in_features", "'1,2'"]),
         (["--shape", "1,2,3,4"], ["--shape", "'1,2,3,4'"]),
         (["--shape", "a,b,c"], ["--shape", "'a,b,c'"]),
@@ -327,7 +327,8 @@ def test_a_backend_that_is_not_available(monkeypatch, call):
         (["--device", "quux"], ["--device", "'quux'", "not available"]),
         (["--device", "cuda:99"], ["--device", "'cuda:99'", "not available"]),
         (["--device", "meta"], ["--device", "'meta'", "not available"]),
-        (["--seed", "-1"], ["--seed"]),
+        (["--seed", "-1"], [f"--seed: expected a whole number from 0 to {2**62}, got '-1'"]),
+        (["--seed", "1.5"], [f"--seed: expected a whole number from 0 to {2**62}, got '1.5'"]),
         (["--colour"], ["--colour"]),
         (["surplus"], ["surplus"]),
     ],
@@ -344,8 +345,8 @@ def test_bad_input(call, arguments, words):
 
 def test_bad_input_in_typers_own_runner(invoke):
     status, output = invoke("parity", "--rank", "-3")
-    assert status == 2 and "--rank: expected at least 1, got -3" in output
-    with pytest.raises(OptionError, match="--axis"):
+    assert status == 2 and "--rank: expected a whole number of at least 1, got '-3'" in output
+    with pytest.raises(ValueError, match="--axis"):
         parity.settings(axes=["both"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -70,7 +71,14 @@ def test_convert_takes_an_axis_and_a_format(call, tmp_path):
     ("arguments", "words"),
     [
         (["convert", "in", "in", "--to", "peft"], "exists already; --force overwrites it"),
-        (["convert", "in", "in", "--to", "peft", "--force", "--scaling", "x"], "--scaling: expected a number, got 'x'"),
+        (["convert", "in", "in", "--to", "peft", "--scaling", "x"], "--scaling: expected a finite number, got 'x'"),
+        (["inspect", "in", "--scaling", "nan"], "--scaling: expected a finite number, got 'nan'"),
+        (["merge", "base", "in", "out", "--scaling", "inf"], "--scaling: expected a finite number, got 'inf'"),
+        (["merge", "base", "in", "out", "--strength", "abc"], "--strength: expected a finite number, got 'abc'"),
+        (["merge", "base", "in", "out", "--strength", "-inf"], "--strength: expected a finite number, got '-inf'"),
+        (["merge", "base", "in", "out", "--seed", "1.5"], "--seed: expected a whole number from 0 to"),
+        (["merge", "base", "in", "out", "--seed", "-1"], "got '-1'"),
+        (["merge", "base", "in", "out", "--rounding", "up"], "--rounding: expected 'nearest' or 'stochastic'"),
         (["convert", "bare", "out", "--to", "peft"], "pass --scaling to read it anyway"),
         (["inspect", "bare"], "pass --scaling to read it anyway"),
         (["merge", "base", "bare", "out"], "pass --scaling to read it anyway"),
@@ -250,17 +258,59 @@ def test_an_ascii_output(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("options", [[], ["--json"]])
 @pytest.mark.parametrize("buffered", [True, False])
-def test_an_output_that_takes_nothing(tmp_path, monkeypatch, capsys, options, buffered):
-    """A full device and a closed pipe: a line, and no traceback, also when Python ends."""
+def test_a_full_device(tmp_path, monkeypatch, capsys, options, buffered):
+    """A line, and no traceback, also when Python ends."""
     place = single(tmp_path / "in")
+    opened = open("/dev/full", "wb", -1 if buffered else 0)  # noqa: SIM115
+    with io.TextIOWrapper(opened, write_through=not buffered) as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert cli.main(["inspect", str(place), *options]) == 2
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
+
+
+COMMANDS = {
+    "help": ["--help"],
+    "no command": [],
+    "doctor": ["doctor"],
+    "doctor, json": ["doctor", "--json"],
+    "parity": ["parity", "--shape", "3,4,5", "--rank", "2", "--dtype", "float32", "--axis", "out", "--device", "cpu"],
+    "tune": ["tune", "4x5x2", "--tokens", "1", "--seconds", "1", "--device", "cpu"],
+    "convert": ["convert", "in", "out", "--to", "lycoris"],
+    "merge": ["merge", "base", "in", "out"],
+    "inspect": ["inspect", "in"],
+    "inspect, json": ["inspect", "in", "--json"],
+    "serve-check": ["serve-check", "base", "in"],
+    "serve-check, json": ["serve-check", "base", "in", "--json"],
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone(tmp_path, base, monkeypatch, capsys, arguments, buffered):
+    """As ``| head -1``: every command ends without a word, with a shell's status, and what it writes is complete."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    saved(tmp_path / "in", adapter_for(Model(), NAMES, rank=3))
     reading, writing = os.pipe()
     os.close(reading)
-    for target, reason in ((os.open("/dev/full", os.O_WRONLY), "No space left on device"), (writing, "Broken pipe")):
-        opened = open(target, "wb", -1 if buffered else 0)  # noqa: SIM115
-        with io.TextIOWrapper(opened, write_through=not buffered) as stdout, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", stdout)
-            assert cli.main(["inspect", str(place), *options]) == 2
-        assert capsys.readouterr().err == f"error: standard output: {reason}\n"
+    with io.TextIOWrapper(open(writing, "wb", -1 if buffered else 0), write_through=not buffered) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(arguments) == 141
+    said = capsys.readouterr().err
+    assert said == "" or (arguments[0] == "tune" and "error" not in said)  # which shows its progress
+    assert (tmp_path / "out").exists() == (arguments[:1] in (["convert"], ["merge"]))
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_has_gone_when_python_ends(tmp_path, stream):
+    """Of a message on standard error too."""
+    single(tmp_path / "in")
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "dora_kernels", "inspect", str(tmp_path / ("in" if stream == "stdout" else "no"))]
+    done = subprocess.run(program, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writing})
+    os.close(writing)
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
 
 
 PREFIX = f"base_model.model.{NAMES[1]}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -17,13 +18,19 @@ from safetensors.torch import load_file, save_file
 
 import dora_kernels
 from dora_kernels.cli import serve_check
-from dora_kernels.vllm import TESTED
+from dora_kernels.vllm import TESTED, registry
 
 
 @pytest.fixture
 def base(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch):
+    """Whether vLLM is installed here decides nothing but where a test says so."""
+    monkeypatch.setattr(serve_check, "version_of", lambda *_: None)
 
 
 def asked(call, *arguments):
@@ -35,12 +42,11 @@ def serves(found):
     return {name: verdict["serves"] for name, verdict in found.items()}
 
 
-def test_dora(call, tmp_path, base, monkeypatch):
+def test_dora(call, tmp_path, base):
     adapter, _ = adapter_file(tmp_path, llama())
-    monkeypatch.setattr(serve_check, "version_of", lambda *_: None)
     status, found = asked(call, base, adapter)
     assert status == 0 and serves(found) == {
-        "bank": "right", "vllm": "right", "sglang": "refused", "lorax": "wrong", "tgi": "wrong",
+        "bank": "right", "vllm": "unchecked", "sglang": "refused", "lorax": "wrong", "tgi": "wrong",
         "tensorrt-llm": "wrong", "llama.cpp": "refused",
     }  # fmt: skip
     assert "--max-lora-rank 8" in found["vllm"]["advice"] and "merge" in found["lorax"]["advice"]
@@ -53,6 +59,7 @@ def test_dora(call, tmp_path, base, monkeypatch):
 
 def test_installed_versions(call, tmp_path, base, monkeypatch):
     adapter, _ = adapter_file(tmp_path, llama())
+    monkeypatch.setattr(serve_check, "serves_with_lora", lambda names: names == ("LlamaForCausalLM",))
     for version, wanted in ((TESTED[0], "right"), (f"{TESTED[-1]}+cpu", "right"), ("0.1.0", "refused")):
         monkeypatch.setattr(serve_check, "version_of", lambda *_, version=version: version)
         found = asked(call, base, adapter, "--engine", "vllm")[1]["vllm"]
@@ -60,9 +67,54 @@ def test_installed_versions(call, tmp_path, base, monkeypatch):
     assert "0.1.0 has not been tested" in found["reason"] and f"vllm=={TESTED[-1]}" in found["advice"]
 
 
+def test_the_models_class(call, tmp_path, base, monkeypatch):
+    """Of vLLM, by what it answers; of the others nothing is known, and "right" would be a guess."""
+    adapter, _ = adapter_file(tmp_path, llama())
+    config = json.loads((base / "config.json").read_text())
+
+    def verdict(answer, names=("LlamaForCausalLM",), **options):
+        def ask(given):
+            assert given == names
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        (base / "config.json").write_text(json.dumps(config | {"architectures": list(names)} | options))
+        monkeypatch.setattr(serve_check, "serves_with_lora", ask)
+        status, found = asked(call, base, adapter, "--engine", "vllm")
+        assert status == (found["vllm"]["serves"] == "refused")
+        return found["vllm"]
+
+    unchecked = "whether it serves {} with LoRA was not checked"
+    found = verdict(AssertionError("not installed: not asked"), ("T5ForConditionalGeneration",))
+    assert found["serves"] == "unchecked"
+    assert found["reason"].endswith(f"{unchecked.format('T5ForConditionalGeneration')}: vLLM is not installed here")
+    monkeypatch.setattr(serve_check, "version_of", lambda *_: TESTED[0])
+    assert verdict(True)["serves"] == "right"
+    found = verdict(False, ("GPT2LMHeadModel",))
+    assert found["serves"] == "refused" and "serves GPT2LMHeadModel without LoRA" in found["reason"]
+    found = verdict(None, ("Own",))
+    assert found["serves"] == "unchecked" and "has no class of its own for Own" in found["reason"]
+    found = verdict(None, ("T5ForConditionalGeneration",), is_encoder_decoder=True)
+    assert found["serves"] == "refused" and "encoder-decoders" in found["reason"]
+    found = verdict(RuntimeError("vLLM could not be asked: no torch"))
+    assert found["serves"] == "unchecked" and found["reason"].endswith("could not be asked: no torch")
+    for named in (None, "Llama", []):
+        found = verdict(AssertionError("not asked"), architectures=named)
+        assert found["serves"] == "unchecked" and "names no class" in found["reason"]
+
+
+def test_a_vllm_that_cannot_be_asked(monkeypatch, tmp_path):
+    (tmp_path / "vllm.py").write_text("raise OSError('half\\ninstalled')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(RuntimeError, match="vLLM could not be asked: installed"):
+        registry.serves_with_lora(["LlamaForCausalLM"])
+
+
 def test_plain_lora_and_other_formats(call, tmp_path, base):
     adapter, _ = adapter_file(tmp_path, llama(), plain=True)
-    assert set(serves(asked(call, base, adapter)[1]).values()) == {"right"}
+    found = serves(asked(call, base, adapter)[1])
+    assert found.pop("bank") == "right" and set(found.values()) == {"unchecked"}
     adapter, _ = adapter_file(tmp_path / "two", llama(), "kohya")
     status, found = asked(call, base, adapter)
     assert found["bank"]["serves"] == "right" and found["vllm"]["serves"] == "refused"
@@ -114,4 +166,4 @@ def test_tensors_trained_beside_the_adapter(call, tmp_path, base):
     }  # fmt: skip
     assert all("lm_head.weight trained beside" in verdict["reason"] for verdict in found.values())
     save_file(tensors | {"base_model.model.lm_head.weight": stored}, file)
-    assert set(serves(asked(call, base, adapter)[1]).values()) == {"right"}, "the base model's own"
+    assert set(serves(asked(call, base, adapter)[1]).values()) == {"right", "unchecked"}, "the base model's own"

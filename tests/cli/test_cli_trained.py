@@ -98,7 +98,7 @@ def test_as_peft_merges(call, tmp_path, make, options, moved):
     found = Checkpoint(tmp_path / "out2")
     assert all(torch.equal(found[key], before[key]) for key in moved)
     status, _, stderr = call("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out3", "--strength", "0.5")
-    assert status == 2 and "strength: expected 1" in stderr and "--adapter-only" in stderr
+    assert status == 2 and "--strength: expected 1" in stderr and "--adapter-only" in stderr
 
 
 @pytest.mark.parametrize(

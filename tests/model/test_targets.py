@@ -119,6 +119,22 @@ def test_names_that_match_nothing():
     assert said == ["exclude_modules: the model has no 'x.*'"]
 
 
+def test_a_rank_above_the_smaller_side():
+    """One warning for all layers; PEFT says nothing, and so does a layer, whose caller gives sizes and rank at once."""
+    layers = {f"layer{i}": nn.Linear(8, 5) for i in range(4)}
+    convolutions = {"wide": nn.Conv2d(4, 4, 3, groups=2), "narrow": nn.Conv2d(8, 3, 1)}
+    model = net(exact=nn.Linear(6, 40), **layers, **convolutions)
+    names = ["exact", *layers, *convolutions]
+    said = warned(lambda: apply_dora(model, names, rank=6, rank_pattern={"wide": 4, "narrow": 4}))
+    assert [text for text in said if text.startswith("rank:")] == [
+        "rank: above the smaller side of a layer's weight it adds parameters and no freedom: layer0 (rank 6, 5x8), "
+        "layer1 (rank 6, 5x8), layer2 (rank 6, 5x8) and 2 more"
+    ]
+    assert model.narrow.rank == 4 and model.wide.rank == 4
+    assert warned(lambda: apply_dora(net(exact=nn.Linear(6, 40)), ["exact"], rank=6)) == []
+    assert warned(lambda: DoRALinear(8, 5, rank=6)) == []
+
+
 def test_warnings_as_errors_leave_the_model_alone():
     model = net(own=MyLinear(8, 8))
     with warnings.catch_warnings():

@@ -253,6 +253,9 @@ def test_a_quantised_model(adapted, monkeypatch):
         ([(3, 4)], {}, r"expected a model, or \(out_features, in_features, rank\), got \(3, 4\)"),
         ([(3, 0, 2)], {}, "rank"),
         ([(3, 4, 2)], {"tokens": []}, "tokens: expected at least one number"),
+        ([(3, 4, 2)], {"tokens": [0]}, "tokens: expected at least 1, got 0"),
+        ([(3, 4, 2)], {"tokens": [1.0]}, "tokens: expected ints, got float"),
+        ([(3, 4.0, 2)], {}, "model_or_shapes: expected ints"),
         ([(3, 4, 2)], {"device": "meta"}, "device: expected cpu or cuda, got 'meta'"),
         ([(3, 4, 2)], {"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
         ([(3, 4, 2)], {"device": "cuda:99"}, "device: there is no cuda:99"),
@@ -267,7 +270,7 @@ def test_refused(folder, given, options, message):
 
 def test_the_command(folder):
     done = invoke("tune", "24x40", "--rank", "4", "--tokens", "1", "--seconds", "1", "--device", "cpu")
-    assert done.exit_code == 0 and "24x40 r4: norm" in done.output
+    assert done.exit_code == 0 and "24x40 r4: norm" in done.output and "1/3 24x40 r4" in done.output
     shown = json.loads(invoke("doctor", "--json").output)
     assert shown["devices"][0]["tuned"]["float32"].startswith("1 shapes, measured ")
     found = json.loads(next(folder.iterdir()).read_text())
@@ -276,10 +279,31 @@ def test_the_command(folder):
     assert "ignored" in json.loads(invoke("doctor", "--json").output)["devices"][0]["tuned"]["float32"]
 
 
-@pytest.mark.parametrize("arguments", [["24y40"], ["24x40", "--dtype", "int8"], ["24x40", "--tokens", "a"],
-                                       ["24x40", "--device", "tpu"]])  # fmt: skip
-def test_the_command_refuses(arguments):
-    assert invoke("tune", *arguments).exit_code == 2
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["24y40"], "LAYERS: expected OUTxIN or OUTxINxRANK, each at least 1, or a model's folder, got '24y40'"),
+        (["24x0"], "LAYERS: expected OUTxIN or OUTxINxRANK, each at least 1, or a model's folder, got '24x0'"),
+        (["24x40", "--dtype", "int8"], "--dtype: expected float32, bfloat16, float16, float64, got 'int8'"),
+        (
+            ["24x40", "--tokens", "a"],
+            "--tokens: expected whole numbers of at least 1 with commas between them, got 'a'",
+        ),
+        (
+            ["24x40", "--tokens", "0,1"],
+            "--tokens: expected whole numbers of at least 1 with commas between them, got '0,1'",
+        ),
+        (["24x40", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["24x40", "--rank", "0"], "--rank: expected a whole number of at least 1, got '0'"),
+        (["24x40", "--rank", "1.5"], "--rank: expected a whole number of at least 1, got '1.5'"),
+        (["24x40", "--seconds", "soon"], "--seconds: expected a finite number of at least 1, got 'soon'"),
+        (["24x40", "--seconds", "inf"], "--seconds: expected a finite number of at least 1, got 'inf'"),
+        (["24x40", "--seconds", "0"], "--seconds: expected a finite number of at least 1, got '0'"),
+    ],
+)
+def test_the_command_refuses(arguments, message):
+    done = invoke("tune", *arguments)
+    assert done.exit_code == 2 and done.output == f"error: {message}\n"
 
 
 def test_the_model_of_costs():

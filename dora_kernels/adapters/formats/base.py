@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.beside import NOTE
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
+from dora_kernels.core.shown import listed
 
 Parts = dict[str, str]
 """The keys of one layer's tensors by part: "lora_A", "lora_B", "magnitude" and parts that only this format has."""

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import Adapter, AdapterLayer, listed
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.components import (
     in_files,
     is_text_encoder,
@@ -40,6 +40,7 @@ from dora_kernels.adapters.formats.base import Format, Parts
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED
+from dora_kernels.core.shown import listed
 
 _EPS = torch.finfo(torch.float32).eps
 

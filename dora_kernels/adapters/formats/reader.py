@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, listed, problem_of
+from dora_kernels.adapters.adapter import UNDECIDED, AdapterLayer, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer, axis_by_norms
 from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import ByName, by_pattern
-from dora_kernels.core.shown import quoted
+from dora_kernels.core.shown import listed, quoted
 from dora_kernels.files import storage
 
 
