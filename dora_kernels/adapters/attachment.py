@@ -15,13 +15,12 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, proble
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.beside import WAY_OUT, trained
 from dora_kernels.adapters.experts import plan_stacks, stacked
-from dora_kernels.adapters.formats.stacks import ALTERNATING, EXCHANGED
+from dora_kernels.adapters.formats.stacks import layout
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers, no_adapted_layers
 from dora_kernels.model.saving import watch_saving
 from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
-from dora_kernels.modules.stand_in import hidden_transposed
 
 Models = nn.Module | Mapping[str, nn.Module]
 """A model, or several models of a pipeline by the names it has for them: ``{"unet": ..., "text_encoder": ...}``."""
@@ -70,8 +69,6 @@ def extract(model: Models) -> Adapter:
         ValueError: it has no adapted layer, or one whose strength is not 1, which an adapter cannot hold.
     """
     layers: dict[str, AdapterLayer] = {}
-    exchanged: list[str] = []
-    alternating: list[str] = []
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
@@ -90,10 +87,6 @@ def extract(model: Models) -> Adapter:
             layers[name] = AdapterLayer(
                 "experts", stacked_a.detach().clone(), stacked_b.detach().contiguous(), magnitude, layer.scaling
             )
-            if hidden_transposed(layer._holder()):
-                exchanged.append(name)
-            if base_layers[name].alternating:
-                alternating.append(name)
             continue
         a, b = (factor.detach().clone() for factor in layer.factors)
         layers[name] = AdapterLayer(
@@ -107,8 +100,8 @@ def extract(model: Models) -> Adapter:
         )
     if not layers:
         raise no_adapted_layers(model, "save_pretrained(folder)")
-    config = {COMPONENTS: several, EXCHANGED: exchanged, ALTERNATING: alternating}
-    return Adapter(layers, "model", config={key: value for key, value in config.items() if value})
+    config = layout(layers, base_layers) | ({COMPONENTS: True} if several else {})
+    return Adapter(layers, "model", config=config)
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:

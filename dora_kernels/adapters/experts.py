@@ -20,10 +20,16 @@ from dora_kernels.adapters.adapter import AdapterLayer, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.model.targets import adapted_stack
 
-PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "gate_proj": (("gate_proj",), ("w1",)),
+    "up_proj": (("up_proj",), ("w3",)),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 """By stack: the names of each expert's linear layers in it, one above the other, in two spellings."""
 
-_EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
+EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
+"""The name of a linear layer of one expert."""
 
 
 def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, AdapterLayer]:
@@ -56,6 +62,12 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
     return found
 
 
+def of_expert(layer: AdapterLayer, expert: int) -> AdapterLayer:
+    """One expert's adapter, a linear layer's."""
+    m = None if layer.magnitude is None else layer.magnitude[expert]
+    return replace(layer, kind="linear", lora_A=layer.lora_A[expert], lora_B=layer.lora_B[expert], magnitude=m)
+
+
 def stacked(
     adapter: Mapping[str, AdapterLayer], known: Mapping[str, BaseLayer], notes: list[str]
 ) -> dict[str, AdapterLayer]:
@@ -67,7 +79,7 @@ def stacked(
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
     for name, layer in adapter.items():
-        match = _EXPERT.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match is None or layer.kind != "linear" or name in known:
             continue
         for stack, spellings in PARTS.items():
