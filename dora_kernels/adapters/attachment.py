@@ -14,7 +14,7 @@ from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.beside import WAY_OUT, trained
-from dora_kernels.adapters.experts import plan_stacks, stacked
+from dora_kernels.adapters.experts import fill, plan_stacks, stacked
 from dora_kernels.adapters.formats.stacks import layout
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers, no_adapted_layers
@@ -108,8 +108,8 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
     """Attach an adapter to a model, in place: adapt its layers, or give adapted layers the adapter's values.
 
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
-    adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers
-    that the adapter does not name stay as they are.
+    adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had (a stack of experts
+    has to have the adapter's rank and kind); adapted layers that the adapter does not name stay as they are.
 
     Args:
         model: changed in place; or several of a pipeline's models by its names for them, for an adapter of all of them.
@@ -151,7 +151,7 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
                 check_layer(model, present, name, layer.magnitude is not None, readers)
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
-        around = plan_stacks(model, stacks, originals, places, _error)
+        around, values = plan_stacks(model, stacks, originals, places, _error)
     except BaseException:
         for parameter, requires_grad in flags:  # a new layer freezes its base layer
             parameter.requires_grad_(requires_grad)
@@ -163,9 +163,10 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
             put(model, places[present], prepared)
             watch_saving(model, places[present])
     for present, adapted in around.items():
-        if adapted is not present:
-            put(model, places[present], adapted)
-            watch_saving(model, places[present])
+        put(model, places[present], adapted)
+        watch_saving(model, places[present])
+    for layer, adapted in values:
+        fill(layer, adapted)
     if names := trained(adapter, model):
         text = f"adapter: {names} trained beside the adapter, left out; {WAY_OUT}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -255,7 +255,7 @@ class _Problem:
 
 
 class _Cut(NamedTuple):
-    """What the rank cuts off, and the sum's whole change (0 if nothing is cut), as norms; and `CombinedLayer.replaced`."""
+    """Norms of what the rank cuts off and of the sum's change (0 if nothing is cut); and `CombinedLayer.replaced`."""
 
     lost: float
     change: float
@@ -269,9 +269,7 @@ def _combined(
     first = found[0][1]
     parts = [problem.part(weight, layer) for weight, layer in found]
     a, b = problem.factors(first)
-    full = weighted_sum.weighted_sum(
-        parts, lambda: problem.norm(a, torch.zeros_like(b)), problem.dtype, problem.length
-    )
+    full = weighted_sum.weighted_sum(parts, lambda: problem.norm(a, torch.zeros_like(b)), problem.dtype, problem.length)
     total, lost = (full, 0.0) if rank is None else weighted_sum.of_rank(full, rank)
     left, right = weighted_sum.divided(total), total.right
     a, b = (right, left) if problem.axis == "out" else (left.t(), right.t())

@@ -364,7 +364,8 @@ def allow() -> Callable[[], None]:
         if use_dora:
             module = base_layer.get_base_layer() if isinstance(base_layer, STOCK) else base_layer
             name = kwargs.get("target_name") or f"{type(module).__name__}.{parameter_name}"
-            stacks.check(name, module, parameter_name, kwargs if kwargs.get("config") is None else vars(kwargs["config"]))
+            config = kwargs.get("config")
+            stacks.check(name, module, parameter_name, kwargs if config is None else vars(config))
         original(self, base_layer, adapter_name, parameter_name=parameter_name, **plain)
         if use_dora:
             self.__class__ = ParamWrapper

@@ -124,9 +124,7 @@ def _exchanges(version: str) -> bool:
     return tuple(map(int, numbers[:2])) >= (0, 19)
 
 
-def check_sizes(
-    file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any
-) -> None:
+def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any) -> None:
     """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it, or another layout.
 
     Args:
@@ -158,7 +156,7 @@ def _turned(parameter: Parameter, sizes: set[int], others: Iterable[Parameter]) 
     own = (other for other in others if other.shape and other.name.rpartition(".")[0] == holder)
     if any(sizes == set(other.shape[-2:]) for other in own if other.shape):
         return (
-            f", but fit its module's other one: PEFT nests the parameters of 4-bit experts the other way round; "
+            ", but fit its module's other one: PEFT nests the parameters of 4-bit experts the other way round; "
             "`dora-kernels convert --to peft` writes such a file for whole ones, and load_adapter reads it"
         )
     return ""

@@ -141,7 +141,9 @@ def test_split_fp8(how, placement, tmp_path):
             split = distribute_tensor(whole.view(torch.uint8) if whole.element_size() == 1 else whole, mesh, [where])
             split = split.view(whole.dtype)
             experts._parameters[name] = nn.Parameter(split, requires_grad=False)
-        said = r"^experts\.down_proj: DoRA cannot run .*: quantised experts that are split over processes; load the model"
+        said = (
+            r"^experts\.down_proj: DoRA cannot run .*: quantised experts that are split over processes; load the model"
+        )
         refused(Around(experts), said, target_parameters=["experts.down_proj"])
     finally:
         distributed.destroy_process_group()
@@ -152,7 +154,9 @@ def test_a_router_outside_peft(tmp_path):
     get_peft_model(qwen3_moe(), config(target_parameters=["mlp.gate.weight"])).save_pretrained(tmp_path)
     model = qwen3_moe()
     before = dict(model.named_parameters())
-    said = r"model\.layers\.0\.mlp\.gate\.weight: a parameter .* only PEFT adapts it: patch_peft_globally\(\), then Peft"
+    said = (
+        r"model\.layers\.0\.mlp\.gate\.weight: a parameter .* only PEFT adapts it: patch_peft_globally\(\), then Peft"
+    )
     for load in (dora_kernels.load_adapter, dora_kernels.read_adapter):
         with pytest.raises(ValueError, match=said):
             load(tmp_path, model)
@@ -167,7 +171,9 @@ def test_magnitudes_that_the_configuration_does_not_name(tmp_path, globally):
     get_peft_model(qwen3_moe(), config()).save_pretrained(tmp_path)
     path, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
-    with pytest.raises(ValueError, match=r"adapter_config\.json: expected peft_type 'LORA' with use_dora, got .* False"):
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json: expected peft_type 'LORA' with use_dora, got .* False"
+    ):
         dora_kernels.check_adapter(tmp_path, qwen3_moe())
     with pytest.raises(ValueError, match=r"it has magnitudes, and .*adapter_config\.json says use_dora=False"):
         dora_kernels.load_adapter(tmp_path, qwen3_moe())

@@ -172,9 +172,7 @@ def read(
         count = max(lora_A.shape[0], lora_B.shape[0])
         if {lora_A.shape[0], lora_B.shape[0]} - {1, count}:
             raise reading.error(f"{module}: lora_B {list(lora_B.shape)} does not fit lora_A {list(lora_A.shape)}")
-        return AdapterLayer(
-            "experts", lora_A.expand(count, -1, -1), lora_B.expand(count, -1, -1), magnitude, scaling
-        )
+        return AdapterLayer("experts", lora_A.expand(count, -1, -1), lora_B.expand(count, -1, -1), magnitude, scaling)
     name = reading.stacks.get(module)
     if name is None or (magnitude is not None and magnitude.dim() != 2):
         return None
