@@ -14,14 +14,13 @@ from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.beside import WAY_OUT, trained
-from dora_kernels.adapters.experts import plan_stacks, stacked
-from dora_kernels.adapters.formats.stacks import ALTERNATING, EXCHANGED
+from dora_kernels.adapters.experts import fill, plan_stacks, stacked
+from dora_kernels.adapters.formats.stacks import layout
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers, no_adapted_layers
 from dora_kernels.model.saving import watch_saving
 from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
-from dora_kernels.modules.stand_in import hidden_transposed
 
 Models = nn.Module | Mapping[str, nn.Module]
 """A model, or several models of a pipeline by the names it has for them: ``{"unet": ..., "text_encoder": ...}``."""
@@ -70,8 +69,6 @@ def extract(model: Models) -> Adapter:
         ValueError: it has no adapted layer, or one whose strength is not 1, which an adapter cannot hold.
     """
     layers: dict[str, AdapterLayer] = {}
-    exchanged: list[str] = []
-    alternating: list[str] = []
     several = isinstance(model, Mapping)
     model = joined(model)
     adapted: dict[str, Any] = dict(adapted_layers(model))
@@ -90,10 +87,6 @@ def extract(model: Models) -> Adapter:
             layers[name] = AdapterLayer(
                 "experts", stacked_a.detach().clone(), stacked_b.detach().contiguous(), magnitude, layer.scaling
             )
-            if hidden_transposed(layer._holder()):
-                exchanged.append(name)
-            if base_layers[name].alternating:
-                alternating.append(name)
             continue
         a, b = (factor.detach().clone() for factor in layer.factors)
         layers[name] = AdapterLayer(
@@ -107,16 +100,16 @@ def extract(model: Models) -> Adapter:
         )
     if not layers:
         raise no_adapted_layers(model, "save_pretrained(folder)")
-    config = {COMPONENTS: several, EXCHANGED: exchanged, ALTERNATING: alternating}
-    return Adapter(layers, "model", config={key: value for key, value in config.items() if value})
+    config = layout(layers, base_layers) | ({COMPONENTS: True} if several else {})
+    return Adapter(layers, "model", config=config)
 
 
 def attach(model: Models, adapter: Adapter) -> list[str]:
     """Attach an adapter to a model, in place: adapt its layers, or give adapted layers the adapter's values.
 
     All is planned and checked before anything changes. A layer that is adapted with another rank, axis or eps is
-    adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had; adapted layers
-    that the adapter does not name stay as they are.
+    adapted anew, with the dropout, backend, detach_norm, strength and frozen parameters that it had (a stack of experts
+    has to have the adapter's rank and kind); adapted layers that the adapter does not name stay as they are.
 
     Args:
         model: changed in place; or several of a pipeline's models by its names for them, for an adapter of all of them.
@@ -158,7 +151,7 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
                 check_layer(model, present, name, layer.magnitude is not None, readers)
             check_loaded(originals[name], name)
             planned[name] = present, _prepared(name, layer, originals[name], present)
-        around = plan_stacks(model, stacks, originals, places, _error)
+        around, values = plan_stacks(model, stacks, originals, places, _error)
     except BaseException:
         for parameter, requires_grad in flags:  # a new layer freezes its base layer
             parameter.requires_grad_(requires_grad)
@@ -170,9 +163,10 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
             put(model, places[present], prepared)
             watch_saving(model, places[present])
     for present, adapted in around.items():
-        if adapted is not present:
-            put(model, places[present], adapted)
-            watch_saving(model, places[present])
+        put(model, places[present], adapted)
+        watch_saving(model, places[present])
+    for layer, adapted in values:
+        fill(layer, adapted)
     if names := trained(adapter, model):
         text = f"adapter: {names} trained beside the adapter, left out; {WAY_OUT}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

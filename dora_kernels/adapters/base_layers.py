@@ -13,7 +13,7 @@ from dora_kernels.adapters.names import proposal
 from dora_kernels.model.targets import named_modules
 from dora_kernels.modules import AdaptedLayer, dequantize
 from dora_kernels.modules.linear import is_conv1d
-from dora_kernels.modules.stand_in import alternates, is_transposed
+from dora_kernels.modules.stand_in import alternates, hidden_transposed, is_transposed
 
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 """Convolution classes by `AdapterLayer.kind`."""
@@ -29,12 +29,17 @@ class BaseLayer:
         features: input and output size, as `AdapterLayer.features`; if the kind is unknown, those of a linear layer.
         weight: the weight as it is stored.
         alternating: True for a stack in which the outputs of gate and up take turns.
+        exchanged: True for a stack whose A and B PEFT exchanges, because its module does not say that it is transposed.
+        either_way: True for a stack of a state dict, which does not say whether it is ``[E, out, in]`` or
+            ``[E, in, out]``; features are those of the first.
     """
 
     kind: str | None
     features: tuple[int, int]
     weight: Tensor
     alternating: bool = False
+    exchanged: bool = False
+    either_way: bool = False
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -48,6 +53,8 @@ class BaseLayer:
             return False
         if self.kind is None:
             return layer.kind in ("linear", "embedding") and layer.features in (self.features, self.features[::-1])
+        if self.either_way and layer.kind == self.kind:
+            return layer.features in (self.features, self.features[::-1])
         return layer.kind == self.kind and layer.features == self.features
 
     def norms(self, layer: AdapterLayer) -> tuple[Tensor, Tensor] | None:
@@ -73,6 +80,8 @@ def base_layers_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, BaseLay
     else:
         found = {key.removesuffix(".weight"): _base_layer_of_weight(weight) for key, weight in model.items()
                  if key.endswith(".weight")}  # fmt: skip
+        found |= {key: BaseLayer("experts", (tensor.shape[2], tensor.shape[1]), tensor, either_way=True)
+                  for key, tensor in model.items() if isinstance(tensor, Tensor) and tensor.dim() == 3}  # fmt: skip
     return {name: base for name, base in found.items() if base is not None}
 
 
@@ -151,7 +160,8 @@ def _stacks_of(module: nn.Module) -> dict[str, BaseLayer]:
         if parameter is not None and parameter.dim() == 3 and not type(module).__module__.startswith("torch."):
             weight = parameter.transpose(1, 2) if is_transposed(module) else parameter
             mixed = key == "gate_up_proj" and alternates(module)
-            found[key] = BaseLayer("experts", (weight.shape[2], weight.shape[1]), weight, mixed)
+            features = weight.shape[2], weight.shape[1]
+            found[key] = BaseLayer("experts", features, weight, mixed, hidden_transposed(module))
     return found
 
 

@@ -5,10 +5,11 @@ See `dora_kernels.core.weighted_sum`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.beside import common_beside
+from dora_kernels.adapters.experts import of_expert
+from dora_kernels.adapters.formats.stacks import layout
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
@@ -108,16 +111,19 @@ def _weighted_sum(
     common = min(axes, key=("out", "in").index, default=None)
     layers, report, given = {}, {}, []
     for name, parts in found.items():
-        problem = _Problem(name, base_layers[name], [layer for _, layer in parts], common, argument)
-        layers[name], report[name] = _combined(problem, parts, rank)
+        combined = _combined_experts if base_layers[name].kind == "experts" else _combined
+        layers[name], cut = combined(name, base_layers[name], parts, rank, common, argument)
+        error = cut.lost / cut.change if cut.change else 0.0
+        report[name] = CombinedLayer(layers[name].rank, error, cut.replaced)
         if common is not None and not any(layer.magnitude is not None for _, layer in parts):
             given.append(
                 f"{name} is plain LoRA among DoRA layers, so its magnitude was set to the weight's norm (g = 1)"
             )
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
-    result = CombineReport(report)
+    result, base = CombineReport(report), common_beside(adapters, argument)
+    config = base.config | layout(layers, base_layers)
     notes = [f"combined: {of}; {result}", *given]
-    return replace(common_beside(adapters, argument), layers=layers, notes=notes), result
+    return replace(base, layers=layers, notes=notes, config=config), result
 
 
 def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapter:
@@ -147,8 +153,13 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     if strength == 1:
         return adapter
     config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
+    config |= result.config
     notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
     return Adapter(result.layers, adapter.format, notes, config, adapter.beside)
+
+
+_Parts = Sequence[tuple[float, AdapterLayer]]
+"""The adapters of one layer, each with its weight."""
 
 
 def _check(model: Any, adapters: Any, weights: Any, rank: Any) -> None:
@@ -243,22 +254,29 @@ class _Problem:
         return weighted_sum.Part(weight, left, right, scale)
 
 
+class _Cut(NamedTuple):
+    """Norms of what the rank cuts off and of the sum's change (0 if nothing is cut); and `CombinedLayer.replaced`."""
+
+    lost: float
+    change: float
+    replaced: int
+
+
 def _combined(
-    problem: _Problem, found: Sequence[tuple[float, AdapterLayer]], rank: int | None
-) -> tuple[AdapterLayer, CombinedLayer]:
+    name: str, base: BaseLayer, found: _Parts, rank: int | None, common: str | None, argument: str
+) -> tuple[AdapterLayer, _Cut]:
+    problem = _Problem(name, base, [layer for _, layer in found], common, argument)
     first = found[0][1]
     parts = [problem.part(weight, layer) for weight, layer in found]
     a, b = problem.factors(first)
-    full = weighted_sum.weighted_sum(
-        parts, lambda: problem.norm(a, torch.zeros_like(b)), problem.dtype, problem.length
-    )
+    full = weighted_sum.weighted_sum(parts, lambda: problem.norm(a, torch.zeros_like(b)), problem.dtype, problem.length)
     total, lost = (full, 0.0) if rank is None else weighted_sum.of_rank(full, rank)
     left, right = weighted_sum.divided(total), total.right
     a, b = (right, left) if problem.axis == "out" else (left.t(), right.t())
     a, b = a.contiguous(), b.contiguous()
     magnitude = None if problem.plain else total.factor * problem.norm(a, b)
     change = 0.0
-    if lost:
+    if total is not full:
         out_first = problem.axis == "out"
         change = weighted_sum.change(full, problem.weight if out_first else problem.weight.t())
     home = first.lora_A.device
@@ -270,4 +288,26 @@ def _combined(
         magnitude=None if magnitude is None else magnitude.to(home),
         scaling=1.0, magnitude_axis=problem.axis, eps=0.0,
     )  # fmt: skip
-    return layer, CombinedLayer(new_rank, lost / change if change else 0.0, total.replaced)
+    return layer, _Cut(lost, change, total.replaced)
+
+
+def _combined_experts(
+    name: str, base: BaseLayer, found: _Parts, rank: int | None, common: str | None, argument: str
+) -> tuple[AdapterLayer, _Cut]:
+    """Expert by expert: each is a linear layer."""
+    done = []
+    for e, weight in enumerate(base.weight):
+        one = BaseLayer("linear", base.features, weight)
+        own = [(share, of_expert(layer, e)) for share, layer in found]
+        done.append(_combined(f"{name}, expert {e}", one, own, rank, common, argument))
+    layers, cuts = zip(*done, strict=True)
+    first, magnitudes = layers[0], [layer.magnitude for layer in layers if layer.magnitude is not None]
+    layer = replace(
+        first,
+        kind="experts",
+        lora_A=torch.stack([layer.lora_A for layer in layers]),
+        lora_B=torch.stack([layer.lora_B for layer in layers]),
+        magnitude=torch.stack(magnitudes) if magnitudes else None,
+    )
+    lost, change = (math.hypot(*(each[i] for each in cuts)) for i in (0, 1))
+    return layer, _Cut(lost, change, sum(cut.replaced for cut in cuts))

@@ -20,10 +20,16 @@ from dora_kernels.adapters.adapter import AdapterLayer, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.model.targets import adapted_stack
 
-PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "gate_proj": (("gate_proj",), ("w1",)),
+    "up_proj": (("up_proj",), ("w3",)),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 """By stack: the names of each expert's linear layers in it, one above the other, in two spellings."""
 
-_EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
+EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
+"""The name of a linear layer of one expert."""
 
 
 def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, AdapterLayer]:
@@ -56,6 +62,12 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
     return found
 
 
+def of_expert(layer: AdapterLayer, expert: int) -> AdapterLayer:
+    """One expert's adapter, a linear layer's."""
+    m = None if layer.magnitude is None else layer.magnitude[expert]
+    return replace(layer, kind="linear", lora_A=layer.lora_A[expert], lora_B=layer.lora_B[expert], magnitude=m)
+
+
 def stacked(
     adapter: Mapping[str, AdapterLayer], known: Mapping[str, BaseLayer], notes: list[str]
 ) -> dict[str, AdapterLayer]:
@@ -67,7 +79,7 @@ def stacked(
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
     for name, layer in adapter.items():
-        match = _EXPERT.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match is None or layer.kind != "linear" or name in known:
             continue
         for stack, spellings in PARTS.items():
@@ -122,8 +134,12 @@ def plan_stacks(
     originals: Mapping[str, nn.Module],
     places: Mapping[nn.Module, Collection[str]],
     error: Callable[[str], ValueError],
-) -> dict[nn.Module, Any]:
-    """Make the adapted layers of stacks: by the module in their place now, the outermost one. Nothing changes yet.
+) -> tuple[dict[nn.Module, Any], list[tuple[AdapterLayer, Any]]]:
+    """Plan the adapted layers of stacks. Nothing changes yet.
+
+    Returns:
+        New ones, by the module in their place now; and values for those that are there already, with `fill` to be
+        written.
 
     Raises:
         TypeError, ValueError: as `attach`.
@@ -139,10 +155,12 @@ def plan_stacks(
         held.setdefault(holder, {})[key] = layer
     by_name = {name: module for module, names in places.items() for name in names}
     planned: dict[nn.Module, Any] = {}
+    values: list[tuple[AdapterLayer, Any]] = []
     for holder, own in held.items():
         module, present = originals[holder], by_name[holder]
         if isinstance(present, modules.AdaptedLayer):
-            raise ValueError(f"model: {holder}: its experts are adapted already; call remove_dora(model) first")
+            values += [(layer, _adapted(present, f"{holder}.{key}", layer, error)) for key, layer in own.items()]
+            continue
         adapted: Any = module
         for key in [key for key in module._parameters if key in own]:
             layer = own[key]
@@ -151,12 +169,43 @@ def plan_stacks(
                 adapted, f"{holder}.{key}", layer.magnitude is not None,
                 rank=layer.rank, alpha=layer.scaling * layer.rank, adapter_dtype=dtype,
             )  # fmt: skip
-            with torch.no_grad():
-                _, a, b = adapted._problem()
-                a.copy_(layer.lora_A)
-                b.copy_(layer.lora_B)
-                if layer.magnitude is not None:
-                    adapted.lora_magnitude_vector.copy_(layer.magnitude)
-            adapted.scaling = layer.scaling
+            fill(layer, adapted)
         planned[present] = adapted
-    return planned
+    return planned, values
+
+
+def _adapted(present: Any, name: str, layer: AdapterLayer, error: Callable[[str], ValueError]) -> Any:
+    """The layer of a stack that is adapted already, if it can take the values."""
+    way_out = "call remove_dora(model) first"
+    adapted = present
+    while isinstance(adapted, modules.LoRAExperts) and adapted.parameter != name.rpartition(".")[2]:
+        adapted = adapted.base_layer
+    if not isinstance(adapted, modules.LoRAExperts):
+        raise ValueError(f"model: {name}: other stacks of its module are adapted, and it is not; {way_out}")
+    if adapted.merged:
+        raise ValueError(f"model: {name} is merged; call unmerge() first")
+    dora, rank = isinstance(adapted, modules.DoRALayer), adapted.rank
+    if (dora, rank) != (layer.magnitude is not None, layer.rank):
+        there, came = _what(dora, rank), _what(layer.magnitude is not None, layer.rank)
+        raise ValueError(f"model: {name} is adapted with {there}, the adapter is {came}; {way_out}")
+    dtype = adapted.factors[0].dtype
+    for tensor in (layer.lora_A, layer.lora_B, layer.magnitude):
+        if tensor is not None and not bool(tensor.to(dtype).isfinite().all()):
+            raise error(f"{name}: it has values that are not finite in {dtype}, the layer's")
+    return adapted
+
+
+def _what(dora: bool, rank: int) -> str:
+    return f"{'DoRA' if dora else 'plain LoRA'} of rank {rank}"
+
+
+@torch.no_grad()
+def fill(layer: AdapterLayer, adapted: Any) -> None:
+    """Write an adapter's values into the layer of its stack."""
+    _, a, b = adapted._problem()
+    a.copy_(layer.lora_A)
+    b.copy_(layer.lora_B)
+    if layer.magnitude is not None:
+        adapted.lora_magnitude_vector.copy_(layer.magnitude)
+    adapted.use_rslora, adapted.alpha = False, layer.scaling * layer.rank
+    adapted.scaling = layer.scaling  # alpha / rank would round

@@ -18,6 +18,7 @@ from dora_kernels.adapters.components import is_component, is_underscored, prefi
 from dora_kernels.adapters.experts import stacked
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
+from dora_kernels.adapters.formats.stacks import EXCHANGED, MATRICES, is_stacked, layout
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
 from dora_kernels.core import validation
 from dora_kernels.core.shown import listed, shown
@@ -136,6 +137,7 @@ def read_adapter(
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
         reading.notes.append(f"scaling {scaling:g}, as requested")
+    config |= {key: names for key, names in ((EXCHANGED, reading.exchanged), (MATRICES, reading.matrices)) if names}
     unknown: list[str] = []
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
@@ -153,6 +155,7 @@ def read_adapter(
         config[COMPONENTS] = True
     if base_layers is not None:
         check_fit(layers, base_layers, reading.error)
+        config |= layout(layers, base_layers)
     return Adapter(reading.decide(layers), chosen, reading.notes, config, reading.beside)
 
 
@@ -221,7 +224,10 @@ def contents(path: str | os.PathLike[str], format: str = "auto", scaled: bool = 
     found = {key: FORMATS[chosen].split(key) for key in tensors}
     layers = dict.fromkeys(each[0] for each in found.values() if each)
     others = [key for key, each in found.items() if not each]
-    return Contents(file, chosen, list(layers), others, bool(config.get("target_parameters")))
+    stacks = bool(config.get("target_parameters")) or (
+        chosen == "peft" and any(each and is_stacked(each[0], tensors[key]) for key, each in found.items())
+    )
+    return Contents(file, chosen, list(layers), others, stacks)
 
 
 def _find(place: Path, format: str) -> tuple[Path, Path | None]:

@@ -17,6 +17,7 @@ from dora_kernels.adapters.base_layers import base_layers_of
 from dora_kernels.adapters.beside import check_written, no_place, settings
 from dora_kernels.adapters.formats import FORMATS, WRITTEN, check_format
 from dora_kernels.adapters.formats.base import Format
+from dora_kernels.adapters.formats.stacks import MATRICES
 from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.load import CONFIG
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix
@@ -76,6 +77,8 @@ def save_adapter(
     if adapter.config.get(COMPONENTS):
         adapter = _parted(adapter, chosen, prefix)
     own = adapter.config.get(PREFIX, "") if adapter.format == format else ""
+    if (matrices := adapter.config.get(MATRICES)) and format != "peft":
+        raise ValueError(f"{matrices[0]} cannot be written as {format!r}: only PEFT's format has parameters like it")
     writing = Writing(format, known, own if prefix is None else check_prefix(prefix))
     if adapter.config.get(UNDERSCORED) and (format != adapter.format or writing.prefix != own):
         name = next(iter(adapter.layers))

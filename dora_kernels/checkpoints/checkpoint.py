@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_adapter
 from dora_kernels.adapters.base_layers import CONVOLUTIONS
 from dora_kernels.adapters.components import prefix_of
+from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
-from dora_kernels.checkpoints.experts import read_stacks_for
+from dora_kernels.checkpoints.experts import holds_stacks, read_stacks_for, stack_transposed
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
@@ -120,8 +122,9 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
             tied to the embedding.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
-    if found.stacks:
-        return read_stacks_for(checkpoint, read_adapter(path, **options))
+    if found.stacks or holds_stacks(checkpoint, found.layers):
+        kinds = {str(kind) for kind in settings(checkpoint.config, "model_type")}
+        return read_stacks_for(checkpoint, read_adapter(path, **options), kinds)
     keys = _keys(checkpoint, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
@@ -253,14 +256,24 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
         ValueError: a weight is quantised or not finite, or it cannot be decided whether it is stored transposed.
     """
     transposed = stored_transposed(checkpoint, adapter, keys)
+    kinds = {str(kind) for kind in settings(checkpoint.config, "model_type")}
     for name, layer in adapter.layers.items():
         g = None
         if layer.magnitude is not None:
             storage.check_tensor(checkpoint.folder, keys[f"{name}.weight"], checkpoint[keys[f"{name}.weight"]])
-            adapted = attached(checkpoint[keys[f"{name}.weight"]], layer, name in transposed)
-            assert isinstance(adapted, DoRALayer)
-            g = magnitude_scale(adapted.magnitude.detach().flatten(), adapted._weight_norm() + layer.eps)
+            stored = checkpoint[keys[f"{name}.weight"]]
+            if layer.kind == "experts":
+                turned = stack_transposed(layer, stored, kinds)
+                g = torch.stack([_scale(one, of_expert(layer, e), turned) for e, one in enumerate(stored)])
+            else:
+                g = _scale(stored, layer, name in transposed)
         yield name, g
+
+
+def _scale(stored: Tensor, layer: AdapterLayer, transposed: bool) -> Tensor:
+    adapted = attached(stored, layer, transposed)
+    assert isinstance(adapted, DoRALayer)
+    return magnitude_scale(adapted.magnitude.detach().flatten(), adapted._weight_norm() + layer.eps)
 
 
 def attached(stored: Tensor, layer: AdapterLayer, transposed: bool) -> AdaptedLayer:

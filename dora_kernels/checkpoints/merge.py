@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.beside import NOTE
+from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
 from dora_kernels.checkpoints.checkpoint import (
@@ -24,7 +25,7 @@ from dora_kernels.checkpoints.checkpoint import (
     stored_transposed,
     tied,
 )
-from dora_kernels.checkpoints.experts import of_expert, stack_transposed
+from dora_kernels.checkpoints.experts import stack_transposed
 from dora_kernels.checkpoints.modules_to_save import TrainedTensors, trained_beside
 from dora_kernels.core import validation
 from dora_kernels.core.shown import shown

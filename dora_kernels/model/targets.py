@@ -270,6 +270,9 @@ def chosen_stacks(
             if parameter.is_meta:
                 raise ValueError(f"{name}: it is on the meta device, without values; load the weights first")
             found.setdefault(module, []).append(name)
+        for key in getattr(module, "parametrizations", {}):
+            if _matches(targets, name := f"{names[0]}.{key}" if names[0] else key):
+                raise ValueError(f"{name}: it is parametrized; quantised experts can be adapted through PEFT only")
     missed = _unmatched(targets, known, "target_parameters")
     if missed:
         raise ValueError(missed[0])

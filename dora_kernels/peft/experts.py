@@ -230,7 +230,7 @@ class ParamWrapper(DoraLayer, STOCK):
 
     def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: int, **kwargs: Any) -> None:
         """Add an adapter as PEFT does, with a magnitude if its configuration asks for DoRA."""
-        use_dora, _, plain = _without_dora(kwargs)
+        use_dora, plain = _without_dora(kwargs)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, **plain)
         self.agree(adapter_name)
         if use_dora:
@@ -333,20 +333,20 @@ class _Holder:
         self.weight = weight
 
 
-def _without_dora(options: dict[str, Any]) -> tuple[bool, float, dict[str, Any]]:
-    """Whether PEFT's options ask for DoRA, their dropout, and the options of plain LoRA.
+def _without_dora(options: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether PEFT's options ask for DoRA, and the options of plain LoRA.
 
     PEFT hands over a configuration since 0.21, before that its fields.
     """
     config = options.get("config")
     if config is None:
-        use_dora, dropout = bool(options.get("use_dora")), float(options.get("lora_dropout") or 0.0)
-        return use_dora, dropout, options | {"use_dora": False} if use_dora else options
+        use_dora = bool(options.get("use_dora"))
+        return use_dora, options | {"use_dora": False} if use_dora else options
     if not config.use_dora:
-        return False, config.lora_dropout, options
+        return False, options
     plain = copy.copy(config)
     plain.use_dora = False
-    return True, config.lora_dropout, options | {"config": plain}
+    return True, options | {"config": plain}
 
 
 def unsupported(layer: Any) -> str | None:
@@ -360,11 +360,12 @@ def allow() -> Callable[[], None]:
 
     @functools.wraps(original)
     def __init__(self: Any, base_layer: Any, adapter_name: str, parameter_name: str, **kwargs: Any) -> None:
-        use_dora, dropout, plain = _without_dora(kwargs)
+        use_dora, plain = _without_dora(kwargs)
         if use_dora:
             module = base_layer.get_base_layer() if isinstance(base_layer, STOCK) else base_layer
             name = kwargs.get("target_name") or f"{type(module).__name__}.{parameter_name}"
-            stacks.check(name, module, parameter_name, dropout)
+            config = kwargs.get("config")
+            stacks.check(name, module, parameter_name, kwargs if config is None else vars(config))
         original(self, base_layer, adapter_name, parameter_name=parameter_name, **plain)
         if use_dora:
             self.__class__ = ParamWrapper

@@ -8,7 +8,7 @@ the last.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dora_kernels.core.shown import quoted
 from dora_kernels.modules.stand_in import is_transposed
 from dora_kernels.peft.experts import STOCK
+from dora_kernels.peft.stacks import packing
 
 _INSIDE = ".base_layer"
 
@@ -58,15 +59,13 @@ def of_file(
         if isinstance(module, STOCK | lora.LoraLayer) and not isinstance(module, STOCK):
             continue
         plain = name.removeprefix("base_model.model.").replace(_INSIDE, "")
-        for key, parameter in module._parameters.items():
-            full = f"{plain}.{key}"
-            if parameter is not None and any(full == one or full.endswith(f".{one}") for one in targets):
-                shape = list(parameter.shape)
-                moved = len(shape) == 3 and not getattr(module, "is_transposed", False)
-                columns = shape[1] if len(shape) == 3 and not (moved and _exchanges(peft.__version__)) else shape[-1]
-                if len(shape) == 3 and is_transposed(module):
-                    shape[1:] = shape[:0:-1]
-                held.setdefault(plain, []).append(Parameter(full, tuple(shape), columns, moved))
+        for key, size in _targeted(module, plain, targets):
+            shape = list(size)
+            moved = len(shape) == 3 and not getattr(module, "is_transposed", False)
+            columns = shape[1] if len(shape) == 3 and not (moved and _exchanges(peft.__version__)) else shape[-1]
+            if len(shape) == 3 and is_transposed(module):
+                shape[1:] = shape[:0:-1]
+            held.setdefault(plain, []).append(Parameter(f"{plain}.{key}", tuple(shape), columns, moved))
     names = set(modules)
     for name, own in held.items():
         keys = [name + _INSIDE * depth for depth in reversed(range(len(own)))]
@@ -77,6 +76,25 @@ def of_file(
             )
         found.update(zip(keys, own))
     return found
+
+
+def _targeted(module: nn.Module, name: str, targets: list[str]) -> Iterator[tuple[str, Iterable[int]]]:
+    """Yield a module's targeted parameters and their shapes in PEFT's order, in which the first lies inside.
+
+    Parametrized ones, as 4-bit experts are, PEFT takes by their full names, sorted.
+    """
+    if hasattr(module, "parametrizations"):
+        for target in sorted(set(targets)):
+            holder, _, key = target.rpartition(".")
+            held = module._parameters.get(key)
+            held = packing(module, key) if held is None else held
+            if holder == name and held is not None:
+                yield key, held.shape
+        return
+    for key, parameter in module._parameters.items():
+        full = f"{name}.{key}"
+        if parameter is not None and any(full == one or full.endswith(f".{one}") for one in targets):
+            yield key, parameter.shape
 
 
 def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], ranks: list[Any]) -> None:
@@ -106,9 +124,7 @@ def _exchanges(version: str) -> bool:
     return tuple(map(int, numbers[:2])) >= (0, 19)
 
 
-def check_sizes(
-    file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any
-) -> None:
+def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any) -> None:
     """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it, or another layout.
 
     Args:
@@ -123,6 +139,7 @@ def check_sizes(
             raise ValueError(
                 f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)}, lora_B {list(parts['lora_B'].shape)} "
                 f"and magnitude {list(m.shape)} belong to another parameter than the model's {list(shape)}"
+                f"{_turned(parameter, sizes, stacks.values())}"
             )
         of_other = isinstance(version, str) and _exchanges(version) != _exchanges(peft.__version__)
         if parameter.moved and (parts["lora_A"].shape[1] != parameter.columns or (of_other and len(sizes) == 1)):
@@ -131,3 +148,15 @@ def check_sizes(
                 f"{'before 0.19' if _exchanges(peft.__version__) else 'from 0.19 on'} saves them; expected those of "
                 f"PEFT {peft.__version__}, which would load these without a word if the parameter were square"
             )
+
+
+def _turned(parameter: Parameter, sizes: set[int], others: Iterable[Parameter]) -> str:
+    """The end of the sentence about tensors that fit another parameter of the module, or nothing."""
+    holder = parameter.name.rpartition(".")[0]
+    own = (other for other in others if other.shape and other.name.rpartition(".")[0] == holder)
+    if any(sizes == set(other.shape[-2:]) for other in own if other.shape):
+        return (
+            ", but fit its module's other one: PEFT nests the parameters of 4-bit experts the other way round; "
+            "`dora-kernels convert --to peft` writes such a file for whole ones, and load_adapter reads it"
+        )
+    return ""

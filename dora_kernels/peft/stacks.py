@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -154,12 +155,28 @@ def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__
         for key in {*module._parameters, *getattr(module, "parametrizations", {})}:
             full = f"{plain}.{key}".removeprefix(".")
             if any(full == one or full.endswith(f".{one}") for one in targets):
-                check(full, module, key, config.lora_dropout)
+                check(full, module, key, vars(config))
 
 
-def check(full: str, module: nn.Module, name: str, dropout: float) -> None:
-    """Raise ValueError if a parameter, whose full name is for the message, cannot have a DoRA adapter."""
+_OF_LAYERS = {"lora_dropout": 0, "velora_config": None, "kasa_config": None}
+"""Options that a parameter has no place for, and what they have to be."""
+
+_INITIALISATIONS = "gaussian", "eva"
+"""Those besides True and False that read no layer's weight."""
+
+
+def check(full: str, module: nn.Module, name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if a parameter, whose full name is for the message, cannot have a DoRA adapter.
+
+    Args:
+        options: those of PEFT's configuration.
+    """
     if reason := unsupported(module, name):
         raise ValueError(f"{full}: DoRA cannot run on this parameter: {reason}")
-    if dropout:
-        raise ValueError(f"{full}: lora_dropout: expected 0 for a parameter, got {dropout}")
+    for option, expected in _OF_LAYERS.items():
+        if options.get(option):
+            raise ValueError(f"{full}: {option}: expected {expected} for a parameter, got {options[option]!r}")
+    start = options.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _INITIALISATIONS:
+        known = ", ".join(map(repr, (True, False, *_INITIALISATIONS)))
+        raise ValueError(f"{full}: init_lora_weights: expected one of {known} for a parameter, got {start!r}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +17,45 @@ transformers = pytest.importorskip("transformers", minversion="5", reason="befor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig  # noqa: E402
 
 COUNT, HIDDEN, INNER = 5, 8, 6
-OWN_LOOPS = "Llama4TextExperts", "JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts"
 IMPLEMENTATIONS = "eager", "batched_mm", "grouped_mm"
 
 
-def experts_classes() -> list[tuple[str, str]]:
-    """``(module, class)`` of every class with a stack of experts, from the sources: importing them all takes long."""
+class ExpertsClass(NamedTuple):
+    """A class of transformers with stacks of experts."""
+
+    module: str
+    name: str
+    chooses: bool
+    """True if it chooses between `IMPLEMENTATIONS`; else it has a loop of its own."""
+
+
+def experts_classes() -> list[ExpertsClass]:
+    """Every class with a stack of experts, from the sources: importing them all takes long.
+
+    A stack is a parameter of three dimensions, of which the first is a number of experts.
+    """
     found = []
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         source = path.read_text()
-        names = re.findall(r"@use_experts_implementation(?:\([^)]*\))?\s*\nclass (\w+)", source)
-        names += [name for name in OWN_LOOPS if f"class {name}(" in source]
-        found += [(f"transformers.models.{path.parent.name}.{path.stem}", name) for name in names]
+        if "expert" not in source:
+            continue
+        module = f"transformers.models.{path.parent.name}.{path.stem}"
+        for cls in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+            chooses = any("use_experts_implementation" in ast.unparse(each) for each in cls.decorator_list)
+            if chooses or any(map(_makes_stack, ast.walk(cls))):
+                found.append(ExpertsClass(module, cls.name, chooses))
     return found
+
+
+def _makes_stack(node: ast.AST) -> bool:
+    """True for ``nn.Parameter(torch.empty(num_experts, ..., ...))``, with sizes one by one or as a tuple."""
+    if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Parameter") and node.args):
+        return False
+    made = node.args[0]
+    sizes = made.args if isinstance(made, ast.Call) else []
+    if len(sizes) == 1 and isinstance(sizes[0], ast.Tuple | ast.List):
+        sizes = sizes[0].elts
+    return len(sizes) == 3 and "expert" in ast.unparse(sizes[0])
 
 
 class AnyConfig:
@@ -67,6 +93,8 @@ class Mixture(nn.Module):
             self.inputs: tuple[Any, ...] = (torch.randn(3 * COUNT, HIDDEN, dtype=dtype),)
         elif name == "JetMoeParallelExperts":
             self.inputs = (torch.randn(9, HIDDEN, dtype=dtype), [2, 0, 3, 4, 0])
+        elif name == "InklingSharedExperts":
+            self.inputs = (torch.randn(tokens, HIDDEN, dtype=dtype), torch.rand(tokens, 2, dtype=dtype))
         else:  # the last expert has no tokens
             chosen = torch.stack([torch.randperm(COUNT - 1)[:2] for _ in range(tokens)])
             self.inputs = (torch.randn(tokens, HIDDEN, dtype=dtype), chosen, torch.rand(tokens, 2, dtype=dtype))

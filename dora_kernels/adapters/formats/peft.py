@@ -111,7 +111,10 @@ class Peft(Format):
         config = reading.config
         where = str(reading.config_file)
         reading.notes += check_configuration(config, where)
-        groups = [found[0] for key in reading.tensors if (found := self.split(key)) is not None]
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in reading.tensors.items():
+            if (found := self.split(key)) is not None:
+                groups.setdefault(found[0], {})[found[1]] = tensor
         reading.stacks = stacks.names(groups, config.get("target_parameters"), reading)
         layers = {reading.stacks.get(name, name): layer for name, layer in super().read(reading).items()}
         plain = next((name for name, layer in layers.items() if layer.magnitude is None), None)
@@ -130,6 +133,8 @@ class Peft(Format):
         stack = stacks.read(reading, module, a, b, magnitude, scaling)
         if stack is not None:
             return stack
+        if module in reading.stacks:
+            reading.matrices.append(reading.stacks[module])
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
             raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} belong to different kinds of layers")
@@ -148,7 +153,8 @@ class Peft(Format):
         if a.dim() == 3 and stacks.is_stack(module, a, reading.tensors[parts["lora_B"]]):
             a = a[0]
         elif module in reading.stacks and "magnitude" in parts:
-            a = a[: a.shape[0] // max(1, len(reading.tensors[parts["magnitude"]]))]
+            m = reading.tensors[parts["magnitude"]]
+            a = a[: a.shape[0] // max(1, len(m))] if m.dim() == 2 else a
         elif module in reading.stacks:
             a = a[: stacks.rank(reading, name)]
         return configured_scaling(reading, reading.config, name, a)
@@ -157,18 +163,21 @@ class Peft(Format):
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"), ("out",))
         layers = writing.with_eps(writing.fitting(self._layers(adapter, writing), axes, grouped=True))
         tensors: dict[str, Tensor] = {}
-        keys = stacks.keys([name for name, layer in layers.items() if layer.kind == "experts"], writing)
+        matrices = adapter.config.get(stacks.MATRICES, ())
+        parameters = [name for name, layer in layers.items() if layer.kind == "experts" or name in matrices]
+        keys = stacks.keys(parameters, writing)
         for name, layer in layers.items():
             if layer.kind == "experts":
                 exchanged = name in adapter.config.get(stacks.EXCHANGED, ())
                 tensors |= self._of_stack(name, keys[name], layer, exchanged)
                 continue
+            key = keys.get(name, name)
             a, b = ("embedding_A", "embedding_B") if layer.kind == "embedding" else ("A.weight", "B.weight")
-            tensors[f"{_PREFIX}{name}.lora_{a}"] = layer.lora_A
-            tensors[f"{_PREFIX}{name}.lora_{b}"] = layer.lora_B
+            tensors[f"{_PREFIX}{key}.lora_{a}"] = layer.lora_A
+            tensors[f"{_PREFIX}{key}.lora_{b}"] = layer.lora_B
             if layer.magnitude is not None:
                 shape = (1, -1, *(1 for _ in layer.lora_B.shape[2:])) if layer.kind.startswith("conv") else (-1,)
-                tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+                tensors[f"{_PREFIX}{key}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
         return tensors, self._configuration(layers, adapter.config)
 
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
@@ -181,7 +190,8 @@ class Peft(Format):
 
     @staticmethod
     def _configuration(layers: Layers, read: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = sorted(name for name, layer in layers.items() if layer.kind == "experts")
+        matrices = read.get(stacks.MATRICES, ())
+        parameters = sorted(name for name, layer in layers.items() if layer.kind == "experts" or name in matrices)
         others = [name for name in layers if name not in parameters]
         ranks = {name: layer.rank for name, layer in layers.items()}
         alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
@@ -240,7 +250,10 @@ class Sglang(Vllm):
 
     def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
         layers = self._plain(adapter, writing)
-        split(layers)  # which raises for stacks that it does not know
+        for name, layer in layers.items():
+            if layer.kind == "experts" and name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+                raise writing.error(name, "SGLang knows stacks named gate_up_proj and down_proj")
+        split(layers)  # which raises for outputs that are not gate's and up's
         return _uniform(layers, writing)
 
     def _of_stack(self, name: str, key: str, layer: AdapterLayer, exchanged: bool) -> dict[str, Tensor]:

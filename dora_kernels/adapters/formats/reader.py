@@ -41,6 +41,12 @@ class Reading:
     header: Mapping[str, str] = field(default_factory=dict)
     stacks: dict[str, str] = field(default_factory=dict)
     """Of PEFT's adapters of parameters: the parameter's name by the name in the keys."""
+    stack_features: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The input and output sizes of these, as far as they are known."""
+    exchanged: list[str] = field(default_factory=list)
+    """Those whose A and B PEFT exchanges."""
+    matrices: list[str] = field(default_factory=list)
+    """Those of two dimensions."""
     beside: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that belong to no adapter, by key."""
     _patterns: dict[str, ByName] = field(default_factory=dict)

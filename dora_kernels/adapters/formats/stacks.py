@@ -1,22 +1,27 @@
 """Stacks of experts in PEFT's files: which parameter a key is of, and how its tensors lie.
 
 PEFT wraps a module once for each of its targeted parameters, in the module's order, so the keys of the last parameter
-are ``experts.lora_A``, and those of the one before ``experts.base_layer.lora_A``. A ``[E * r, in]`` has one expert
-after another; in B ``[out, r * E]`` the expert's index runs fastest, so that expert e's are ``B[:, e::E]``. For Llama
-4, whose stacks are transposed without saying so, PEFT exchanges the two; so do its versions before
-0.19 for all stacks that are not transposed.
+are ``experts.lora_A``, and those of the one before ``experts.base_layer.lora_A``. Parameters that are parametrized, as
+bitsandbytes' 4 bits are, it takes in the order of their names, so that there ``down_proj`` lies inside.
+A ``[E * r, in]`` has one expert after another; in B ``[out, r * E]`` the expert's index runs fastest, so that expert
+e's are ``B[:, e::E]``. For Llama 4, whose stacks are transposed without saying so, PEFT exchanges the two; so do its
+versions before 0.19 for all stacks that are not transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from dora_kernels.adapters.adapter import AdapterLayer
+from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
+from dora_kernels.core.expressions import Steps
+from dora_kernels.core.patterns import bounded
 from dora_kernels.core.shown import quoted
 
 EXCHANGED = "exchanged"
@@ -25,13 +30,30 @@ EXCHANGED = "exchanged"
 ALTERNATING = "alternating"
 """Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns."""
 
+MATRICES = "matrices"
+"""Entry of `Adapter.config`: the linear layers that are parameters of two dimensions, such as a router's weight."""
+
 _INSIDE = ".base_layer"
-_FIRST = "gate_up_proj", "up_proj", "gate_proj"
-_LAST = ("down_proj",)
+_PLACES = {"gate_up_proj": 0, "gate_proj": 0, "up_proj": 1, "down_proj": 3}
+"""The order of a module's parameters; all others are at `_BETWEEN`."""
+_BETWEEN = 2
 
 
-def names(modules: Sequence[str], targets: Any, reading: Reading) -> dict[str, str]:
+def layout(names: Collection[str], base_layers: Mapping[str, BaseLayer]) -> dict[str, list[str]]:
+    """The entries of `Adapter.config` that say how a model's stacks lie in files."""
+    known = {name: base_layers[name] for name in names if name in base_layers}
+    found = {
+        EXCHANGED: [name for name, base in known.items() if base.exchanged],
+        ALTERNATING: [name for name, base in known.items() if base.alternating],
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def names(modules: Mapping[str, Mapping[str, Tensor]], targets: Any, reading: Reading) -> dict[str, str]:
     """Return the parameter's name for each module of the keys that stands for one.
+
+    Args:
+        modules: the tensors of each module in the keys, by part.
 
     Raises:
         ValueError: ``target_parameters`` is no list of names, or which parameter a key is of cannot be told.
@@ -43,12 +65,16 @@ def names(modules: Sequence[str], targets: Any, reading: Reading) -> dict[str, s
     deepest: dict[str, int] = {}
     for module in modules:
         holder = module.replace(_INSIDE, "")
-        if any(f"{holder}.{one.rpartition('.')[2]}".endswith(f".{one}") or one.startswith(f"{holder}.")
-               for one in targets):  # fmt: skip
-            deepest[holder] = max(deepest.get(holder, 0), module.count(_INSIDE))
+        deepest[holder] = max(deepest.get(holder, 0), module.count(_INSIDE))
     found: dict[str, str] = {}
+    is_layer = _layers(reading)
     for holder, depth in deepest.items():
-        own = sorted({one.rpartition(".")[2] for one in targets if _is_in(one, holder)}, key=_place)
+        fitting = [one for one in targets if _is_in(one, holder)]
+        own = sorted({one.rpartition(".")[2] for one in fitting if "." in one}, key=_place)
+        if len(own) != depth + 1:  # names without a module, as "all-linear" makes them, may be of any
+            if not fitting or (depth == 0 and is_layer(holder)):
+                continue
+            own = sorted({one.rpartition(".")[2] for one in fitting}, key=_place)
         known = [key for key in reading.base_layers or () if key.rpartition(".")[0] == holder]
         in_model = [key.rpartition(".")[2] for key in known if key.rpartition(".")[2] in own]
         order = in_model if len(in_model) == depth + 1 else own
@@ -57,9 +83,59 @@ def names(modules: Sequence[str], targets: Any, reading: Reading) -> dict[str, s
                 f"{holder}: its configuration names the parameters {', '.join(own)}, and the file has {depth + 1}; "
                 "which is which cannot be told without the model"
             )
-        for i, key in enumerate(order):
-            found[holder + _INSIDE * (depth - i)] = f"{holder}.{key}"
+        keys = [holder + _INSIDE * (depth - i) for i in range(len(order))]
+        sizes = [_sizes(modules.get(key, {})) for key in keys]
+        order, features = _fitting(holder, order, sizes, reading.base_layers or {})
+        found |= {key: f"{holder}.{one}" for key, one in zip(keys, order, strict=True)}
+        reading.stack_features |= {key: each for key, each in zip(keys, features, strict=True) if each is not None}
     return found
+
+
+def _layers(reading: Reading) -> Callable[[str], bool]:
+    """Return a function that is True for the names of modules that the configuration adapts as layers."""
+    targets = reading.config.get("target_modules")
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return lambda name: True
+        pattern = bounded(targets, Steps(f"{reading.config_file}: target_modules"))
+        return lambda name: bool(pattern.fullmatch(name))
+    ends = [one for one in targets if isinstance(one, str)] if isinstance(targets, list) else []
+    return lambda name: any(name == one or name.endswith(f".{one}") for one in ends)
+
+
+_Sizes = tuple[int, int] | None
+
+
+def _sizes(parts: Mapping[str, Tensor]) -> _Sizes:
+    """The columns of A and the rows of B, which are inputs and outputs unless PEFT has exchanged A and B."""
+    a, b = parts.get("lora_A"), parts.get("lora_B")
+    return None if a is None or b is None or a.dim() != 2 or b.dim() != 2 else (a.shape[1], b.shape[0])
+
+
+def _fitting(
+    holder: str, order: list[str], sizes: list[_Sizes], base_layers: Mapping[str, BaseLayer]
+) -> tuple[list[str], list[_Sizes]]:
+    """Return the order of a module's parameters that the sizes fit, and the features of each: None if unknown."""
+    bases = {key: base_layers.get(f"{holder}.{key}") for key in order}
+    known = {key: base.features for key, base in bases.items() if base is not None and not base.either_way}
+    for exchanged in (False, True):
+        turned = [None if each is None else each[::-1] if exchanged else each for each in sizes]
+        for way in (order, sorted(order)):
+            found = dict(zip(way, turned, strict=True))
+            if known.keys() == found.keys():
+                fits = found == known
+            else:
+                fits = found.keys() == {"gate_up_proj", "down_proj"} and _belong_together(**found)
+            if fits:
+                return way, turned
+    return order, [known.get(key) for key in order]
+
+
+def _belong_together(gate_up_proj: _Sizes, down_proj: _Sizes) -> bool:
+    """True if these inputs and outputs are those of one module: in no other order, nor exchanged, are they too."""
+    if gate_up_proj is None or down_proj is None:
+        return False
+    return (gate_up_proj[0], gate_up_proj[1]) == (down_proj[1], 2 * down_proj[0])
 
 
 def _is_in(target: str, holder: str) -> bool:
@@ -69,7 +145,7 @@ def _is_in(target: str, holder: str) -> bool:
 
 
 def _place(key: str) -> int:
-    return 0 if key in _FIRST else 2 if key in _LAST else 1
+    return _PLACES.get(key, _BETWEEN)
 
 
 def rank(reading: Reading, name: str) -> int:
@@ -80,8 +156,12 @@ def rank(reading: Reading, name: str) -> int:
 
 def is_stack(module: str, lora_A: Tensor, lora_B: Tensor) -> bool:
     """True for SGLang's tensors with a dimension for the experts, which may be 1 where they share a factor."""
-    shapes = lora_A.dim() == lora_B.dim() == 3 and lora_B.shape[2] == lora_A.shape[1]
-    return shapes and module.rpartition(".")[2] in (*_FIRST, *_LAST)
+    return is_stacked(module, lora_A) and lora_B.dim() == 3 and lora_B.shape[2] == lora_A.shape[1]
+
+
+def is_stacked(module: str, factor: Tensor) -> bool:
+    """True if a factor may be one of these."""
+    return factor.dim() == 3 and module.rpartition(".")[2] in _PLACES
 
 
 def read(
@@ -92,9 +172,7 @@ def read(
         count = max(lora_A.shape[0], lora_B.shape[0])
         if {lora_A.shape[0], lora_B.shape[0]} - {1, count}:
             raise reading.error(f"{module}: lora_B {list(lora_B.shape)} does not fit lora_A {list(lora_A.shape)}")
-        return AdapterLayer(
-            "experts", lora_A.expand(count, -1, -1), lora_B.expand(count, -1, -1), magnitude, scaling
-        )
+        return AdapterLayer("experts", lora_A.expand(count, -1, -1), lora_B.expand(count, -1, -1), magnitude, scaling)
     name = reading.stacks.get(module)
     if name is None or (magnitude is not None and magnitude.dim() != 2):
         return None
@@ -105,18 +183,28 @@ def read(
         count = base.weight.shape[0]
     else:
         count = lora_A.shape[0] // max(1, rank(reading, name))
+        if count == 1:
+            return None
     if count < 1 or lora_A.dim() != 2 or lora_A.shape[0] % count or lora_B.dim() != 2 or lora_B.shape[1] % count:
         raise reading.error(
             f"{name}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} are not those of {count} experts"
         )
     a = lora_A.view(count, -1, lora_A.shape[1])
     b = lora_B.reshape(lora_B.shape[0], -1, count).permute(2, 0, 1)
-    features = None if base is None else base.features
+    features = reading.stack_features.get(module)
     if features is None and magnitude is not None and magnitude.shape[1] != b.shape[1]:
         features = b.shape[1], magnitude.shape[1]
     if features is not None and (a.shape[2], b.shape[1]) == features[::-1] != features:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
+        if not _before_exchange(reading.config.get("peft_version")):
+            reading.exchanged.append(name)
     return AdapterLayer("experts", a, b.contiguous(), magnitude, scaling)
+
+
+def _before_exchange(version: Any) -> bool:
+    """True for PEFT before 0.19, which exchanges A and B of all stacks that are not transposed."""
+    numbers = re.findall(r"\d+", version) if isinstance(version, str) else []
+    return bool(numbers) and tuple(map(int, numbers[:2])) < (0, 19)
 
 
 def keys(parameters: Sequence[str], writing: Writing) -> dict[str, str]:
