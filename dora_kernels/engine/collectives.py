@@ -28,6 +28,15 @@ def summed(group: Any, part: Tensor) -> Tensor:
     return _sum(group, part)
 
 
+def joined(result: Tensor, *tensors: Tensor) -> Tensor:
+    """Return a copy of `result` whose backward gives `tensors` gradients of 0.
+
+    So a process that has used none of them takes part in the sums of their gradients (`copied`).
+    """
+    copy: Tensor = _Joined.apply(result, *tensors)
+    return copy
+
+
 def all_true(group: Any, own: list[bool], device: torch.device) -> list[bool]:
     """Return for each of `own` whether it is true in every process."""
     flags = torch.tensor(own, dtype=torch.int32, device=device)
@@ -75,6 +84,17 @@ class _Copied(torch.autograd.Function):
         for each in waiting:
             each.wait()
         return None, *parts
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.count = len(tensors)
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *(None,) * ctx.count
 
 
 class _Summed(torch.autograd.Function):

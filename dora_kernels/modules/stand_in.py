@@ -61,13 +61,18 @@ class StandIn:
                 "that is right only if no token was routed to these experts"
             )
 
-    @property
-    def _experts(self) -> Experts:
+    def made(self) -> Experts:
+        """The experts, made now if nobody has asked for them. This does not count as reading the parameter."""
         whole = self._whole
         if whole._made is None:
             with torch.set_grad_enabled(whole._grad):  # the first to ask may want a shape, under no_grad
-                whole._made, whole._met = whole._make(), True
+                whole._made = whole._make()
         return whole._made
+
+    @property
+    def _experts(self) -> Experts:
+        self._whole._met = True
+        return self.made()
 
     def _view(self, index: Index, rows_first: bool) -> StandIn:
         view = object.__new__(StandIn)

@@ -64,7 +64,7 @@ class DoraEmbeddingVariant(DoraVariant, variants.DoraEmbeddingVariant):
             h = module._embed(x, weights.lora_A.t())
         else:
             functions = module.input_fns[active_adapter], module.output_fns[active_adapter]
-            h = module._embed(x, module.lora_embedding_A[active_adapter].t(), *functions)
+            h = module._embed(x, module.lora_embedding_A[active_adapter].T, *functions)
         # Exists since peft 0.18. Earlier versions leave the scale out, and so do adapters trained with them.
         embed_scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
         if embed_scale is not None:

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import experts, ops
-from dora_kernels.engine.collectives import all_true, copied, gathered, whole_norm
+from dora_kernels.engine.collectives import all_true, copied, gathered, joined, whole_norm
 from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
@@ -71,10 +71,14 @@ class ExpertsVariant(DoraVariant):
 
     @staticmethod
     def read(layer: Any, adapter: str) -> Weights | None:
-        if switch(layer) is None or not (layer.lora_A[adapter].weight.numel() and math.prod(layer._stored().shape)):
+        if switch(layer) is None:
+            return None
+        stored = layer._stored()
+        sharded = hasattr(stored, "to_local")  # by FSDP2, outside a call
+        if sharded or not (layer.lora_A[adapter].weight.numel() and math.prod(stored.shape)):
             return None
         weights: Weights = layer.problem(adapter)
-        return None if any(hasattr(t, "to_local") for t in weights) else weights  # sharded by FSDP2, outside a call
+        return None if any(hasattr(t, "to_local") for t in weights) else weights
 
     @classmethod
     def norm_source(cls, layer: Any, adapter: str, weights: Weights) -> NormSource:
@@ -169,8 +173,8 @@ class ParamWrapper(DoraLayer, STOCK):
         """The group whose processes have some experts, or a part of each expert, if the parameter shows that now."""
         module, state = self.get_base_layer(), vars(self).get(SWITCH)
         parameter = module._parameters.get(self.parameter_name)
-        if state is None or not hasattr(parameter, "to_local"):
-            return None
+        if state is None or getattr(parameter, "device_mesh", None) is None or parameter.device_mesh.ndim != 1:
+            return None  # of two dimensions it is outside FSDP2's calls
         if not getattr(module, "_is_expert_parallel", False):
             if state.cut is None:
                 state.cut = cut_of(module, parameter)
@@ -192,15 +196,22 @@ class ParamWrapper(DoraLayer, STOCK):
         if switch(self) is None or self.disable_adapters or self.merged or not active or kwargs.get("adapter_names"):
             return STOCK.forward(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        self._find_group()
+        shared = self._find_group() is not None
         module, ndim = self.get_base_layer(), self._parameter_ndim()
         stand_in = StandIn(
             functools.partial(self._experts, active), self._name(), ndim == 2 or not is_transposed(module), ndim == 2
         )
+        # What processes share is exchanged by all, also by one whose experts get no tokens.
+        own = stand_in.made() if shared else None
         with standing_in(module, self.parameter_name, stand_in):
             result = self.base_layer(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            stand_in.check_met(x)
+        if own is None:
+            if not torch.compiler.is_compiling():
+                stand_in.check_met(x)
+        elif torch.is_grad_enabled() and not stand_in.met:
+            result = joined(
+                result, *(t for one in own.adapters for t in (one.lora_A, one.lora_B, one.g) if t is not None)
+            )
         return result
 
     def _parameter_ndim(self: Any) -> int:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine.model_norms import KeptNorm
 from dora_kernels.peft import mixed
-from dora_kernels.peft.merging import Unmerged, merged_rows, unmerged_rows
+from dora_kernels.peft.merging import Unmerged, add_plain, merged_rows, unmerged_rows
 from dora_kernels.peft.shards import agreed, form_of, like, part, split_of, write
 from dora_kernels.peft.state import (
     active_dropout,
@@ -89,7 +90,11 @@ class DoraVariant:
         merged = cls._merged(module, active_adapter, orig_weight)
         if merged is None:
             merged = cls.stock.merge_safe(module, active_adapter, orig_weight)
-        elif split_of(module) is not None and agreed(module.get_base_layer(), bool(part(merged).isfinite().all())):
+        elif split_of(module) is not None:
+            if not agreed(module.get_base_layer(), bool(part(merged).isfinite().all())):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
+                )
             merged = write(module.get_base_layer().weight, merged)
         return merged
 
@@ -219,10 +224,29 @@ class DoraLayer:
         forget_norms(self)
 
     def _merge(self: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        """PEFT's `merge`; of a split layer it cannot merge plain LoRA adapters."""
+        if split_of(self) is None:
+            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+            return
+        for name in check_adapters_to_merge(self, adapter_names) or ():
+            if name in self.lora_variant:
+                super().merge(safe_merge, [name])  # type: ignore[misc]
+            elif name in self.scaling:
+                add_plain(self, name, 1.0, check=safe_merge)
+                self.merged_adapters.append(name)
 
     def _unmerge(self: Any) -> None:
-        super().unmerge()  # type: ignore[misc]
+        """PEFT's `unmerge`; of a split layer it cannot unmerge plain LoRA adapters."""
+        if split_of(self) is None:
+            super().unmerge()  # type: ignore[misc]
+            return
+        for name in reversed(self.merged_adapters.copy()):
+            if name in self.lora_variant:
+                self.merged_adapters[:] = [name]
+                super().unmerge()  # type: ignore[misc]
+            elif name in self.scaling:
+                add_plain(self, name, -1.0)
+        self.merged_adapters.clear()
 
     def _keep(self: Any) -> Any:
         return Unmerged(self._merged_into())

@@ -49,6 +49,34 @@ def unmerged_rows(
     return ops.merge(wide, *factors, None, scaling, "out", norm_backend("auto", wide))
 
 
+@torch.no_grad()
+def add_plain(layer: Any, adapter: str, sign: float, check: bool = False) -> None:
+    """Add `sign` times a plain LoRA adapter to the base of a layer that is split over processes, each to its own part.
+
+    Raises:
+        ValueError: `check` is true and a value would not be finite, in any of the processes. Nothing is written then.
+    """
+    base, scaling = layer.get_base_layer(), sign * layer.scaling[adapter]
+    if adapter in layer.lora_A:
+        lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        lora_bias = part(layer.lora_B[adapter].bias)
+        rows = part(base.weight)
+    else:
+        lora_A, lora_B, lora_bias = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None
+        rows = part(base.weight).t()
+    if lora_bias is not None and base.bias is None:
+        raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+    merged, _ = merged_rows(rows, rows, part(lora_A), part(lora_B), None, scaling, 1.0)
+    results = [(rows, merged)]
+    if lora_bias is not None:
+        bias = part(base.bias)
+        results.append((bias, bias + scaling * lora_bias))
+    if check and not agreed(base, all(bool(result.isfinite().all()) for _, result in results)):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+    for own, result in results:
+        own.data.copy_(result)
+
+
 class Unmerged:
     """A copy of a base layer's weight and bias on the CPU, and a record of what merging made of them."""
 

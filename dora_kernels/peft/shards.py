@@ -205,3 +205,9 @@ def _split_factors(model: nn.Module) -> Iterator[Any]:
 def is_parallel(forward: Any) -> bool:
     """True for the forward that transformers gives to a split module."""
     return getattr(forward, "__qualname__", "") == "TensorParallelLayer.install_forward.<locals>.tp_forward"
+
+
+def holds_parallel(module: nn.Module) -> bool:
+    """True if the module, or one in it, has a forward that transformers gave it to run it in parallel."""
+    forwards = (vars(one).get("forward") for one in module.modules())
+    return any(getattr(forward, "__module__", "").startswith("transformers.distributed.") for forward in forwards)

@@ -6,8 +6,8 @@ it is on. Which process has which part of a tensor: `shards`.
 
 from __future__ import annotations
 
+import copy
 import functools
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel, variants
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, distributed, nn
 
 from dora_kernels.core.precision import cast, compute_dtype
@@ -45,26 +46,64 @@ def allow() -> Callable[[], None]:
 
 
 def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
-    """Raise ValueError, before PEFT adds an adapter, if a target is split in a way that PEFT has no adapters for.
+    """Raise ValueError, before PEFT adds an adapter, if it targets a part of the model that is split in a way that PEFT
+    has no adapters for.
 
-    PEFT warns of it and raises at the first forward.
+    PEFT warns of some, and then raises at the first forward, or trains with wrong gradients.
     """
-    plan = getattr(model, "tp_plan", None) if getattr(model, "_device_mesh", None) is not None else None
-    if not plan or not isinstance(tuner, LoraModel):
+    plan = getattr(lora_model, "get_tp_plan_and_mesh", None)
+    if plan is None or getattr(model, "_device_mesh", None) is None or not isinstance(tuner, LoraModel):
         return
-    config = tuner.peft_config[adapter_name]
-    if config.target_modules in (None, "all-linear"):
-        return
+    config = copy.copy(tuner.peft_config[adapter_name])
+    _check_copies(model, config)
+    config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
+    config = _maybe_include_all_linear_layers(config, model)
+    init = config.init_lora_weights
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style is None or style in shards.STYLES or not isinstance(base, nn.Linear | nn.Embedding):
+        _check_parameters(name, base, config)
+        style, mesh = plan(model, name)
+        if style is None or not isinstance(base, nn.Linear | nn.Embedding) or not config.target_modules:
             continue
-        if tuner._check_target_module_exists(config, name):
+        if not tuner._check_target_module_exists(config, name):
+            continue
+        if style not in shards.STYLES:
             raise ValueError(
                 f"target_modules: {name} cannot have an adapter: its tensor-parallel style is {style!r}; expected one "
                 f"of {', '.join(shards.STYLES)}"
             )
+        if getattr(base.weight, "device_mesh", mesh) != mesh:
+            raise ValueError(
+                f"target_modules: {name} cannot have an adapter: its tensor-parallel weight is sharded by FSDP2 already"
+                "; add the adapter before fully_shard"
+            )
+        if isinstance(init, str) and init.lower() != "gaussian":
+            raise ValueError(
+                f"init_lora_weights: expected True, False or 'gaussian', since {name} is tensor-parallel, got {init!r}"
+            )
+
+
+def _check_copies(model: nn.Module, config: Any) -> None:
+    """Check what PEFT would copy: the copy of a split module runs with the original's tensors, and does not train."""
+    saved, tokens = config.modules_to_save or (), getattr(config, "trainable_token_indices", None)
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = embedding() if tokens else None
+    for name, module in model.named_modules():
+        if any(name.endswith(end) for end in saved) and shards.holds_parallel(module):
+            raise ValueError(f"modules_to_save: expected modules that are not tensor-parallel, got {name}")
+        found = any(name.endswith(end) for end in tokens) if isinstance(tokens, dict) else module is embedding
+        if tokens and found and shards.holds_parallel(module):
+            raise ValueError(f"trainable_token_indices: {name} is tensor-parallel; add it to target_modules instead")
+
+
+def _check_parameters(name: str, module: nn.Module, config: Any) -> None:
+    """Check the ``target_parameters`` of a split layer, which is not one of experts."""
+    for key, parameter in module._parameters.items():
+        full = f"{name}.{key}"
+        if parameter is None or parameter.dim() == 3 or not shards.is_parallel(vars(module).get("forward")):
+            continue
+        if any(full.endswith(f".{end}") for end in getattr(config, "target_parameters", None) or ()):
+            raise ValueError(f"target_parameters: {full} is tensor-parallel; target its layer by target_modules")
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, distributed, multiprocessing, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import dora_kernels
 
 VOCAB = 61
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
@@ -44,6 +48,20 @@ def peft_model(
     values = {"r": 3, "lora_alpha": 5, "use_dora": True, "target_modules": list(TARGETS), **options}
     model = get_peft_model(base_model(folder, split, dtype), LoraConfig(**values), autocast_adapter_dtype=False)
     return move(model) if moved else model
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[Any]:
+    handle = dora_kernels.patch_peft_globally()
+    try:
+        yield handle
+    finally:
+        handle.restore()
+
+
+def twins(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """The model in one process and the split one."""
+    return peft_model(folder, False, **options), peft_model(folder, True, **options)
 
 
 def whole(tensor: Any) -> Tensor:
