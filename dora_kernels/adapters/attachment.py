@@ -17,7 +17,7 @@ from dora_kernels.adapters.beside import WAY_OUT, trained
 from dora_kernels.adapters.experts import fill, plan_stacks, stacked
 from dora_kernels.adapters.formats.stacks import layout
 from dora_kernels.adapters.names import COMPONENTS, own_layers
-from dora_kernels.model.apply import adapted_layers, no_adapted_layers
+from dora_kernels.model.apply import adapted_layers, name_of, no_adapted_layers
 from dora_kernels.model.saving import watch_saving
 from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
@@ -45,13 +45,6 @@ def joined(models: Any) -> nn.Module:
             raise ValueError(f"model: {name} is itself a layer, so there is no parent to replace it in")
         holder._modules[name] = model
     return holder
-
-
-def name_of(name: str, layer: nn.Module) -> str:
-    """The name in an adapter of an adapted layer with this name in the model: of a stack, its parameter's."""
-    if isinstance(layer, modules.LoRAExperts):
-        return f"{name.replace('.base_layer', '')}.{layer.parameter}"
-    return name
 
 
 def extract(model: Models) -> Adapter:

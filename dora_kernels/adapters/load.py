@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer
-from dora_kernels.adapters.attachment import Models, attach, joined, name_of
+from dora_kernels.adapters.attachment import Models, attach, joined
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
 from dora_kernels.adapters.experts import stacked
@@ -23,7 +23,7 @@ from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_p
 from dora_kernels.core import validation
 from dora_kernels.core.shown import listed, shown
 from dora_kernels.files import pairs, storage
-from dora_kernels.model.apply import adapted_layers
+from dora_kernels.model.apply import adapted_layers, name_of
 
 CONFIG = "adapter_config.json"
 

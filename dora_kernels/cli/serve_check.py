@@ -144,7 +144,9 @@ def _beyond_linear(engine: str, facts: Facts) -> Verdict | None:
         return None
     reads_experts = not facts.dora and engine in ("vllm", "sglang")
     if reads_experts and facts.stacks:
-        return Verdict("refused", "it does not read PEFT's stacks of experts", f"{CONVERT[:-4]}{engine}")
+        some = "; of gpt-oss, Qwen3-VL-MoE and Qwen3.5-MoE it does" if engine == "vllm" else ""
+        reason = f"it does not read PEFT's stacks of experts{some}"
+        return Verdict("refused", reason, f"{CONVERT[:-4]}{engine}")
     return None if reads_experts else Verdict("refused", "it serves no such adapters of experts", MERGE)
 
 

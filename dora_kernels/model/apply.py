@@ -25,7 +25,7 @@ from dora_kernels.model.targets import (
     put,
     unwrapped,
 )
-from dora_kernels.modules import AdaptedLayer
+from dora_kernels.modules import AdaptedLayer, LoRAExperts
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.rounding import seed_for
@@ -180,6 +180,13 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {names[0]: module for module, names in places.items() if isinstance(module, AdaptedLayer)}
 
 
+def name_of(name: str, layer: nn.Module) -> str:
+    """The name in an adapter of an adapted layer with this name in the model: of a stack, its parameter's."""
+    if isinstance(layer, LoRAExperts):
+        return f"{name.replace('.base_layer', '')}.{layer.parameter}"
+    return name
+
+
 def remove_dora(model: nn.Module) -> nn.Module:
     """Put the base layers back, unmerged, under all their names, and forget the adapters.
 
@@ -214,7 +221,8 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     Args:
         model: changed in place.
         rounding: "nearest" or "stochastic", as in `merge_dora`.
-        seed: of stochastic rounding, in ``[0, 2**63)``; each layer draws by its own name (`rounding.seed_for`).
+        seed: of stochastic rounding, in ``[0, 2**63)``; each layer draws by its own name (`rounding.seed_for`),
+            which is the parameter's for a stack of experts, and each expert in it by its number.
 
     Returns:
         `model`.
@@ -235,7 +243,7 @@ def merge_all(model: nn.Module, rounding: str = "nearest", seed: int = 0) -> nn.
     _check_untied(model, layers)
     for name, layer in reversed(list(layers.items())):
         if not layer.merged:
-            layer.merge(rounding, seed_for(seed, name))
+            layer.merge(rounding, seed_for(seed, name_of(name, layer)))
         put(model, places[layer], layer._release())
     unwatch_saving(model)
     return model

@@ -99,6 +99,27 @@ def test_every_layout_into_every_folder(layout, stored, bases, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
 
 
+def test_stochastic_rounding_of_a_folder(bases, tmp_path):
+    """The bits of `merge_all` with the same seed, also where nearest rounding would give others."""
+    model = qwen3_moe(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file(model.state_dict(), file, metadata={"format": "pt"})
+    dora_kernels.apply_dora(model, [], rank=2, target_parameters=STACKS)
+    dora_kernels.save_adapter(moved(model), tmp_path / "adapter")
+    found = {}
+    for rounding in ("nearest", "stochastic"):
+        out = tmp_path / rounding
+        command("merge", tmp_path / "base", tmp_path / "adapter", out, "--rounding", rounding, "--seed", 5)
+        found[rounding] = load_file(out / "model.safetensors")
+    wanted = dora_kernels.merge_all(model, "stochastic", 5).state_dict()
+    stacks = [key for key in wanted if ".experts." in key]
+    assert len(stacks) == 4
+    for key in stacks:
+        assert torch.equal(found["stochastic"][key], wanted[key]), key
+        assert not torch.equal(found["nearest"][key], wanted[key]), key
+
+
 def test_inspecting_stacks(bases, tmp_path):
     """A fresh adapter's magnitudes are the norms of its weights: g is 1 for every output of every expert."""
     from dora_kernels.cli.inspect import inspect

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_kernels import DoRAExperts
+import dora_kernels
+from dora_kernels import DoRAExperts, LoRAExperts
 
 
 class TwoExperts(nn.Module):
@@ -99,3 +101,65 @@ def test_a_merge_that_fails():
     with pytest.raises(ValueError, match="rounding: expected 'nearest' or 'stochastic', got 'up'"):
         layer.merge("up")
     assert not layer.merged and torch.equal(layer.weight, stack) and torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", ["data_ptr", "untyped_storage", "storage", "data", "__cuda_array_interface__"])
+def test_no_address(name):
+    """A kernel that is given the stand-in fails instead of reading the base weight."""
+
+    class GivesItsAddress(TwoExperts):
+        def forward(self, x):
+            getattr(self.stack, name)
+            return super().forward(x)
+
+    layer, x = layer_of(GivesItsAddress())
+    said = rf"GivesItsAddress\.stack: inside its layer's call the adapted weight has no {name}"
+    with pytest.raises(AttributeError, match=said):
+        layer(x)
+    assert "stack" not in vars(layer._holder())
+
+
+def test_an_expert_that_there_is_not():
+    class Reads(TwoExperts):
+        def forward(self, x, expert):
+            return F.linear(x, self.stack[expert])
+
+    layer, x = layer_of(Reads())
+    assert torch.equal(layer(x, -1), layer(x, 2))
+    with pytest.raises(IndexError, match=r"Reads\.stack: index 3 is out of range for 3 experts"):
+        layer(x, 3)
+    assert "stack" not in vars(layer._holder())
+
+
+def test_a_stack_that_is_read_transposed():
+    """A magnitude belongs to outputs, so with one it is an error that says what to declare; plain LoRA has none."""
+
+    class Transposed(TwoExperts):
+        def forward(self, x):
+            return x @ self.stack[0]
+
+    layer, _ = layer_of(Transposed())
+    said = (
+        r"Transposed\.stack: .* reads this weight as \[experts, in, out\], and the adapter's magnitudes were made for "
+        r"\[experts, out, in\]; set is_transposed=True"
+    )
+    with pytest.raises(dora_kernels.UnsupportedError, match=said):
+        layer(torch.randn(2, 5))
+    lora = LoRAExperts(layer._holder(), "stack", rank=2)
+    nn.init.normal_(lora.lora_B.weight)
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(lora(x), x @ lora._experts().formed_one(0))
+
+
+def test_forming_the_weights_warns_once():
+    class Summed(TwoExperts):
+        def forward(self, x):
+            return torch.einsum("sk,enk->sn", x, self.stack)
+
+    layer, x = layer_of(Summed())
+    with pytest.warns(RuntimeWarning, match=r"Summed\.stack: the layer's forward .* all experts are formed"):
+        y = layer(x)
+    torch.testing.assert_close(y, torch.einsum("sk,enk->sn", x, layer._experts().formed()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)

@@ -79,7 +79,7 @@ def _parametrized(experts):
 
 
 PARAMETERS = {
-    "int8": (_holding(torch.zeros(6, 32, 24, dtype=torch.int8)), "its parameter is torch.int8; expected float32, "),
+    "int16": (_holding(torch.zeros(6, 32, 24, dtype=torch.int16)), "its parameter is torch.int16; expected float32, "),
     "float8": (_holding(torch.zeros(6, 32, 24).to(torch.float8_e4m3fn)), "its parameter is torch.float8_e4m3fn; "),
     "four": (_holding(torch.zeros(6, 1, 32, 24)), r"the shape \[6, 1, 32, 24\]; expected 2 dimensions, or 3"),
     "one": (_holding(torch.zeros(6)), r"its parameter has the shape \[6\]; expected 2 dimensions, or 3"),
@@ -124,6 +124,16 @@ def test_experts_that_the_module_around_them_reads():
     settings.ffn_act_fn = {"name": "silu"}
     said = r"^experts\.w1: DoRA cannot run .*: the module around DbrxExpertGLU reads its parameters itself"
     refused(Around(DbrxExpertGLU(settings)), said, target_parameters=["experts.w1"])
+
+
+def test_experts_with_kernels_for_packed_weights():
+    """fbgemm's float8 experts; MXFP4's are in test_peft_experts_quantized.py."""
+    from transformers.integrations import fbgemm_fp8
+
+    settings = AnyConfig()
+    settings.num_local_experts = 2
+    said = r"^experts\.down_proj: DoRA cannot run .*: FbgemmFp8Llama4TextExperts multiplies by its packed weights in ke"
+    refused(Around(fbgemm_fp8.FbgemmFp8Llama4TextExperts(settings)), said, target_parameters=["experts.down_proj"])
 
 
 @pytest.mark.parametrize(("how", "placement"), [("experts", Shard(0)), ("tensor", Shard(1))], ids=["ep", "tp"])

@@ -36,7 +36,6 @@ def tokens(step):
 
 
 def adapted(model, rank=0, experts_alone=False):
-    dora_kernels.patch_peft_globally()
     torch.manual_seed(3 + rank)
     config = LoraConfig(
         use_dora=True, r=4, lora_alpha=8, target_modules=[] if experts_alone else ["q_proj"],
@@ -98,6 +97,7 @@ WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2, "expert_parallel": expert_parallel}
 
 def in_process(rank, wrapper, path):
     torch.set_num_threads(1)
+    dora_kernels.patch_peft_globally()
     os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=RANKS)
     losses, model, whole = WRAPPERS[wrapper](rank, path)
