@@ -72,7 +72,8 @@ def add(app: "typer.Typer") -> None:
                 one.beside.clear()
             advance(f"{source} is read", 2)
             whole = read if others else adapter
-            folded = save_adapter(whole, target, format=to, prefix=to_prefix or None, force=force)
+            with errors(format="--to", prefix="--to-prefix"):
+                folded = save_adapter(whole, target, format=to, prefix=to_prefix or None, force=force)
             advance(f"{target} is written", 2)
         output = console()
         for one, place in zip(read.values(), (source, *(each.partition("=")[2] for each in join)), strict=True):

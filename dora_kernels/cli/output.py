@@ -68,8 +68,12 @@ def progress() -> Iterator[Callable[[str, int], None]]:
 
 
 @contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """Print errors about files and arguments as one line on standard error, and exit with status 2."""
+def errors(**options: str) -> Iterator[None]:
+    """Print errors about files and arguments as one line on standard error, and exit with status 2.
+
+    Args:
+        options: the command's options for arguments, where they are not those of `_OPTIONS`.
+    """
     import typer
 
     try:
@@ -78,7 +82,7 @@ def errors() -> Iterator[None]:
         text = str(error)
         for argument, flag in _FLAGS.items():
             text = re.sub(rf"\b{argument}", flag, text)
-        for argument, option in _OPTIONS.items():
+        for argument, option in (_OPTIONS | options).items():
             text = re.sub(rf"^{argument}: ", f"{option}: ", text)
             text = re.sub(rf"\b{argument}=", f"{option} ", text)
         print("error: " + shown(" ".join(text.split()), _LONGEST), file=sys.stderr)

@@ -66,7 +66,9 @@ def over_kernel(norm: Tensor, shape: torch.Size, groups: int, channels_last: boo
 
 
 def compose(result: Tensor, low: Tensor, g: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """``g * (result - bias + scaling * low) + bias``; g and bias have shapes that broadcast over the channels."""
-    if bias is None:
-        return g * torch.add(result, low, alpha=scaling)
-    return torch.addcmul(bias, g, torch.add(result - bias, low, alpha=scaling))
+    """``g * (result - bias + scaling * low) + bias``; g and bias have shapes that broadcast over the channels.
+
+    Written so that g = 1 and low = 0 give `result` to the bit.
+    """
+    biased = torch.add(result, low, alpha=scaling)
+    return g * biased if bias is None else torch.addcmul(biased, g - 1.0, biased - bias)

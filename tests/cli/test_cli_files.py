@@ -301,7 +301,9 @@ def test_bad_indices(call, tmp_path, index, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["convert", "adapter", "new", "--to", "zip"], ["format", "'peft'", "'zip'"]),
+        (["convert", "adapter", "new", "--to", "zip"], ["--to: expected", "'peft'", "'zip'"]),
+        (["convert", "adapter", "new", "--to", "mlx", "--to-prefix", "unet"], ["--to-prefix: "]),
+        (["convert", "adapter", "new", "--to", "peft", "--from", "zip"], ["--from: expected", "'auto'", "'zip'"]),
         (["convert", "adapter", "new", "--to", "mlx", "--axis", "row"], ["'out' or 'in'", "'row'"]),
         (["convert", "adapter", "new"], ["--to"]),
         (["convert", "adapter", "new", "--to", "mlx", "--from", "kohya"], ["'kohya'", "'peft'"]),
