@@ -18,6 +18,7 @@ from dora_kernels.checkpoints.checkpoint import Checkpoint, read_for
 from dora_kernels.cli.options import AXIS, FROM, PREFIX, SCALING, read_options
 from dora_kernels.cli.output import console, errors, say, say_each
 from dora_kernels.core.extras import version_of
+from dora_kernels.core.shown import shown
 from dora_kernels.vllm import TESTED, refusal
 from dora_kernels.vllm.registry import serves_with_lora
 
@@ -136,6 +137,10 @@ ENGINES: dict[str, Callable[[Facts], Verdict]] = {
 """Each engine's verdict, from its sources as of November 2026; docs/serving.md has the versions."""
 
 
+_STACKS_IN_VLLM = "GptOss", "Qwen3VLMoe", "Qwen3_5Moe"
+"""Beginnings of the classes that have `is_3d_moe_weight` in vLLM: of these it reads PEFT's stacks."""
+
+
 def _beyond_linear(engine: str, facts: Facts) -> Verdict | None:
     """The verdict on an adapter of experts or convolutions, where it is another than on one of linear layers."""
     if other := sorted(facts.kinds - {"linear", "embedding", "experts"}):
@@ -144,15 +149,15 @@ def _beyond_linear(engine: str, facts: Facts) -> Verdict | None:
         return None
     reads_experts = not facts.dora and engine in ("vllm", "sglang")
     if reads_experts and facts.stacks:
-        some = "; of gpt-oss, Qwen3-VL-MoE and Qwen3.5-MoE it does" if engine == "vllm" else ""
-        reason = f"it does not read PEFT's stacks of experts{some}"
-        return Verdict("refused", reason, f"{CONVERT[:-4]}{engine}")
+        if engine == "vllm" and any(name.startswith(_STACKS_IN_VLLM) for name in facts.classes):
+            return None
+        return Verdict("refused", "it does not read PEFT's stacks of experts", f"{CONVERT[:-4]}{engine}")
     return None if reads_experts else Verdict("refused", "it serves no such adapters of experts", MERGE)
 
 
 def _of_model(engine: str, facts: Facts, verdict: Verdict) -> Verdict:
     """The verdict on an adapter that the engine takes, with what is known of the model's class."""
-    model = facts.classes[0] if facts.classes else "a model whose config.json names no class"
+    model = shown(facts.classes[0]) if facts.classes else "a model whose config.json names no class"
     unchecked = f"whether it serves {model} with LoRA was not checked"
     if engine != "vllm" or not facts.classes:
         return _unchecked(verdict, unchecked)
@@ -166,7 +171,8 @@ def _of_model(engine: str, facts: Facts, verdict: Verdict) -> Verdict:
     if answer is None:
         reason = f"vLLM {installed} has no class of its own for {model}"
         if facts.encoder_decoder:  # tried with T5 and vLLM 0.32.0
-            return Verdict("refused", f"{reason}, and through transformers it runs no encoder-decoders", BANK)
+            advice = BANK if _bank(facts).serves == "right" else MERGE
+            return Verdict("refused", f"{reason}, and through transformers it runs no encoder-decoders", advice)
         return _unchecked(verdict, f"{reason}; whether it runs through transformers was not checked")
     return verdict if answer else Verdict("refused", f"vLLM {installed} serves {model} without LoRA only", MERGE)
 

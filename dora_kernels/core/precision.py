@@ -46,10 +46,10 @@ def low_rank_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
 
 @functools.cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU multiplies matrices of `dtype`: float32 for 16 bits without instructions for them.
+    """The dtype in which a CPU multiplies matrices of `dtype`: float32 for 16 bits where oneDNN has no such products.
 
-    PyTorch's own loops then take 5 times as long for ``x Wᵀ`` and 20 times for ``dY W`` as float32 products with a
-    copy of W in float32 (128 rows, 1024x256 in bfloat16, AVX2).
+    PyTorch's own loops then take 2 to 6 times as long for ``x Wᵀ`` and 20 to 30 times for ``dY W`` as float32 products
+    with a copy of W in float32 (128 rows, 1024x256 and 256x512 in bfloat16, AVX2).
     """
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     supported = None if name is None else getattr(torch.ops.mkldnn, name, None)

@@ -180,7 +180,7 @@ def _forward(
 def _at_hand(lora_B: Tensor, rows: Sequence[Rows]) -> Tensor:
     """B so that reading one expert's does not read all of it for every expert: in PEFT's B the experts take turns.
 
-    A copy of the whole takes as long as copies of 10 to 26 of 32 experts, one by one.
+    A copy of the whole takes as long as copies of 8 to 26 of 32 experts, one by one.
     """
     return lora_B.contiguous() if 4 * len(rows) > len(lora_B) else lora_B
 
@@ -188,7 +188,7 @@ def _at_hand(lora_B: Tensor, rows: Sequence[Rows]) -> Tensor:
 def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of the products with W, and of those with A and B."""
     wide, low = product_dtype(x.dtype), low_rank_dtype(x, lora_A)  # which asks for autocast
-    return wide, low if wide == x.dtype else wide
+    return wide, low if wide == x.dtype else torch.promote_types(low, wide)
 
 
 def _through_scale(up: Tensor, kept: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -191,8 +191,7 @@ class Experts:
         lora_A, lora_B, g = parts[expert]
         readable = isinstance(self.weight, Tensor) and (self.weight.dtype == x.dtype or self.weight.requires_grad)
         base = None
-        wider = low_rank_dtype(x, lora_A) != x.dtype or product_dtype(x.dtype) != x.dtype
-        if wider and x.dim() == 2 and self._loops(x):
+        if x.dim() == 2 and self._loops(x) and {low_rank_dtype(x, lora_A), product_dtype(x.dtype)} != {x.dtype}:
             # The formula would keep float32 copies of x and of the sum, and multiply in x's dtype.
             weight = self.weight[expert].unsqueeze(0)
             one_g = None if g is None else g.unsqueeze(0)

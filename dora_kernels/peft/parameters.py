@@ -153,8 +153,8 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
 def _turned(parameter: Parameter, sizes: set[int], others: Iterable[Parameter]) -> str:
     """The end of the sentence about tensors that fit another parameter of the module, or nothing."""
     holder = parameter.name.rpartition(".")[0]
-    own = (other for other in others if other.shape and other.name.rpartition(".")[0] == holder)
-    if any(sizes == set(other.shape[-2:]) for other in own if other.shape):
+    others = (one for one in others if one.name != parameter.name and one.name.rpartition(".")[0] == holder)
+    if any(sizes == set(other.shape[-2:]) for other in others if other.shape):
         return (
             ", but fit its module's other one: PEFT nests the parameters of 4-bit experts the other way round; "
             "`dora-kernels convert --to peft` writes such a file for whole ones, and load_adapter reads it"

@@ -102,7 +102,7 @@ def _check_parameters(name: str, module: nn.Module, config: Any) -> None:
         full = f"{name}.{key}"
         if parameter is None or parameter.dim() == 3 or not shards.is_parallel(vars(module).get("forward")):
             continue
-        if any(full.endswith(f".{end}") for end in getattr(config, "target_parameters", None) or ()):
+        if any(f".{full}".endswith(f".{end}") for end in getattr(config, "target_parameters", None) or ()):
             raise ValueError(f"target_parameters: {full} is tensor-parallel; target its layer by target_modules")
 
 

@@ -140,6 +140,11 @@ def test_experts(call, tmp_path, dora):
     assert set(serves(found).values()) == {"refused"}
     for engine in ("vllm", "sglang"):
         assert found[engine]["advice"].endswith("serve OUT" if dora else f"--to {engine}")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["GptOssForCausalLM"]}))
+    found = asked(call, tmp_path / "base", tmp_path / "adapter")[1]
+    assert found["vllm"]["serves"] == ("refused" if dora else "unchecked")  # it reads that model's stacks
+    assert found["sglang"]["serves"] == "refused"
 
 
 def test_bad_input(call, tmp_path, base):

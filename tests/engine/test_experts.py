@@ -328,3 +328,14 @@ def test_a_fresh_magnitude_gives_the_base_to_the_bit():
         problem.m.copy_(torch.linalg.vector_norm(problem.weight, dim=2))
     y = problem.experts().grouped(problem.x, ENDS)
     assert torch.equal(y[:3], torch.nn.functional.linear(problem.x[:3], problem.weight[0]))
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_one_experts_product_compiles_whole(dtype):
+    """As experts run one by one need it, and a router's matrix."""
+    problem = Problem(dtype, dtype)
+    with torch.no_grad():
+        of_problem = problem.experts()
+        wanted = of_problem.linear(problem.x, 2)
+        found = torch.compile(lambda x: of_problem.linear(x, 2), backend="eager", fullgraph=True)(problem.x)
+    assert error(found, wanted) <= 4 * torch.finfo(dtype).eps
