@@ -70,5 +70,7 @@ def compose(result: Tensor, low: Tensor, g: Tensor, bias: Tensor | None, scaling
 
     Written so that g = 1 and low = 0 give `result` to the bit.
     """
-    biased = torch.add(result, low, alpha=scaling)
-    return g * biased if bias is None else torch.addcmul(biased, g - 1.0, biased - bias)
+    if bias is None:
+        return g * torch.add(result, low, alpha=scaling)
+    base = result - bias
+    return result - torch.addcmul(base, g, torch.add(base, low, alpha=scaling), value=-1.0)
