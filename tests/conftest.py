@@ -25,6 +25,7 @@ os.environ["DORA_KERNELS_CACHE"] = os.devnull
 import pytest
 from helpers import LANES, Lane, usable
 
+from dora_kernels import patch_peft_globally
 from dora_kernels.engine import dispatch
 
 settings.register_profile(
@@ -44,6 +45,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session", params=LANES)
 def lane(request: pytest.FixtureRequest) -> Lane:
     return usable(request.param)
+
+
+@pytest.fixture
+def globally():
+    """PEFT patched for the length of a test."""
+    handle = patch_peft_globally()
+    yield handle
+    handle.restore()
 
 
 @pytest.fixture(scope="session", autouse=True)

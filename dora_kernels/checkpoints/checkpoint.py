@@ -123,8 +123,7 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
     if found.stacks or holds_stacks(checkpoint, found.layers):
-        kinds = {str(kind) for kind in settings(checkpoint.config, "model_type")}
-        return read_stacks_for(checkpoint, read_adapter(path, **options), kinds)
+        return read_stacks_for(checkpoint, read_adapter(path, **options), kinds_of(checkpoint))
     keys = _keys(checkpoint, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
@@ -195,7 +194,7 @@ def stored_transposed(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[st
     shapes = {name: tuple(checkpoint[keys[f"{name}.weight"]].shape) for name in linear}
     square = {name for name, layer in linear.items() if layer.features[0] == layer.features[1]}
     found = {name for name, layer in linear.items() if shapes[name] != layer.features[::-1]}
-    kinds = {kind for kind in settings(checkpoint.config, "model_type") if isinstance(kind, str)}
+    kinds = kinds_of(checkpoint)
     if not square:
         return found
     if kinds & set(_TRANSPOSED):
@@ -247,6 +246,11 @@ def settings(config: Mapping[str, Any], name: str) -> list[Any]:
     return [*found, *(value for part in config.values() if isinstance(part, Mapping) for value in settings(part, name))]
 
 
+def kinds_of(checkpoint: Checkpoint) -> set[str]:
+    """The types of the model and of its parts, as its configuration names them."""
+    return {str(kind) for kind in settings(checkpoint.config, "model_type")}
+
+
 def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor | None]]:
     """Yield each layer's name and g, the magnitude over the adapted weight's norm (None for plain LoRA).
 
@@ -256,7 +260,7 @@ def scales(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str]) ->
         ValueError: a weight is quantised or not finite, or it cannot be decided whether it is stored transposed.
     """
     transposed = stored_transposed(checkpoint, adapter, keys)
-    kinds = {str(kind) for kind in settings(checkpoint.config, "model_type")}
+    kinds = kinds_of(checkpoint)
     for name, layer in adapter.layers.items():
         g = None
         if layer.magnitude is not None:

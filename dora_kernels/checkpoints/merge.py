@@ -20,8 +20,8 @@ from dora_kernels.checkpoints.checkpoint import (
     CONFIG,
     Checkpoint,
     attached,
+    kinds_of,
     read_for,
-    settings,
     stored_transposed,
     tied,
 )
@@ -91,7 +91,7 @@ def merge_checkpoint(
     adapter, keys = read_for(checkpoint, path, **options)
     adapter.notes += leftovers(target)
     transposed = stored_transposed(checkpoint, adapter, keys)
-    kinds = {str(kind) for kind in settings(checkpoint.config, "model_type")}
+    kinds = kinds_of(checkpoint)
     transposed |= {
         name for name, layer in adapter.layers.items()
         if layer.kind == "experts" and stack_transposed(layer, checkpoint[keys[f"{name}.weight"]], kinds)

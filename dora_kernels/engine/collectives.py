@@ -28,12 +28,12 @@ def summed(group: Any, part: Tensor) -> Tensor:
     return _sum(group, part)
 
 
-def joined(result: Tensor, *tensors: Tensor) -> Tensor:
+def taking_part(result: Tensor, *tensors: Tensor) -> Tensor:
     """Return a copy of `result` whose backward gives `tensors` gradients of 0.
 
     So a process that has used none of them takes part in the sums of their gradients (`copied`).
     """
-    copy: Tensor = _Joined.apply(result, *tensors)
+    copy: Tensor = _TakingPart.apply(result, *tensors)
     return copy
 
 
@@ -86,7 +86,7 @@ class _Copied(torch.autograd.Function):
         return None, *parts
 
 
-class _Joined(torch.autograd.Function):
+class _TakingPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, *tensors: Tensor) -> Tensor:
         ctx.count = len(tensors)

@@ -8,7 +8,7 @@ magnitude's gradient, y in float32 (`engine.rescale`) and z in 16 bits. With flo
 and the low-rank products are float32. Against autograd's record of the formula, expert by expert, a layer of 64 experts
 (256x512, 1024 tokens to 8) takes 0.86 of the time and 0.77 of the memory in float32, 0.8 of the time in bfloat16.
 
-A CPU without instructions for products of 16 bits takes one expert's W at a time as float32 (`product_dtype`).
+Where a CPU has no products of 16 bits, one expert's W at a time is taken as float32 (`product_dtype`).
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """y, H, what g's gradient needs, and whether that is y. With so `few` rows an expert's W is read as it is."""
     weight, lora_A, lora_B, g, scaling = stack
-    wide, low = _dtypes(x, lora_A)
+    wide, low = product_dtype(x.dtype), low_rank_dtype(x, lora_A)  # which asks for autocast
+    if wide != x.dtype:
+        low = torch.promote_types(low, wide)
     lora_B = _at_hand(lora_B, rows)
     y = x.new_empty(x.shape[0], weight.shape[1])
     h = x.new_empty(x.shape[0], lora_A.shape[1], dtype=low)
@@ -183,12 +185,6 @@ def _at_hand(lora_B: Tensor, rows: Sequence[Rows]) -> Tensor:
     A copy of the whole takes as long as copies of 8 to 26 of 32 experts, one by one.
     """
     return lora_B.contiguous() if 4 * len(rows) > len(lora_B) else lora_B
-
-
-def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the products with W, and of those with A and B."""
-    wide, low = product_dtype(x.dtype), low_rank_dtype(x, lora_A)  # which asks for autocast
-    return wide, low if wide == x.dtype else torch.promote_types(low, wide)
 
 
 def _through_scale(up: Tensor, kept: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from dora_kernels.core.precision import accumulation_dtype, cast
 from dora_kernels.core.problem import Weights
 from dora_kernels.engine import experts, ops
-from dora_kernels.engine.collectives import all_true, copied, gathered, joined, whole_norm
+from dora_kernels.engine.collectives import all_true, copied, gathered, taking_part, whole_norm
 from dora_kernels.engine.dispatch import UnsupportedError, norm_backend
 from dora_kernels.functional import dora_weight_norm
 from dora_kernels.modules.stand_in import StandIn, is_transposed, standing_in
@@ -209,7 +209,7 @@ class ParamWrapper(DoraLayer, STOCK):
             if not torch.compiler.is_compiling():
                 stand_in.check_met(x)
         elif torch.is_grad_enabled() and not stand_in.met:
-            result = joined(
+            result = taking_part(
                 result, *(t for one in own.adapters for t in (one.lora_A, one.lora_B, one.g) if t is not None)
             )
         return result

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from experts_models import Mixture, experts, qwen3_moe
+from experts_models import IDS, Mixture, experts, qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,6 @@ GPT = "transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts"
 INKLING = "transformers.models.inkling.modeling_inkling", "InklingSharedExperts"
 NEMOTRON = "transformers.models.nemotron_h.modeling_nemotron_h", "NemotronHExperts"
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
-IDS = torch.arange(18).view(2, 9) * 7 % 64
 
 
 def adapted(use_dora=True, **options):
@@ -52,13 +51,6 @@ def bases(tmp_path_factory):
         qwen3_moe().save_pretrained(folder / name)
     save_file(qwen3_moe().state_dict(), folder / "stacked" / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture
-def globally():
-    handle = dora_kernels.patch_peft_globally()
-    yield handle
-    handle.restore()
 
 
 def command(*arguments):

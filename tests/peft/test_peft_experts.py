@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from experts_models import IMPLEMENTATIONS, dense, qwen3_moe
+from experts_models import IDS, IMPLEMENTATIONS, dense, qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -18,15 +18,9 @@ import dora_kernels
 from dora_kernels.peft.experts import ParamWrapper
 from dora_kernels.peft.state import switch
 
+pytestmark = pytest.mark.usefixtures("globally")
+
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-IDS = torch.arange(18).view(2, 9) * 7 % 64
-
-
-@pytest.fixture(autouse=True)
-def globally():
-    handle = dora_kernels.patch_peft_globally()
-    yield handle
-    handle.restore()
 
 
 def config(use_dora=True, **options):

@@ -8,23 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from allocations import Allocations
-from experts_models import qwen3_moe
+from experts_models import IDS, qwen3_moe
 from peft import LoraConfig, get_peft_model
 from peft_models import one_thread  # noqa: F401
 from torch import nn
 
-import dora_kernels
 from dora_kernels.peft.experts import ParamWrapper
 
+pytestmark = pytest.mark.usefixtures("globally")
+
 STACKS = "gate_up_proj", "down_proj"
-IDS = torch.arange(18).view(2, 9) * 7 % 64
-
-
-@pytest.fixture(autouse=True)
-def globally():
-    handle = dora_kernels.patch_peft_globally()
-    yield handle
-    handle.restore()
 
 
 def adapted(model, names, **options):

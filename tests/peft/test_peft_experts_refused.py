@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from experts_models import AnyConfig, qwen3_moe
+from experts_models import IDS, AnyConfig, qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -18,15 +18,9 @@ from torch.nn.utils import parametrize
 import dora_kernels
 from dora_kernels.peft.experts import ParamWrapper
 
+pytestmark = pytest.mark.usefixtures("globally")
+
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-IDS = torch.arange(18).view(2, 9) * 7 % 64
-
-
-@pytest.fixture(autouse=True)
-def globally():
-    handle = dora_kernels.patch_peft_globally()
-    yield handle
-    handle.restore()
 
 
 def config(**options):

@@ -12,6 +12,8 @@ from torch import nn
 import dora_kernels
 from dora_kernels.peft.experts import ParamWrapper
 
+pytestmark = pytest.mark.usefixtures("globally")
+
 COUNT, HIDDEN, INNER = 3, 8, 5
 X = torch.randn(7, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -40,13 +42,6 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.experts(x)
-
-
-@pytest.fixture(autouse=True)
-def globally():
-    handle = dora_kernels.patch_peft_globally()
-    yield handle
-    handle.restore()
 
 
 def adapted(use_dora=True, name="default", moved=True):

@@ -16,10 +16,11 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers.distributed.tensor_parallel")
 
 from experts_models import qwen3_moe
-from peft import LoraConfig, PeftModel, get_peft_model, import_utils
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import check
 from safetensors.torch import load_file
 from tensor_parallel import (
+    NEEDS,
     TARGETS,
     VOCAB,
     agree,
@@ -34,7 +35,7 @@ from tensor_parallel import (
     twins,
     whole,
 )
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -47,15 +48,7 @@ from dora_kernels.engine import collectives, model_forward, writes
 from dora_kernels.peft import experts as peft_experts
 from dora_kernels.peft import shards
 
-pytestmark = [
-    pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
-    pytest.mark.skipif(
-        not getattr(import_utils, "is_transformers_dtensor_tp", False), reason="PEFT knows no such parallelism"
-    ),
-    pytest.mark.skipif(
-        "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
-    ),
-]
+pytestmark = NEEDS
 
 ADAM = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-3}
 SPLIT_NORMS = 5

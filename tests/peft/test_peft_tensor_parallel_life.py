@@ -12,9 +12,10 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers.distributed.tensor_parallel")
 
 from experts_models import qwen3_moe
-from peft import LoraConfig, get_peft_model, import_utils
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tensor_parallel import (
+    NEEDS,
     TARGETS,
     agree,
     base_model,
@@ -28,7 +29,7 @@ from tensor_parallel import (
     twins,
     whole,
 )
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Phi3Config
@@ -37,15 +38,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import dora_kernels
 
-pytestmark = [
-    pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
-    pytest.mark.skipif(
-        not getattr(import_utils, "is_transformers_dtensor_tp", False), reason="PEFT knows no such parallelism"
-    ),
-    pytest.mark.skipif(
-        "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
-    ),
-]
+pytestmark = NEEDS
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers", minversion="5", reason="befor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig  # noqa: E402
 
 COUNT, HIDDEN, INNER = 5, 8, 6
+IDS = torch.arange(18).view(2, 9) * 7 % 64
+"""Tokens for `qwen3_moe`."""
 IMPLEMENTATIONS = "eager", "batched_mm", "grouped_mm"
 
 

@@ -10,12 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, import_utils
 from torch import Tensor, distributed, multiprocessing, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_kernels
+
+NEEDS = [
+    pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
+    pytest.mark.skipif(
+        not getattr(import_utils, "is_transformers_dtensor_tp", False), reason="PEFT knows no such parallelism"
+    ),
+    pytest.mark.skipif(
+        "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
+    ),
+]
+"""The `pytestmark` of tests that run it."""
 
 VOCAB = 61
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]

@@ -135,7 +135,7 @@ def _belong_together(gate_up_proj: _Sizes, down_proj: _Sizes) -> bool:
     """True if these inputs and outputs are those of one module: in no other order, nor exchanged, are they too."""
     if gate_up_proj is None or down_proj is None:
         return False
-    return (gate_up_proj[0], gate_up_proj[1]) == (down_proj[1], 2 * down_proj[0])
+    return gate_up_proj == (down_proj[1], 2 * down_proj[0])
 
 
 def _is_in(target: str, holder: str) -> bool:
