@@ -107,10 +107,14 @@ class _Loop(torch.autograd.Function):
             needed = (need_x, False, need_a, need_b, need_g)
             dx, _, *rest = gradients([x, weight, lora_A, lora_B, g], needed, layer, dy)
             return dx, None, None, *rest, None
-        wide, low, b = product_dtype(x.dtype), h.dtype, _at_hand(lora_B, rows)
+        wide, low = product_dtype(x.dtype), h.dtype
+        # In 16 bits oneDNN takes the gradient of z as it lies. In float32 it takes dY, padded, and the factors have g.
+        padding = low.itemsize >= 4
+        scale = (scaling * g).unsqueeze(2) if padding and g is not None else scaling
+        b = torch.mul(lora_B, scale, out=torch.empty(lora_B.shape, dtype=low)) if need_x or need_a else lora_B
         dx = torch.empty_like(x) if need_x else None
-        d_a = torch.zeros(lora_A.shape, dtype=lora_A.dtype) if need_a else None
-        d_b = torch.zeros(lora_B.shape, dtype=lora_B.dtype) if need_b else None
+        d_a = torch.zeros(lora_A.shape, dtype=low) if need_a else None
+        d_b = torch.zeros(lora_B.shape, dtype=low) if need_b else None
         d_g = torch.zeros(weight.shape[0], dy.shape[1], dtype=accumulation_dtype(x)) if need_g else None
         with no_autocast(dy.device):
             # Rows of a power of two bytes apart fall into the same lines of the cache: dYᵀ H takes 57 us, padded 30.
@@ -118,30 +122,28 @@ class _Loop(torch.autograd.Function):
             padded = torch.empty(most, outputs + _PADDING, dtype=low)
             for e, start, end in rows:
                 up, of_low, of_g = cast(dy[start:end], wide), h[start:end], None if g is None else g[e]
-                factor = scaling if of_g is None else (scaling * of_g).unsqueeze(1)
                 d_z, dot = _through_scale(up, None if kept is None else cast(kept[start:end], wide), of_g)
                 if d_g is not None and dot is not None:
                     d_g[e] = dot
-                if low.itemsize < 4:  # products of oneDNN, which are no slower for it
-                    left, factor = d_z, scaling
-                else:
-                    left = padded[: end - start, :outputs].copy_(up)
+                left = padded[: end - start, :outputs].copy_(up) if padding else d_z
                 if d_b is not None:
-                    torch.mul(left.t() @ of_low, factor, out=d_b[e])
+                    torch.mm(left.t(), of_low, out=d_b[e])
                 if need_x or need_a:
-                    d_low = left @ torch.mul(cast(b[e], low), factor).contiguous()
+                    d_low = left @ b[e]
                     if d_a is not None:
-                        d_a[e] = d_low.t() @ cast(x[start:end], low)
+                        torch.mm(d_low.t(), cast(x[start:end], low), out=d_a[e])
                     if dx is not None:
                         of_x = dx[start:end] if wide == x.dtype else torch.empty(end - start, dx.shape[1], dtype=wide)
                         torch.mm(cast(d_low, wide), cast(lora_A[e], wide), out=of_x).addmm_(d_z, cast(weight[e], wide))
                         if wide != x.dtype:
                             dx[start:end] = of_x
+        if d_b is not None:
+            d_b.mul_(scale)
         if dx is not None:
             dx[rows[-1].end if rows else 0 :] = 0
         if d_g is not None and ctx.divide:
             d_g.div_(g)
-        return dx, None, None, d_a, as_parameter(d_b, lora_B), d_g, None
+        return dx, None, None, as_parameter(d_a, lora_A), as_parameter(d_b, lora_B), d_g, None
 
 
 def _forward(
