@@ -31,6 +31,7 @@ from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
 from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, runs_here, unsupported
 from dora_kernels.peft.linear import DoraLinear
 from dora_kernels.peft.state import Options, dora_adapters, switch
+from dora_kernels.peft.targets import left_out
 
 logger = logging.getLogger("dora_kernels")
 
@@ -91,7 +92,8 @@ class PatchHandle:
         return [text for record in self._calls if (text := record.warning()) is not None]
 
     def __repr__(self) -> str:
-        return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
+        waiting = "" if self._undo is None or self._models else "of models made from now on, "
+        return f"PatchHandle({waiting}patched={len(self.patched)}, skipped={len(self.skipped)})"
 
     def _add(self, model: nn.Module) -> None:
         if model not in self._models:
@@ -274,8 +276,10 @@ def _wrap_inject_adapter() -> None:
             return original(self, model, *args, **kwargs)
         tensor_parallel.check_targets(self, model, *args, **kwargs)
         stacks.check_targets(self, model, *args, **kwargs)
+        warn_of_left_out = left_out(self, model, *args, **kwargs)
         with tensor_parallel.whole_parameters():
             original(self, model, *args, **kwargs)
+        warn_of_left_out()
         if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm, report = _on[-1]
