@@ -234,7 +234,7 @@ def patch_peft_globally(
         grouped_norm: as `patch_peft`.
 
     Returns:
-        The handle of all models made while it is on.
+        The handle of all models made while it is on. Until the first of them is made it counts 0 layers.
 
     Raises:
         TypeError: `exact_init` or `keep_unmerged` is no bool.

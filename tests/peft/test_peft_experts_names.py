@@ -171,6 +171,12 @@ def test_peft_leaves_layers_out(kind, targets):
     torch.testing.assert_close(logits(model), logits(mixture(kind)), rtol=1e-5, atol=1e-5)
 
 
+def test_peft_reads_an_expression_by_its_ends():
+    """As the documents say: it adapts the other layers' too."""
+    model, _ = trained(mixture("glm4_moe"), target_modules=r".*layers\.0.*q_proj")
+    assert sum(isinstance(layer, BaseTunerLayer) for layer in model.modules()) == 2
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 def test_peft_leaves_nothing_out(kind):
     """Mixtral has no other layers with such names, and of Qwen2-MoE PEFT takes none."""
