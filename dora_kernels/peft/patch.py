@@ -92,8 +92,9 @@ class PatchHandle:
         return [text for record in self._calls if (text := record.warning()) is not None]
 
     def __repr__(self) -> str:
-        waiting = "" if self._undo is None or self._models else "of models made from now on, "
-        return f"PatchHandle({waiting}patched={len(self.patched)}, skipped={len(self.skipped)})"
+        waits = not self._models and any(one.handle is self for one in _on)
+        of = ", of models made from now on" if waits else ""
+        return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)}{of})"
 
     def _add(self, model: nn.Module) -> None:
         if model not in self._models:
