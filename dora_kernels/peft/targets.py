@@ -24,19 +24,21 @@ def left_out(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any
     if not getattr(config, "use_dora", False) or not takes_expert_names(model):
         return lambda: None
     every = config.target_modules == "all-linear"
-    named = [
-        name for name, module in model.named_modules()
+    named = {
+        name: module for name, module in model.named_modules()
         if is_expert_name(name) and isinstance(module, nn.Linear)
         and (every or check_target_module_exists(config, name))
-    ]  # fmt: skip
+    }  # fmt: skip
 
     def warn() -> None:
         left = [name for name in named if not isinstance(model.get_submodule(name), BaseTunerLayer)]
+        whole = [name for name in left if named[name].weight.is_floating_point()]
+        ends = sorted({f"{'.'.join(name.split('.')[-2:])}.weight" for name in whole})
+        advice = f"; name their weights as well: target_parameters={ends}" if ends else ""
         if left:
-            ends = sorted({f"{'.'.join(name.split('.')[-2:])}.weight" for name in left})
             warn_once(
                 f"target_modules: PEFT takes the names of {listed(left, 3)} for experts', so these layers get no "
-                f"adapter; name their weights as well: target_parameters={ends}"
+                f"adapter{advice}"
             )
 
     return warn

@@ -171,6 +171,19 @@ def test_peft_leaves_layers_out(kind, targets):
     torch.testing.assert_close(logits(model), logits(mixture(kind)), rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_to_do_about_it():
+    """In 4 bits PEFT cannot adapt the weights either."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = mixture("qwen3_moe")
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        layer = getattr(model.model.layers[0].mlp, part)
+        packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False)
+        packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False)
+        setattr(model.model.layers[0].mlp, part, packed.to("cpu"))
+    _, (said,) = trained(model, target_modules="all-linear")
+    assert said.endswith("for experts', so these layers get no adapter")
+
+
 def test_peft_reads_an_expression_by_its_ends():
     """As the documents say: it adapts the other layers' too."""
     model, _ = trained(mixture("glm4_moe"), target_modules=r".*layers\.0.*q_proj")
