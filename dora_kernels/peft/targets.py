@@ -21,13 +21,13 @@ CONVERTS = importlib.util.find_spec("peft.utils.transformers_weight_conversion")
 def left_out(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> Callable[[], None]:
     """Before PEFT adds an adapter, return the function that afterwards warns of the layers that PEFT has left out."""
     config = copy.copy(tuner.peft_config[adapter_name])  # PEFT writes into it
-    if not getattr(config, "use_dora", False) or not takes_expert_names(model):
+    if not getattr(config, "use_dora", False) or not config.target_modules or not takes_expert_names(model):
         return lambda: None
-    every = config.target_modules == "all-linear"
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = ".*"
     named = {
         name: module for name, module in model.named_modules()
-        if is_expert_name(name) and isinstance(module, nn.Linear)
-        and (every or check_target_module_exists(config, name))
+        if is_expert_name(name) and isinstance(module, nn.Linear) and check_target_module_exists(config, name)
     }  # fmt: skip
 
     def warn() -> None:

@@ -190,20 +190,23 @@ def test_peft_reads_an_expression_by_its_ends():
     assert sum(isinstance(layer, BaseTunerLayer) for layer in model.modules()) == 2
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
-def test_peft_leaves_nothing_out(kind):
-    """Mixtral has no other layers with such names, and of Qwen2-MoE PEFT takes none."""
-    assert trained(mixture(kind), target_modules="all-linear")[1] == []
+NOTHING = {
+    "no such layers": ("mixtral", {"target_modules": "all-linear"}),
+    "names not taken": ("qwen2_moe", {"target_modules": "all-linear"}),
+    "excluded": ("qwen3_moe", {"target_modules": "All-Linear", "exclude_modules": r".*layers\.0\.mlp\..*"}),
+    "no modules": ("qwen3_moe", {"target_parameters": STACKS}),
+    "other modules": ("qwen3_moe", {"target_modules": ["q_proj"]}),
+}
 
 
-def test_a_misspelt_parameter():
-    """Among right ones PEFT says nothing."""
-    said = "target_parameters: the model has no 'experts.gate_up_prj' (the nearest is 'experts.gate_up_proj')"
-    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_prj", "experts.down_proj"]}
-    assert trained(qwen3_moe(), **options)[1] == [said]
+@pytest.mark.parametrize(("kind", "options"), NOTHING.values(), ids=list(NOTHING))
+def test_peft_leaves_nothing_out(kind, options):
+    assert trained(mixture(kind), **options)[1] == []
+
+
+def test_a_misspelt_parameter_of_a_second_adapter():
     model, _ = trained(qwen3_moe(), target_modules=["q_proj"])
-    options["target_parameters"][0] = "experts.down_prj"
+    config = LoraConfig(r=4, use_dora=True, target_parameters=["experts.gate_up_proj", "experts.down_prj"])
     with pytest.warns(RuntimeWarning, match=r"no 'experts\.down_prj' \(the nearest is 'experts\.down_proj'\)"):
-        model.add_adapter("two", LoraConfig(r=4, use_dora=True, **options))
-    options["target_parameters"][0] = "experts.gate_up_proj"
-    assert trained(qwen3_moe(), **options)[1] == []
+        model.add_adapter("two", config)
+    assert trained(qwen3_moe(), target_parameters=STACKS)[1] == []
