@@ -1,8 +1,8 @@
 """Names of linear layers that PEFT takes for experts.
 
-Before transformers 5 experts and routers of many models were linear layers. Newer versions of PEFT take the last parts
-of their names in ``target_modules`` for the stacks and routers of today, also where they are a shared expert's or a
-dense layer's. Of an expression they take the last parts of all names that it matches
+Before transformers 5 experts and routers of many models were linear layers. PEFT from 0.19 on takes the last parts of
+their names in ``target_modules`` for the stacks and routers of today, also where they are a shared expert's or a dense
+layer's. From 0.20 on an expression stands for the last parts of all names that it matches
 (peft/utils/transformers_weight_conversion.py).
 """
 
