@@ -93,7 +93,7 @@ def extract(model: Models) -> Adapter:
         )
     if not layers:
         raise no_adapted_layers(model, "save_pretrained(folder)")
-    config = layout(layers, base_layers) | ({COMPONENTS: True} if several else {})
+    config = layout(layers, base_layers, model) | ({COMPONENTS: True} if several else {})
     return Adapter(layers, "model", config=config)
 
 

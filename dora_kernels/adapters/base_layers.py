@@ -32,6 +32,7 @@ class BaseLayer:
         exchanged: True for a stack whose A and B PEFT exchanges, because its module does not say that it is transposed.
         either_way: True for a stack of a state dict, which does not say whether it is ``[E, out, in]`` or
             ``[E, in, out]``; features are those of the first.
+        packed: True for a parameter that is parametrized, as stacks in 4 bits are; only PEFT adapts it.
     """
 
     kind: str | None
@@ -40,6 +41,7 @@ class BaseLayer:
     alternating: bool = False
     exchanged: bool = False
     either_way: bool = False
+    packed: bool = False
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -98,6 +100,11 @@ def check_fit(
             )
         if base is None:
             raise error(f"{name}: the model has no such layer{proposal(name, base_layers)}")
+        if base.packed:
+            raise error(
+                f"{name}: it is parametrized (quantised) in the model, and only PEFT adapts it: patch_peft_globally(), "
+                "then PeftModel.from_pretrained; or load the model without quantisation"
+            )
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
             raise error(
@@ -162,6 +169,8 @@ def _stacks_of(module: nn.Module) -> dict[str, BaseLayer]:
             mixed = key == "gate_up_proj" and alternates(module)
             features = weight.shape[2], weight.shape[1]
             found[key] = BaseLayer("experts", features, weight, mixed, hidden_transposed(module))
+    for key, held in getattr(module, "parametrizations", {}).items():
+        found[key] = BaseLayer("experts", (0, 0), held.original, either_way=True, packed=True)
     return found
 
 

@@ -121,7 +121,7 @@ def _weighted_sum(
             )
     of = " + ".join(f"{weight:g} × {adapter.format}" for weight, adapter in zip(weights, adapters, strict=True))
     result, base = CombineReport(report), common_beside(adapters, argument)
-    config = base.config | layout(layers, base_layers)
+    config = base.config | layout(layers, base_layers, model)
     notes = [f"combined: {of}; {result}", *given]
     return replace(base, layers=layers, notes=notes, config=config), result
 

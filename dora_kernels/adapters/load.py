@@ -155,7 +155,7 @@ def read_adapter(
         config[COMPONENTS] = True
     if base_layers is not None:
         check_fit(layers, base_layers, reading.error)
-        config |= layout(layers, base_layers)
+        config |= layout(layers, base_layers, base)
     return Adapter(reading.decide(layers), chosen, reading.notes, config, reading.beside)
 
 

@@ -1,7 +1,8 @@
-"""Values for layers whose names match a pattern: PEFT's ``rank_pattern`` and ``alpha_pattern``."""
+"""Names and patterns of layers, and values by pattern: PEFT's ``rank_pattern`` and ``alpha_pattern``."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,6 +26,18 @@ def bounded(expression: str, steps: Steps) -> Expression:
     except ValueError as error:
         reason = f"is not a regular expression: {shown(str(error))}"
         raise ValueError(f"{steps.label}: {quoted(expression)} {reason}") from error
+
+
+def unmatched(ends: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Quote each of `ends` that is no name, nor the end of one after a dot, and the nearest that is."""
+    parts = [name.split(".") for name in names]
+    known = {".".join(part[i:]) for part in parts for i in range(len(part))}
+    return [f"{end!r}{_nearest(end, known)}" for end in ends if end not in known]
+
+
+def _nearest(end: str, known: set[str]) -> str:
+    found = difflib.get_close_matches(end, sorted(one for one in known if one.count(".") == end.count(".")), 1)
+    return f" (the nearest is {found[0]!r})" if found else ""
 
 
 class ByName:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dora_kernels.core import validation
-from dora_kernels.core.patterns import compiled
+from dora_kernels.core.patterns import compiled, unmatched
 from dora_kernels.core.shown import listed
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.modules import (
@@ -114,8 +114,12 @@ def chosen(
         if kept:
             found[module] = kept[0]
         dropped += bool(named and not kept)
+    stacks = {name: sizes for name, sizes in _stacks(model).items() if everything or _matches(targets, name)}
+    shown = listed((f"{name} {sizes}" for name, sizes in stacks.items()), 3)
+    beside = f"{shown}: three-dimensional parameters (stacked experts) are adapted by target_parameters"
     if not found:
-        raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora)
+        end = f"; {beside}" if stacks else ""
+        raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora, end)
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
         check_bare(model, module, name)
@@ -131,32 +135,31 @@ def chosen(
     if not found:
         raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
     known = [name for names in places.values() for name in names if name]
-    missed = _unmatched(targets, known, "target_modules") + _unmatched(excluded, known, "exclude_modules")
+    missed = _unmatched(targets, [*known, *stacks], "target_modules") + _unmatched(excluded, known, "exclude_modules")
     left = [f"'all-linear' leaves out {reasons}"] if left_out else []
-    if everything and (stacks := _stacks(model)):
-        what = "three-dimensional parameters (stacked experts) are adapted by target_parameters"
-        left.append(f"'all-linear' leaves out {listed(stacks, 3)}: {what}")
+    if stacks:
+        left.append(f"{repr('all-linear') if everything else 'target_modules'} leaves out {beside}")
     return found, left + missed
 
 
-def _stacks(model: nn.Module) -> list[str]:
-    """Names and shapes of parameters that stack several matrices, as many linear layers in one.
+def _stacks(model: nn.Module) -> dict[str, list[int]]:
+    """The shapes, by name, of parameters that stack several matrices, as many linear layers in one.
 
     Skips torch's own layers.
     """
-    return [
-        f"{name}.{key} {list(parameter.shape)}" if name else f"{key} {list(parameter.shape)}"
+    return {
+        f"{name}.{key}" if name else key: list(parameter.shape)
         for name, module in named_modules(model)
         if not type(module).__module__.startswith("torch.") and not isinstance(module, AdaptedLayer)
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
-    ]
+    }
 
 
 def _nothing(
-    model: nn.Module, places: dict[nn.Module, list[str]], target_modules: Any, excluded: Any, use_dora: bool
+    model: nn.Module, places: dict[nn.Module, list[str]], target_modules: Any, excluded: Any, use_dora: bool, end: str
 ) -> ValueError:
-    """The error that says why no layer matches."""
+    """The error that says why no layer matches. `end` is more to say of layers that do not."""
     if type(model) in _KINDS or is_conv1d(model):
         kind = kind_of(model, use_dora)
         make = "from_linear" if issubclass(kind, LoRALinear) else "from_base"
@@ -169,7 +172,7 @@ def _nothing(
             f"exclude_modules: {excluded!r} excludes every layer that target_modules={target_modules!r} matches"
         )
     some = ", ".join(name for names in places.values() for name in names[:1] if name and len(name) < 60)[:300]
-    return ValueError(f"target_modules: {target_modules!r} matches no layer of the model; it has {some}")
+    return ValueError(f"target_modules: {target_modules!r} matches no layer of the model; it has {some}{end}")
 
 
 def _pattern(value: Any, argument: str) -> re.Pattern[str] | list[str]:
@@ -193,12 +196,10 @@ def _matches(pattern: re.Pattern[str] | list[str], name: str) -> bool:
 def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument: str) -> list[str]:
     """One sentence for each part of a pattern that matches no name."""
     if isinstance(pattern, re.Pattern):
-        missed = [] if any(map(pattern.fullmatch, names)) else [pattern.pattern]
+        missed = [] if any(map(pattern.fullmatch, names)) else [repr(pattern.pattern)]
     else:
-        parts = [name.split(".") for name in names]
-        ends = {".".join(part[i:]) for part in parts for i in range(len(part))}
-        missed = [one for one in pattern if one not in ends]
-    return [f"{argument}: the model has no {', '.join(map(repr, missed))}"] if missed else []
+        missed = unmatched(pattern, names)
+    return [f"{argument}: the model has no {', '.join(missed)}"] if missed else []
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -262,7 +263,13 @@ def chosen_stacks(
                 continue
             check_bare(model, module, name.rpartition(".")[0])
             if parameter.dim() != 3:
-                raise TypeError(f"{name}: expected a stack of experts with 3 dimensions, got {list(parameter.shape)}")
+                way_out = ""
+                if type(module) in _KINDS:
+                    way_out = "; it is a layer's weight: name the layer in target_modules"
+                elif parameter.dim() == 2:
+                    way_out = "; a parameter of two dimensions, such as a router's, is adapted under PEFT only"
+                shape = list(parameter.shape)
+                raise TypeError(f"{name}: expected a stack of experts with 3 dimensions, got {shape}{way_out}")
             if parameter.dtype not in validation.DTYPES:
                 raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {parameter.dtype}")
             if type(parameter) is not nn.Parameter:

@@ -21,7 +21,8 @@ from dora_kernels.core.expressions import Expression, Steps
 from dora_kernels.core.patterns import bounded, by_pattern
 from dora_kernels.core.shown import quoted, shown
 from dora_kernels.files import pairs, storage
-from dora_kernels.peft import parameters
+from dora_kernels.model.expert_names import is_expert_name, takes_expert_names
+from dora_kernels.peft import parameters, targets
 from dora_kernels.peft.combine import factors
 from dora_kernels.peft.state import dora_adapters
 
@@ -161,18 +162,26 @@ def _check_layers(
     known = config.get("target_modules") not in (None, "all-linear")
     named = _named(config_file, config)
     replicated, found = _replicated(config_file, config.get("layer_replication")), set()
+    taken = targets.CONVERTS and takes_expert_names(model)
     for module, parts in modules.items():
         if known and not named(module):
             raise ValueError(f"{file}: {module}: its configuration's target_modules do not name it")
         name = module if module in layers else _before_replication(module, replicated)
         if name not in layers:
             raise ValueError(f"{file}: {module}: the model has no such layer")
+        if taken and is_expert_name(module):
+            raise ValueError(
+                f"{file}: {module}: PEFT takes this name for an expert's, so the layer gets no adapter; its weight "
+                "has to be one of target_parameters, as load_adapter and then save_adapter write it"
+            )
         found.add(name)
         _check_sizes(file, module, parts, layers[name])
     others = [name for name, base in layers.items() if name not in found and _sizes(base) is not None]
     if known and not replicated:
+        by_end = taken and isinstance(config["target_modules"], str)
+        ends = {name.rpartition(".")[2] for name in found if by_end}
         for name in others:
-            if named(name):
+            if named(name) or name.rpartition(".")[2] in ends:
                 raise ValueError(f"{file}: has no tensors for {name}, which its configuration's target_modules name")
 
 

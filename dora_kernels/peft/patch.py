@@ -31,6 +31,7 @@ from dora_kernels.peft.exact_init import Rewritten, rewrite_magnitudes, undo
 from dora_kernels.peft.kinds import LoraModel, out_of_reach, patch_layers, restore_layers, runs_here, unsupported
 from dora_kernels.peft.linear import DoraLinear
 from dora_kernels.peft.state import Options, dora_adapters, switch
+from dora_kernels.peft.targets import left_out
 
 logger = logging.getLogger("dora_kernels")
 
@@ -91,7 +92,9 @@ class PatchHandle:
         return [text for record in self._calls if (text := record.warning()) is not None]
 
     def __repr__(self) -> str:
-        return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)})"
+        waits = not self._models and any(one.handle is self for one in _on)
+        of = ", of models made from now on" if waits else ""
+        return f"PatchHandle(patched={len(self.patched)}, skipped={len(self.skipped)}{of})"
 
     def _add(self, model: nn.Module) -> None:
         if model not in self._models:
@@ -232,7 +235,7 @@ def patch_peft_globally(
         grouped_norm: as `patch_peft`.
 
     Returns:
-        The handle of all models made while it is on.
+        The handle of all models made while it is on. Until the first of them is made it counts 0 layers.
 
     Raises:
         TypeError: `exact_init` or `keep_unmerged` is no bool.
@@ -274,8 +277,10 @@ def _wrap_inject_adapter() -> None:
             return original(self, model, *args, **kwargs)
         tensor_parallel.check_targets(self, model, *args, **kwargs)
         stacks.check_targets(self, model, *args, **kwargs)
+        warn_of_left_out = left_out(self, model, *args, **kwargs)
         with tensor_parallel.whole_parameters():
             original(self, model, *args, **kwargs)
+        warn_of_left_out()
         if not _on or not any(map(_concerns, model.modules())):
             return
         handle, options, exact_init, grouped_norm, report = _on[-1]

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.engine.dispatch import UnsupportedError
+from dora_kernels.core.patterns import unmatched
+from dora_kernels.engine.dispatch import UnsupportedError, warn_once
 from dora_kernels.modules.dequantize import bnb_4bit_elements
 
 _PACKED = frozenset({"Mxfp4GptOssExperts", "FbgemmFp8Llama4TextExperts"})
@@ -143,19 +144,26 @@ def unsupported(module: nn.Module, name: str) -> str | None:
 
 
 def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
-    """Raise ValueError, before PEFT adds an adapter, if DoRA cannot run on one of its ``target_parameters``."""
+    """Before PEFT adds an adapter, check its ``target_parameters``.
+
+    Raises ValueError if DoRA cannot run on one of them. Warns of names that no parameter has: PEFT does if none has.
+    """
     config = tuner.peft_config[adapter_name]
     targets = getattr(config, "target_parameters", None)
     if not targets or not getattr(config, "use_dora", False):
         return
+    known = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
         plain = name.replace(".base_layer", "")
         for key in {*module._parameters, *getattr(module, "parametrizations", {})}:
             full = f"{plain}.{key}".removeprefix(".")
+            known.append(full)
             if any(full == one or full.endswith(f".{one}") for one in targets):
                 check(full, module, key, vars(config))
+    if missed := unmatched(targets, known):
+        warn_once(f"target_parameters: the model has no {', '.join(missed)}")
 
 
 _OF_LAYERS = {"lora_dropout": 0, "velora_config": None, "kasa_config": None}

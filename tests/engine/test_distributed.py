@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from peft import LoraConfig, get_peft_model
 from peft_models import counted, kept_norms, move_adapter
+from processes import FORKSERVER
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,9 +26,7 @@ from dora_kernels import patch_peft
 from dora_kernels.engine import blocked
 from dora_kernels.engine.norm_cache import set_norm_reuse
 
-pytestmark = pytest.mark.skipif(
-    "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
-)
+pytestmark = FORKSERVER
 
 RANKS, STEPS, MICRO_BATCHES, ROWS, WIDTH, LAYERS, EVALUATIONS = 2, 4, 3, 4, 12, 5, 2
 

@@ -109,7 +109,8 @@ def test_names_that_match_nothing():
         rank_pattern={"first": 2, "second": 3, r"block\.\d": 4}, alpha_pattern={"nope": 1.0},
     ))  # fmt: skip
     assert said == [
-        "target_modules: the model has no 'lock.0', 'third', 'irst'",
+        "target_modules: the model has no 'lock.0' (the nearest is 'block.0'), 'third', 'irst' ("
+        "the nearest is 'first')",
         "exclude_modules: the model has no 'fourth'",
         "rank_pattern: no adapted layer is 'second'",
         "alpha_pattern: no adapted layer is 'nope'",
@@ -175,6 +176,38 @@ def test_all_linear_says_which_experts_it_leaves():
     many = net(**{f"experts{i}": Experts(up=(2, 2, 2)) for i in range(5)})
     (text,) = warned(lambda: apply_dora(many, rank=2))
     assert "experts2.up [2, 2, 2] and 2 more: " in text
+
+
+def test_stacks_are_no_modules():
+    """What is said names the argument that adapts them, unless they are named there as well."""
+
+    def model():
+        return net(experts=Experts(up=(4, 8, 16), down=(4, 16, 8)), down=nn.Linear(8, 8))
+
+    beside = "experts.down [4, 16, 8]: three-dimensional parameters (stacked experts) are adapted by target_parameters"
+    with pytest.raises(ValueError, match=rf"'experts\.down'\] matches no layer .*; {re.escape(beside)}$"):
+        apply_dora(model(), ["experts.down"])
+    names = ["up", "down"]
+    (text,) = warned(lambda: apply_dora(model(), names, rank=2))
+    assert text == f"target_modules leaves out experts.up [4, 8, 16], {beside}"
+    assert not warned(lambda: apply_dora(model(), names, rank=2, target_parameters=["experts.up", "experts.down"]))
+
+
+def test_parameters_that_are_no_stacks():
+    model = net(gate=Experts(weight=(4, 8)), bias=Experts(bias=(8,)))
+    cases = {
+        "gate.weight": (
+            TypeError,
+            r"got \[4, 8\]; a parameter of two dimensions, such as a router's, is .* under PEFT only",
+        ),
+        "first.weight": (TypeError, r"got \[8, 8\]; it is a layer's weight: name the layer in target_modules"),
+        "bias.bias": (TypeError, r"bias\.bias: expected a stack of experts with 3 dimensions, got \[8\]$"),
+        "gate.wait": (ValueError, r"the model has no 'gate\.wait' \(the nearest is 'gate\.weight'\)$"),
+    }
+    for name, (kind, said) in cases.items():
+        with pytest.raises(kind, match=said):
+            apply_dora(model, [], target_parameters=[name])
+    assert not adapted_layers(model)
 
 
 def test_experts_of_transformers():

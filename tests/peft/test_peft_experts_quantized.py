@@ -9,10 +9,11 @@ import pytest
 import torch
 from allocations import Allocations
 from experts_models import IDS, qwen3_moe
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import one_thread  # noqa: F401
 from torch import nn
 
+import dora_kernels
 from dora_kernels.peft.experts import ParamWrapper
 
 pytestmark = pytest.mark.usefixtures("globally")
@@ -80,6 +81,28 @@ def test_bitsandbytes_4bit(implementation):
     with pytest.raises(ValueError, match=r"experts\.\w+: cannot merge into quantised experts"):
         model.merge_adapter()
     assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_file_for_a_model_in_4_bits(tmp_path):
+    """This package adapts whole stacks only: a refusal by name, and the way out that it names."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    def packed():
+        model = qwen3_moe(hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1)
+        for name in STACKS:
+            replace_parameter_4bit(model.model.layers[0].mlp.experts, name)
+        return model
+
+    adapted(packed(), [f"model.layers.0.mlp.experts.{name}" for name in STACKS]).save_pretrained(tmp_path)
+    model = packed()
+    said = r"experts\.\w+_proj: it is parametrized \(quantised\) in the model, and only PEFT adapts it: patch_peft_"
+    for load in (dora_kernels.load_adapter, dora_kernels.read_adapter):
+        with pytest.raises(ValueError, match=said):
+            load(tmp_path, model)
+    assert not dora_kernels.adapted_layers(model)
+    assert len(by_name(PeftModel.from_pretrained(model, tmp_path))) == 2
+    dora_kernels.load_adapter(tmp_path, qwen3_moe(hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1))
 
 
 def fp8(experts, plain):

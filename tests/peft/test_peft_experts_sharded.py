@@ -10,6 +10,7 @@ import pytest
 import torch
 from experts_models import qwen3_moe
 from peft import LoraConfig, get_peft_model
+from processes import FORKSERVER, GLOO
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,13 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dora_kernels
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
-    pytest.mark.skipif(
-        "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
-    ),
-]
+pytestmark = [pytest.mark.slow, GLOO, FORKSERVER]
 
 RANKS, STEPS, ROWS, TOKENS = 2, 4, 2, 9
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]

@@ -118,3 +118,12 @@ def test_plain_lora_while_the_patch_is_on():
     dora_kernels.patch_peft(model)
     torch.testing.assert_close(model(X), stock, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model(X), dense(model)[0](X), rtol=1e-10, atol=1e-10)
+
+
+def test_a_misspelt_parameter():
+    """Among right ones PEFT says nothing."""
+    config = LoraConfig(r=2, use_dora=True, target_modules=[], target_parameters=["experts.up", "experts.dwn"])
+    said = r"^target_parameters: the model has no 'experts\.dwn' \(the nearest is 'experts\.down'\)$"
+    with pytest.warns(RuntimeWarning, match=said):
+        model = get_peft_model(Model(), config)
+    assert sum(isinstance(layer, ParamWrapper) for layer in model.modules()) == 1

@@ -182,9 +182,11 @@ def test_globally_twice(first_ends_first):
 
 
 def test_globally_and_locally(everywhere):
+    assert repr(everywhere) == "PatchHandle(patched=0, skipped=0, of models made from now on)"
     model = toy()
     local = dora_kernels.patch_peft(model)
     assert local.patched == [FIRST, SECOND] and everywhere.patched == ["first", "second"]
+    assert repr(everywhere) == "PatchHandle(patched=2, skipped=0)"
     everywhere.restore()
     local.restore()
     assert type(model.base_model) is LoraModel and not dora(model)

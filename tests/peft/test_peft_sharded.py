@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 
 from peft.utils.other import fsdp_auto_wrap_policy
 from peft_models import VOCAB, base_model, counted, peft_model, toy
+from processes import FORKSERVER, GLOO
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,12 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dora_kernels import patch_peft, set_dora_strength
 
-pytestmark = [
-    pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
-    pytest.mark.skipif(
-        "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
-    ),
-]
+pytestmark = [GLOO, FORKSERVER]
 
 RANKS, STEPS, MICRO_BATCHES, ROWS, TOKENS, EVALUATIONS = 2, 4, 2, 2, 9, 2
 # After one step only: what is computed anew for an evaluation would hide what a step has made stale.

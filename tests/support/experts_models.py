@@ -1,4 +1,4 @@
-"""Mixtures of experts for the tests: every class of transformers that has stacks, and a small Qwen3-MoE."""
+"""Mixtures of experts for the tests: every class of transformers that has stacks, and small whole models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="before transformers 5 no model has stacks")
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig  # noqa: E402
 
 COUNT, HIDDEN, INNER = 5, 8, 6
 IDS = torch.arange(18).view(2, 9) * 7 % 64
@@ -164,3 +164,28 @@ def qwen3_moe(implementation: str = "grouped_mm", dtype: torch.dtype = torch.flo
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**defaults | sizes), dtype=dtype)
     model.set_experts_implementation(implementation)
     return model
+
+
+_ROUTED = {"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_SIZES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": _ROUTED | {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "glm4_moe": _ROUTED | {"head_dim": 8},
+    "qwen3_moe": {"num_experts": 6, "head_dim": 8, "mlp_only_layers": [0]},
+    "mixtral": {"num_local_experts": 6},
+    "qwen2_moe": {"num_experts": 6, "shared_expert_intermediate_size": 24},
+}  # fmt: skip
+MIXTURES = tuple(_SIZES)
+
+
+def mixture(kind: str) -> Any:
+    """A small model of two layers: the first dense, where the kind has such, the second with experts, some shared."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+        "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | _SIZES[kind])).eval()

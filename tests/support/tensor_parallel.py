@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, import_utils
+from processes import FORKSERVER, GLOO
 from torch import Tensor, distributed, multiprocessing, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_kernels
 
 NEEDS = [
-    pytest.mark.skipif(not distributed.is_gloo_available(), reason="two processes talk through gloo here"),
+    GLOO,
     pytest.mark.skipif(
         not getattr(import_utils, "is_transformers_dtensor_tp", False), reason="PEFT knows no such parallelism"
     ),
-    pytest.mark.skipif(
-        "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are forked from a server here"
-    ),
+    FORKSERVER,
 ]
 """The `pytestmark` of tests that run it."""
 

@@ -16,6 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -116,7 +117,7 @@ class Peft(Format):
             if (found := self.split(key)) is not None:
                 groups.setdefault(found[0], {})[found[1]] = tensor
         reading.stacks = stacks.names(groups, config.get("target_parameters"), reading)
-        layers = {reading.stacks.get(name, name): layer for name, layer in super().read(reading).items()}
+        layers = {stacks.named(reading, module): layer for module, layer in super().read(reading).items()}
         plain = next((name for name, layer in layers.items() if layer.magnitude is None), None)
         use_dora = config.get("use_dora")
         if use_dora and plain is not None:
@@ -133,8 +134,8 @@ class Peft(Format):
         stack = stacks.read(reading, module, a, b, magnitude, scaling)
         if stack is not None:
             return stack
-        if module in reading.stacks:
-            reading.matrices.append(reading.stacks[module])
+        if (name := stacks.named(reading, module)) != module:
+            reading.matrices.append(name)
         embedding = "lora_embedding_" in parts["lora_A"]
         if embedding != ("lora_embedding_" in parts["lora_B"]):
             raise reading.error(f"{parts['lora_A']} and {parts['lora_B']} belong to different kinds of layers")
@@ -161,7 +162,8 @@ class Peft(Format):
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"), ("out",))
-        layers = writing.with_eps(writing.fitting(self._layers(adapter, writing), axes, grouped=True))
+        adapter = self._adapter(adapter, writing)
+        layers = writing.with_eps(writing.fitting(adapter.layers, axes, grouped=True))
         tensors: dict[str, Tensor] = {}
         matrices = adapter.config.get(stacks.MATRICES, ())
         parameters = [name for name, layer in layers.items() if layer.kind == "experts" or name in matrices]
@@ -180,9 +182,9 @@ class Peft(Format):
                 tensors[f"{_PREFIX}{key}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
         return tensors, self._configuration(layers, adapter.config)
 
-    def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
-        """The layers as the format has them."""
-        return adapter.layers
+    def _adapter(self, adapter: Adapter, writing: Writing) -> Adapter:
+        """The adapter as the format has it."""
+        return stacks.guarded(adapter)
 
     def _of_stack(self, name: str, key: str, layer: AdapterLayer, exchanged: bool) -> dict[str, Tensor]:
         """The tensors of a stack."""
@@ -223,8 +225,8 @@ class Vllm(Peft):
         """False: its files are PEFT's."""
         return False
 
-    def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
-        return _uniform(split(self._plain(adapter, writing)), writing)
+    def _adapter(self, adapter: Adapter, writing: Writing) -> Adapter:
+        return replace(adapter, layers=_uniform(split(self._plain(adapter, writing)), writing))
 
     def _plain(self, adapter: Adapter, writing: Writing) -> Layers:
         """The adapter's layers, which are plain LoRA."""
@@ -248,13 +250,13 @@ class Sglang(Vllm):
 
     name = "sglang"
 
-    def _layers(self, adapter: Adapter, writing: Writing) -> Layers:
+    def _adapter(self, adapter: Adapter, writing: Writing) -> Adapter:
         layers = self._plain(adapter, writing)
         for name, layer in layers.items():
             if layer.kind == "experts" and name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
                 raise writing.error(name, "SGLang knows stacks named gate_up_proj and down_proj")
         split(layers)  # which raises for outputs that are not gate's and up's
-        return _uniform(layers, writing)
+        return replace(adapter, layers=_uniform(layers, writing))
 
     def _of_stack(self, name: str, key: str, layer: AdapterLayer, exchanged: bool) -> dict[str, Tensor]:
         return {

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dora_kernels.adapters.adapter import AdapterLayer
+from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer
+from dora_kernels.adapters.formats.names import targets_again
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import bounded
 from dora_kernels.core.shown import quoted
+from dora_kernels.model.expert_names import LINEAR, is_expert_name, takes_expert_names
+from dora_kernels.model.targets import unwrapped
 
 EXCHANGED = "exchanged"
 """Entry of `Adapter.config`: the stacks whose A and B PEFT exchanges."""
@@ -33,20 +37,61 @@ ALTERNATING = "alternating"
 MATRICES = "matrices"
 """Entry of `Adapter.config`: the linear layers that are parameters of two dimensions, such as a router's weight."""
 
+EXPERT_NAMES = "expert_names"
+"""Entry of `Adapter.config`: whether PEFT takes names of the model's layers for experts' (`takes_expert_names`).
+
+Without it, an adapter with stacks is that of such a model.
+"""
+
 _INSIDE = ".base_layer"
 _PLACES = {"gate_up_proj": 0, "gate_proj": 0, "up_proj": 1, "down_proj": 3}
 """The order of a module's parameters; all others are at `_BETWEEN`."""
 _BETWEEN = 2
 
 
-def layout(names: Collection[str], base_layers: Mapping[str, BaseLayer]) -> dict[str, list[str]]:
-    """The entries of `Adapter.config` that say how a model's stacks lie in files."""
+def layout(names: Collection[str], base_layers: Mapping[str, BaseLayer], model: Any) -> dict[str, Any]:
+    """The entries of `Adapter.config` that say how a model's stacks lie in files, and how PEFT reads its names."""
     known = {name: base_layers[name] for name in names if name in base_layers}
-    found = {
+    found: dict[str, Any] = {
         EXCHANGED: [name for name, base in known.items() if base.exchanged],
         ALTERNATING: [name for name, base in known.items() if base.alternating],
     }
-    return {key: value for key, value in found.items() if value}
+    found = {key: value for key, value in found.items() if value}
+    if not isinstance(model, nn.Module):
+        return found
+    taken, has_stacks = takes_expert_names(unwrapped(model)), any(base.kind == "experts" for base in known.values())
+    return found if taken == has_stacks else found | {EXPERT_NAMES: taken}
+
+
+def guarded(adapter: Adapter) -> Adapter:
+    """Return the adapter with a configuration in which PEFT takes no layer for an expert's.
+
+    Layers with such names become parameters, their weights, and the others are listed, which PEFT leaves as they are.
+    Nothing changes for a model whose names PEFT does not take.
+    """
+    stacks = {name for name, layer in adapter.layers.items() if layer.kind == "experts"}
+    if not adapter.config.get(EXPERT_NAMES, bool(stacks)):
+        return adapter
+    given, matrices = adapter.config.get("target_modules"), list(adapter.config.get(MATRICES, ()))
+    layers: dict[str, AdapterLayer] = {}
+    for name, layer in adapter.layers.items():
+        if layer.kind == "linear" and is_expert_name(name):
+            name = f"{name}.weight"
+            matrices.append(name)
+        layers[name] = layer
+    others = sorted(layers.keys() - stacks - set(matrices))
+    ends = [one for one in given if not is_expert_name(str(one))] if isinstance(given, list) else []
+    modules = targets_again(others, ends)
+    config = {MATRICES: matrices, "target_modules": modules if isinstance(modules, list) else others}
+    return replace(adapter, layers=layers, config=adapter.config | config)
+
+
+def named(reading: Reading, module: str) -> str:
+    """The layer's name for a module of the keys, or the parameter's, unless that is the weight of a linear layer."""
+    parameter = reading.stacks.get(module, module)
+    base = (reading.base_layers or {}).get(module)
+    is_linear = module.rpartition(".")[2] in LINEAR or (base is not None and base.kind == "linear")
+    return module if parameter == f"{module}.weight" and is_linear else parameter
 
 
 def names(modules: Mapping[str, Mapping[str, Tensor]], targets: Any, reading: Reading) -> dict[str, str]:
