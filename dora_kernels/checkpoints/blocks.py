@@ -12,8 +12,8 @@ _SHARED = (
 )
 
 _RENAMED = (
-    # Mixtral, MiniMax, Kimi Linear
-    ((r"\.block_sparse_moe\.", ".mlp."),),
+    # Mixtral, MiniMax, and with a forget gate Kimi Linear
+    ((r"\.block_sparse_moe\.", ".mlp."), (r"\.self_attn\.f_([ab])_proj\.", r".self_attn.forget_gate.f_\1_proj.")),
     # MiniMax M3
     ((r"\.block_sparse_moe\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),),
     # Phi-3.5-MoE
@@ -22,6 +22,8 @@ _RENAMED = (
     ((r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
      (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
      (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router.")),
+    # Nemotron-H
+    ((r"^backbone\.", "model."),),
     # Step 3.7
     ((r"\.moe\.gate\.", ".mlp.gate."), (r"\.moe\.router_bias$", ".mlp.gate.e_score_correction_bias"),
      (r"\.moe\.down_proj\.weight$", ".mlp.experts.down_proj"), (r"\.share_expert\.", ".mlp.shared_experts.")),
@@ -41,16 +43,19 @@ _RENAMED = (
     ((r"\.mlp\.gate_weight$", ".mlp.gate.weight"), (r"\.mlp\.router_bias$", ".mlp.e_score_correction_bias")),
     # Bailing Hybrid
     ((r"\.mlp\.gate\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
-     (r"\.attention\.dense\.", ".self_attn.o_proj."), (r"\.attention\.", ".self_attn.")),
+     (r"\.attention\.dense\.", ".self_attn.o_proj."), (r"\.attention\.f_proj\.", ".self_attn.forget_gate.f_proj."),
+     (r"\.attention\.", ".self_attn."), (r"^model\.word_embeddings\.", "model.embed_tokens.")),
     # Kolibri
     ((r"\.moe\.router\.expert_bias$", ".mlp.gate.e_score_correction_bias"),),
     # DeepSeek V4
     ((r"\.ffn\.gate\.bias$", ".mlp.gate.e_score_correction_bias"), (r"\.ffn\.", ".mlp."),
-     *_SHARED, (r"\.attn\.", ".self_attn."),
+     *_SHARED, (r"\.attn\.", ".self_attn."), (r"\.indexer\.compressor\.", ".compressor.indexer."),
+     (r"\.indexer\.weights_proj\.", ".compressor.indexer.scorer.weights_proj."),
+     (r"\.indexer\.wq_b\.", ".compressor.indexer.q_b_proj."),
      (r"\.wq_a\.", ".q_a_proj."), (r"\.self_attn\.wq_b\.", ".self_attn.q_b_proj."), (r"\.wkv\.", ".kv_proj."),
      (r"\.wgate\.", ".gate_proj."), (r"\.wo_a\.", ".o_a_proj."), (r"\.wo_b\.", ".o_b_proj.")),
     # Mistral Large 4
-    (*_SHARED, (r"\.(gate|experts|shared_experts)\.", r".mlp.\1."),
+    (*_SHARED, (r"(?<=\d)\.(gate|experts|shared_experts)\.", r".mlp.\1."),
      (r"\.feed_forward\.w1\.", ".mlp.gate_proj."), (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
      (r"\.feed_forward\.w3\.", ".mlp.up_proj."), (r"\.attention\.", ".self_attn."), (r"\.wq\.", ".q_proj."),
      (r"\.wkv_a_with_mqa\.", ".kv_a_proj_with_mqa."), (r"\.wkv_b\.", ".kv_b_proj."), (r"\.wo\.", ".o_proj.")),

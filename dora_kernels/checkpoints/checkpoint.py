@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
 from dora_kernels.checkpoints.blocks import names_in_model
-from dora_kernels.checkpoints.experts import holds_stacks, read_stacks_for, stack_transposed
+from dora_kernels.checkpoints.experts import holds_stacks, places_of, read_stacks_for, stack_transposed
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
@@ -123,13 +123,13 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
             tied to the embedding.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
-    known = names_in_model(checkpoint)
-    if found.stacks or holds_stacks(checkpoint, known, found.layers):
-        adapter = read_adapter(path, **options)
-        return read_stacks_for(
-            checkpoint, known, adapter, kinds_of(checkpoint), lambda text: ValueError(f"{found.file}: {text}")
-        )
-    keys = _keys(known, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
+    prefix = check_prefix(options["prefix"]) if options.get("prefix") is not None else ""
+    adapter = read_adapter(path, **options) if found.stacks else None
+    keys = _keys(names_in_model(checkpoint), found, adapter.layers if adapter else found.layers, prefix)
+    if adapter or holds_stacks(checkpoint, keys, found.layers):
+        adapter = adapter or read_adapter(path, **options)
+        kinds = kinds_of(checkpoint)
+        return read_stacks_for(checkpoint, keys, adapter, kinds, lambda text: ValueError(f"{found.file}: {text}"))
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
@@ -139,16 +139,19 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _keys(plain: Mapping[str, str], adapter: Contents, requested: str) -> Mapping[str, str]:
+def _keys(
+    plain: Mapping[str, str], adapter: Contents, layers: Collection[str], requested: str
+) -> Mapping[str, str]:
     """Map the adapter's keys to the checkpoint's, with the renaming that finds most of the adapter's layers.
 
     Args:
         plain: the checkpoint's keys by their names in the model.
+        layers: the names of the adapter's layers.
         requested: only layers whose names in the adapter have this prefix; empty for all.
     """
     prefixed = FORMATS[adapter.format].prefixed
-    names = [name for name in adapter.layers if not requested or prefix_of(name, requested) == requested]
-    ways = [list(readings(name, requested)) if prefixed else [name] for name in names]
+    names = [name for name in layers if not requested or prefix_of(name, requested) == requested]
+    ways = [list(readings(name, requested)) if prefixed else places_of(name) for name in names]
 
     def found(keys: Mapping[str, str]) -> list[str]:
         known = {key.removesuffix(".weight"): own for key, own in keys.items()}

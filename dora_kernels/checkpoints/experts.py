@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
-from dora_kernels.adapters.formats.stacks import BY_VERSION, MATRICES, swapped
+from dora_kernels.adapters.formats.stacks import BY_VERSION, MATRICES, note, swapped
 from dora_kernels.adapters.names import proposal
 
 _SILENT = ("llama4", "llama4_text")
@@ -26,11 +26,20 @@ _ALTERNATING = ("gpt_oss",)
 """Models in whose stacks the outputs of gate and up take turns."""
 
 
+def places_of(name: str) -> list[str]:
+    """The names without ``.weight`` that files may have for an adapter's layer: as a stack, or as single experts'."""
+    holder, _, last = name.rpartition(".")
+    found = [name.removesuffix(".weight")]
+    if match := EXPERT.fullmatch(name):
+        found += [f"{match['holder']}.{stack}" for stack in PARTS]
+    return found + [f"{holder}.0.{parts[0]}" for parts in PARTS.get(last, ())]
+
+
 def holds_stacks(checkpoint: Mapping[str, Tensor], known: Mapping[str, str], names: Iterable[str]) -> bool:
     """True if some of an adapter's layers are those of single experts, and the checkpoint's files have stacks.
 
     Args:
-        known: the checkpoint's keys by their names in the model.
+        known: the checkpoint's keys by the adapter's names for them.
     """
     return bool(_stacks_of(checkpoint, known, names, set()))
 
@@ -42,7 +51,7 @@ def _stacks_of(
     holders = {match["holder"] for name in names if (match := EXPERT.fullmatch(name))}
     found = {}
     for name in (f"{holder}.{stack}" for holder in sorted(holders) for stack in PARTS):
-        key = _key(name, known)
+        key = known.get(name)
         if key is not None and checkpoint[key].dim() == 3:
             stored = checkpoint[key]
             mixed = name.endswith("gate_up_proj") and bool(kinds & set(_ALTERNATING))
@@ -60,7 +69,7 @@ def read_stacks_for(
     """Return the adapter with its stacks as the checkpoint's files have them, and its layers' checkpoint keys.
 
     Args:
-        known: the checkpoint's keys by their names in the model.
+        known: the checkpoint's keys by the adapter's names for them.
         kinds: the model's types, as its configuration names them.
         error: makes the error from its text.
 
@@ -73,16 +82,16 @@ def read_stacks_for(
     stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
     for name, layer in stacked(_as_the_model_has_them(adapter, kinds), stacks, adapter.notes).items():
         own = {name: layer}
-        if layer.kind == "experts" and (key := _key(name, known)) is not None:
+        if layer.kind == "experts" and (key := known.get(name)) is not None:
             _check_stack(name, layer, checkpoint[key], error)
             keys[f"{name}.weight"], layers[name] = key, layer
             continue
         if layer.kind == "experts":
             ways = [split({name: layer}, spelling) for spelling in (0, 1)]
-            own = next((way for way in ways if _key(f"{next(iter(way))}.weight", known) is not None), ways[0])
+            own = next((way for way in ways if f"{next(iter(way))}.weight" in known), ways[0])
         for one, linear in own.items():
             wanted = one if one in matrices else f"{one}.weight"  # a matrix's name is the weight's own
-            key = _key(wanted, known)
+            key = known.get(wanted)
             if key is None:
                 what = f"{name}: the model's files have no such stack, nor {wanted}" if one != name else (
                     f"{one}: the model's files have no {wanted}")  # fmt: skip
@@ -97,23 +106,13 @@ def read_stacks_for(
 
 def _as_the_model_has_them(adapter: Adapter, kinds: set[str]) -> dict[str, AdapterLayer]:
     """The layers, with A and B exchanged where PEFT's version alone told how they lie, and the model says otherwise."""
-    layers = dict(adapter.layers)
-    for name, exchanged in adapter.config.get(BY_VERSION, {}).items():
-        if name in layers and kinds & set(_TRANSPOSED) and (exchanged or kinds & set(_SILENT)):
-            layers[name] = swapped(layers[name])
+    layers, by_version = dict(adapter.layers), adapter.config.get(BY_VERSION, {})
+    if kinds & set(_TRANSPOSED):
+        told = note(by_version, layers)
+        adapter.notes[:] = [each for each in adapter.notes if each not in told]
+        turned = [name for name, exchanged in by_version.items() if exchanged or kinds & set(_SILENT)]
+        layers |= {name: swapped(layers[name]) for name in turned}
     return layers
-
-
-def _key(name: str, known: Mapping[str, str]) -> str | None:
-    return next((known[one] for one in _spellings(name) if one in known), None)
-
-
-def _spellings(name: str) -> Iterator[str]:
-    yield name
-    yield name.removeprefix("model.")
-    yield f"model.{name}"
-    yield f"language_model.{name}"
-    yield name.replace("model.", "model.language_model.", 1)
 
 
 def _check_stack(name: str, layer: AdapterLayer, stored: Tensor, error: Callable[[str], ValueError]) -> None:
