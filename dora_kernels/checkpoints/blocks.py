@@ -45,6 +45,10 @@ _RENAMED = (
     ((r"\.mlp\.gate\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
      (r"\.attention\.dense\.", ".self_attn.o_proj."), (r"\.attention\.f_proj\.", ".self_attn.forget_gate.f_proj."),
      (r"\.attention\.", ".self_attn."), (r"^model\.word_embeddings\.", "model.embed_tokens.")),
+    # EXAONE
+    ((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),),
+    # Ernie 4.5
+    ((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
     # Kolibri
     ((r"\.moe\.router\.expert_bias$", ".mlp.gate.e_score_correction_bias"),),
     # DeepSeek V4
