@@ -62,6 +62,22 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
     return found
 
 
+def split_weight(name: str, weight: Tensor, spelling: int = 0) -> dict[str, Tensor]:
+    """Return a stack's weight ``[E, out, in]`` as those of its experts' linear layers; empty if it is no known stack.
+
+    Args:
+        spelling: as in `split`.
+    """
+    holder, _, stack = name.rpartition(".")
+    parts = PARTS[stack][spelling] if stack in PARTS and weight.dim() == 3 else ()
+    if not parts or weight.shape[1] % len(parts):
+        return {}
+    return {
+        f"{holder}.{e}.{part}.weight": rows
+        for e, one in enumerate(weight) for part, rows in zip(parts, one.chunk(len(parts)), strict=True)
+    }  # fmt: skip
+
+
 def of_expert(layer: AdapterLayer, expert: int) -> AdapterLayer:
     """One expert's adapter, a linear layer's."""
     m = None if layer.magnitude is None else layer.magnitude[expert]

@@ -95,13 +95,18 @@ def read_stacks_for(
             if key is None:
                 what = f"{name}: the model's files have no such stack, nor {wanted}" if one != name else (
                     f"{one}: the model's files have no {wanted}")  # fmt: skip
-                near = proposal(wanted.removesuffix(".weight"), [key.removesuffix(".weight") for key in checkpoint])
-                raise error(f"{what}{near}")
+                raise error(f"{what}{_nearest(wanted, checkpoint)}")
             keys[f"{one}.weight"], layers[one] = key, linear
     single = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
     base_layers = base_layers_of({f"{name}.weight": checkpoint[keys[f"{name}.weight"]] for name in single})
     check_fit(single, base_layers, error)
     return replace(adapter, layers=layers), keys
+
+
+def _nearest(wanted: str, keys: Iterable[str]) -> str:
+    """The end of the sentence about a missing weight: the nearest in the files, or nothing."""
+    weights = (key for key in keys if key.rpartition(".")[2] in ("weight", *PARTS))
+    return proposal(wanted.removesuffix(".weight"), [key.removesuffix(".weight") for key in weights])
 
 
 def _as_the_model_has_them(adapter: Adapter, kinds: set[str]) -> dict[str, AdapterLayer]:

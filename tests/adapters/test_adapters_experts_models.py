@@ -124,6 +124,39 @@ def test_merged_files_are_pefts_model(kind, use_dora, tmp_path, globally):
         torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("saved", ["gate", "experts", "mlp"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_modules_trained_beside(kind, saved, tmp_path):
+    """Routers and stacks in ``modules_to_save`` replace what the files have for them, and nothing is added."""
+    base = model_of(kind)
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])
+    adapted = get_peft_model(copy.deepcopy(base), config).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in (each for each in adapted.parameters() if each.requires_grad):
+            parameter += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    assert set(Checkpoint(tmp_path / "merged")) == set(Checkpoint(tmp_path / "base"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_another_model(tmp_path, globally):
+    """The error names the file, the weight and the nearest one of the model's files."""
+    model_of("jamba").save_pretrained(tmp_path / "base")
+    for parameter, message in (
+        ("mlp.gate.weight", r"the model's files have no model\.layers\.0\.mlp\.gate\.weight"),
+        ("mlp.experts.down_proj", r"the model's files have no such stack, nor \S+\.mlp\.experts\.0\.down_proj\.weight"),
+    ):
+        folder = tmp_path / parameter
+        trained(model_of("mixtral"), True, ([], [parameter])).save_pretrained(folder)
+        start = rf"^{re.escape(str(folder))}/adapter_model\.safetensors: model\.layers\.0\.{re.escape(parameter)}: "
+        with pytest.raises(ValueError, match=rf"{start}{message}; the nearest is model\.layers\."):
+            merge_checkpoint(Checkpoint(tmp_path / "base"), folder, tmp_path / "merged")
+
+
 def test_every_renaming_of_transformers():
     """What transformers renames in mixtures' blocks when it loads files is found under its name in the model."""
     missing, checked = set(), 0
