@@ -32,11 +32,8 @@ EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
 """The name of a linear layer of one expert."""
 
 
-def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, AdapterLayer]:
+def split(layers: Mapping[str, AdapterLayer]) -> dict[str, AdapterLayer]:
     """Return the layers with each stack as the linear layers of its experts.
-
-    Args:
-        spelling: 0 for ``gate_proj``, ``up_proj`` and ``down_proj``, 1 for Mixtral's ``w1``, ``w3`` and ``w2``.
 
     Raises:
         ValueError: it is not known of which layers a stack consists.
@@ -49,7 +46,7 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
         holder, _, stack = name.rpartition(".")
         if stack not in PARTS:
             raise ValueError(f"{name}: expected one of {', '.join(PARTS)}, to know the linear layers in it")
-        parts = PARTS[stack][spelling]
+        parts = PARTS[stack][0]
         if layer.lora_B.shape[1] % len(parts):
             raise ValueError(f"{name}: {layer.lora_B.shape[1]} outputs are not those of {' and '.join(parts)}")
         for e, (a, b) in enumerate(zip(layer.lora_A, layer.lora_B, strict=True)):
@@ -62,14 +59,10 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
     return found
 
 
-def split_weight(name: str, weight: Tensor, spelling: int = 0) -> dict[str, Tensor]:
-    """Return a stack's weight ``[E, out, in]`` as those of its experts' linear layers; empty if it is no known stack.
-
-    Args:
-        spelling: as in `split`.
-    """
+def split_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return a stack's weight ``[E, out, in]`` as those of its experts' linear layers; empty if it is none."""
     holder, _, stack = name.rpartition(".")
-    parts = PARTS[stack][spelling] if stack in PARTS and weight.dim() == 3 else ()
+    parts = PARTS[stack][0] if stack in PARTS and weight.dim() == 3 else ()
     if not parts or weight.shape[1] % len(parts):
         return {}
     return {

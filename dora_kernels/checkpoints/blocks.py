@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+_SINGLE = {
+    "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "fc1": "gate_proj", "fc3": "up_proj", "fc2": "down_proj",
+}  # fmt: skip
+"""Names of a single expert's linear layers in files, and those that are used here."""
+
 _SHARED = (
     (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
     (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
@@ -66,14 +71,16 @@ _RENAMED = (
 )  # fmt: skip
 """Names in files, and in transformers 5 (conversion_mapping.py), where tensors are renamed as a whole."""
 
+_EXPERT = re.compile(rf"(.+\.experts\.\d+\.)({'|'.join(_SINGLE)})\.weight")
+
 
 def names_in_model(keys: Iterable[str]) -> dict[str, str]:
     """Return the keys of a model's files by every name that they may have in the model, their own first."""
     own = {key: key for key in keys}
+    own |= {f"{match[1]}{_SINGLE[match[2]]}.weight": key for key in own if (match := _EXPERT.fullmatch(key))}
     found = dict(own)
     for rules in _RENAMED:
-        for key in own:
-            name = key
+        for name, key in own.items():
             for pattern, new in rules:
                 name = re.sub(pattern, new, name)
             found.setdefault(name, key)

@@ -32,7 +32,7 @@ def places_of(name: str) -> list[str]:
     found = [name.removesuffix(".weight")]
     if match := EXPERT.fullmatch(name):
         found += [f"{match['holder']}.{stack}" for stack in PARTS]
-    return found + [f"{holder}.0.{parts[0]}" for parts in PARTS.get(last, ())]
+    return [*found, f"{holder}.0.{PARTS[last][0][0]}"] if last in PARTS else found
 
 
 def holds_stacks(checkpoint: Mapping[str, Tensor], known: Mapping[str, str], names: Iterable[str]) -> bool:
@@ -81,15 +81,11 @@ def read_stacks_for(
     matrices = adapter.config.get(MATRICES, ())
     stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
     for name, layer in stacked(_as_the_model_has_them(adapter, kinds), stacks, adapter.notes).items():
-        own = {name: layer}
         if layer.kind == "experts" and (key := known.get(name)) is not None:
             _check_stack(name, layer, checkpoint[key], error)
             keys[f"{name}.weight"], layers[name] = key, layer
             continue
-        if layer.kind == "experts":
-            ways = [split({name: layer}, spelling) for spelling in (0, 1)]
-            own = next((way for way in ways if f"{next(iter(way))}.weight" in known), ways[0])
-        for one, linear in own.items():
+        for one, linear in split({name: layer}).items():
             wanted = one if one in matrices else f"{one}.weight"  # a matrix's name is the weight's own
             key = known.get(wanted)
             if key is None:

@@ -90,12 +90,8 @@ def _as_in_files(
     checkpoint: Checkpoint, keys: Mapping[str, str], name: str, tensor: Tensor
 ) -> Mapping[str, Tensor]:
     """The tensor by its name; or a stack of experts as the files have it, which may be the layers of each expert."""
-    if _key(checkpoint, keys, name) is None:
-        for spelling in (0, 1):
-            parts = split_weight(name, tensor, spelling)
-            if parts and all(_key(checkpoint, keys, one) is not None for one in parts):
-                return parts
-    return {name: tensor}
+    parts = split_weight(name, tensor) if _key(checkpoint, keys, name) is None else {}
+    return parts if parts and all(_key(checkpoint, keys, one) is not None for one in parts) else {name: tensor}
 
 
 def _add(

@@ -124,6 +124,20 @@ def test_merged_files_are_pefts_model(kind, use_dora, tmp_path, globally):
         torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "lfm2_moe", "deepseek_v3"])
+def test_single_experts_into_files_of_another_spelling(kind, tmp_path, globally):
+    """Servers' files have ``gate_proj`` for what Mixtral's call ``w1``."""
+    base = model_of(kind)
+    base.save_pretrained(tmp_path / "base")
+    layers, parameters = targets_of(base)
+    adapted = trained(copy.deepcopy(base), False, (layers, [one for one in parameters if ".experts." in one]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    dora_kernels.save_adapter(dora_kernels.read_adapter(tmp_path / "adapter"), tmp_path / "vllm", format="vllm")
+    merge_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "vllm", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("saved", ["gate", "experts", "mlp"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_modules_trained_beside(kind, saved, tmp_path):
