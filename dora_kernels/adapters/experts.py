@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dora_kernels import modules
 from dora_kernels.adapters.adapter import AdapterLayer, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer
+from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.model.targets import adapted_stack
 
 PARTS = {
@@ -88,14 +89,14 @@ def stacked(
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
     for name, layer in adapter.items():
-        match = EXPERT.fullmatch(name)
-        if match is None or layer.kind != "linear" or name in known:
+        if EXPERT.fullmatch(name) is None or layer.kind != "linear" or name in known:
             continue
-        for stack, spellings in PARTS.items():
-            own = f"{match['holder']}.{stack}"
-            if own in known and known[own].kind == "experts" and any(match["part"] in each for each in spellings):
+        for match in (EXPERT.fullmatch(one.removesuffix(".weight")) for one in names_in_model([f"{name}.weight"])):
+            own = None if match is None else _stack_with(match, known)
+            if match is not None and own is not None:
                 stacks.setdefault(own, {})[int(match["expert"]), match["part"]] = layer
                 names[name] = own
+                break
     layers = {name: layer for name, layer in adapter.items() if name not in names}
     for own, parts in stacks.items():
         if known[own].alternating:
@@ -104,6 +105,13 @@ def stacked(
     if stacks:
         notes.append(f"the layers of single experts became {len(stacks)} stacks")
     return layers
+
+
+def _stack_with(match: re.Match[str], known: Mapping[str, BaseLayer]) -> str | None:
+    """The name of the stack that has the layer of an expert, if the model has one."""
+    stacks = (stack for stack, spellings in PARTS.items() if any(match["part"] in each for each in spellings))
+    ways = (f"{match['holder']}.{stack}" for stack in stacks)
+    return next((own for own in ways if own in known and known[own].kind == "experts"), None)
 
 
 def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int) -> AdapterLayer:

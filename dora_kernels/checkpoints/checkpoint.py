@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_adapter
 from dora_kernels.adapters.base_layers import CONVOLUTIONS
+from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
-from dora_kernels.checkpoints.blocks import names_in_model
 from dora_kernels.checkpoints.experts import holds_stacks, places_of, read_stacks_for, stack_transposed
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 import dora_kernels
-from dora_kernels.checkpoints.blocks import names_in_model
+from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.checkpoints.checkpoint import Checkpoint
 from dora_kernels.checkpoints.merge import merge_checkpoint
 from dora_kernels.cli.inspect import inspect
@@ -136,6 +136,27 @@ def test_single_experts_into_files_of_another_spelling(kind, tmp_path, globally)
     merge_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "vllm", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("kind", ["mixtral", "phimoe", "qwen3_moe"])
+def test_adapters_with_the_names_of_files(kind, use_dora, tmp_path):
+    """Before transformers 5 models had their files' names: ``block_sparse_moe.experts.3.w1``."""
+    base = model_of(kind)
+    base.save_pretrained(tmp_path / "base")
+    checkpoint, generator, layers = Checkpoint(tmp_path / "base"), torch.Generator().manual_seed(5), {}
+    for key in (key for key in checkpoint if ".experts." in key or "q_proj" in key):
+        weight = checkpoint[key]
+        a, b = (0.1 * torch.randn(*sizes, generator=generator) for sizes in ((2, weight.shape[1]), (len(weight), 2)))
+        m = 1.1 * (weight + 1.5 * b @ a).norm(dim=1) if use_dora else None
+        layers[key.removesuffix(".weight")] = dora_kernels.AdapterLayer("linear", a, b, m, 1.5)
+    dora_kernels.save_adapter(dora_kernels.Adapter(layers), tmp_path / "adapter")
+    merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    loaded = copy.deepcopy(base)
+    dora_kernels.load_adapter(tmp_path / "adapter", loaded)
+    torch.testing.assert_close(logits(loaded), logits(merged), rtol=0, atol=1e-5)
+    assert (logits(loaded) - logits(base)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("saved", ["gate", "experts", "mlp"])
