@@ -29,6 +29,7 @@ class BaseLayer:
         features: input and output size, as `AdapterLayer.features`; if the kind is unknown, those of a linear layer.
         weight: the weight as it is stored.
         alternating: True for a stack in which the outputs of gate and up take turns.
+        transposed: True for a stack that the model has as ``[E, in, out]``; `weight` is ``[E, out, in]`` nevertheless.
         exchanged: True for a stack whose A and B PEFT exchanges, because its module does not say that it is transposed.
         either_way: True for a stack of a state dict, which does not say whether it is ``[E, out, in]`` or
             ``[E, in, out]``; features are those of the first.
@@ -39,6 +40,7 @@ class BaseLayer:
     features: tuple[int, int]
     weight: Tensor
     alternating: bool = False
+    transposed: bool = False
     exchanged: bool = False
     either_way: bool = False
     packed: bool = False
@@ -165,10 +167,11 @@ def _stacks_of(module: nn.Module) -> dict[str, BaseLayer]:
     found = {}
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() == 3 and not type(module).__module__.startswith("torch."):
-            weight = parameter.transpose(1, 2) if is_transposed(module) else parameter
+            turned = is_transposed(module)
+            weight = parameter.transpose(1, 2) if turned else parameter
             mixed = key == "gate_up_proj" and alternates(module)
             features = weight.shape[2], weight.shape[1]
-            found[key] = BaseLayer("experts", features, weight, mixed, hidden_transposed(module))
+            found[key] = BaseLayer("experts", features, weight, mixed, turned, hidden_transposed(module))
     for key, held in getattr(module, "parametrizations", {}).items():
         found[key] = BaseLayer("experts", (0, 0), held.original, either_way=True, packed=True)
     return found

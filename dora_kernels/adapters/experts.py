@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dora_kernels import modules
 from dora_kernels.adapters.adapter import AdapterLayer, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer
+from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.model.targets import adapted_stack
 
 PARTS = {
@@ -32,11 +33,8 @@ EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
 """The name of a linear layer of one expert."""
 
 
-def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, AdapterLayer]:
+def split(layers: Mapping[str, AdapterLayer]) -> dict[str, AdapterLayer]:
     """Return the layers with each stack as the linear layers of its experts.
-
-    Args:
-        spelling: 0 for ``gate_proj``, ``up_proj`` and ``down_proj``, 1 for Mixtral's ``w1``, ``w3`` and ``w2``.
 
     Raises:
         ValueError: it is not known of which layers a stack consists.
@@ -49,7 +47,7 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
         holder, _, stack = name.rpartition(".")
         if stack not in PARTS:
             raise ValueError(f"{name}: expected one of {', '.join(PARTS)}, to know the linear layers in it")
-        parts = PARTS[stack][spelling]
+        parts = PARTS[stack][0]
         if layer.lora_B.shape[1] % len(parts):
             raise ValueError(f"{name}: {layer.lora_B.shape[1]} outputs are not those of {' and '.join(parts)}")
         for e, (a, b) in enumerate(zip(layer.lora_A, layer.lora_B, strict=True)):
@@ -60,6 +58,18 @@ def split(layers: Mapping[str, AdapterLayer], spelling: int = 0) -> dict[str, Ad
                 one = replace(layer, kind="linear", lora_A=a.clone(), lora_B=b[own].clone(), magnitude=m)
                 found[f"{holder}.{e}.{part}"] = one
     return found
+
+
+def split_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return a stack's weight ``[E, out, in]`` as those of its experts' linear layers; empty if it is none."""
+    holder, _, stack = name.rpartition(".")
+    parts = PARTS[stack][0] if stack in PARTS and weight.dim() == 3 else ()
+    if not parts or weight.shape[1] % len(parts):
+        return {}
+    return {
+        f"{holder}.{e}.{part}.weight": rows
+        for e, one in enumerate(weight) for part, rows in zip(parts, one.chunk(len(parts)), strict=True)
+    }  # fmt: skip
 
 
 def of_expert(layer: AdapterLayer, expert: int) -> AdapterLayer:
@@ -79,14 +89,14 @@ def stacked(
     stacks: dict[str, dict[tuple[int, str], AdapterLayer]] = {}
     names: dict[str, str] = {}
     for name, layer in adapter.items():
-        match = EXPERT.fullmatch(name)
-        if match is None or layer.kind != "linear" or name in known:
+        if EXPERT.fullmatch(name) is None or layer.kind != "linear" or name in known:
             continue
-        for stack, spellings in PARTS.items():
-            own = f"{match['holder']}.{stack}"
-            if own in known and known[own].kind == "experts" and any(match["part"] in each for each in spellings):
+        for match in (EXPERT.fullmatch(one.removesuffix(".weight")) for one in names_in_model([f"{name}.weight"])):
+            own = None if match is None else _stack_with(match, known)
+            if match is not None and own is not None:
                 stacks.setdefault(own, {})[int(match["expert"]), match["part"]] = layer
                 names[name] = own
+                break
     layers = {name: layer for name, layer in adapter.items() if name not in names}
     for own, parts in stacks.items():
         if known[own].alternating:
@@ -95,6 +105,13 @@ def stacked(
     if stacks:
         notes.append(f"the layers of single experts became {len(stacks)} stacks")
     return layers
+
+
+def _stack_with(match: re.Match[str], known: Mapping[str, BaseLayer]) -> str | None:
+    """The name of the stack that has the layer of an expert, if the model has one."""
+    stacks = (stack for stack, spellings in PARTS.items() if any(match["part"] in each for each in spellings))
+    ways = (f"{match['holder']}.{stack}" for stack in stacks)
+    return next((own for own in ways if own in known and known[own].kind == "experts"), None)
 
 
 def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int) -> AdapterLayer:

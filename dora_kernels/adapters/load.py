@@ -18,7 +18,7 @@ from dora_kernels.adapters.components import is_component, is_underscored, prefi
 from dora_kernels.adapters.experts import stacked
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
-from dora_kernels.adapters.formats.stacks import EXCHANGED, MATRICES, is_stacked, layout
+from dora_kernels.adapters.formats.stacks import BY_VERSION, EXCHANGED, MATRICES, is_stacked, layout
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
 from dora_kernels.core import validation
 from dora_kernels.core.shown import listed, shown
@@ -137,7 +137,8 @@ def read_adapter(
     layers, config = FORMATS[chosen].read(reading), dict(config)
     if scaling is not None:
         reading.notes.append(f"scaling {scaling:g}, as requested")
-    config |= {key: names for key, names in ((EXCHANGED, reading.exchanged), (MATRICES, reading.matrices)) if names}
+    told = {EXCHANGED: reading.exchanged, BY_VERSION: reading.by_version, MATRICES: reading.matrices}
+    config |= {key: names for key, names in told.items() if names}
     unknown: list[str] = []
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_adapter
 from dora_kernels.adapters.base_layers import CONVOLUTIONS
+from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.adapters.components import prefix_of
 from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
-from dora_kernels.checkpoints.experts import holds_stacks, read_stacks_for, stack_transposed
+from dora_kernels.checkpoints.experts import holds_stacks, places_of, read_stacks_for, stack_transposed
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
@@ -106,7 +107,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, dict[str, str]]:
+def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, Mapping[str, str]]:
     """Return an adapter for a checkpoint's model, under the adapter's own names, and its layers' checkpoint keys.
 
     The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight has the key
@@ -122,9 +123,13 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
             tied to the embedding.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
-    if found.stacks or holds_stacks(checkpoint, found.layers):
-        return read_stacks_for(checkpoint, read_adapter(path, **options), kinds_of(checkpoint))
-    keys = _keys(checkpoint, found, check_prefix(options["prefix"]) if options.get("prefix") is not None else "")
+    prefix = check_prefix(options["prefix"]) if options.get("prefix") is not None else ""
+    adapter = read_adapter(path, **options) if found.stacks else None
+    keys = _keys(names_in_model(checkpoint), found, adapter.layers if adapter else found.layers, prefix)
+    if adapter or holds_stacks(checkpoint, keys, found.layers):
+        adapter = adapter or read_adapter(path, **options)
+        kinds = kinds_of(checkpoint)
+        return read_stacks_for(checkpoint, keys, adapter, kinds, lambda text: ValueError(f"{found.file}: {text}"))
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
@@ -134,15 +139,19 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
 
 
-def _keys(checkpoint: Checkpoint, adapter: Contents, requested: str) -> dict[str, str]:
+def _keys(
+    plain: Mapping[str, str], adapter: Contents, layers: Collection[str], requested: str
+) -> Mapping[str, str]:
     """Map the adapter's keys to the checkpoint's, with the renaming that finds most of the adapter's layers.
 
     Args:
+        plain: the checkpoint's keys by their names in the model.
+        layers: the names of the adapter's layers.
         requested: only layers whose names in the adapter have this prefix; empty for all.
     """
     prefixed = FORMATS[adapter.format].prefixed
-    names = [name for name in adapter.layers if not requested or prefix_of(name, requested) == requested]
-    ways = [list(readings(name, requested)) if prefixed else [name] for name in names]
+    names = [name for name in layers if not requested or prefix_of(name, requested) == requested]
+    ways = [list(readings(name, requested)) if prefixed else places_of(name) for name in names]
 
     def found(keys: Mapping[str, str]) -> list[str]:
         known = {key.removesuffix(".weight"): own for key, own in keys.items()}
@@ -152,12 +161,11 @@ def _keys(checkpoint: Checkpoint, adapter: Contents, requested: str) -> dict[str
         places = (next((known[one] for one in each if one in known), None) for each in spelled)
         return [place for place in places if place is not None]
 
-    plain = {key: key for key in checkpoint}
     best = [(found(plain), plain)]
     for renamed in _renamings():
-        keys = {renamed(key): key for key in checkpoint}
+        keys = {renamed(name): key for name, key in plain.items()}
         places = found(keys)
-        if len(keys) < len(checkpoint) or len(places) < max(1, len(best[0][0])):
+        if len(set(keys.values())) < len(set(plain.values())) or len(places) < max(1, len(best[0][0])):
             continue
         if len(places) > len(best[0][0]):
             best = []

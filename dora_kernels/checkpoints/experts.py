@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,29 +10,48 @@ from torch import Tensor
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
-from dora_kernels.adapters.formats.stacks import MATRICES
+from dora_kernels.adapters.formats.stacks import BY_VERSION, MATRICES, note, swapped
+from dora_kernels.adapters.names import proposal
 
-_HOLDERS = ("mlp.experts", "block_sparse_moe.experts"), ("mlp.experts", "feed_forward.experts")
-"""Names of the modules in transformers, and those in files where they differ."""
+_SILENT = ("llama4", "llama4_text")
+"""Models whose stacks are ``[E, in, out]`` without their saying so: PEFT from 0.19 on exchanges A and B."""
 
-_TRANSPOSED = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
+_TRANSPOSED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter", *_SILENT)
 """Models whose stacks are ``[E, in, out]``."""
+
+_TRANSPOSED_IN_FILES = ("qwen3_vl_moe", "qwen3_vl_moe_text", *_TRANSPOSED)
+"""Models whose stacks are that in their files."""
 
 _ALTERNATING = ("gpt_oss",)
 """Models in whose stacks the outputs of gate and up take turns."""
 
 
-def holds_stacks(checkpoint: Mapping[str, Tensor], names: Iterable[str]) -> bool:
-    """True if some of an adapter's layers are those of single experts, and the checkpoint's files have stacks."""
-    return bool(_stacks_of(checkpoint, names, set()))
+def places_of(name: str) -> list[str]:
+    """The names without ``.weight`` that files may have for an adapter's layer: as a stack, or as single experts'."""
+    holder, _, last = name.rpartition(".")
+    found = [name.removesuffix(".weight")]
+    if match := EXPERT.fullmatch(name):
+        found += [f"{match['holder']}.{stack}" for stack in PARTS]
+    return [*found, f"{holder}.0.{PARTS[last][0][0]}"] if last in PARTS else found
 
 
-def _stacks_of(checkpoint: Mapping[str, Tensor], names: Iterable[str], kinds: set[str]) -> dict[str, BaseLayer]:
+def holds_stacks(checkpoint: Mapping[str, Tensor], known: Mapping[str, str], names: Iterable[str]) -> bool:
+    """True if some of an adapter's layers are those of single experts, and the checkpoint's files have stacks.
+
+    Args:
+        known: the checkpoint's keys by the adapter's names for them.
+    """
+    return bool(_stacks_of(checkpoint, known, names, set()))
+
+
+def _stacks_of(
+    checkpoint: Mapping[str, Tensor], known: Mapping[str, str], names: Iterable[str], kinds: set[str]
+) -> dict[str, BaseLayer]:
     """The checkpoint's stacks that the layers of single experts belong to, by the adapter's names."""
     holders = {match["holder"] for name in names if (match := EXPERT.fullmatch(name))}
     found = {}
     for name in (f"{holder}.{stack}" for holder in sorted(holders) for stack in PARTS):
-        key = next((key for key in _spellings(name) if key in checkpoint), None)
+        key = known.get(name)
         if key is not None and checkpoint[key].dim() == 3:
             stored = checkpoint[key]
             mixed = name.endswith("gate_up_proj") and bool(kinds & set(_ALTERNATING))
@@ -41,63 +60,67 @@ def _stacks_of(checkpoint: Mapping[str, Tensor], names: Iterable[str], kinds: se
 
 
 def read_stacks_for(
-    checkpoint: Mapping[str, Tensor], adapter: Adapter, kinds: set[str]
+    checkpoint: Mapping[str, Tensor],
+    known: Mapping[str, str],
+    adapter: Adapter,
+    kinds: set[str],
+    error: Callable[[str], ValueError],
 ) -> tuple[Adapter, dict[str, str]]:
     """Return the adapter with its stacks as the checkpoint's files have them, and its layers' checkpoint keys.
 
     Args:
+        known: the checkpoint's keys by the adapter's names for them.
         kinds: the model's types, as its configuration names them.
+        error: makes the error from its text.
 
     Raises:
         ValueError: a layer is not in the files, or has another size there.
     """
     layers: dict[str, AdapterLayer] = {}
-    keys: dict[str, str] = {}
-    known = _stacks_of(checkpoint, adapter.layers, kinds)
-    for name, layer in stacked(adapter.layers, known, adapter.notes).items():
-        if layer.kind != "experts":
-            own = {name: layer}
-            if name in adapter.config.get(MATRICES, ()):  # its name is the weight's own
-                found = next((key for key in _spellings(name) if key in checkpoint), None)
-                keys |= {} if found is None else {f"{name}.weight": found}
-        elif any(key in checkpoint for key in _spellings(name)):
-            keys[f"{name}.weight"] = next(key for key in _spellings(name) if key in checkpoint)
-            _check_stack(name, layer, checkpoint[keys[f"{name}.weight"]])
-            layers[name] = layer
+    keys = dict(known)
+    matrices = adapter.config.get(MATRICES, ())
+    stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
+    for name, layer in stacked(_as_the_model_has_them(adapter, kinds), stacks, adapter.notes).items():
+        if layer.kind == "experts" and (key := known.get(name)) is not None:
+            _check_stack(name, layer, checkpoint[key], error)
+            keys[f"{name}.weight"], layers[name] = key, layer
             continue
-        else:
-            ways = [split({name: layer}, spelling) for spelling in (0, 1)]
-            own = next((way for way in ways if _key(next(iter(way)), checkpoint) is not None), ways[0])
-        for one, linear in own.items():
-            key = keys.get(f"{one}.weight") or _key(one, checkpoint)
+        for one, linear in split({name: layer}).items():
+            wanted = one if one in matrices else f"{one}.weight"  # a matrix's name is the weight's own
+            key = known.get(wanted)
             if key is None:
-                raise ValueError(f"adapter: {one}: the model's files have no {one}.weight, nor a stack {name}")
+                what = f"{name}: the model's files have no such stack, nor {wanted}" if one != name else (
+                    f"{one}: the model's files have no {wanted}")  # fmt: skip
+                raise error(f"{what}{_nearest(wanted, checkpoint)}")
             keys[f"{one}.weight"], layers[one] = key, linear
     single = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
-    known = base_layers_of({f"{name}.weight": checkpoint[keys[f"{name}.weight"]] for name in single})
-    check_fit(single, known, lambda text: ValueError(f"adapter: {text}"))
+    base_layers = base_layers_of({f"{name}.weight": checkpoint[keys[f"{name}.weight"]] for name in single})
+    check_fit(single, base_layers, error)
     return replace(adapter, layers=layers), keys
 
 
-def _key(name: str, checkpoint: Mapping[str, Tensor]) -> str | None:
-    return next((f"{one}.weight" for one in _spellings(name) if f"{one}.weight" in checkpoint), None)
+def _nearest(wanted: str, keys: Iterable[str]) -> str:
+    """The end of the sentence about a missing weight: the nearest in the files, or nothing."""
+    weights = (key for key in keys if key.rpartition(".")[2] in ("weight", *PARTS))
+    return proposal(wanted.removesuffix(".weight"), [key.removesuffix(".weight") for key in weights])
 
 
-def _spellings(name: str) -> Iterator[str]:
-    for ours, theirs in (("", ""), *_HOLDERS):
-        renamed = name.replace(ours, theirs) if ours else name
-        yield renamed
-        yield renamed.removeprefix("model.")
-        yield f"model.{renamed}"
-        yield f"language_model.{renamed}"
-        yield renamed.replace("model.", "model.language_model.", 1)
+def _as_the_model_has_them(adapter: Adapter, kinds: set[str]) -> dict[str, AdapterLayer]:
+    """The layers, with A and B exchanged where PEFT's version alone told how they lie, and the model says otherwise."""
+    layers, by_version = dict(adapter.layers), adapter.config.get(BY_VERSION, {})
+    if kinds & set(_TRANSPOSED):
+        told = note(by_version, layers)
+        adapter.notes[:] = [each for each in adapter.notes if each not in told]
+        turned = [name for name, exchanged in by_version.items() if exchanged or kinds & set(_SILENT)]
+        layers |= {name: swapped(layers[name]) for name in turned}
+    return layers
 
 
-def _check_stack(name: str, layer: AdapterLayer, stored: Tensor) -> None:
+def _check_stack(name: str, layer: AdapterLayer, stored: Tensor, error: Callable[[str], ValueError]) -> None:
     count, (inputs, outputs) = layer.lora_A.shape[0], layer.features
     if tuple(stored.shape) not in ((count, outputs, inputs), (count, inputs, outputs)):
-        raise ValueError(
-            f"adapter: {name} belongs to {count} experts with {inputs} inputs and {outputs} outputs, the model's is "
+        raise error(
+            f"{name} belongs to {count} experts with {inputs} inputs and {outputs} outputs, the model's is "
             f"{list(stored.shape)}"
         )
 
@@ -105,4 +128,6 @@ def _check_stack(name: str, layer: AdapterLayer, stored: Tensor) -> None:
 def stack_transposed(layer: AdapterLayer, stored: Tensor, kinds: set[str]) -> bool:
     """True if a stack is stored as ``[E, in, out]``: by its shape, or by the kind of model if that is square."""
     inputs, outputs = layer.features
-    return bool(kinds & set(_TRANSPOSED)) if inputs == outputs else tuple(stored.shape[1:]) == (inputs, outputs)
+    if inputs == outputs:
+        return bool(kinds & set(_TRANSPOSED_IN_FILES))
+    return tuple(stored.shape[1:]) == (inputs, outputs)

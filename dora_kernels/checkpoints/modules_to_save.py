@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.adapters import Adapter
+from dora_kernels.adapters.experts import split_weight
 from dora_kernels.adapters.load import Contents
 from dora_kernels.checkpoints.checkpoint import Checkpoint, is_embedding, tied
 from dora_kernels.core.shown import quoted
@@ -74,7 +75,8 @@ def trained_beside(
                 module = name.removesuffix(_ROWS).removesuffix(".token_adapter")
                 _add_rows(trained, checkpoint, adapter, _key(checkpoint, keys, f"{module}.weight"), module, tensor)
             else:
-                _add(trained, checkpoint, adapter, _key(checkpoint, keys, name), name, tensor)
+                for one, part in _as_in_files(checkpoint, keys, name, tensor).items():
+                    _add(trained, checkpoint, adapter, _key(checkpoint, keys, one), one, part)
         except ValueError as error:
             raise ValueError(f"{found.file}: {key}: {error}; adapter_only=True leaves it out") from None
     return trained
@@ -82,6 +84,14 @@ def trained_beside(
 
 def _key(checkpoint: Checkpoint, keys: Mapping[str, str], name: str) -> str | None:
     return keys.get(name, name if name in checkpoint else None)
+
+
+def _as_in_files(
+    checkpoint: Checkpoint, keys: Mapping[str, str], name: str, tensor: Tensor
+) -> Mapping[str, Tensor]:
+    """The tensor by its name; or a stack of experts as the files have it, which may be the layers of each expert."""
+    parts = split_weight(name, tensor) if _key(checkpoint, keys, name) is None else {}
+    return parts if parts and all(_key(checkpoint, keys, one) is not None for one in parts) else {name: tensor}
 
 
 def _add(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,20 @@ def seal(config: Mapping[str, Any] | None) -> dict[str, str]:
     if config is None:
         return {}
     return {_KEY: json.dumps({name: _digest(config.get(name)) for name in _FIELDS})}
+
+
+def before_exchange(config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """True if two files are of PEFT before 0.19, which exchanges A and B of all stacks of experts ``[E, out, in]``.
+
+    PEFT's configurations have its version from 0.18 on. Without one, files are this package's, which have digests, or
+    those of PEFT 0.17.
+
+    Args:
+        metadata: of the tensors' file.
+    """
+    version = config.get("peft_version")
+    numbers = re.findall(r"\d+", version) if isinstance(version, str) else []
+    return tuple(map(int, numbers[:2])) < (0, 19) if numbers else _KEY not in metadata
 
 
 def read(

@@ -95,7 +95,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
             hint = storage.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config_file = folder / _WEIGHTS, folder / _CONFIG
-    tensors, _, config = pairs.read(file, config_file, wanted=_KEY.match)
+    tensors, metadata, config = pairs.read(file, config_file, wanted=_KEY.match)
     _check_config(config_file, config)
     modules = _parts(file, tensors)
     ranks = by_pattern(config.get("rank_pattern"), f"{config_file}: rank_pattern")
@@ -110,7 +110,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
         else:
             _check_parts(file, module, parts, rank)
     if model is not None:
-        parameters.check_sizes(file, stacks, modules, config.get("peft_version"))
+        parameters.check_sizes(file, stacks, modules, pairs.before_exchange(config, metadata))
         modules = {module: parts for module, parts in modules.items() if module not in stacks}
         _check_layers(file, modules, model, config_file, config)
 

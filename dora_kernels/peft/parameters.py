@@ -124,12 +124,16 @@ def _exchanges(version: str) -> bool:
     return tuple(map(int, numbers[:2])) >= (0, 19)
 
 
-def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], version: Any) -> None:
+def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], before: bool) -> None:
     """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it, or another layout.
 
     Args:
-        version: of PEFT, that the configuration names.
+        before: True if the file is of PEFT before 0.19, as far as its configuration tells.
     """
+    columns = {key: modules[key]["lora_A"].shape[1] for key, each in stacks.items() if each.moved}
+    square = {key for key in columns if columns[key] == modules[key]["lora_B"].shape[0]}
+    others = [columns[key] != stacks[key].columns for key in columns if key not in square]
+    of_other = any(others) if others else before == _exchanges(peft.__version__)
     for key, parameter in stacks.items():
         shape, parts = parameter.shape, modules[key]
         if shape is None:
@@ -141,8 +145,7 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
                 f"and magnitude {list(m.shape)} belong to another parameter than the model's {list(shape)}"
                 f"{_turned(parameter, sizes, stacks.values())}"
             )
-        of_other = isinstance(version, str) and _exchanges(version) != _exchanges(peft.__version__)
-        if parameter.moved and (parts["lora_A"].shape[1] != parameter.columns or (of_other and len(sizes) == 1)):
+        if parameter.moved and (of_other if key in square else columns[key] != parameter.columns):
             raise ValueError(
                 f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)} and lora_B are exchanged, as PEFT "
                 f"{'before 0.19' if _exchanges(peft.__version__) else 'from 0.19 on'} saves them; expected those of "

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -378,7 +379,7 @@ def test_weighted_sums_of_experts_in_several_processes():
 
 
 def test_a_file_of_an_older_peft(tmp_path):
-    """Before 0.19 A and B were exchanged. Where outputs and inputs are as many, only the version tells."""
+    """Before 0.19 A and B were exchanged. Where outputs and inputs are as many in all stacks, the version tells."""
     dora().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -390,12 +391,17 @@ def test_a_file_of_an_older_peft(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj: .* are exchanged, as PEFT before 0\.19"):
         dora_kernels.check_adapter(tmp_path, qwen3_moe())
     square = {"moe_intermediate_size": 16}  # gate and up have 32 outputs and 32 inputs
-    dora(qwen3_moe(**square)).save_pretrained(tmp_path / "square")
-    dora_kernels.check_adapter(tmp_path / "square", qwen3_moe(**square))
-    path = tmp_path / "square" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.18.1"}))
-    with pytest.raises(ValueError, match=r"gate_up_proj: .* are exchanged, as PEFT before 0\.19"):
-        dora_kernels.check_adapter(tmp_path / "square", qwen3_moe(**square))
+    for targets, problem in (
+        (TARGETS, None),  # down_proj tells
+        (["experts.gate_up_proj"], r"gate_up_proj: .* are exchanged, as PEFT before 0\.19"),
+    ):
+        folder = tmp_path / str(len(targets))
+        dora(qwen3_moe(**square), target_parameters=targets).save_pretrained(folder)
+        dora_kernels.check_adapter(folder, qwen3_moe(**square))
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.18.1"}))
+        with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+            dora_kernels.check_adapter(folder, qwen3_moe(**square))
 
 
 def test_a_parameter_that_is_never_read():

@@ -118,6 +118,7 @@ class Peft(Format):
                 groups.setdefault(found[0], {})[found[1]] = tensor
         reading.stacks = stacks.names(groups, config.get("target_parameters"), reading)
         layers = {stacks.named(reading, module): layer for module, layer in super().read(reading).items()}
+        reading.notes += stacks.note(reading.by_version, layers)
         plain = next((name for name, layer in layers.items() if layer.magnitude is None), None)
         use_dora = config.get("use_dora")
         if use_dora and plain is not None:

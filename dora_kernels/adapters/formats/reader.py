@@ -41,10 +41,12 @@ class Reading:
     header: Mapping[str, str] = field(default_factory=dict)
     stacks: dict[str, str] = field(default_factory=dict)
     """Of PEFT's adapters of parameters: the parameter's name by the name in the keys."""
-    stack_features: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The input and output sizes of these, as far as they are known."""
+    stacks_exchanged: dict[str, bool] = field(default_factory=dict)
+    """True for those whose A and B are exchanged in the file, as far as sizes tell."""
+    by_version: dict[str, bool] = field(default_factory=dict)
+    """The same of those of which PEFT's version alone tells, by the parameter's name."""
     exchanged: list[str] = field(default_factory=list)
-    """Those whose A and B PEFT exchanges."""
+    """Those whose A and B PEFT exchanges from 0.19 on."""
     matrices: list[str] = field(default_factory=list)
     """Those of two dimensions."""
     beside: dict[str, Tensor] = field(default_factory=dict)

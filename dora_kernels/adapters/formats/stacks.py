@@ -5,12 +5,12 @@ are ``experts.lora_A``, and those of the one before ``experts.base_layer.lora_A`
 bitsandbytes' 4 bits are, it takes in the order of their names, so that there ``down_proj`` lies inside.
 A ``[E * r, in]`` has one expert after another; in B ``[out, r * E]`` the expert's index runs fastest, so that expert
 e's are ``B[:, e::E]``. For Llama 4, whose stacks are transposed without saying so, PEFT exchanges the two; so do its
-versions before 0.19 for all stacks that are not transposed.
+versions before 0.19 for all stacks that are not transposed. The sizes tell it; for a stack with as many inputs as
+outputs those of the file's other stacks do, or else the model and PEFT's version.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,16 @@ from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import bounded
-from dora_kernels.core.shown import quoted
+from dora_kernels.core.shown import listed, quoted
+from dora_kernels.files.pairs import before_exchange
 from dora_kernels.model.expert_names import LINEAR, is_expert_name, takes_expert_names
 from dora_kernels.model.targets import unwrapped
 
 EXCHANGED = "exchanged"
 """Entry of `Adapter.config`: the stacks whose A and B PEFT exchanges."""
+
+BY_VERSION = "by_version"
+"""Entry of `Adapter.config`: the stacks of which PEFT's version alone told whether A and B are exchanged, and if so."""
 
 ALTERNATING = "alternating"
 """Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns."""
@@ -132,7 +136,10 @@ def names(modules: Mapping[str, Mapping[str, Tensor]], targets: Any, reading: Re
         sizes = [_sizes(modules.get(key, {})) for key in keys]
         order, features = _fitting(holder, order, sizes, reading.base_layers or {})
         found |= {key: f"{holder}.{one}" for key, one in zip(keys, order, strict=True)}
-        reading.stack_features |= {key: each for key, each in zip(keys, features, strict=True) if each is not None}
+        told = {key: _exchanged(modules.get(key, {}), each) for key, each in zip(keys, features, strict=True)}
+        reading.stacks_exchanged |= {key: each for key, each in told.items() if each is not None}
+    if len(agreed := set(reading.stacks_exchanged.values())) == 1:
+        reading.stacks_exchanged |= dict.fromkeys(found, agreed.pop())
     return found
 
 
@@ -155,6 +162,20 @@ def _sizes(parts: Mapping[str, Tensor]) -> _Sizes:
     """The columns of A and the rows of B, which are inputs and outputs unless PEFT has exchanged A and B."""
     a, b = parts.get("lora_A"), parts.get("lora_B")
     return None if a is None or b is None or a.dim() != 2 or b.dim() != 2 else (a.shape[1], b.shape[0])
+
+
+def _exchanged(parts: Mapping[str, Tensor], features: _Sizes) -> bool | None:
+    """True if A and B of a stack are exchanged, by its inputs and outputs or its magnitude; None if these do not tell.
+
+    Args:
+        features: the inputs and outputs; None if unknown.
+    """
+    sizes, m = _sizes(parts), parts.get("magnitude")
+    if sizes is None or sizes[0] == sizes[1]:
+        return None
+    if features is None and m is not None and m.dim() == 2:
+        features = next((each for each in (sizes, sizes[::-1]) if each[1] == m.shape[1]), None)
+    return None if features not in (sizes, sizes[::-1]) else features != sizes
 
 
 def _fitting(
@@ -236,20 +257,30 @@ def read(
         )
     a = lora_A.view(count, -1, lora_A.shape[1])
     b = lora_B.reshape(lora_B.shape[0], -1, count).permute(2, 0, 1)
-    features = reading.stack_features.get(module)
-    if features is None and magnitude is not None and magnitude.shape[1] != b.shape[1]:
-        features = b.shape[1], magnitude.shape[1]
-    if features is not None and (a.shape[2], b.shape[1]) == features[::-1] != features:
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
-        if not _before_exchange(reading.config.get("peft_version")):
-            reading.exchanged.append(name)
-    return AdapterLayer("experts", a, b.contiguous(), magnitude, scaling)
+    layer = AdapterLayer("experts", a, b.contiguous(), magnitude, scaling)
+    before = before_exchange(reading.config, reading.header)
+    exchanged = reading.stacks_exchanged.get(module)
+    if exchanged is None and base is not None and not base.either_way:
+        exchanged = not base.transposed if before else base.exchanged
+    elif exchanged is None:
+        exchanged = reading.by_version[name] = before
+    if exchanged and not before and (base is None or base.either_way):  # else the model says it
+        reading.exchanged.append(name)
+    return swapped(layer) if exchanged else layer
 
 
-def _before_exchange(version: Any) -> bool:
-    """True for PEFT before 0.19, which exchanges A and B of all stacks that are not transposed."""
-    numbers = re.findall(r"\d+", version) if isinstance(version, str) else []
-    return bool(numbers) and tuple(map(int, numbers[:2])) < (0, 19)
+def swapped(layer: AdapterLayer) -> AdapterLayer:
+    """A stack's adapter with A and B exchanged."""
+    return replace(layer, lora_A=layer.lora_B.transpose(1, 2), lora_B=layer.lora_A.transpose(1, 2).contiguous())
+
+
+def note(by_version: Mapping[str, bool], layers: Mapping[str, AdapterLayer]) -> list[str]:
+    """A sentence about the stacks with as many inputs as outputs, if nothing but PEFT's version told how they lie."""
+    square = [name for name in by_version if layers[name].features[0] == layers[name].features[1]]
+    if not square:
+        return []
+    way = "exchanged, as PEFT before 0.19 has them" if by_version[square[0]] else "as PEFT from 0.19 on has them"
+    return [f"{listed(square)}: as many inputs as outputs, and no other stack tells A from B; read {way}"]
 
 
 def keys(parameters: Sequence[str], writing: Writing) -> dict[str, str]:
@@ -275,9 +306,8 @@ def keys(parameters: Sequence[str], writing: Writing) -> dict[str, str]:
 
 def written(key: str, layer: AdapterLayer, exchanged: bool) -> dict[str, Tensor]:
     """The tensors of a stack as PEFT has them."""
+    layer = swapped(layer) if exchanged else layer
     a, b = layer.lora_A, layer.lora_B
-    if exchanged:
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
     tensors = {
         f"{key}.lora_A.weight": a.reshape(-1, a.shape[2]),
         f"{key}.lora_B.weight": b.permute(1, 2, 0).reshape(b.shape[1], -1),
