@@ -187,12 +187,13 @@ def test_diffusers_unet(layout):
         y.square().mean().backward()
         return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
 
-    # So many gradients that some are beyond what three copies show of rounding; behind a softmax some are nothing else.
-    wanted, results = run(stock), run(ours)
-    largest = max(tensor.norm() for tensor in wanted.values())
-    for name, tensor in wanted.items():
-        off = (results[name] - tensor).norm()
-        assert off <= 1e-4 * tensor.norm() + 1e-7 * largest, f"{name} of {tensor.norm():.1e}: {off:.1e}, {largest:.1e}"
+    # In float32 some of so many gradients are little else than rounding.
+    precise = copy.deepcopy(stock).double()
+    wanted = run(precise)
+    dora_kernels.patch_peft(precise)
+    for name, result in run(precise).items():
+        off = (result - wanted[name]).norm() / wanted[name].norm()
+        assert off <= 1e-10, f"{name}: {off:.1e}"
     for model in (stock, ours):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         for _ in range(3):
