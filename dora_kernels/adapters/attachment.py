@@ -15,7 +15,7 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, proble
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.beside import WAY_OUT, trained
 from dora_kernels.adapters.experts import fill, plan_stacks, stacked
-from dora_kernels.adapters.formats.stacks import layout
+from dora_kernels.adapters.formats.stacks import layout, settled
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers, name_of, no_adapted_layers
 from dora_kernels.model.saving import watch_saving
@@ -125,7 +125,7 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
         raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
     model = joined(model)
     base_layers = base_layers_of(model)
-    single = stacked(adapter.layers, base_layers, adapter.notes)
+    single = stacked(settled(adapter, base_layers).layers, base_layers, adapter.notes)
     layers = own_layers(replace(adapter, layers=single), base_layers, _error, adapter.notes)
     check_fit(layers, base_layers, _error)
     check_plain(layers)

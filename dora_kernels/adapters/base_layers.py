@@ -173,7 +173,8 @@ def _stacks_of(module: nn.Module) -> dict[str, BaseLayer]:
             features = weight.shape[2], weight.shape[1]
             found[key] = BaseLayer("experts", features, weight, mixed, turned, hidden_transposed(module))
     for key, held in getattr(module, "parametrizations", {}).items():
-        found[key] = BaseLayer("experts", (0, 0), held.original, either_way=True, packed=True)
+        if hasattr(held, "original"):  # weight_norm has two tensors instead
+            found[key] = BaseLayer("experts", (0, 0), held.original, either_way=True, packed=True)
     return found
 
 

@@ -18,7 +18,7 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.beside import common_beside
 from dora_kernels.adapters.experts import of_expert
-from dora_kernels.adapters.formats.stacks import layout
+from dora_kernels.adapters.formats.stacks import layout, settled
 from dora_kernels.adapters.names import COMPONENTS, UNDERSCORED, own_layers
 from dora_kernels.core import validation, weighted_sum
 from dora_kernels.core.precision import accumulation_dtype
@@ -152,6 +152,7 @@ def with_strength(model: nn.Module, adapter: Adapter, strength: float) -> Adapte
     result, _ = _weighted_sum(model, [adapter], [strength], None, "adapter")
     if strength == 1:
         return adapter
+    adapter = settled(adapter, base_layers_of(model))
     config = {name: value for name, value in adapter.config.items() if name not in (UNDERSCORED, COMPONENTS)}
     config |= result.config
     notes = [*adapter.notes, f"at a strength of {strength:g}", *result.notes[1:]]
@@ -198,7 +199,7 @@ def _layers(adapter: Adapter, base_layers: dict[str, BaseLayer], argument: str) 
     def error(text: str) -> ValueError:
         return ValueError(f"{argument}: {text}")
 
-    layers = own_layers(adapter, base_layers, error, [])
+    layers = own_layers(settled(adapter, base_layers), base_layers, error, [])
     check_fit(layers, base_layers, error)
     return layers
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
-from dora_kernels.adapters.formats.stacks import BY_VERSION, MATRICES, note, swapped
+from dora_kernels.adapters.formats.stacks import MATRICES, settled
 from dora_kernels.adapters.names import proposal
 
 _SILENT = ("llama4", "llama4_text")
@@ -76,11 +77,12 @@ def read_stacks_for(
     Raises:
         ValueError: a layer is not in the files, or has another size there.
     """
+    adapter = _as_the_model_has_them(adapter, kinds)
     layers: dict[str, AdapterLayer] = {}
     keys = dict(known)
     matrices = adapter.config.get(MATRICES, ())
     stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
-    for name, layer in stacked(_as_the_model_has_them(adapter, kinds), stacks, adapter.notes).items():
+    for name, layer in stacked(adapter.layers, stacks, adapter.notes).items():
         if layer.kind == "experts" and (key := known.get(name)) is not None:
             _check_stack(name, layer, checkpoint[key], error)
             keys[f"{name}.weight"], layers[name] = key, layer
@@ -105,15 +107,12 @@ def _nearest(wanted: str, keys: Iterable[str]) -> str:
     return proposal(wanted.removesuffix(".weight"), [key.removesuffix(".weight") for key in weights])
 
 
-def _as_the_model_has_them(adapter: Adapter, kinds: set[str]) -> dict[str, AdapterLayer]:
-    """The layers, with A and B exchanged where PEFT's version alone told how they lie, and the model says otherwise."""
-    layers, by_version = dict(adapter.layers), adapter.config.get(BY_VERSION, {})
-    if kinds & set(_TRANSPOSED):
-        told = note(by_version, layers)
-        adapter.notes[:] = [each for each in adapter.notes if each not in told]
-        turned = [name for name, exchanged in by_version.items() if exchanged or kinds & set(_SILENT)]
-        layers |= {name: swapped(layers[name]) for name in turned}
-    return layers
+def _as_the_model_has_them(adapter: Adapter, kinds: set[str]) -> Adapter:
+    """The adapter with A and B of its stacks as a model of these kinds has them (`settled`)."""
+    if not kinds & set(_TRANSPOSED):
+        return adapter
+    base = BaseLayer("experts", (0, 0), torch.empty(0), transposed=True, exchanged=bool(kinds & set(_SILENT)))
+    return settled(adapter, dict.fromkeys(adapter.layers, base))
 
 
 def _check_stack(name: str, layer: AdapterLayer, stored: Tensor, error: Callable[[str], ValueError]) -> None:

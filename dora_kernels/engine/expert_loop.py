@@ -140,6 +140,7 @@ class _Loop(torch.autograd.Function):
                             dx[start:end] = of_x
         if d_b is not None:
             d_b.mul_(scale)
+            d_b[sorted(set(range(len(d_b))) - {e for e, _, _ in rows})] = 0  # their g may be infinite
         if dx is not None:
             dx[rows[-1].end if rows else 0 :] = 0
         if d_g is not None and ctx.divide:

@@ -57,6 +57,23 @@ def merged(model, name):
     return linear_problem(layer.base_layer)
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_models_with_parametrized_layers(kind):
+    """As the position embedding of wav2vec 2.0: other layers are adapted; these are refused by name."""
+
+    def made():
+        model = nn.ModuleDict({"plain": nn.Linear(6, 6), "other": nn.Linear(6, 6)})
+        getattr(nn.utils.parametrizations, kind)(model["other"])
+        return model
+
+    model, again = made(), made()
+    apply_dora(model, ["plain"], rank=2)
+    adapter = extract(model)
+    assert attach(again, adapter) == ["plain"]
+    with pytest.raises(ValueError, match="other: the layer is parametrized; remove the parametrization first"):
+        attach(made(), Adapter({"other": adapter.layers["plain"]}))
+
+
 @pytest.mark.parametrize("axis", ["out", "in"])
 def test_attach_and_extract(axis):
     """The layers compute the adapted weight of the formula, and give back what they took."""

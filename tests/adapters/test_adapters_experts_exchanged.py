@@ -125,13 +125,22 @@ def transposed(kind):
 @VERSIONS
 @pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
 def test_transposed_models_of_older_peft(version, kind, tmp_path):
-    """Their A and B were never exchanged: the model tells, or its folder's configuration."""
+    """Their A and B were never exchanged: the model tells, whenever it comes, or its folder's configuration."""
     model, square = transposed(kind)
     model.save_pretrained(tmp_path / "base")
     expected = written_by_old_peft(tmp_path / "old", version, True, [square], transposed=True, model=model)
     loaded = transposed(kind)[0].float()
     dora_kernels.load_adapter(tmp_path / "old", loaded)
     close(loaded, expected)
+    for base in (None, transposed(kind)[0].state_dict()):
+        read = dora_kernels.read_adapter(tmp_path / "old", base)
+        combined, _ = dora_kernels.combine_adapters(loaded, [read], [1.0])
+        halved = dora_kernels.with_strength(loaded, read, 0.5)
+        assert "as many inputs as outputs" not in str(halved.notes)
+        for adapter in (read, combined, dora_kernels.with_strength(loaded, halved, 2)):
+            attached = transposed(kind)[0].float()
+            dora_kernels.attach(attached, adapter)
+            close(attached, expected)
     merge_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "old", tmp_path / "merged")
     close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64), expected)
 

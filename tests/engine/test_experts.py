@@ -157,6 +157,17 @@ def test_experts_without_rows_get_zero_gradients():
         assert gradient[1].eq(0).all() and gradient[0].ne(0).any()
 
 
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))
+def test_what_experts_without_rows_hold_touches_nothing(dtypes, products):
+    """A magnitude that is not finite there changes no gradient."""
+    expected = Problem(*dtypes).solve()
+    problem = Problem(*dtypes)
+    with torch.no_grad():
+        problem.m[1] = torch.inf
+    for one, other in zip(problem.solve(), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_without_any_rows_every_parameter_has_a_gradient():
     """Else DistributedDataParallel would wait for it."""
     problem = Problem(f32, f32)

@@ -22,6 +22,7 @@ from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.adapters.formats.names import targets_again
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
+from dora_kernels.adapters.names import respelled
 from dora_kernels.core.expressions import Steps
 from dora_kernels.core.patterns import bounded
 from dora_kernels.core.shown import listed, quoted
@@ -261,12 +262,36 @@ def read(
     before = before_exchange(reading.config, reading.header)
     exchanged = reading.stacks_exchanged.get(module)
     if exchanged is None and base is not None and not base.either_way:
-        exchanged = not base.transposed if before else base.exchanged
+        exchanged = _exchanged_for(base, before)
     elif exchanged is None:
         exchanged = reading.by_version[name] = before
     if exchanged and not before and (base is None or base.either_way):  # else the model says it
         reading.exchanged.append(name)
     return swapped(layer) if exchanged else layer
+
+
+def _exchanged_for(base: BaseLayer, before: bool) -> bool:
+    """True if a PEFT before 0.19, or one from then on, exchanges A and B of a model's stack."""
+    return not base.transposed if before else base.exchanged
+
+
+def settled(adapter: Adapter, base_layers: Mapping[str, BaseLayer]) -> Adapter:
+    """Return the adapter with A and B exchanged where PEFT's version alone told how they lie, and the model disagrees.
+
+    A stack of a model in `base_layers` is settled by it, and the note about it goes.
+    """
+    by_version = {name: before for name, before in adapter.config.get(BY_VERSION, {}).items() if name in adapter.layers}
+    if not by_version:
+        return adapter
+    names = respelled(adapter.layers, base_layers)
+    bases = {name: base_layers.get(names[name]) for name in by_version}
+    told = {name: base for name, base in bases.items() if base is not None and not base.either_way}
+    turned = [name for name, base in told.items() if _exchanged_for(base, by_version[name]) != by_version[name]]
+    layers = adapter.layers | {name: swapped(adapter.layers[name]) for name in turned}
+    left = {name: before for name, before in by_version.items() if name not in told}
+    said = note(by_version, adapter.layers)
+    notes = [each for each in adapter.notes if each not in said] + note(left, layers)
+    return replace(adapter, layers=layers, notes=notes, config=adapter.config | {BY_VERSION: left})
 
 
 def swapped(layer: AdapterLayer) -> AdapterLayer:
