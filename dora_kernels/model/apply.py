@@ -115,8 +115,11 @@ def apply_dora(
     found: dict[nn.Module, str] = {}
     notes: list[str] = []
     if not stacks or not (isinstance(target_modules, list | tuple) and not target_modules):
-        found, notes = chosen(model, places, target_modules, exclude_modules, use_dora)
-        notes = [note for note in notes if not stacks or "three-dimensional parameters" not in note]
+        adapted = {
+            f"{place}.{name.rpartition('.')[2]}"
+            for module, names in stacks.items() for place in places[module] for name in names
+        }  # fmt: skip
+        found, notes = chosen(model, places, target_modules, exclude_modules, use_dora, adapted)
     flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters(recurse=False)]
     layers: dict[nn.Module, AdaptedLayer] = {}
     around: dict[nn.Module, AdaptedLayer] = {}

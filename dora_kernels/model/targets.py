@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -94,8 +94,12 @@ def chosen(
     target_modules: str | Iterable[str],
     exclude_modules: str | Iterable[str] | None,
     use_dora: bool,
+    adapted: Collection[str],
 ) -> tuple[dict[nn.Module, str], list[str]]:
     """Return the layers that the patterns match, each with the first of its names that matches, and a list of warnings.
+
+    Args:
+        adapted: the names of stacks that `target_parameters` adapt.
 
     Raises:
         TypeError, ValueError: as `dora_kernels.apply_dora`, for the patterns and the matched layers.
@@ -115,10 +119,10 @@ def chosen(
             found[module] = kept[0]
         dropped += bool(named and not kept)
     stacks = {name: sizes for name, sizes in _stacks(model).items() if everything or _matches(targets, name)}
-    shown = listed((f"{name} {sizes}" for name, sizes in stacks.items()), 3)
-    beside = f"{shown}: three-dimensional parameters (stacked experts) are adapted by target_parameters"
+    left = [f"{name} {sizes}" for name, sizes in stacks.items() if name not in adapted]
+    beside = f"{listed(left, 3)}: three-dimensional parameters (stacked experts) are adapted by target_parameters"
     if not found:
-        end = f"; {beside}" if stacks else ""
+        end = f"; {beside}" if left else ""
         raise _nothing(model, places, target_modules, exclude_modules if dropped else None, use_dora, end)
     left_out: dict[str, list[str]] = {}
     for module, name in list(found.items()):
@@ -136,10 +140,10 @@ def chosen(
         raise ValueError(f"target_modules: 'all-linear' finds no layer that can be adapted: {reasons}")
     known = [name for names in places.values() for name in names if name]
     missed = _unmatched(targets, [*known, *stacks], "target_modules") + _unmatched(excluded, known, "exclude_modules")
-    left = [f"'all-linear' leaves out {reasons}"] if left_out else []
-    if stacks:
-        left.append(f"{repr('all-linear') if everything else 'target_modules'} leaves out {beside}")
-    return found, left + missed
+    notes = [f"'all-linear' leaves out {reasons}"] if left_out else []
+    if left:
+        notes.append(f"{repr('all-linear') if everything else 'target_modules'} leaves out {beside}")
+    return found, notes + missed
 
 
 def _stacks(model: nn.Module) -> dict[str, list[int]]:

@@ -191,6 +191,12 @@ def test_stacks_are_no_modules():
     (text,) = warned(lambda: apply_dora(model(), names, rank=2))
     assert text == f"target_modules leaves out experts.up [4, 8, 16], {beside}"
     assert not warned(lambda: apply_dora(model(), names, rank=2, target_parameters=["experts.up", "experts.down"]))
+    for targets, start in ((names, "target_modules"), ("all-linear", "'all-linear'")):
+        (text,) = warned(lambda named=targets: apply_dora(model(), named, rank=2, target_parameters=["experts.up"]))
+        assert text == f"{start} leaves out {beside}"
+    shared = model()
+    shared.again = shared.experts
+    assert not warned(lambda: apply_dora(shared, rank=2, target_parameters=["experts.up", "experts.down"]))
 
 
 def test_parameters_that_are_no_stacks():
