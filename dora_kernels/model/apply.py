@@ -21,6 +21,7 @@ from dora_kernels.model.targets import (
     chosen,
     chosen_stacks,
     named_modules,
+    parameter_name,
     places_of,
     put,
     unwrapped,
@@ -85,7 +86,7 @@ def apply_dora(
         adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
         target_parameters: names, or ends of names, of parameters that are stacks of experts, as PEFT's:
             ``["experts.gate_up_proj", "experts.down_proj"]`` (`DoRAExperts`). With them `target_modules` may be ``[]``,
-            and `dropout` has to be 0.
+            and `dropout` has to be 0. Those of one module may be named in several calls.
         forward: "composed", or "merged" for linear layers that multiply by one merged weight (docs/merged.md).
 
     Returns:
@@ -117,7 +118,7 @@ def apply_dora(
     if not stacks or not (isinstance(target_modules, list | tuple) and not target_modules):
         found, notes = chosen(model, places, target_modules, exclude_modules, use_dora)
         notes = [note for note in notes if not stacks or "three-dimensional parameters" not in note]
-    flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters(recurse=False)]
+    flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters()]
     layers: dict[nn.Module, AdaptedLayer] = {}
     around: dict[nn.Module, AdaptedLayer] = {}
     made: dict[str, AdaptedLayer] = {}
@@ -183,7 +184,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def name_of(name: str, layer: nn.Module) -> str:
     """The name in an adapter of an adapted layer with this name in the model: of a stack, its parameter's."""
     if isinstance(layer, LoRAExperts):
-        return f"{name.replace('.base_layer', '')}.{layer.parameter}"
+        return parameter_name(name, layer.parameter)
     return name
 
 
