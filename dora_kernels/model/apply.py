@@ -347,7 +347,7 @@ def _layers(model: nn.Module, itself: bool = False, pefts: str = "unload()") -> 
 def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     """Raise ValueError if a weight that merging would write is also held outside its layer."""
     inside = tuple(f"{name}." for name, module in named_modules(model) if isinstance(module, AdaptedLayer))
-    pairs = [(name, layer.weight) for name, layer in layers.items()]
+    pairs = [(name_of(name, layer), layer.weight) for name, layer in layers.items()]
     for module, names in places_of(model).items():  # a base layer may also be held outside
         outside = next((name for name in names if not f"{name}.".startswith(inside)), None)
         if outside is not None:
@@ -355,11 +355,11 @@ def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     owners: dict[Any, list[str]] = {}
     for name, parameter in pairs:
         owners.setdefault(parameter.data_ptr() or parameter, []).append(name)
-    for name, layer in layers.items():
-        weight = layer.weight
+    for place, layer in layers.items():
+        name, weight, own = name_of(place, layer), layer.weight, f"layer.base_layer.{layer._weight_name()}"
         others = [one for one in owners[weight.data_ptr() or weight] if one != name]
         if others:
             raise ValueError(
                 f"{name}: its weight is shared with {', '.join(others)}, which merging would also change; give it a "
-                "weight of its own first: layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone())"
+                f"weight of its own first: {own} = nn.Parameter({own}.clone())"
             )

@@ -178,6 +178,23 @@ def test_adapted_twice():
     assert mixture.state_dict().keys() == before.keys()
 
 
+def test_merging_stacks_that_share_a_weight():
+    """The advice of the error is what to do, for the layer inside too."""
+    mixtures = [Mixture(experts(*QWEN)) for _ in range(2)]
+    for stack in ("gate_up_proj", "down_proj"):
+        setattr(mixtures[1].experts, stack, getattr(mixtures[0].experts, stack))
+    model = torch.nn.ModuleList(mixtures)
+    dora_kernels.apply_dora(model, [], rank=2, target_parameters=STACKS)
+    layers = {layer.parameter: layer for name, layer in dora_kernels.adapted_layers(model).items() if "0." in name}
+    for stack, own in (("down_proj", "base_layer.base_layer"), ("gate_up_proj", "base_layer")):
+        with pytest.raises(ValueError, match=rf"0\.experts\.{stack}: .* shared with 1\.experts\.{stack}, ") as caught:
+            dora_kernels.merge_all(model)
+        advice = str(caught.value).partition("first: ")[2]
+        assert advice.startswith(f"layer.{own}.{stack} = ")
+        exec(advice, {"layer": layers[stack], "nn": torch.nn})
+    dora_kernels.merge_all(model)
+
+
 def test_a_module_that_has_no_parent():
     """Adapted or not."""
     module = experts(*QWEN).float()
