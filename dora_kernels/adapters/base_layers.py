@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import AdapterLayer, article
 from dora_kernels.adapters.names import proposal
-from dora_kernels.model.targets import named_modules
+from dora_kernels.model.places import named_modules
 from dora_kernels.modules import AdaptedLayer, dequantize
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.modules.stand_in import alternates, hidden_transposed, is_transposed

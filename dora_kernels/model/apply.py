@@ -14,18 +14,9 @@ from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
 from dora_kernels.core.shown import listed
 from dora_kernels.engine.merged import check_forward
+from dora_kernels.model.places import named_modules, parameter_name, places_of, put, unwrapped
 from dora_kernels.model.saving import unwatch_saving, watch_saving
-from dora_kernels.model.targets import (
-    adapted_layer,
-    adapted_stack,
-    chosen,
-    chosen_stacks,
-    named_modules,
-    parameter_name,
-    places_of,
-    put,
-    unwrapped,
-)
+from dora_kernels.model.targets import adapted_layer, adapted_stack, chosen, chosen_stacks
 from dora_kernels.modules import AdaptedLayer, LoRAExperts
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.modules.linear import is_conv1d

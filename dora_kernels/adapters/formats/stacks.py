@@ -28,7 +28,7 @@ from dora_kernels.core.patterns import bounded
 from dora_kernels.core.shown import listed, quoted
 from dora_kernels.files.pairs import before_exchange
 from dora_kernels.model.expert_names import LINEAR, is_expert_name, takes_expert_names
-from dora_kernels.model.targets import unwrapped
+from dora_kernels.model.places import unwrapped
 
 EXCHANGED = "exchanged"
 """Entry of `Adapter.config`: the stacks whose A and B PEFT exchanges."""
