@@ -18,8 +18,9 @@ from dora_kernels.adapters.experts import fill, plan_stacks, stacked
 from dora_kernels.adapters.formats.stacks import layout, settled
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers, name_of, no_adapted_layers
+from dora_kernels.model.places import places_of, put, submodule, unwrapped
 from dora_kernels.model.saving import watch_saving
-from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded, places_of, put, submodule, unwrapped
+from dora_kernels.model.targets import adapted_layer, check_layer, check_loaded
 from dora_kernels.model.weight_readers import WeightReaders
 
 Models = nn.Module | Mapping[str, nn.Module]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.adapter import AdapterLayer, article
 from dora_kernels.adapters.names import proposal
-from dora_kernels.model.targets import named_modules
+from dora_kernels.model.places import named_modules
 from dora_kernels.modules import AdaptedLayer, dequantize
 from dora_kernels.modules.linear import is_conv1d
 from dora_kernels.modules.stand_in import alternates, hidden_transposed, is_transposed
@@ -109,10 +109,13 @@ def check_fit(
             )
         if not base.fits(layer):
             here, there = (f" and the kernel {list(one.kernel)}" if one.kernel else "" for one in (layer, base))
+            mine, its = article(layer.kind), article(base.kind or "tensor")
+            if layer.kind == base.kind == "experts":
+                mine, its = (f"a stack of {len(t)} experts" for t in (layer.lora_A, base.weight))
             raise error(
-                f"{name} belongs to {article(layer.kind)} with {layer.features[0]} inputs and {layer.features[1]} "
+                f"{name} belongs to {mine} with {layer.features[0]} inputs and {layer.features[1]} "
                 "outputs"
-                f"{here}, the model's is {article(base.kind or 'tensor')} with {base.features[0]} and "
+                f"{here}, the model's is {its} with {base.features[0]} and "
                 f"{base.features[1]}{there}"
             )
 

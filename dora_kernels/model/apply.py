@@ -14,17 +14,9 @@ from dora_kernels.core import validation
 from dora_kernels.core.patterns import ByName
 from dora_kernels.core.shown import listed
 from dora_kernels.engine.merged import check_forward
+from dora_kernels.model.places import named_modules, parameter_name, places_of, put, unwrapped
 from dora_kernels.model.saving import unwatch_saving, watch_saving
-from dora_kernels.model.targets import (
-    adapted_layer,
-    adapted_stack,
-    chosen,
-    chosen_stacks,
-    named_modules,
-    places_of,
-    put,
-    unwrapped,
-)
+from dora_kernels.model.targets import adapted_layer, adapted_stack, chosen, chosen_stacks
 from dora_kernels.modules import AdaptedLayer, LoRAExperts
 from dora_kernels.modules.conv import CANNOT_BE_MERGED
 from dora_kernels.modules.linear import is_conv1d
@@ -85,7 +77,7 @@ def apply_dora(
         adapter_dtype: of the adapter; None takes float32 for a 16-bit base layer, else the base layer's dtype.
         target_parameters: names, or ends of names, of parameters that are stacks of experts, as PEFT's:
             ``["experts.gate_up_proj", "experts.down_proj"]`` (`DoRAExperts`). With them `target_modules` may be ``[]``,
-            and `dropout` has to be 0.
+            and `dropout` has to be 0. Those of one module may be named in several calls.
         forward: "composed", or "merged" for linear layers that multiply by one merged weight (docs/merged.md).
 
     Returns:
@@ -120,7 +112,7 @@ def apply_dora(
             for module, names in stacks.items() for place in places[module] for name in names
         }  # fmt: skip
         found, notes = chosen(model, places, target_modules, exclude_modules, use_dora, adapted)
-    flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters(recurse=False)]
+    flags = [(p, p.requires_grad) for module in (*found, *stacks) for p in module.parameters()]
     layers: dict[nn.Module, AdaptedLayer] = {}
     around: dict[nn.Module, AdaptedLayer] = {}
     made: dict[str, AdaptedLayer] = {}
@@ -186,7 +178,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def name_of(name: str, layer: nn.Module) -> str:
     """The name in an adapter of an adapted layer with this name in the model: of a stack, its parameter's."""
     if isinstance(layer, LoRAExperts):
-        return f"{name.replace('.base_layer', '')}.{layer.parameter}"
+        return parameter_name(name, layer.parameter)
     return name
 
 
@@ -349,7 +341,7 @@ def _layers(model: nn.Module, itself: bool = False, pefts: str = "unload()") -> 
 def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     """Raise ValueError if a weight that merging would write is also held outside its layer."""
     inside = tuple(f"{name}." for name, module in named_modules(model) if isinstance(module, AdaptedLayer))
-    pairs = [(name, layer.weight) for name, layer in layers.items()]
+    pairs = [(name_of(name, layer), layer.weight) for name, layer in layers.items()]
     for module, names in places_of(model).items():  # a base layer may also be held outside
         outside = next((name for name in names if not f"{name}.".startswith(inside)), None)
         if outside is not None:
@@ -357,11 +349,11 @@ def _check_untied(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
     owners: dict[Any, list[str]] = {}
     for name, parameter in pairs:
         owners.setdefault(parameter.data_ptr() or parameter, []).append(name)
-    for name, layer in layers.items():
-        weight = layer.weight
+    for place, layer in layers.items():
+        name, weight, own = name_of(place, layer), layer.weight, f"layer.base_layer.{layer._weight_name()}"
         others = [one for one in owners[weight.data_ptr() or weight] if one != name]
         if others:
             raise ValueError(
                 f"{name}: its weight is shared with {', '.join(others)}, which merging would also change; give it a "
-                "weight of its own first: layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone())"
+                f"weight of its own first: {own} = nn.Parameter({own}.clone())"
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_kernels.model.targets import submodule, unwrapped
+from dora_kernels.model.places import submodule, unwrapped
 from dora_kernels.modules import AdaptedLayer
 
 _NAME = "save_pretrained"

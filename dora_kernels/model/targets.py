@@ -1,10 +1,11 @@
-"""Choose the layers to adapt: modules by name, without wrappers; name patterns; layers that cannot be adapted."""
+"""Choose the layers to adapt: name patterns, and layers that cannot be adapted."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from dora_kernels.core import validation
 from dora_kernels.core.patterns import compiled, unmatched
 from dora_kernels.core.shown import listed
+from dora_kernels.model.places import named_modules, parameter_name, parents_of, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.modules import (
     AdaptedLayer,
@@ -34,58 +36,6 @@ _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv2d: DoRAConv2d,
     nn.Conv3d: DoRAConv3d,
 }
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
-
-    Raises:
-        TypeError: `model` is not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        if "_orig_mod" in model._modules:  # torch.compile's wrapper, found without importing its class
-            model = model._modules["_orig_mod"]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under each of its names.
-
-    Wrappers (`unwrapped`), and their parts of the names, are left out.
-    """
-    model = unwrapped(model)
-    yield prefix, model
-    for name, child in model._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
-
-
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return the module with the given name, as in `named_modules`."""
-    module = unwrapped(model)
-    for part in name.split(".") if name else ():
-        module = unwrapped(module._modules[part])
-    return module
-
-
-def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Map every module to its names."""
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in named_modules(model):
-        places.setdefault(module, []).append(name)
-    return places
-
-
-def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
-    """Put a module under the given names, in place of the modules there and of their wrappers."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(submodule(model, parent), child, module)
 
 
 def chosen(
@@ -152,12 +102,13 @@ def _stacks(model: nn.Module) -> dict[str, list[int]]:
     Skips torch's own layers.
     """
     return {
-        f"{name}.{key}" if name else key: list(parameter.shape)
+        parameter_name(name, key): list(parameter.shape)
         for name, module in named_modules(model)
         if not type(module).__module__.startswith("torch.") and not isinstance(module, AdaptedLayer)
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
-    }
+        and key not in {layer.parameter for layer in _stack_layers(model, module, name)}
+    }  # fmt: skip
 
 
 def _nothing(
@@ -245,12 +196,14 @@ def adapted_layer(module: nn.Module, name: str, use_dora: bool, **options: Any) 
 def chosen_stacks(
     model: nn.Module, places: dict[nn.Module, list[str]], target_parameters: Iterable[str] | None
 ) -> dict[nn.Module, list[str]]:
-    """Return the modules that have the named stacks, each with their full names in the module's order.
+    """Return the stacks' full names, in their modules' order, by what is to lie just inside their layers.
+
+    That is the module that has them, or the layer of the stack before them: the last parameter of a module is
+    outermost, as in PEFT. What lies further inside comes first.
 
     Raises:
         TypeError: the names are not names, or a parameter is no stack ``[experts, out, in]`` in a dtype to train in.
-        ValueError: a name matches no parameter; or its module is adapted already, parametrized, or has values that are
-            not finite.
+        ValueError: a name matches no parameter, or one that is adapted already or parametrized, or without values.
     """
     if target_parameters is None:
         return {}
@@ -260,12 +213,22 @@ def chosen_stacks(
     found: dict[nn.Module, list[str]] = {}
     known = []
     for module, names in places.items():
+        order = list(module._parameters)
         for key, parameter in module._parameters.items():
-            name = f"{names[0]}.{key}" if names[0] else key
-            known.append(name)
-            if parameter is None or not _matches(targets, name):
+            name = parameter_name(names[0], key)
+            if parameter is None or isinstance(module, AdaptedLayer):
                 continue
-            check_bare(model, module, name.rpartition(".")[0])
+            known.append(name)
+            if not _matches(targets, name):
+                continue
+            layers = _stack_layers(model, module, names[0])
+            others = [layer for layer in layers if layer.parameter != key]
+            check_bare(model, module, names[0], name, others)
+            if "." not in name:
+                raise ValueError(
+                    f"model: it is itself the module of {name}, so there is no parent to replace it in; use "
+                    f"DoRAExperts(model, {key!r}, ...)"
+                )
             if parameter.dim() != 3:
                 way_out = ""
                 if type(module) in _KINDS:
@@ -276,18 +239,27 @@ def chosen_stacks(
                 raise TypeError(f"{name}: expected a stack of experts with 3 dimensions, got {shape}{way_out}")
             if parameter.dtype not in validation.DTYPES:
                 raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {parameter.dtype}")
+            if _is_sharded(parameter):
+                raise TypeError(f"{name}: {_SHARDED}")
             if type(parameter) is not nn.Parameter:
                 raise TypeError(f"{name}: expected an nn.Parameter, got {type(parameter).__name__}")
             if parameter.is_meta:
                 raise ValueError(f"{name}: it is on the meta device, without values; load the weights first")
-            found.setdefault(module, []).append(name)
+            before = [layer for layer in others if order.index(layer.parameter) < order.index(key)]
+            found.setdefault(before[-1] if before else module, []).append(name)
         for key in getattr(module, "parametrizations", {}):
-            if _matches(targets, name := f"{names[0]}.{key}" if names[0] else key):
+            if _matches(targets, name := parameter_name(names[0], key)):
                 raise ValueError(f"{name}: it is parametrized; quantised experts can be adapted through PEFT only")
     missed = _unmatched(targets, known, "target_parameters")
     if missed:
         raise ValueError(missed[0])
     return found
+
+
+def _stack_layers(model: nn.Module, module: nn.Module, place: str) -> list[LoRAExperts]:
+    """The layers of a module's stacks, innermost first."""
+    around = itertools.takewhile(lambda parent: isinstance(parent, LoRAExperts), parents_of(model, place))
+    return [layer for layer in around if isinstance(layer, LoRAExperts) and layer._holder() is module]
 
 
 def adapted_stack(module: nn.Module, name: str, use_dora: bool, **options: Any) -> AdaptedLayer:
@@ -308,19 +280,22 @@ def check_layer(model: nn.Module, module: nn.Module, name: str, use_dora: bool, 
     check_loaded(module, name)
 
 
-def parents_of(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules around a layer, innermost first."""
-    return [submodule(model, name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)] + [model]
+def check_bare(
+    model: nn.Module, module: nn.Module, place: str, name: str | None = None, allowed: Collection[nn.Module] = ()
+) -> None:
+    """Raise if the layer at a place has an adapter already.
 
-
-def check_bare(model: nn.Module, module: nn.Module, name: str) -> None:
-    """Raise if the layer has an adapter already."""
-    around = [module, *parents_of(model, name)]
+    Args:
+        name: for the message, of a parameter of the layer.
+        allowed: layers that may be around it.
+    """
+    name, what = (place, "layer") if name is None else (name, "parameter")
+    around = [each for each in [module, *parents_of(model, place)] if each not in allowed]
     if any(isinstance(one, AdaptedLayer) for one in around):
-        raise ValueError(f"{name}: the layer is adapted already")
+        raise ValueError(f"{name}: the {what} is adapted already")
     if any(cls.__module__.startswith("peft.") for one in around for cls in type(one).__mro__):
         raise ValueError(
-            f"{name}: the layer is adapted already, by PEFT; use dora_kernels.patch_peft for PEFT's adapters"
+            f"{name}: the {what} is adapted already, by PEFT; use dora_kernels.patch_peft for PEFT's adapters"
         )
 
 
@@ -336,11 +311,8 @@ def _problem(
     if nn.utils.parametrize.is_parametrized(module):
         return ValueError("the layer is parametrized; remove the parametrization first")
     weight = module._parameters.get("weight")
-    if type(weight).__name__ == "DTensor":
-        return TypeError(
-            "the layer is sharded; adapt the model before sharding it, or use PEFT and "
-            "dora_kernels.patch_peft_globally() on a tensor-parallel model"
-        )
+    if _is_sharded(weight):
+        return TypeError(_SHARDED)
     if _is_quantised(module, weight):
         of = "" if weight is None else f", weight {type(weight).__name__}"
         return TypeError(
@@ -366,6 +338,16 @@ def _problem(
         kernels = f"{type(reader).__name__} reads the weight itself in some of its kernels"
         return TypeError(f"{kernels}, where the adapter would not run")
     return None
+
+
+_SHARDED = (
+    "the layer is sharded; adapt the model before sharding it, or use PEFT and dora_kernels.patch_peft_globally() on a "
+    "tensor-parallel model"
+)
+
+
+def _is_sharded(weight: Any) -> bool:
+    return type(weight).__name__ == "DTensor"
 
 
 def _is_quantised(module: nn.Module, weight: nn.Parameter | None) -> bool:

@@ -38,8 +38,8 @@ class LoRAExperts(AdaptedLayer):
 
     Raises:
         TypeError: `base_layer` has no such stack, or an option is of the wrong type.
-        ValueError: an option is out of range; `dropout` is not 0, for which a low-rank product of the weight has no
-            place; or a weight is not finite.
+        ValueError: the stack is adapted already; an option is out of range; `dropout` is not 0, for which a low-rank
+            product of the weight has no place; or a weight is not finite.
     """
 
     kind = nn.Module
@@ -61,7 +61,11 @@ class LoRAExperts(AdaptedLayer):
     def _check_base(self, base_layer: Any, rank: int) -> None:
         if not isinstance(base_layer, nn.Module):
             raise TypeError(f"base_layer: expected a torch.nn.Module, got {type(base_layer).__name__}")
-        module = _innermost(base_layer)
+        module = base_layer
+        while isinstance(module, LoRAExperts):
+            if module.parameter == self.parameter:
+                raise ValueError(f"parameter: {self.parameter!r} is adapted already, by base_layer")
+            module = module.base_layer
         weight = module._parameters.get(self.parameter)
         if weight is None or weight.dim() != 3:
             shape = "none of that name" if weight is None else list(weight.shape)

@@ -28,6 +28,9 @@ from dora_kernels.peft.state import dora_adapters
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+_PART = re.compile(r"(?P<module>.+?)\.lora_[^.]*(?:\.[^.]*)?$")
+"""The key of any part of an adapter."""
+
 _KEY = re.compile(r"(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$")
 
 
@@ -95,7 +98,7 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
             hint = storage.pickle_hint(folder) if name == _WEIGHTS else ""
             raise FileNotFoundError(f"{folder / name}: no such file{hint}")
     file, config_file = folder / _WEIGHTS, folder / _CONFIG
-    tensors, metadata, config = pairs.read(file, config_file, wanted=_KEY.match)
+    tensors, metadata, config = pairs.read(file, config_file, wanted=_PART.match)
     _check_config(config_file, config)
     modules = _parts(file, tensors)
     ranks = by_pattern(config.get("rank_pattern"), f"{config_file}: rank_pattern")
@@ -103,9 +106,9 @@ def check_adapter(path: str | os.PathLike[str], model: nn.Module | None = None) 
     for module, parts in modules.items():
         stack = stacks.get(module)
         rank = ranks.get(module if stack is None else stack.name, config.get("r"))
-        if stack is not None and "lora_magnitude_vector" in parts and parts["lora_magnitude_vector"].dim() == 2:
-            # Without a model a stack's name is not known, nor which pattern is its own.
-            others = (config.get("rank_pattern") or {}).values() if stack.shape is None else ()
+        # Without a model a stack's name is not known, nor which pattern is its own.
+        others = (config.get("rank_pattern") or {}).values() if stack is not None and stack.shape is None else ()
+        if stack is not None and parameters.is_stack(stack, parts, [rank, *others]):
             parameters.check_parts(file, stack, parts, [rank, *others])
         else:
             _check_parts(file, module, parts, rank)
@@ -130,12 +133,20 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
 def _parts(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group the adapter's tensors by module."""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    others = []
     for key, tensor in tensors.items():
+        found = _KEY.match(key)
+        if found is None:
+            others.append(key)
+            continue
         storage.check_tensor(file, key, tensor)
-        found: Any = _KEY.match(key)
         modules[found["module"].removeprefix("base_model.model.")][found["part"].replace("embedding_", "")] = tensor
     if not modules:
         raise ValueError(f"{file}: contains no LoRA tensors")
+    for key in others:
+        part: Any = _PART.match(key)
+        if part["module"].removeprefix("base_model.model.") in modules:
+            raise ValueError(f"{file}: {shown(key)} belongs to an adapted layer, but PEFT has no such part")
     return modules
 
 

@@ -97,24 +97,46 @@ def _targeted(module: nn.Module, name: str, targets: list[str]) -> Iterator[tupl
             yield key, parameter.shape
 
 
+def is_stack(parameter: Parameter, parts: dict[str, Tensor], ranks: list[Any]) -> bool:
+    """True if the tensors are to be those of a stack: by the model, or by the magnitude."""
+    m = parts.get("lora_magnitude_vector")
+    if m is None or parameter.shape is not None:
+        return m is not None and len(parameter.shape or ()) == 3
+    return m.dim() == 2 or (parts.keys() >= {"lora_A", "lora_B"} and list(m.shape) in _flat(parts, ranks))
+
+
+def _counts(a: Tensor, ranks: list[Any]) -> list[int]:
+    """The numbers of experts that the rows of A may be of."""
+    return [a.shape[0] // r for r in ranks if isinstance(r, int) and 0 < r <= a.shape[0] and not a.shape[0] % r]
+
+
+def _flat(parts: dict[str, Tensor], ranks: list[Any]) -> list[list[int]]:
+    """The shapes of a stack's magnitude that has lost a dimension."""
+    a, b = parts["lora_A"], parts["lora_B"]
+    sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
+    return [[count * size] for count in _counts(a, ranks) for size in sizes if count != 1]
+
+
 def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], ranks: list[Any]) -> None:
     """Raise ValueError if the tensors of a stack's adapter do not fit together, or have none of the ranks."""
     missing = {"lora_A", "lora_B"} - parts.keys()
     if missing:
         raise ValueError(f"{file}: {parameter.name} has no {', '.join(sorted(missing))}")
     a, b, m = parts["lora_A"], parts["lora_B"], parts["lora_magnitude_vector"]
-    count, outputs = m.shape
-    if a.dim() != 2 or not count or not any(isinstance(rank, int) and a.shape[0] == count * rank for rank in ranks):
+    counts, rank = _counts(a, ranks), " or ".join(map(quoted, ranks))
+    count = m.shape[0] if m.dim() == 2 and a.dim() == 2 and m.shape[1] in (b.shape[0], a.shape[1]) else 0
+    if a.dim() != 2 or not counts or count not in (0, *counts):
+        experts = f"{count} experts" if count else "the experts"
         raise ValueError(
-            f"{file}: {parameter.name}: lora_A {list(a.shape)}: expected {count} experts times the configuration's "
-            f"rank, {' or '.join(map(quoted, ranks))}, in the first dimension"
+            f"{file}: {parameter.name}: lora_A {list(a.shape)}: expected {experts} times the configuration's rank, "
+            f"{rank}, in the first dimension"
         )
     if b.dim() != 2 or b.shape[1] != a.shape[0]:
         raise ValueError(f"{file}: {parameter.name}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
-    if outputs not in (b.shape[0], a.shape[1]):
+    if not count:
         raise ValueError(
-            f"{file}: {parameter.name}: lora_magnitude_vector {list(m.shape)}: expected [{count}, {b.shape[0]}], one "
-            "value for each output of each expert"
+            f"{file}: {parameter.name}: lora_magnitude_vector {list(m.shape)}: expected [{counts[0]}, {b.shape[0]}], "
+            "one value for each output of each expert"
         )
 
 
@@ -143,7 +165,7 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
             raise ValueError(
                 f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)}, lora_B {list(parts['lora_B'].shape)} "
                 f"and magnitude {list(m.shape)} belong to another parameter than the model's {list(shape)}"
-                f"{_turned(parameter, sizes, stacks.values())}"
+                f"{_turned(parameter, m.shape[0], sizes, stacks.values())}"
             )
         if parameter.moved and (of_other if key in square else columns[key] != parameter.columns):
             raise ValueError(
@@ -153,11 +175,11 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
             )
 
 
-def _turned(parameter: Parameter, sizes: set[int], others: Iterable[Parameter]) -> str:
+def _turned(parameter: Parameter, count: int, sizes: set[int], others: Iterable[Parameter]) -> str:
     """The end of the sentence about tensors that fit another parameter of the module, or nothing."""
     holder = parameter.name.rpartition(".")[0]
     others = (one for one in others if one.name != parameter.name and one.name.rpartition(".")[0] == holder)
-    if any(sizes == set(other.shape[-2:]) for other in others if other.shape):
+    if any((count, sizes) == (other.shape[0], set(other.shape[-2:])) for other in others if other.shape):
         return (
             ", but fit its module's other one: PEFT nests the parameters of 4-bit experts the other way round; "
             "`dora-kernels convert --to peft` writes such a file for whole ones, and load_adapter reads it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dora_kernels.core.patterns import unmatched
+from dora_kernels.core.shown import listed
 from dora_kernels.engine.dispatch import UnsupportedError, warn_once
 from dora_kernels.modules.dequantize import bnb_4bit_elements
 
@@ -147,12 +149,14 @@ def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__
     """Before PEFT adds an adapter, check its ``target_parameters``.
 
     Raises ValueError if DoRA cannot run on one of them. Warns of names that no parameter has: PEFT does if none has.
+    Warns of parameters that ``exclude_modules`` names: PEFT adapts them all the same.
     """
     config = tuner.peft_config[adapter_name]
     targets = getattr(config, "target_parameters", None)
     if not targets or not getattr(config, "use_dora", False):
         return
-    known = []
+    excluded = getattr(config, "exclude_modules", None) or []
+    known, kept = [], []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
@@ -162,8 +166,22 @@ def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__
             known.append(full)
             if any(full == one or full.endswith(f".{one}") for one in targets):
                 check(full, module, key, vars(config))
+                if _names(excluded, full) or _names(excluded, plain):
+                    kept.append(full)
+    if kept:
+        warn_once(
+            f"exclude_modules: PEFT does not apply it to target_parameters, so {listed(sorted(kept), 3)} get adapters; "
+            "name those to be adapted alone in target_parameters"
+        )
     if missed := unmatched(targets, known):
         warn_once(f"target_parameters: the model has no {', '.join(missed)}")
+
+
+def _names(pattern: Any, name: str) -> bool:
+    """True if an ``exclude_modules`` names it, as PEFT reads that for modules."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in pattern)
 
 
 _OF_LAYERS = {"lora_dropout": 0, "velora_config": None, "kasa_config": None}

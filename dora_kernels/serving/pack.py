@@ -18,7 +18,8 @@ from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.validation import DTYPES
 from dora_kernels.engine.dispatch import norm_backend
 from dora_kernels.engine.norm import compute_norm
-from dora_kernels.model.targets import check_bare, parents_of, places_of, submodule
+from dora_kernels.model.places import parents_of, places_of, submodule
+from dora_kernels.model.targets import check_bare
 from dora_kernels.model.weight_readers import WeightReaders
 from dora_kernels.modules import dequantize
 from dora_kernels.modules.linear import is_conv1d

@@ -131,3 +131,17 @@ def test_a_sharded_model(group):
         apply_dora(model, ["0"])
     with pytest.raises(ValueError, match=r"'all-linear' finds no layer .*: 0: the layer is sharded"):
         apply_dora(model)
+
+
+def test_a_sharded_stack(group):
+    """As tensor parallelism makes them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.ModuleDict({"experts": nn.Module()})
+    stack = distribute_tensor(torch.randn(3, 4, 5), init_device_mesh("cpu", (1,)), [Shard(1)])
+    model["experts"].up = nn.Parameter(stack)
+    said = r"experts\.up: the layer is sharded; .* dora_kernels\.patch_peft_globally\(\) on a tensor-parallel model"
+    with pytest.raises(TypeError, match=said):
+        apply_dora(model, [], rank=2, target_parameters=["experts.up"])
+

@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_kernels import Adapter, adapted_layers, apply_dora, attach
 from dora_kernels.adapters import AdapterLayer
-from dora_kernels.model.targets import named_modules
+from dora_kernels.model.places import named_modules
 from dora_kernels.model.weight_readers import WeightReaders
 
 # of transformers' small configurations: the layers that "all-linear" may not take, by their last names

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
 from experts_models import Mixture, dense, experts, qwen3_moe, with_weights
+from safetensors.torch import load_file
 
 import dora_kernels
 from dora_kernels import DoRAExperts, LoRAExperts
@@ -162,8 +165,92 @@ def test_a_stack_that_is_not_finite():
 
 
 def test_adapted_twice():
-    with pytest.raises(ValueError, match="adapted already"):
-        dora_kernels.apply_dora(adapted(), [], rank=2, target_parameters=["base_layer.down_proj"])
+    """The second of two stacks too, however they nest; the model is as it was."""
+    mixture = adapted()
+    before = copy.deepcopy(mixture.state_dict())
+    for one in STACKS:
+        with pytest.raises(ValueError, match=rf"{re.escape(one)}: the parameter is adapted already$"):
+            dora_kernels.apply_dora(mixture, [], rank=2, target_parameters=[one])
+    with pytest.raises(ValueError, match="the model has no 'experts.nothing'"):
+        dora_kernels.apply_dora(mixture, [], rank=2, target_parameters=["experts.nothing"])
+    with pytest.raises(ValueError, match="parameter: 'gate_up_proj' is adapted already, by base_layer"):
+        DoRAExperts(mixture.experts, "gate_up_proj", rank=2)
+    assert mixture.state_dict().keys() == before.keys()
+
+
+def test_merging_stacks_that_share_a_weight():
+    """The advice of the error is what to do, for the layer inside too."""
+    mixtures = [Mixture(experts(*QWEN)) for _ in range(2)]
+    for stack in ("gate_up_proj", "down_proj"):
+        setattr(mixtures[1].experts, stack, getattr(mixtures[0].experts, stack))
+    model = torch.nn.ModuleList(mixtures)
+    dora_kernels.apply_dora(model, [], rank=2, target_parameters=STACKS)
+    layers = {layer.parameter: layer for name, layer in dora_kernels.adapted_layers(model).items() if "0." in name}
+    for stack, own in (("down_proj", "base_layer.base_layer"), ("gate_up_proj", "base_layer")):
+        with pytest.raises(ValueError, match=rf"0\.experts\.{stack}: .* shared with 1\.experts\.{stack}, ") as caught:
+            dora_kernels.merge_all(model)
+        advice = str(caught.value).partition("first: ")[2]
+        assert advice.startswith(f"layer.{own}.{stack} = ")
+        exec(advice, {"layer": layers[stack], "nn": torch.nn})
+    dora_kernels.merge_all(model)
+
+
+def test_a_module_that_has_no_parent():
+    """Adapted or not."""
+    module = experts(*QWEN).float()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    for model in (module, DoRAExperts(module, "gate_up_proj", rank=2)):
+        with pytest.raises(ValueError, match=r"itself the module of down_proj, .* use DoRAExperts\(model, 'down_proj'"):
+            dora_kernels.apply_dora(model, [], rank=2, target_parameters=["down_proj"])
+
+
+def test_adapted_by_peft():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=STACKS)
+    model = peft.get_peft_model(qwen3_moe(), config)
+    said = r"experts\.(gate_up|down)_proj: the parameter is adapted already, by PEFT; use dora_kernels\.patch_peft"
+    with pytest.raises(ValueError, match=said):
+        dora_kernels.apply_dora(model, [], rank=2, target_parameters=STACKS)
+
+
+@pytest.mark.parametrize("order", [STACKS, STACKS[::-1]], ids=["inside_first", "outside_first"])
+def test_one_stack_after_the_other(order, tmp_path):
+    """The layers nest as those of one call, so state dicts and files are the same."""
+    together = moved(adapted())
+    mixture = Mixture(experts(*QWEN))
+    mixture.experts.gate_up_proj.requires_grad_(False)
+    for one in order:
+        assert dora_kernels.apply_dora(mixture, [], rank=2, alpha=3, target_parameters=[one]) == [one]
+    mixture.load_state_dict(together.state_dict())
+    assert torch.equal(mixture(), together())
+    for each, folder in ((mixture, "one"), (together, "two")):
+        dora_kernels.save_adapter(each, tmp_path / folder)
+    one, two = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    merged = dora_kernels.merge_all(copy.deepcopy(mixture))
+    torch.testing.assert_close(merged(), together(), rtol=1e-10, atol=1e-10)
+    plain = dora_kernels.remove_dora(mixture)
+    flags = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    assert flags == {"experts.gate_up_proj": False, "experts.down_proj": True}
+
+
+def test_what_a_second_call_says_of_adapted_stacks():
+    """Nothing: "all-linear" leaves none of them out."""
+    model = qwen3_moe()
+    dora_kernels.apply_dora(model, [], rank=2, target_parameters=STACKS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dora_kernels.apply_dora(model, rank=2)
+
+
+def test_a_call_that_fails_thaws_all_of_the_module():
+    """Parameters of modules inside it too."""
+    mixture = Mixture(experts(*QWEN))
+    mixture.experts.add_module("scale", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="rank"):
+        dora_kernels.apply_dora(mixture, [], rank=2, target_parameters=STACKS, rank_pattern={"down_proj": 0})
+    assert all(parameter.requires_grad for parameter in mixture.parameters())
 
 
 def test_read_the_other_way_round():

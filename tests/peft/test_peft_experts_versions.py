@@ -127,3 +127,15 @@ def test_a_misspelt_parameter():
     with pytest.warns(RuntimeWarning, match=said):
         model = get_peft_model(Model(), config)
     assert sum(isinstance(layer, ParamWrapper) for layer in model.modules()) == 1
+
+
+@pytest.mark.parametrize("excluded", [["experts.up"], ["experts"], r".*experts\.up"], ids=["name", "module", "pattern"])
+def test_an_excluded_parameter(excluded):
+    """PEFT adapts it all the same."""
+    config = LoraConfig(
+        r=2, use_dora=True, target_modules=[], target_parameters=["experts.up"], exclude_modules=excluded
+    )
+    said = r"^exclude_modules: PEFT does not apply it to target_parameters, so \S*experts\.up get adapters; name those"
+    with pytest.warns(RuntimeWarning, match=said):
+        model = get_peft_model(Model(), config)
+    assert sum(isinstance(layer, ParamWrapper) for layer in model.modules()) == 1

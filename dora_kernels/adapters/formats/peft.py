@@ -75,20 +75,22 @@ def check_configuration(config: Mapping[str, Any], where: str) -> list[str]:
 
 
 def configured_scaling(
-    reading: Reading, config: Mapping[str, Any], module: str, lora_A: Tensor, where: str = ""
+    reading: Reading, config: Mapping[str, Any], module: str, lora_A: Tensor, where: str = "", count: int = 1
 ) -> float:
     """A layer's scaling from a `LoraConfig`: alpha over the rank or its square root. A pattern may give either.
 
     Args:
         where: the name in errors, if it is not the configuration's file.
+        count: the number of experts, whose factors are one above the other.
     """
     rank, alpha = (
         reading.by_pattern(config.get(name), f"{where or reading.config_file}: {name}").get(module, config.get(default))
         for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     rank = reading.number({"r": rank}, "r", where=where)
-    if rank != lora_A.shape[0] or rank < 1:
-        raise reading.error(f"{module}: lora_A {list(lora_A.shape)}: the configuration says rank {rank:g}")
+    if rank * count != lora_A.shape[0] or rank < 1:
+        of = f" for each of {count} experts" if count != 1 else ""
+        raise reading.error(f"{module}: lora_A {list(lora_A.shape)}: the configuration says rank {rank:g}{of}")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return reading.number({"lora_alpha": alpha}, "lora_alpha", where=where) / divisor
 
@@ -151,15 +153,12 @@ class Peft(Format):
         return layer
 
     def scaling(self, reading: Reading, module: str, parts: Parts) -> float:
-        a, name = reading.tensors[parts["lora_A"]], reading.stacks.get(module, module)
-        if a.dim() == 3 and stacks.is_stack(module, a, reading.tensors[parts["lora_B"]]):
+        a, b = (reading.tensors[parts[part]] for part in ("lora_A", "lora_B"))
+        m = reading.tensors[parts["magnitude"]] if "magnitude" in parts else None
+        if a.dim() == 3 and stacks.is_stack(module, a, b):
             a = a[0]
-        elif module in reading.stacks and "magnitude" in parts:
-            m = reading.tensors[parts["magnitude"]]
-            a = a[: a.shape[0] // max(1, len(m))] if m.dim() == 2 else a
-        elif module in reading.stacks:
-            a = a[: stacks.rank(reading, name)]
-        return configured_scaling(reading, reading.config, name, a)
+        count = stacks.count(reading, module, a, b, m) if module in reading.stacks else 1
+        return configured_scaling(reading, reading.config, reading.stacks.get(module, module), a, count=count)
 
     def write(self, adapter: Adapter, writing: Writing) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         axes = dict.fromkeys(("linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"), ("out",))

@@ -72,9 +72,12 @@ class Reading:
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
-            said = f"expected a number, got {quoted(value)}" if where or self.config_file else "no such file"
-            where = where or str(self.config_file or self.file.with_name("adapter_config.json"))
-            raise ValueError(f"{where}: {'.'.join(names)}: {said}; pass scaling= to read it anyway")
+            key, way_out = ".".join(names), "pass scaling= to read it anyway"
+            if not where and self.config_file is None:
+                missing = self.file.with_name("adapter_config.json")
+                raise self.error(f"it needs {missing}, which is missing, for its {key}; {way_out}")
+            said = f"expected a number, got {quoted(value)}"
+            raise ValueError(f"{where or self.config_file}: {key}: {said}; {way_out}")
         return float(value)
 
     def by_pattern(self, values: Any, label: str) -> ByName:

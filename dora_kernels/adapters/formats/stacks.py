@@ -28,7 +28,7 @@ from dora_kernels.core.patterns import bounded
 from dora_kernels.core.shown import listed, quoted
 from dora_kernels.files.pairs import before_exchange
 from dora_kernels.model.expert_names import LINEAR, is_expert_name, takes_expert_names
-from dora_kernels.model.targets import unwrapped
+from dora_kernels.model.places import unwrapped
 
 EXCHANGED = "exchanged"
 """Entry of `Adapter.config`: the stacks whose A and B PEFT exchanges."""
@@ -127,6 +127,8 @@ def names(modules: Mapping[str, Mapping[str, Tensor]], targets: Any, reading: Re
             own = sorted({one.rpartition(".")[2] for one in fitting}, key=_place)
         known = [key for key in reading.base_layers or () if key.rpartition(".")[0] == holder]
         in_model = [key.rpartition(".")[2] for key in known if key.rpartition(".")[2] in own]
+        if len(in_model) > depth + 1:
+            raise _missing(reading, holder, in_model[: -depth - 1])
         order = in_model if len(in_model) == depth + 1 else own
         if len(order) != depth + 1 or (order is own and len(own) > 1 and len(set(map(_place, own))) < len(own)):
             raise reading.error(
@@ -134,14 +136,21 @@ def names(modules: Mapping[str, Mapping[str, Tensor]], targets: Any, reading: Re
                 "which is which cannot be told without the model"
             )
         keys = [holder + _INSIDE * (depth - i) for i in range(len(order))]
-        sizes = [_sizes(modules.get(key, {})) for key in keys]
+        if missing := [one for key, one in zip(keys, order, strict=True) if key not in modules]:
+            raise _missing(reading, holder, missing)
+        sizes = [_sizes(modules[key]) for key in keys]
         order, features = _fitting(holder, order, sizes, reading.base_layers or {})
         found |= {key: f"{holder}.{one}" for key, one in zip(keys, order, strict=True)}
-        told = {key: _exchanged(modules.get(key, {}), each) for key, each in zip(keys, features, strict=True)}
+        told = {key: _exchanged(modules[key], each) for key, each in zip(keys, features, strict=True)}
         reading.stacks_exchanged |= {key: each for key, each in told.items() if each is not None}
     if len(agreed := set(reading.stacks_exchanged.values())) == 1:
         reading.stacks_exchanged |= dict.fromkeys(found, agreed.pop())
     return found
+
+
+def _missing(reading: Reading, holder: str, parameters: list[str]) -> ValueError:
+    names = listed(f"{holder}.{one}" for one in parameters)
+    return reading.error(f"has no tensors for {names}, which its configuration's target_parameters name")
 
 
 def _layers(reading: Reading) -> Callable[[str], bool]:
@@ -219,6 +228,31 @@ def rank(reading: Reading, name: str) -> int:
     """The rank that the configuration gives a parameter."""
     ranks = reading.by_pattern(reading.config.get("rank_pattern"), f"{reading.config_file}: rank_pattern")
     return int(reading.number({"r": ranks.get(name, reading.config.get("r"))}, "r"))
+
+
+def count(reading: Reading, module: str, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None) -> int:
+    """The number of experts whose factors PEFT's tensors of a parameter hold; 1 for a parameter of two dimensions.
+
+    Raises:
+        ValueError: the magnitude is not that of experts.
+    """
+    name, outputs = reading.stacks[module], (lora_B.shape[0], lora_A.shape[1])
+    if magnitude is not None and magnitude.dim() == 2 and len(magnitude) and magnitude.shape[1] in outputs:
+        return len(magnitude)
+    experts = lora_A.shape[0] // max(1, rank(reading, name))
+    if magnitude is None:
+        return experts
+    base = (reading.base_layers or {}).get(name)
+    stacked = base is not None and base.kind == "experts"
+    if reading.base_layers is None:
+        stacked = magnitude.dim() != 1 or magnitude.numel() in {experts * size for size in outputs if experts != 1}
+    if not stacked:
+        return 1
+    own = base.features[1] if base is not None and base.features[1] in outputs else outputs[0]
+    raise reading.error(
+        f"{name}: lora_magnitude_vector {list(magnitude.shape)}: expected [{experts}, {own}], one value for each "
+        "output of each expert"
+    )
 
 
 def is_stack(module: str, lora_A: Tensor, lora_B: Tensor) -> bool:
