@@ -107,7 +107,9 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, Mapping[str, str]]:
+def read_for(
+    checkpoint: Checkpoint, path: str | os.PathLike[str], *, as_files: bool = True, **options: Any
+) -> tuple[Adapter, Mapping[str, str]]:
     """Return an adapter for a checkpoint's model, under the adapter's own names, and its layers' checkpoint keys.
 
     The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight has the key
@@ -116,6 +118,8 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     Args:
         checkpoint: the model's folder.
         path: the adapter.
+        as_files: stacks become the layers of single experts where the files have these; False leaves them whole, and
+            the keys are still those of the files.
         options: as in `read_adapter`.
 
     Raises:
@@ -129,7 +133,11 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     if adapter or holds_stacks(checkpoint, keys, found.layers):
         adapter = adapter or read_adapter(path, **options)
         kinds = kinds_of(checkpoint)
-        return read_stacks_for(checkpoint, keys, adapter, kinds, lambda text: ValueError(f"{found.file}: {text}"))
+
+        def error(text: str) -> ValueError:
+            return ValueError(f"{found.file}: {text}")
+
+        return read_stacks_for(checkpoint, keys, adapter, kinds, error, as_files)
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(

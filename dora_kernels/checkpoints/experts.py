@@ -11,7 +11,7 @@ from torch import Tensor
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
 from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
-from dora_kernels.adapters.formats.stacks import MATRICES, settled
+from dora_kernels.adapters.formats.stacks import ALTERNATING, MATRICES, settled
 from dora_kernels.adapters.names import proposal
 
 _SILENT = ("llama4", "llama4_text")
@@ -66,6 +66,7 @@ def read_stacks_for(
     adapter: Adapter,
     kinds: set[str],
     error: Callable[[str], ValueError],
+    as_files: bool,
 ) -> tuple[Adapter, dict[str, str]]:
     """Return the adapter with its stacks as the checkpoint's files have them, and its layers' checkpoint keys.
 
@@ -73,6 +74,7 @@ def read_stacks_for(
         known: the checkpoint's keys by the adapter's names for them.
         kinds: the model's types, as its configuration names them.
         error: makes the error from its text.
+        as_files: False leaves stacks whole where the files have single experts.
 
     Raises:
         ValueError: a layer is not in the files, or has another size there.
@@ -82,7 +84,8 @@ def read_stacks_for(
     keys = dict(known)
     matrices = adapter.config.get(MATRICES, ())
     stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
-    for name, layer in stacked(adapter.layers, stacks, adapter.notes).items():
+    whole = stacked(adapter.layers, stacks, adapter.notes)
+    for name, layer in whole.items():
         if layer.kind == "experts" and (key := known.get(name)) is not None:
             _check_stack(name, layer, checkpoint[key], error)
             keys[f"{name}.weight"], layers[name] = key, layer
@@ -98,7 +101,11 @@ def read_stacks_for(
     single = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
     base_layers = base_layers_of({f"{name}.weight": checkpoint[keys[f"{name}.weight"]] for name in single})
     check_fit(single, base_layers, error)
-    return replace(adapter, layers=layers), keys
+    config = dict(adapter.config)
+    if kinds:
+        mixed = kinds & set(_ALTERNATING)
+        config[ALTERNATING] = [name for name in whole if name.endswith(".gate_up_proj")] if mixed else []
+    return replace(adapter, layers=layers if as_files else whole, config=config), keys
 
 
 def _nearest(wanted: str, keys: Iterable[str]) -> str:

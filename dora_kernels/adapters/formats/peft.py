@@ -237,8 +237,11 @@ class Vllm(Peft):
                 raise writing.error(name, f"{self.name!r} has no magnitudes; merge the adapter into the model instead")
             if name in adapter.config.get(stacks.ALTERNATING, ()):
                 raise writing.error(name, "gate and up take turns in it; merge the adapter into the model instead")
-        if adapter.format != "model" and any(name.endswith(".gate_up_proj") for name in names):
-            writing.notes.append("gate_up_proj was read as gate above up, which it is not in gpt-oss models")
+        if stacks.ALTERNATING not in adapter.config and any(name.endswith(".gate_up_proj") for name in names):
+            writing.notes.append(
+                "gate_up_proj was read as gate above up; in gpt-oss models they take turns, which only the model tells: "
+                "read_adapter(file, model), or --base MODEL_DIR on the command line"
+            )
         return adapter.layers
 
 

@@ -1,0 +1,117 @@
+"""The commands agree with the functions about adapters of experts: what is refused, warned of and rounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+from experts_models import qwen3_moe
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dora_kernels
+from dora_kernels.adapters.experts import split
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def gpt_oss():
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "head_dim": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes))
+
+
+def adapted(model, use_dora, modules=(), **options):
+    dora_kernels.apply_dora(
+        model, list(modules), rank=2, alpha=3, use_dora=use_dora, target_parameters=STACKS, **options
+    )
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def call():
+    """Runs a command and returns its status, its output and its errors."""
+    from typer.testing import CliRunner
+
+    from dora_kernels.cli.app import build_app
+
+    def run(*arguments):
+        found = CliRunner().invoke(build_app(), list(map(str, arguments)))
+        return found.exit_code, found.stdout, found.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of one model in bfloat16, whose files hold the layers of single experts, or stacks."""
+    folder = tmp_path_factory.mktemp("bases")
+    model = qwen3_moe(dtype=torch.bfloat16)
+    for name in ("single", "stacked"):
+        model.save_pretrained(folder / name)
+    save_file(model.state_dict(), folder / "stacked" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A folder with DoRA of the same model's stacks and linear layers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    dora_kernels.save_adapter(adapted(qwen3_moe(dtype=torch.bfloat16), True, ["o_proj"]), folder)
+    return folder
+
+
+# convert
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang"])
+def test_converting_gate_and_up_in_turns(to, call, tmp_path):
+    """Of gpt-oss neither writes what servers would read as gate above up; without a base a note says what to give."""
+    model = gpt_oss()
+    model.save_pretrained(tmp_path / "base")
+    adapted(model, False)
+    dora_kernels.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="gate and up take turns in it"):
+        dora_kernels.save_adapter(model, tmp_path / "out", format=to)
+    arguments = "convert", tmp_path / "adapter", tmp_path / "out", "--to", to
+    status, _, stderr = call(*arguments, "--base", tmp_path / "base")
+    assert status == 2 and "gate and up take turns in it" in stderr and not (tmp_path / "out").exists()
+    read = dora_kernels.read_adapter(tmp_path / "adapter", gpt_oss())
+    with pytest.raises(ValueError, match="gate and up take turns in it"):
+        dora_kernels.save_adapter(read, tmp_path / "out", format=to)
+    status, stdout, _ = call(*arguments)
+    assert status == 0 and "gate_up_proj was read as gate above up" in stdout and "--base MODEL_DIR" in stdout
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang"])
+def test_a_base_leaves_nothing_to_note(to, call, tmp_path):
+    model = qwen3_moe()
+    model.save_pretrained(tmp_path / "base")
+    dora_kernels.save_adapter(adapted(model, False), tmp_path / "adapter")
+    arguments = "convert", tmp_path / "adapter", tmp_path / "out", "--to", to, "--base", tmp_path / "base"
+    status, stdout, stderr = call(*arguments)
+    assert status == 0 and "note" not in stdout, (stdout, stderr)
+    read = dora_kernels.read_adapter(tmp_path / "adapter", qwen3_moe())
+    assert not dora_kernels.save_adapter(read, tmp_path / "python", format=to)
+    ours, wanted = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("out", "python"))
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("to", ["mlx", "torchtune", "nvidia", "qdora", "lycoris", "kohya", "diffusers"])
+def test_formats_without_experts(to, call, bases, adapter, tmp_path):
+    """They refuse stacks with a base whose files hold single experts, as without one."""
+    refusal = f"cannot be written as '{to}': the format has no experts"
+    for base in ((), ("--base", bases / "single"), ("--base", bases / "stacked")):
+        status, _, stderr = call("convert", adapter, tmp_path / "out", "--to", to, *base)
+        assert status == 2 and refusal in stderr and not (tmp_path / "out").exists(), (base, stderr)
