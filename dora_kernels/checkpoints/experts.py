@@ -13,6 +13,10 @@ from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_f
 from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
 from dora_kernels.adapters.formats.stacks import ALTERNATING, MATRICES, settled
 from dora_kernels.adapters.names import proposal
+from dora_kernels.rounding import seed_for
+
+SPLIT = "split"
+"""Entry of `Adapter.config`: the stacks that layers of single experts were split from, by these layers' names."""
 
 _SILENT = ("llama4", "llama4_text")
 """Models whose stacks are ``[E, in, out]`` without their saying so: PEFT from 0.19 on exchanges A and B."""
@@ -81,6 +85,7 @@ def read_stacks_for(
     """
     adapter = _as_the_model_has_them(adapter, kinds)
     layers: dict[str, AdapterLayer] = {}
+    came_from: dict[str, str] = {}
     keys = dict(known)
     matrices = adapter.config.get(MATRICES, ())
     stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
@@ -98,14 +103,26 @@ def read_stacks_for(
                     f"{one}: the model's files have no {wanted}")  # fmt: skip
                 raise error(f"{what}{_nearest(wanted, checkpoint)}")
             keys[f"{one}.weight"], layers[one] = key, linear
+            if layer.kind == "experts":
+                came_from[one] = name
     single = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
     base_layers = base_layers_of({f"{name}.weight": checkpoint[keys[f"{name}.weight"]] for name in single})
     check_fit(single, base_layers, error)
-    config = dict(adapter.config)
+    config = adapter.config | {SPLIT: came_from}
     if kinds:
         mixed = kinds & set(_ALTERNATING)
         config[ALTERNATING] = [name for name in whole if name.endswith(".gate_up_proj")] if mixed else []
     return replace(adapter, layers=layers if as_files else whole, config=config), keys
+
+
+def seed_and_place(adapter: Adapter, name: str, seed: int) -> tuple[int, int]:
+    """A layer's seed for stochastic rounding, and how many parts of its stack lie above it: as in a loaded model."""
+    stack = adapter.config.get(SPLIT, {}).get(name)
+    match = EXPERT.fullmatch(name)
+    if stack is None or match is None:
+        return seed_for(seed, name), 0
+    parts = PARTS[stack.rpartition(".")[2]][0]
+    return seed_for(seed_for(seed, stack), match["expert"]), parts.index(match["part"])
 
 
 def _nearest(wanted: str, keys: Iterable[str]) -> str:

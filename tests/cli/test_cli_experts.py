@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dora_kernels
-from dora_kernels.adapters.experts import split
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -115,3 +114,29 @@ def test_formats_without_experts(to, call, bases, adapter, tmp_path):
     for base in ((), ("--base", bases / "single"), ("--base", bases / "stacked")):
         status, _, stderr = call("convert", adapter, tmp_path / "out", "--to", to, *base)
         assert status == 2 and refusal in stderr and not (tmp_path / "out").exists(), (base, stderr)
+
+
+# merge
+
+
+@pytest.mark.parametrize("stored", ["single", "stacked"])
+def test_stochastic_rounding_of_experts(stored, call, bases, adapter, tmp_path):
+    """The bits of `merge_all`, also where the files hold single experts: each draws those of its place in the stack."""
+    options = "--rounding", "stochastic", "--seed", 5
+    assert call("merge", bases / stored, adapter, tmp_path / "merged", *options)[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).state_dict()
+    model = qwen3_moe(dtype=torch.bfloat16)
+    dora_kernels.load_adapter(adapter, model)
+    wanted = dora_kernels.merge_all(model, "stochastic", 5).state_dict()
+    for key, tensor in wanted.items():
+        assert torch.equal(merged[key], tensor), key
+
+
+def test_magnitudes_along_the_inputs(call, bases, adapter, tmp_path):
+    """Of stacks there are none: an error, as for a linear layer, with and without a model."""
+    said = "'in': a stack of experts has magnitudes along 'out' only"
+    for base in (None, qwen3_moe()):
+        with pytest.raises(ValueError, match=rf"mlp\.experts\S*: magnitude_axis={said}"):
+            dora_kernels.read_adapter(adapter, base, magnitude_axis="in")
+    status, _, stderr = call("merge", bases / "stacked", adapter, tmp_path / "merged", "--axis", "in")
+    assert status == 2 and f"--axis {said}" in stderr

@@ -37,7 +37,7 @@ BY_VERSION = "by_version"
 """Entry of `Adapter.config`: the stacks of which PEFT's version alone told whether A and B are exchanged, and if so."""
 
 ALTERNATING = "alternating"
-"""Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns. Without it this is not known."""
+"""Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns; without it that is unknown."""
 
 MATRICES = "matrices"
 """Entry of `Adapter.config`: the linear layers that are parameters of two dimensions, such as a router's weight."""
