@@ -109,9 +109,13 @@ def stacked(
 
 def _stack_with(match: re.Match[str], known: Mapping[str, BaseLayer]) -> str | None:
     """The name of the stack that has the layer of an expert, if the model has one."""
+    return next((own for own in stacks_with(match) if own in known and known[own].kind == "experts"), None)
+
+
+def stacks_with(match: re.Match[str]) -> list[str]:
+    """The names that a stack with the layer of an expert may have."""
     stacks = (stack for stack, spellings in PARTS.items() if any(match["part"] in each for each in spellings))
-    ways = (f"{match['holder']}.{stack}" for stack in stacks)
-    return next((own for own in ways if own in known and known[own].kind == "experts"), None)
+    return [f"{match['holder']}.{stack}" for stack in stacks]
 
 
 def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int) -> AdapterLayer:

@@ -20,6 +20,7 @@ from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.stacks import BY_VERSION, EXCHANGED, MATRICES, is_stacked, layout
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
+from dora_kernels.adapters.targeted import missing, sentence
 from dora_kernels.core import validation
 from dora_kernels.core.shown import listed, shown
 from dora_kernels.files import pairs, storage
@@ -55,7 +56,8 @@ def load_adapter(
         The adapter.
 
     Warns:
-        RuntimeWarning: as `attach`.
+        RuntimeWarning: as `attach`; or the configuration of PEFT's file names layers of the model for which the file
+            has no tensors.
 
     Raises:
         TypeError: as `read_adapter` and `attach`. The model is unchanged by any of these errors.
@@ -68,7 +70,11 @@ def load_adapter(
     adapter = read_adapter(path, model, **options)
     if model is not None:
         attached = set(attach(model, adapter))
-        layers = adapted_layers(joined(model))
+        whole = joined(model)
+        if isinstance(model, nn.Module) and (left := missing(adapter, base_layers_of(whole), attached, whole)):
+            adapter.notes.append(sentence(left))
+            warnings.warn(f"{path}: {sentence(left)}", RuntimeWarning, stacklevel=2)
+        layers = adapted_layers(whole)
         if others := [name for name, layer in layers.items() if name_of(name, layer) not in attached]:
             names = listed(others, 3)
             text = f"{names} stay adapted: the file has no tensors for them; to avoid it call remove_dora(model) first"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
-from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
+from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked, stacks_with
 from dora_kernels.adapters.formats.stacks import ALTERNATING, MATRICES, settled
 from dora_kernels.adapters.names import proposal
 from dora_kernels.rounding import seed_for
@@ -113,6 +113,21 @@ def read_stacks_for(
         mixed = kinds & set(_ALTERNATING)
         config[ALTERNATING] = [name for name in whole if name.endswith(".gate_up_proj")] if mixed else []
     return replace(adapter, layers=layers if as_files else whole, config=config), keys
+
+
+def check_whole(layers: Iterable[str], known: Iterable[str], error: Callable[[str], ValueError]) -> None:
+    """Raise ``error(text)`` if layers of single experts lack some of the experts in the files (`known`)."""
+    adapted: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, map(EXPERT.fullmatch, layers)):
+        if not stacks_with(match) or not match["holder"].endswith("experts"):
+            continue
+        adapted.setdefault((match["holder"], match["part"]), set()).add(match["expert"])
+    for match in filter(None, (EXPERT.fullmatch(key.removesuffix(".weight")) for key in known)):
+        if match["expert"] not in adapted.get((match["holder"], match["part"]), {match["expert"]}):
+            raise error(
+                f"{match['holder']}: the file has no {match['expert']}.{match['part']}; experts are adapted all or not "
+                "at all"
+            )
 
 
 def seed_and_place(adapter: Adapter, name: str, seed: int) -> tuple[int, int]:

@@ -17,11 +17,13 @@ from dora_kernels.adapters.beside import NOTE
 from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
+from dora_kernels.adapters.targeted import sentence
 from dora_kernels.checkpoints.checkpoint import (
     CONFIG,
     Checkpoint,
     attached,
     kinds_of,
+    missing,
     read_for,
     stored_transposed,
     tied,
@@ -107,6 +109,8 @@ def merge_checkpoint(
                 f"if they are not tied, set tie_word_embeddings to false in {CONFIG}"
             )
         wanted[key] = name
+    if left := missing(checkpoint, adapter, keys, wanted):
+        adapter.notes.append(sentence(left))
     beside = TrainedTensors()
     if not adapter_only:
         found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)

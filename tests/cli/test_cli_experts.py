@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 from experts_models import qwen3_moe
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dora_kernels
+from dora_kernels.adapters.experts import split
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -68,6 +73,17 @@ def adapter(tmp_path_factory):
     """A folder with DoRA of the same model's stacks and linear layers."""
     folder = tmp_path_factory.mktemp("adapter")
     dora_kernels.save_adapter(adapted(qwen3_moe(dtype=torch.bfloat16), True, ["o_proj"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of PEFT's."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = LoraConfig(use_dora=True, r=2, target_modules=["o_proj"], target_parameters=STACKS)
+    handle = dora_kernels.patch_peft_globally()
+    get_peft_model(qwen3_moe(dtype=torch.bfloat16), config).save_pretrained(folder)
+    handle.restore()
     return folder
 
 
@@ -140,3 +156,77 @@ def test_magnitudes_along_the_inputs(call, bases, adapter, tmp_path):
             dora_kernels.read_adapter(adapter, base, magnitude_axis="in")
     status, _, stderr = call("merge", bases / "stacked", adapter, tmp_path / "merged", "--axis", "in")
     assert status == 2 and f"--axis {said}" in stderr
+
+
+# files that lack something
+
+
+def incomplete(source, target, lost):
+    """A copy of an adapter's folder without the tensors of some layers."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if not re.search(lost, key)}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, target / "adapter_model.safetensors")
+    return target
+
+
+LOST = {
+    r"layers\.1\.": ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.experts.down_proj"],
+    r"layers\.0\.self_attn\.o_proj": ["model.layers.0.self_attn.o_proj"],
+    r"layers\.1\.mlp\.experts\.lora": ["model.layers.1.mlp.experts.down_proj"],
+}
+
+
+@pytest.mark.parametrize(("lost", "names"), LOST.items(), ids=["layer", "linear", "stack"])
+def test_layers_without_tensors(lost, names, call, bases, trained, tmp_path):
+    """They are named, in a loaded model and in files of both kinds."""
+    source = incomplete(trained, tmp_path / "adapter", lost)
+    with pytest.warns(RuntimeWarning, match="it has no tensors for .* name; they stay as they are") as warned:
+        dora_kernels.load_adapter(source, qwen3_moe(dtype=torch.bfloat16))
+    said = [str(warned[0].message)]
+    for stored in ("single", "stacked"):
+        status, stdout, stderr = call("merge", bases / stored, source, tmp_path / stored)
+        assert status == 0, stderr
+        said.append(stdout)
+    assert all(name in text for name in names for text in said), said
+    assert all(text.count("self_attn.o_proj") == sum("o_proj" in name for name in names) for text in said), said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["o_proj", "q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*layers\.0.*o_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["o_proj"], "target_parameters": STACKS},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    ],
+)
+def test_no_false_alarms(options, call, bases, tmp_path, globally):
+    """Whatever PEFT leaves out."""
+    model = get_peft_model(qwen3_moe(dtype=torch.bfloat16), LoraConfig(use_dora=True, r=2, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    for stored in ("single", "stacked"):
+        status, stdout, stderr = call("merge", bases / stored, tmp_path / "adapter", tmp_path / stored)
+        assert status == 0 and "no tensors" not in stdout, (stdout, stderr)
+    try:
+        notes = dora_kernels.load_adapter(tmp_path / "adapter", qwen3_moe(dtype=torch.bfloat16)).notes
+    except ValueError as error:
+        assert "only PEFT adapts it" in str(error)
+    else:
+        assert "no tensors" not in " ".join(notes)
+
+
+@pytest.mark.parametrize("stored", ["single", "stacked"])
+def test_experts_without_tensors(stored, call, bases, tmp_path):
+    adapter = dora_kernels.extract(adapted(qwen3_moe(dtype=torch.bfloat16), True))
+    adapter.layers = split(adapter.layers)
+    dora_kernels.save_adapter(adapter, tmp_path / "whole")
+    source = incomplete(tmp_path / "whole", tmp_path / "adapter", r"layers\.0\.mlp\.experts\.2\.")
+    with pytest.raises(ValueError, match=r"the file has no 2\.\w+_proj"):
+        dora_kernels.load_adapter(source, qwen3_moe(dtype=torch.bfloat16))
+    status, _, stderr = call("merge", bases / stored, source, tmp_path / "merged")
+    assert status == 2 and re.search(r"mlp\.experts\S*: the file has no 2\.\w+_proj", stderr), stderr

@@ -135,7 +135,8 @@ class Peft(Format):
         stack = stacks.read(reading, module, a, b, magnitude, scaling)
         if stack is not None:
             if magnitude is not None and reading.magnitude_axis == "in":
-                raise reading.error(f"{module}: magnitude_axis='in': a stack of experts has magnitudes along 'out' only")
+                only = "a stack of experts has magnitudes along 'out' only"
+                raise reading.error(f"{module}: magnitude_axis='in': {only}")
             return stack
         if (name := stacks.named(reading, module)) != module:
             reading.matrices.append(name)
