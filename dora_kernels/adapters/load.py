@@ -15,7 +15,7 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.attachment import Models, attach, joined
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
-from dora_kernels.adapters.experts import stacked
+from dora_kernels.adapters.experts import single_names, stacked
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.stacks import BY_VERSION, EXCHANGED, MATRICES, is_stacked, layout
@@ -148,6 +148,8 @@ def read_adapter(
     unknown: list[str] = []
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
+        if base_layers is not None and not layers.keys() <= base_layers.keys():
+            layers = stacked(reading.decide(layers), base_layers, reading.notes)
     elif prefix is not None:
         raise ValueError(f"prefix: {weights} has the format {chosen!r}, whose names have no prefix")
     elif base_layers is not None:
@@ -185,7 +187,8 @@ def _named(
         reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {requested} are left out")
     prefixes = {name: prefix_of(name, requested) for name in names}
     if reading.base_layers is not None:
-        names = resolve(names, reading.base_layers, reading.error, reading.notes, requested)
+        known = [*reading.base_layers, *single_names(reading.base_layers)]
+        names = resolve(names, known, reading.error, reading.notes, requested)
     elif any(prefix and "." not in name for name, prefix in prefixes.items()):
         config[UNDERSCORED] = True
         reading.notes.append("names are the file's, with underscores for dots; pass the model to get the model's names")

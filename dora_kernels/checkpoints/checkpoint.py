@@ -20,7 +20,14 @@ from dora_kernels.adapters.experts import EXPERT, of_expert, stacks_with
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
 from dora_kernels.adapters.targeted import named_layers, named_parameters
-from dora_kernels.checkpoints.experts import check_whole, holds_stacks, places_of, read_stacks_for, stack_transposed
+from dora_kernels.checkpoints.experts import (
+    check_halves,
+    check_whole,
+    holds_stacks,
+    places_of,
+    read_stacks_for,
+    stack_transposed,
+)
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
@@ -129,17 +136,16 @@ def read_for(
             tied to the embedding; or only some experts of a module are adapted.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
+
+    def error(text: str) -> ValueError:
+        return ValueError(f"{found.file}: {text}")
+
     prefix = check_prefix(options["prefix"]) if options.get("prefix") is not None else ""
     adapter = read_adapter(path, **options) if found.stacks else None
     keys = _keys(names_in_model(checkpoint), found, adapter.layers if adapter else found.layers, prefix)
     if adapter or holds_stacks(checkpoint, keys, found.layers):
         adapter = adapter or read_adapter(path, **options)
-        kinds = kinds_of(checkpoint)
-
-        def error(text: str) -> ValueError:
-            return ValueError(f"{found.file}: {text}")
-
-        return read_stacks_for(checkpoint, keys, adapter, kinds, error, as_files)
+        return read_stacks_for(checkpoint, keys, adapter, kinds_of(checkpoint), error, as_files)
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
@@ -147,8 +153,10 @@ def read_for(
             "embedding, and merging into one would change both"
         )
     adapter = read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options)
-    check_whole(adapter.layers, keys, lambda text: ValueError(f"{found.file}: {text}"))
-    return adapter, keys
+    check_whole(adapter.layers, keys, error)
+    stacks = {name: keys[name] for name, layer in adapter.layers.items() if layer.kind == "experts"}
+    check_halves(stacks, kinds_of(checkpoint), error)
+    return adapter, {**keys, **{f"{name}.weight": key for name, key in stacks.items()}}
 
 
 def missing(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str], merged: Collection[str]) -> list[str]:

@@ -130,6 +130,13 @@ def check_whole(layers: Iterable[str], known: Iterable[str], error: Callable[[st
             )
 
 
+def check_halves(stacks: Iterable[str], kinds: set[str], error: Callable[[str], ValueError]) -> None:
+    """Raise ``error(text)`` if single experts were stacked for a model in which gate and up take turns."""
+    mixed = next((name for name in stacks if name.endswith("gate_up_proj") and kinds & set(_ALTERNATING)), None)
+    if mixed is not None:
+        raise error(f"{mixed}: gate and up take turns in this model's stack, and not in the file")
+
+
 def seed_and_place(adapter: Adapter, name: str, seed: int) -> tuple[int, int]:
     """A layer's seed for stochastic rounding, and how many parts of its stack lie above it: as in a loaded model."""
     stack = adapter.config.get(SPLIT, {}).get(name)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-from experts_models import qwen3_moe
+from experts_models import IDS, qwen3_moe
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -230,3 +230,35 @@ def test_experts_without_tensors(stored, call, bases, tmp_path):
         dora_kernels.load_adapter(source, qwen3_moe(dtype=torch.bfloat16))
     status, _, stderr = call("merge", bases / stored, source, tmp_path / "merged")
     assert status == 2 and re.search(r"mlp\.experts\S*: the file has no 2\.\w+_proj", stderr), stderr
+
+
+# names with underscores
+
+
+@pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("to", ["lycoris", "kohya", "diffusers"])
+def test_single_experts_with_underscores(to, use_dora, call, tmp_path):
+    """They are stacked for a model with stacks, read with it or attached later, and merged into files of both kinds."""
+    model = adapted(qwen3_moe(), use_dora)
+    adapter = dora_kernels.extract(model)
+    adapter.layers = split(adapter.layers)
+    dora_kernels.save_adapter(adapter, tmp_path / "adapter", format=to)
+    wanted = model(IDS).logits
+    for read in (None, qwen3_moe()):
+        own = qwen3_moe()
+        dora_kernels.attach(own, dora_kernels.read_adapter(tmp_path / "adapter", read))
+        torch.testing.assert_close(own(IDS).logits, wanted, rtol=1e-5, atol=1e-5)
+    own = qwen3_moe()
+    adapter = dora_kernels.load_adapter(tmp_path / "adapter", own)
+    assert "the layers of single experts became 4 stacks" in adapter.notes
+    torch.testing.assert_close(own(IDS).logits, wanted, rtol=1e-5, atol=1e-5)
+    for stored in ("single", "stacked"):
+        qwen3_moe().save_pretrained(tmp_path / stored)
+        if stored == "stacked":
+            file = tmp_path / stored / "model.safetensors"
+            save_file(qwen3_moe().state_dict(), file, metadata={"format": "pt"})
+        out = tmp_path / f"merged-{stored}"
+        status, _, stderr = call("merge", tmp_path / stored, tmp_path / "adapter", out)
+        assert status == 0, stderr
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        torch.testing.assert_close(merged(IDS).logits, wanted, rtol=1e-5, atol=1e-5)
