@@ -30,8 +30,8 @@ def named_layers(config: Mapping[str, Any]) -> Named:
         named, left_out = _matching(targets, "target_modules"), _matching(config.get("exclude_modules"), "exclude")
     except ValueError:
         return lambda name: False
-    saved = [f".{one}." for one in config.get("modules_to_save") or ()]
-    chosen = {indices} if isinstance(indices, int) else set(indices or ())
+    saved = [f".{one}." for one in _listed(config.get("modules_to_save"))]
+    chosen = {one for one in _listed([indices] if isinstance(indices, int) else indices) if isinstance(one, int)}
 
     def is_named(name: str) -> bool:
         numbers = {int(number) for number in re.findall(r"\.(\d+)(?=\.)", name)}
@@ -56,8 +56,12 @@ def _matching(targets: Any, field: str) -> Named:
     if isinstance(targets, str):
         expression = bounded(targets, Steps(field))
         return lambda name: bool(expression.fullmatch(name))
-    ends = tuple(f".{one}" for one in targets or () if isinstance(one, str))
+    ends = tuple(f".{one}" for one in _listed(targets) if isinstance(one, str))
     return lambda name: f".{name}".endswith(ends)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def servers(adapter: Adapter) -> bool:
