@@ -12,6 +12,9 @@ from dora_kernels.core import validation
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d", "experts")
 
+SMALL_EPS = 1e-6
+"""Largest eps that may be dropped: it changes the layer by at most eps / norm, as little as float32's rounding."""
+
 UNDECIDED = "undecided"
 """The axis of a magnitude that is not known yet, while a file is read."""
 
@@ -125,6 +128,11 @@ class Adapter:
         if ranks:
             text += f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         return f"<Adapter of {', '.join([text, *kinds])}, format {self.format!r}>"
+
+
+def eps_note(eps: float, change: float) -> str:
+    """What to say of an eps that was replaced."""
+    return f"eps became {eps:.2g}: layers change by at most {change:.2g} / norm, float32's rounding"
 
 
 def article(kind: str) -> str:

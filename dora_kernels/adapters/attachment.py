@@ -14,7 +14,7 @@ from dora_kernels import modules
 from dora_kernels.adapters.adapter import Adapter, AdapterLayer, article, problem_of
 from dora_kernels.adapters.base_layers import base_layers_of, base_modules, check_fit
 from dora_kernels.adapters.beside import WAY_OUT, trained
-from dora_kernels.adapters.experts import fill, plan_stacks, stacked
+from dora_kernels.adapters.experts import fill, plan_stacks, single_names, stacked
 from dora_kernels.adapters.formats.stacks import layout, settled
 from dora_kernels.adapters.names import COMPONENTS, own_layers
 from dora_kernels.model.apply import adapted_layers, name_of, no_adapted_layers
@@ -127,7 +127,9 @@ def attach(model: Models, adapter: Adapter) -> list[str]:
     model = joined(model)
     base_layers = base_layers_of(model)
     single = stacked(settled(adapter, base_layers).layers, base_layers, adapter.notes)
-    layers = own_layers(replace(adapter, layers=single), base_layers, _error, adapter.notes)
+    known = [*base_layers, *single_names(base_layers)]
+    layers = own_layers(replace(adapter, layers=single), known, _error, adapter.notes)
+    layers = stacked(layers, base_layers, adapter.notes)  # those whose names had lost their dots
     check_fit(layers, base_layers, _error)
     check_plain(layers)
     stacks = {name: layer for name, layer in layers.items() if layer.kind == "experts"}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import modules
-from dora_kernels.adapters.adapter import AdapterLayer, problem_of
+from dora_kernels.adapters.adapter import SMALL_EPS, AdapterLayer, eps_note, problem_of
 from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.model.targets import adapted_stack
@@ -78,6 +78,22 @@ def of_expert(layer: AdapterLayer, expert: int) -> AdapterLayer:
     return replace(layer, kind="linear", lora_A=layer.lora_A[expert], lora_B=layer.lora_B[expert], magnitude=m)
 
 
+def single_names(known: Mapping[str, BaseLayer]) -> list[str]:
+    """The names that a file may have for layers of single experts, where the model (`known`) has stacks of them.
+
+    They are needed to find the dots that a file with underscores has lost.
+    """
+    found = []
+    for own, base in known.items():
+        holder, _, stack = own.rpartition(".")
+        if base.kind != "experts" or stack not in PARTS:
+            continue
+        holders = {holder, holder.replace(".mlp.experts", ".block_sparse_moe.experts")}  # now and before transformers 5
+        parts = [part for spelling in PARTS[stack] for part in spelling]
+        found += [f"{each}.{e}.{part}" for each in holders for e in range(len(base.weight)) for part in parts]
+    return found
+
+
 def stacked(
     adapter: Mapping[str, AdapterLayer], known: Mapping[str, BaseLayer], notes: list[str]
 ) -> dict[str, AdapterLayer]:
@@ -102,6 +118,8 @@ def stacked(
         if known[own].alternating:
             raise ValueError(f"adapter: {own}: gate and up take turns in this model's stack, and not in the file")
         layers[own] = _stack(own, parts, known[own].weight.shape[0])
+    if dropped := max((layer.eps for parts in stacks.values() for layer in parts.values()), default=0.0):
+        notes.append(eps_note(0.0, dropped))
     if stacks:
         notes.append(f"the layers of single experts became {len(stacks)} stacks")
     return layers
@@ -109,9 +127,13 @@ def stacked(
 
 def _stack_with(match: re.Match[str], known: Mapping[str, BaseLayer]) -> str | None:
     """The name of the stack that has the layer of an expert, if the model has one."""
+    return next((own for own in stacks_with(match) if own in known and known[own].kind == "experts"), None)
+
+
+def stacks_with(match: re.Match[str]) -> list[str]:
+    """The names that a stack with the layer of an expert may have."""
     stacks = (stack for stack, spellings in PARTS.items() if any(match["part"] in each for each in spellings))
-    ways = (f"{match['holder']}.{stack}" for stack in stacks)
-    return next((own for own in ways if own in known and known[own].kind == "experts"), None)
+    return [f"{match['holder']}.{stack}" for stack in stacks]
 
 
 def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int) -> AdapterLayer:
@@ -134,7 +156,7 @@ def _stack(name: str, parts: Mapping[tuple[int, str], AdapterLayer], count: int)
     if not same or any((m is None) != (magnitude[0] is None) for m in magnitude):
         raise ValueError(f"adapter: {name}: its experts have different sizes or ranks, or only some have a magnitude")
     (axis, eps), *others = {(one.magnitude_axis, one.eps) for row in rows for one in row}
-    if magnitude[0] is not None and (others or axis != "out" or eps):
+    if magnitude[0] is not None and (others or axis != "out" or eps > SMALL_EPS):
         raise ValueError(f"adapter: {name}: its experts have magnitudes along 'in', or an eps, and stacks have neither")
     m = None if magnitude[0] is None else torch.stack([each for each in magnitude if each is not None])
     return AdapterLayer("experts", torch.stack(lora_A), torch.stack(lora_B), m, 1.0)

@@ -15,11 +15,12 @@ from dora_kernels.adapters.adapter import Adapter, AdapterLayer
 from dora_kernels.adapters.attachment import Models, attach, joined
 from dora_kernels.adapters.base_layers import base_layers_of, check_fit
 from dora_kernels.adapters.components import is_component, is_underscored, prefix_of
-from dora_kernels.adapters.experts import stacked
+from dora_kernels.adapters.experts import single_names, stacked
 from dora_kernels.adapters.formats import FORMATS, check_format, detect
 from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.stacks import BY_VERSION, EXCHANGED, MATRICES, is_stacked, layout
 from dora_kernels.adapters.names import COMPONENTS, PREFIX, UNDERSCORED, check_prefix, resolve, respelled
+from dora_kernels.adapters.targeted import missing, sentence
 from dora_kernels.core import validation
 from dora_kernels.core.shown import listed, shown
 from dora_kernels.files import pairs, storage
@@ -55,7 +56,8 @@ def load_adapter(
         The adapter.
 
     Warns:
-        RuntimeWarning: as `attach`.
+        RuntimeWarning: as `attach`; or the configuration of PEFT's file names layers of the model for which the file
+            has no tensors.
 
     Raises:
         TypeError: as `read_adapter` and `attach`. The model is unchanged by any of these errors.
@@ -68,7 +70,11 @@ def load_adapter(
     adapter = read_adapter(path, model, **options)
     if model is not None:
         attached = set(attach(model, adapter))
-        layers = adapted_layers(joined(model))
+        whole = joined(model)
+        if isinstance(model, nn.Module) and (left := missing(adapter, base_layers_of(whole), attached, whole)):
+            adapter.notes.append(sentence(left))
+            warnings.warn(f"{path}: {sentence(left)}", RuntimeWarning, stacklevel=2)
+        layers = adapted_layers(whole)
         if others := [name for name, layer in layers.items() if name_of(name, layer) not in attached]:
             names = listed(others, 3)
             text = f"{names} stay adapted: the file has no tensors for them; to avoid it call remove_dora(model) first"
@@ -142,6 +148,8 @@ def read_adapter(
     unknown: list[str] = []
     if FORMATS[chosen].prefixed:
         layers = _named(reading, layers, config, prefix or "")
+        if base_layers is not None and not layers.keys() <= base_layers.keys():
+            layers = stacked(reading.decide(layers), base_layers, reading.notes)
     elif prefix is not None:
         raise ValueError(f"prefix: {weights} has the format {chosen!r}, whose names have no prefix")
     elif base_layers is not None:
@@ -179,7 +187,8 @@ def _named(
         reading.notes.append(f"{len(layers) - len(names)} layers without the prefix {requested} are left out")
     prefixes = {name: prefix_of(name, requested) for name in names}
     if reading.base_layers is not None:
-        names = resolve(names, reading.base_layers, reading.error, reading.notes, requested)
+        known = [*reading.base_layers, *single_names(reading.base_layers)]
+        names = resolve(names, known, reading.error, reading.notes, requested)
     elif any(prefix and "." not in name for name, prefix in prefixes.items()):
         config[UNDERSCORED] = True
         reading.notes.append("names are the file's, with underscores for dots; pass the model to get the model's names")

@@ -16,13 +16,22 @@ from dora_kernels.adapters import FORMATS, Adapter, AdapterLayer, attach, read_a
 from dora_kernels.adapters.base_layers import CONVOLUTIONS
 from dora_kernels.adapters.blocks import names_in_model
 from dora_kernels.adapters.components import prefix_of
-from dora_kernels.adapters.experts import of_expert
+from dora_kernels.adapters.experts import EXPERT, of_expert, stacks_with
 from dora_kernels.adapters.load import Contents, contents
 from dora_kernels.adapters.names import RENAMINGS, check_prefix, readings
-from dora_kernels.checkpoints.experts import holds_stacks, places_of, read_stacks_for, stack_transposed
+from dora_kernels.adapters.targeted import named_layers, named_parameters
+from dora_kernels.checkpoints.experts import (
+    check_halves,
+    check_whole,
+    holds_stacks,
+    places_of,
+    read_stacks_for,
+    stack_transposed,
+)
 from dora_kernels.core.scale import magnitude_scale
 from dora_kernels.core.shown import name_problem, quoted
 from dora_kernels.files import storage
+from dora_kernels.model.expert_names import is_expert_name
 from dora_kernels.modules import AdaptedLayer, DoRALayer
 
 # Files of transformers and diffusers. Several shards have an index.
@@ -107,7 +116,9 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: Any) -> tuple[Adapter, Mapping[str, str]]:
+def read_for(
+    checkpoint: Checkpoint, path: str | os.PathLike[str], *, as_files: bool = True, **options: Any
+) -> tuple[Adapter, Mapping[str, str]]:
     """Return an adapter for a checkpoint's model, under the adapter's own names, and its layers' checkpoint keys.
 
     The names may differ from the checkpoint's in a prefix, such as ``model.``: a layer's weight has the key
@@ -116,27 +127,62 @@ def read_for(checkpoint: Checkpoint, path: str | os.PathLike[str], **options: An
     Args:
         checkpoint: the model's folder.
         path: the adapter.
+        as_files: stacks become the layers of single experts where the files have these; False leaves them whole, and
+            the keys are still those of the files.
         options: as in `read_adapter`.
 
     Raises:
-        TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; or the layer's weight is
-            tied to the embedding.
+        TypeError, FileNotFoundError, ValueError: as `read_adapter`; the names fit in two ways; the layer's weight is
+            tied to the embedding; or only some experts of a module are adapted.
     """
     found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
+
+    def error(text: str) -> ValueError:
+        return ValueError(f"{found.file}: {text}")
+
     prefix = check_prefix(options["prefix"]) if options.get("prefix") is not None else ""
     adapter = read_adapter(path, **options) if found.stacks else None
     keys = _keys(names_in_model(checkpoint), found, adapter.layers if adapter else found.layers, prefix)
     if adapter or holds_stacks(checkpoint, keys, found.layers):
         adapter = adapter or read_adapter(path, **options)
-        kinds = kinds_of(checkpoint)
-        return read_stacks_for(checkpoint, keys, adapter, kinds, lambda text: ValueError(f"{found.file}: {text}"))
+        return read_stacks_for(checkpoint, keys, adapter, kinds_of(checkpoint), error, as_files)
     missing = [name for name in found.layers if f"{name}.weight" not in keys]
     if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
             f"{path}: {missing[0]}: {checkpoint.folder} has no {missing[0]}.weight, because it is tied to the "
             "embedding, and merging into one would change both"
         )
-    return read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options), keys
+    adapter = read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options)
+    check_whole(adapter.layers, keys, error)
+    stacks = {name: keys[name] for name, layer in adapter.layers.items() if layer.kind == "experts"}
+    check_halves(stacks, kinds_of(checkpoint), error)
+    return adapter, {**keys, **{f"{name}.weight": key for name, key in stacks.items()}}
+
+
+def missing(checkpoint: Checkpoint, adapter: Adapter, keys: Mapping[str, str], merged: Collection[str]) -> list[str]:
+    """The layers of a checkpoint that the configuration of PEFT's file names and that the file does not adapt.
+
+    Args:
+        adapter, keys: the results of `read_for`.
+        merged: the checkpoint's keys of the layers that it adapts.
+    """
+    if adapter.format != "peft":
+        return []
+    layer, parameter = named_layers(adapter.config), named_parameters(adapter.config)
+    count = max((each for each in settings(checkpoint.config, "num_hidden_layers") if isinstance(each, int)), default=0)
+    has_experts = any(".experts." in name for name in keys)
+    found: dict[str, str] = {}
+    for name, key in keys.items():
+        own = name.removesuffix(".weight")
+        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if key in merged or (number and count and int(number[1]) >= count):  # more of them only predict further tokens
+            continue
+        match = EXPERT.fullmatch(own)
+        if stack := next((one for one in [name, *(stacks_with(match) if match else ())] if parameter(one)), None):
+            found[key] = stack
+        elif own != name and layer(own) and not (has_experts and is_expert_name(own)) and checkpoint[key].dim() > 1:
+            found[key] = own
+    return list(dict.fromkeys(found.values()))
 
 
 def _keys(

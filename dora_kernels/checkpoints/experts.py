@@ -10,9 +10,13 @@ from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
-from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked
-from dora_kernels.adapters.formats.stacks import MATRICES, settled
+from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked, stacks_with
+from dora_kernels.adapters.formats.stacks import ALTERNATING, MATRICES, settled
 from dora_kernels.adapters.names import proposal
+from dora_kernels.rounding import seed_for
+
+SPLIT = "split"
+"""Entry of `Adapter.config`: the stacks that layers of single experts were split from, by these layers' names."""
 
 _SILENT = ("llama4", "llama4_text")
 """Models whose stacks are ``[E, in, out]`` without their saying so: PEFT from 0.19 on exchanges A and B."""
@@ -66,6 +70,7 @@ def read_stacks_for(
     adapter: Adapter,
     kinds: set[str],
     error: Callable[[str], ValueError],
+    as_files: bool,
 ) -> tuple[Adapter, dict[str, str]]:
     """Return the adapter with its stacks as the checkpoint's files have them, and its layers' checkpoint keys.
 
@@ -73,16 +78,19 @@ def read_stacks_for(
         known: the checkpoint's keys by the adapter's names for them.
         kinds: the model's types, as its configuration names them.
         error: makes the error from its text.
+        as_files: False leaves stacks whole where the files have single experts.
 
     Raises:
         ValueError: a layer is not in the files, or has another size there.
     """
     adapter = _as_the_model_has_them(adapter, kinds)
     layers: dict[str, AdapterLayer] = {}
+    came_from: dict[str, str] = {}
     keys = dict(known)
     matrices = adapter.config.get(MATRICES, ())
     stacks = _stacks_of(checkpoint, known, adapter.layers, kinds)
-    for name, layer in stacked(adapter.layers, stacks, adapter.notes).items():
+    whole = stacked(adapter.layers, stacks, adapter.notes)
+    for name, layer in whole.items():
         if layer.kind == "experts" and (key := known.get(name)) is not None:
             _check_stack(name, layer, checkpoint[key], error)
             keys[f"{name}.weight"], layers[name] = key, layer
@@ -95,10 +103,48 @@ def read_stacks_for(
                     f"{one}: the model's files have no {wanted}")  # fmt: skip
                 raise error(f"{what}{_nearest(wanted, checkpoint)}")
             keys[f"{one}.weight"], layers[one] = key, linear
+            if layer.kind == "experts":
+                came_from[one] = name
     single = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
     base_layers = base_layers_of({f"{name}.weight": checkpoint[keys[f"{name}.weight"]] for name in single})
     check_fit(single, base_layers, error)
-    return replace(adapter, layers=layers), keys
+    config = adapter.config | {SPLIT: came_from}
+    if kinds:
+        mixed = kinds & set(_ALTERNATING)
+        config[ALTERNATING] = [name for name in whole if name.endswith(".gate_up_proj")] if mixed else []
+    return replace(adapter, layers=layers if as_files else whole, config=config), keys
+
+
+def check_whole(layers: Iterable[str], known: Iterable[str], error: Callable[[str], ValueError]) -> None:
+    """Raise ``error(text)`` if layers of single experts lack some of the experts in the files (`known`)."""
+    adapted: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, map(EXPERT.fullmatch, layers)):
+        if not stacks_with(match) or not match["holder"].endswith("experts"):
+            continue
+        adapted.setdefault((match["holder"], match["part"]), set()).add(match["expert"])
+    for match in filter(None, (EXPERT.fullmatch(key.removesuffix(".weight")) for key in known)):
+        if match["expert"] not in adapted.get((match["holder"], match["part"]), {match["expert"]}):
+            raise error(
+                f"{match['holder']}: the file has no {match['expert']}.{match['part']}; experts are adapted all or not "
+                "at all"
+            )
+
+
+def check_halves(stacks: Iterable[str], kinds: set[str], error: Callable[[str], ValueError]) -> None:
+    """Raise ``error(text)`` if single experts were stacked for a model in which gate and up take turns."""
+    mixed = next((name for name in stacks if name.endswith("gate_up_proj") and kinds & set(_ALTERNATING)), None)
+    if mixed is not None:
+        raise error(f"{mixed}: gate and up take turns in this model's stack, and not in the file")
+
+
+def seed_and_place(adapter: Adapter, name: str, seed: int) -> tuple[int, int]:
+    """A layer's seed for stochastic rounding, and how many parts of its stack lie above it: as in a loaded model."""
+    stack = adapter.config.get(SPLIT, {}).get(name)
+    match = EXPERT.fullmatch(name)
+    if stack is None or match is None:
+        return seed_for(seed, name), 0
+    parts = PARTS[stack.rpartition(".")[2]][0]
+    return seed_for(seed_for(seed, stack), match["expert"]), parts.index(match["part"])
 
 
 def _nearest(wanted: str, keys: Iterable[str]) -> str:

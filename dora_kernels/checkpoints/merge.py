@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from dora_kernels.adapters.beside import NOTE
 from dora_kernels.adapters.experts import of_expert
 from dora_kernels.adapters.load import CONFIG as ADAPTER_CONFIG
 from dora_kernels.adapters.load import contents
+from dora_kernels.adapters.targeted import sentence
 from dora_kernels.checkpoints.checkpoint import (
     CONFIG,
     Checkpoint,
     attached,
     kinds_of,
+    missing,
     read_for,
     stored_transposed,
     tied,
 )
-from dora_kernels.checkpoints.experts import stack_transposed
+from dora_kernels.checkpoints.experts import seed_and_place, stack_transposed
 from dora_kernels.checkpoints.modules_to_save import TrainedTensors, trained_beside
 from dora_kernels.core import validation
 from dora_kernels.core.shown import shown
@@ -106,6 +109,8 @@ def merge_checkpoint(
                 f"if they are not tied, set tie_word_embeddings to false in {CONFIG}"
             )
         wanted[key] = name
+    if left := missing(checkpoint, adapter, keys, wanted):
+        adapter.notes.append(sentence(left))
     beside = TrainedTensors()
     if not adapter_only:
         found = contents(path, options.get("format", "auto"), options.get("scaling") is not None)
@@ -130,8 +135,8 @@ def merge_checkpoint(
             beside.put(tensors)
             for key in (key for key in own if key in wanted):
                 name = wanted[key]
-                layer, own_seed = adapter.layers[name], seed_for(seed, name)
-                tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed)
+                layer, (own_seed, above) = adapter.layers[name], seed_and_place(adapter, name, seed)
+                tensors[key] = _merged(tensors[key], layer, name in transposed, strength, rounding, own_seed, above)
                 if not bool(tensors[key].isfinite().all()):
                     raise ValueError(f"{key}: merged, it has values that are not finite in {tensors[key].dtype}")
                 advance(name, len(wanted))
@@ -188,9 +193,20 @@ def _of_model(place: Path, target: Path, base: Path) -> bool:
 
 
 def _merged(
-    stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int
+    stored: Tensor, layer: AdapterLayer, transposed: bool, strength: float, rounding: str, seed: int, above: int = 0
 ) -> Tensor:
-    """The merged weight, as it is stored, computed by the layer that would run it."""
+    """The merged weight, as it is stored, computed by the layer that would run it.
+
+    Args:
+        above: the number of parts of the same size that lie above it in a stack, so that its first element is not the
+            first that draws.
+    """
+    if above and rounding == "stochastic":
+        dim = 1 if transposed else 0
+        m = None if layer.magnitude is None else layer.magnitude.repeat(above + 1)
+        layer = replace(layer, lora_B=layer.lora_B.repeat(above + 1, 1), magnitude=m)
+        merged = _merged(torch.cat([stored] * (above + 1), dim), layer, transposed, strength, rounding, seed)
+        return merged.chunk(above + 1, dim)[-1].clone()
     if layer.kind == "experts":
         parts = (of_expert(layer, e) for e in range(len(stored)))
         return torch.stack([
@@ -200,8 +216,8 @@ def _merged(
     adapted = attached(stored.clone(), layer, transposed)
     adapted.strength = strength
     adapted.merge(rounding, seed)
-    merged: Tensor = adapted.base_layer.weight.detach()
-    return merged.t().contiguous() if transposed else merged
+    written: Tensor = adapted.base_layer.weight.detach()
+    return written.t().contiguous() if transposed else written
 
 
 def _copy_others(checkpoint: Checkpoint, target: Path) -> list[str]:

@@ -60,10 +60,7 @@ def add(app: "typer.Typer") -> None:
         with errors(), progress() as advance:
             options = read_options(source_format, axis, scaling, prefix)
             if base:
-                adapter, _ = read_for(Checkpoint(base), source, **options)
-                stacked = read_adapter(source, **options) if to == "peft" else adapter
-                if any(layer.kind == "experts" for layer in stacked.layers.values()):
-                    adapter = stacked  # the base's files may hold single experts, which PEFT does not have
+                adapter, _ = read_for(Checkpoint(base), source, as_files=False, **options)
             else:
                 adapter = read_adapter(source, **options)
             others = _joined(component, join)

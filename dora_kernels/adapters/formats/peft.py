@@ -136,6 +136,9 @@ class Peft(Format):
         magnitude = reading.tensors[parts["magnitude"]] if "magnitude" in parts else None
         stack = stacks.read(reading, module, a, b, magnitude, scaling)
         if stack is not None:
+            if magnitude is not None and reading.magnitude_axis == "in":
+                only = "a stack of experts has magnitudes along 'out' only"
+                raise reading.error(f"{module}: magnitude_axis='in': {only}")
             return stack
         if (name := stacks.named(reading, module)) != module:
             reading.matrices.append(name)
@@ -236,8 +239,11 @@ class Vllm(Peft):
                 raise writing.error(name, f"{self.name!r} has no magnitudes; merge the adapter into the model instead")
             if name in adapter.config.get(stacks.ALTERNATING, ()):
                 raise writing.error(name, "gate and up take turns in it; merge the adapter into the model instead")
-        if adapter.format != "model" and any(name.endswith(".gate_up_proj") for name in names):
-            writing.notes.append("gate_up_proj was read as gate above up, which it is not in gpt-oss models")
+        if stacks.ALTERNATING not in adapter.config and any(name.endswith(".gate_up_proj") for name in names):
+            writing.notes.append(
+                "gate_up_proj was read as gate above up; in gpt-oss they take turns, which only the model tells: "
+                "read_adapter(file, model), or --base MODEL_DIR on the command line"
+            )
         return adapter.layers
 
 

@@ -37,7 +37,7 @@ BY_VERSION = "by_version"
 """Entry of `Adapter.config`: the stacks of which PEFT's version alone told whether A and B are exchanged, and if so."""
 
 ALTERNATING = "alternating"
-"""Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns."""
+"""Entry of `Adapter.config`: the stacks in which the outputs of gate and up take turns; without it that is unknown."""
 
 MATRICES = "matrices"
 """Entry of `Adapter.config`: the linear layers that are parameters of two dimensions, such as a router's weight."""
@@ -57,11 +57,11 @@ _BETWEEN = 2
 def layout(names: Collection[str], base_layers: Mapping[str, BaseLayer], model: Any) -> dict[str, Any]:
     """The entries of `Adapter.config` that say how a model's stacks lie in files, and how PEFT reads its names."""
     known = {name: base_layers[name] for name in names if name in base_layers}
-    found: dict[str, Any] = {
-        EXCHANGED: [name for name, base in known.items() if base.exchanged],
-        ALTERNATING: [name for name, base in known.items() if base.alternating],
-    }
-    found = {key: value for key, value in found.items() if value}
+    found: dict[str, Any] = {}
+    if exchanged := [name for name, base in known.items() if base.exchanged]:
+        found[EXCHANGED] = exchanged
+    if any(base.kind == "experts" and not base.either_way for base in known.values()):
+        found[ALTERNATING] = [name for name, base in known.items() if base.alternating]
     if not isinstance(model, nn.Module):
         return found
     taken, has_stacks = takes_expert_names(unwrapped(model)), any(base.kind == "experts" for base in known.values())

@@ -10,11 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.adapters.adapter import AdapterLayer, problem_of
+from dora_kernels.adapters.adapter import SMALL_EPS, AdapterLayer, eps_note, problem_of
 from dora_kernels.modules.conv import KEPT_BY
-
-SMALL_EPS = 1e-6
-"""Largest eps that may be dropped: it changes the layer by at most eps / norm, as little as float32's rounding."""
 
 LARGEST = 1e20
 """Largest scaling in a file: readers accept an alpha up to 1e30; ranks, folding and rounding need a margin."""
@@ -93,7 +90,7 @@ class Writing:
                 raise self.error(name, f"it adds eps {own:g} to its norm, but the format adds {eps:g}")
         if different:
             change = max(abs(own - eps) for own in different.values())
-            self.notes.append(f"eps became {eps:.2g}: layers change by at most {change:.2g} / norm, float32's rounding")
+            self.notes.append(eps_note(eps, change))
         return {name: replace(layer, eps=eps) if name in different else layer for name, layer in layers.items()}
 
     def one_scaling(self, layers: Layers, scaling: float | None = None) -> tuple[Layers, float]:
