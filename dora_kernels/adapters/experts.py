@@ -29,6 +29,9 @@ PARTS = {
 }
 """By stack: the names of each expert's linear layers in it, one above the other, in two spellings."""
 
+IN_TURNS = "gate and up take turns in this model's stack, and not in the file"
+"""Why the layers of single experts cannot be stacked for some models."""
+
 EXPERT = re.compile(r"(?P<holder>.+)\.(?P<expert>\d+)\.(?P<part>\w+)")
 """The name of a linear layer of one expert."""
 
@@ -116,7 +119,7 @@ def stacked(
     layers = {name: layer for name, layer in adapter.items() if name not in names}
     for own, parts in stacks.items():
         if known[own].alternating:
-            raise ValueError(f"adapter: {own}: gate and up take turns in this model's stack, and not in the file")
+            raise ValueError(f"adapter: {own}: {IN_TURNS}")
         layers[own] = _stack(own, parts, known[own].weight.shape[0])
     if dropped := max((layer.eps for parts in stacks.values() for layer in parts.values()), default=0.0):
         notes.append(eps_note(0.0, dropped))

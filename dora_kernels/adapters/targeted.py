@@ -11,7 +11,7 @@ from torch import nn
 from dora_kernels.adapters.adapter import Adapter
 from dora_kernels.adapters.base_layers import BaseLayer
 from dora_kernels.core.expressions import Steps
-from dora_kernels.core.patterns import bounded
+from dora_kernels.core.patterns import bounded, is_named
 from dora_kernels.core.shown import listed
 from dora_kernels.model.expert_names import is_expert_name, takes_expert_names
 
@@ -33,7 +33,7 @@ def named_layers(config: Mapping[str, Any]) -> Named:
     saved = [f".{one}." for one in _listed(config.get("modules_to_save"))]
     chosen = {one for one in _listed([indices] if isinstance(indices, int) else indices) if isinstance(one, int)}
 
-    def is_named(name: str) -> bool:
+    def certainly(name: str) -> bool:
         numbers = {int(number) for number in re.findall(r"\.(\d+)(?=\.)", name)}
         if chosen and not isinstance(targets, str) and not (numbers and numbers <= chosen):
             return False
@@ -44,7 +44,7 @@ def named_layers(config: Mapping[str, Any]) -> Named:
         except ValueError:  # an expression that takes too many steps
             return False
 
-    return is_named
+    return certainly
 
 
 def named_parameters(config: Mapping[str, Any]) -> Named:
@@ -56,15 +56,15 @@ def _matching(targets: Any, field: str) -> Named:
     if isinstance(targets, str):
         expression = bounded(targets, Steps(field))
         return lambda name: bool(expression.fullmatch(name))
-    ends = tuple(f".{one}" for one in _listed(targets) if isinstance(one, str))
-    return lambda name: f".{name}".endswith(ends)
+    ends = [one for one in _listed(targets) if isinstance(one, str)]
+    return lambda name: is_named(name, ends)
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def servers(adapter: Adapter) -> bool:
+def _is_servers(adapter: Adapter) -> bool:
     """True for an adapter of experts whose configuration names the last parts of layers, as servers read them."""
     has_stacks = any(layer.kind == "experts" for layer in adapter.layers.values())
     return has_stacks and not adapter.config.get("target_parameters")
@@ -81,7 +81,7 @@ def missing(
     if adapter.format != "peft":
         return []
     layer, parameter = named_layers(adapter.config), named_parameters(adapter.config)
-    others = takes_expert_names(model) or servers(adapter)  # then PEFT leaves out layers with experts' names
+    others = takes_expert_names(model) or _is_servers(adapter)  # then PEFT leaves out layers with experts' names
     there = {id(base_layers[name].weight) for name in attached if name in base_layers}  # also by another name
     return [
         name for name, base in base_layers.items()

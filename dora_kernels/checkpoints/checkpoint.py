@@ -146,10 +146,10 @@ def read_for(
     if adapter or holds_stacks(checkpoint, keys, found.layers):
         adapter = adapter or read_adapter(path, **options)
         return read_stacks_for(checkpoint, keys, adapter, kinds_of(checkpoint), error, as_files)
-    missing = [name for name in found.layers if f"{name}.weight" not in keys]
-    if len(missing) == 1 and missing[0].rpartition(".")[2] in _OUTPUTS:
+    absent = [name for name in found.layers if f"{name}.weight" not in keys]
+    if len(absent) == 1 and absent[0].rpartition(".")[2] in _OUTPUTS:
         raise ValueError(
-            f"{path}: {missing[0]}: {checkpoint.folder} has no {missing[0]}.weight, because it is tied to the "
+            f"{path}: {absent[0]}: {checkpoint.folder} has no {absent[0]}.weight, because it is tied to the "
             "embedding, and merging into one would change both"
         )
     adapter = read_adapter(path, {name: checkpoint[key] for name, key in keys.items()}, **options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_kernels.adapters import Adapter, AdapterLayer
 from dora_kernels.adapters.base_layers import BaseLayer, base_layers_of, check_fit
-from dora_kernels.adapters.experts import EXPERT, PARTS, split, stacked, stacks_with
+from dora_kernels.adapters.experts import EXPERT, IN_TURNS, PARTS, split, stacked, stacks_with
 from dora_kernels.adapters.formats.stacks import ALTERNATING, MATRICES, settled
 from dora_kernels.adapters.names import proposal
 from dora_kernels.rounding import seed_for
@@ -134,7 +134,7 @@ def check_halves(stacks: Iterable[str], kinds: set[str], error: Callable[[str], 
     """Raise ``error(text)`` if single experts were stacked for a model in which gate and up take turns."""
     mixed = next((name for name in stacks if name.endswith("gate_up_proj") and kinds & set(_ALTERNATING)), None)
     if mixed is not None:
-        raise error(f"{mixed}: gate and up take turns in this model's stack, and not in the file")
+        raise error(f"{mixed}: {IN_TURNS}")
 
 
 def seed_and_place(adapter: Adapter, name: str, seed: int) -> tuple[int, int]:

@@ -28,6 +28,11 @@ def bounded(expression: str, steps: Steps) -> Expression:
         raise ValueError(f"{steps.label}: {quoted(expression)} {reason}") from error
 
 
+def is_named(name: str, ends: Iterable[str]) -> bool:
+    """True if `ends` has the name, or the end of it after a dot, as PEFT reads lists of names."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
 def unmatched(ends: Iterable[str], names: Iterable[str]) -> list[str]:
     """Quote each of `ends` that is no name, nor the end of one after a dot, and the nearest that is."""
     parts = [name.split(".") for name in names]

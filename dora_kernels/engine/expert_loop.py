@@ -111,26 +111,29 @@ class _Loop(torch.autograd.Function):
         wide, low = product_dtype(x.dtype), h.dtype
         # In 16 bits oneDNN takes the gradient of z as it lies. In float32 it takes dY, padded, and the factors have g.
         padding = low.itemsize >= 4
-        scale = (scaling * g).unsqueeze(2) if padding and g is not None else scaling
-        b = torch.mul(lora_B, scale, out=torch.empty(lora_B.shape, dtype=low)) if need_x or need_a else lora_B
+        experts = slice(None) if len(rows) == len(lora_B) else [e for e, _, _ in rows]  # those that have rows
+        scale = (scaling * g[experts]).unsqueeze(2) if padding and g is not None else scaling
+        b = torch.empty(len(rows), *lora_B.shape[1:], dtype=low)
+        if need_x or need_a:
+            torch.mul(lora_B[experts], scale, out=b)
         dx = torch.empty_like(x) if need_x else None
         d_a = torch.zeros(lora_A.shape, dtype=low) if need_a else None
-        d_b = torch.zeros(lora_B.shape, dtype=low) if need_b else None
+        d_b = torch.empty_like(b) if need_b else None
         d_g = torch.zeros(weight.shape[0], dy.shape[1], dtype=accumulation_dtype(x)) if need_g else None
         with no_autocast(dy.device):
             # Rows of a power of two bytes apart fall into the same lines of the cache: dYᵀ H takes 57 us, padded 30.
             most, outputs = max((end - start for _, start, end in rows), default=0), dy.shape[1]
             padded = torch.empty(most, outputs + _PADDING, dtype=low)
-            for e, start, end in rows:
+            for i, (e, start, end) in enumerate(rows):
                 up, of_low, of_g = cast(dy[start:end], wide), h[start:end], None if g is None else g[e]
                 d_z, dot = _through_scale(up, None if kept is None else cast(kept[start:end], wide), of_g)
                 if d_g is not None and dot is not None:
                     d_g[e] = dot
                 left = padded[: end - start, :outputs].copy_(up) if padding else d_z
                 if d_b is not None:
-                    torch.mm(left.t(), of_low, out=d_b[e])
+                    torch.mm(left.t(), of_low, out=d_b[i])
                 if need_x or need_a:
-                    d_low = left @ b[e]
+                    d_low = left @ b[i]
                     if d_a is not None:
                         torch.mm(d_low.t(), cast(x[start:end], low), out=d_a[e])
                     if dx is not None:
@@ -140,7 +143,8 @@ class _Loop(torch.autograd.Function):
                             dx[start:end] = of_x
         if d_b is not None:
             d_b.mul_(scale)
-            d_b[sorted(set(range(len(d_b))) - {e for e, _, _ in rows})] = 0  # their g may be infinite
+            if isinstance(experts, list):
+                d_b = torch.zeros(lora_B.shape, dtype=low).index_copy_(0, torch.tensor(experts, dtype=torch.long), d_b)
         if dx is not None:
             dx[rows[-1].end if rows else 0 :] = 0
         if d_g is not None and ctx.divide:
@@ -154,7 +158,7 @@ def _forward(
     """y, H, what g's gradient needs, and whether that is y. With so `few` rows an expert's W is read as it is."""
     weight, lora_A, lora_B, g, scaling = stack
     wide, low = product_dtype(x.dtype), low_rank_dtype(x, lora_A)  # which asks for autocast
-    if wide != x.dtype or (low.itemsize < 4 and max((end - start for _, start, end in rows), default=0) <= few):
+    if wide != x.dtype or (few and low.itemsize < 4 and max((end - start for _, start, end in rows), default=0) <= few):
         low = torch.promote_types(low, torch.float32)
     lora_B = _at_hand(lora_B, rows)
     y = x.new_empty(x.shape[0], weight.shape[1])

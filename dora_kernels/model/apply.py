@@ -108,7 +108,7 @@ def apply_dora(
     notes: list[str] = []
     if not stacks or not (isinstance(target_modules, list | tuple) and not target_modules):
         adapted = {
-            f"{place}.{name.rpartition('.')[2]}"
+            parameter_name(place, name.rpartition(".")[2])
             for module, names in stacks.items() for place in places[module] for name in names
         }  # fmt: skip
         found, notes = chosen(model, places, target_modules, exclude_modules, use_dora, adapted)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dora_kernels.core import validation
-from dora_kernels.core.patterns import compiled, unmatched
+from dora_kernels.core.patterns import compiled, is_named, unmatched
 from dora_kernels.core.shown import listed
 from dora_kernels.model.places import named_modules, parameter_name, parents_of, unwrapped
 from dora_kernels.model.weight_readers import WeightReaders
@@ -145,7 +145,7 @@ def _pattern(value: Any, argument: str) -> re.Pattern[str] | list[str]:
 def _matches(pattern: re.Pattern[str] | list[str], name: str) -> bool:
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in pattern)
+    return is_named(name, pattern)
 
 
 def _unmatched(pattern: re.Pattern[str] | list[str], names: list[str], argument: str) -> list[str]:

@@ -7,7 +7,6 @@ the last.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,17 @@ import peft
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from dora_kernels.core.patterns import is_named
 from dora_kernels.core.shown import quoted
+from dora_kernels.files import pairs
 from dora_kernels.modules.stand_in import is_transposed
 from dora_kernels.peft.experts import STOCK
 from dora_kernels.peft.stacks import packing
 
 _INSIDE = ".base_layer"
+
+_EXCHANGES = pairs.before_exchange({"peft_version": peft.__version__}, {})
+"""True if this version of PEFT exchanges A and B of a stack ``[E, out, in]``."""
 
 
 class Parameter(NamedTuple):
@@ -62,7 +66,7 @@ def of_file(
         for key, size in _targeted(module, plain, targets):
             shape = list(size)
             moved = len(shape) == 3 and not getattr(module, "is_transposed", False)
-            columns = shape[1] if len(shape) == 3 and not (moved and _exchanges(peft.__version__)) else shape[-1]
+            columns = shape[1] if len(shape) == 3 and not (moved and not _EXCHANGES) else shape[-1]
             if len(shape) == 3 and is_transposed(module):
                 shape[1:] = shape[:0:-1]
             held.setdefault(plain, []).append(Parameter(f"{plain}.{key}", tuple(shape), columns, moved))
@@ -93,7 +97,7 @@ def _targeted(module: nn.Module, name: str, targets: list[str]) -> Iterator[tupl
         return
     for key, parameter in module._parameters.items():
         full = f"{name}.{key}"
-        if parameter is not None and any(full == one or full.endswith(f".{one}") for one in targets):
+        if parameter is not None and is_named(full, targets):
             yield key, parameter.shape
 
 
@@ -140,12 +144,6 @@ def check_parts(file: Path, parameter: Parameter, parts: dict[str, Tensor], rank
         )
 
 
-def _exchanges(version: str) -> bool:
-    """True for PEFT 0.19 and later, which have A on the inputs of a stack ``[E, out, in]``."""
-    numbers = re.findall(r"\d+", version)
-    return tuple(map(int, numbers[:2])) >= (0, 19)
-
-
 def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dict[str, Tensor]], before: bool) -> None:
     """Raise ValueError if a parameter of the model has other sizes than the file's adapter of it, or another layout.
 
@@ -155,7 +153,7 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
     columns = {key: modules[key]["lora_A"].shape[1] for key, each in stacks.items() if each.moved}
     square = {key for key in columns if columns[key] == modules[key]["lora_B"].shape[0]}
     others = [columns[key] != stacks[key].columns for key in columns if key not in square]
-    of_other = any(others) if others else before == _exchanges(peft.__version__)
+    of_other = any(others) if others else before != _EXCHANGES
     for key, parameter in stacks.items():
         shape, parts = parameter.shape, modules[key]
         if shape is None:
@@ -170,7 +168,7 @@ def check_sizes(file: Path, stacks: dict[str, Parameter], modules: dict[str, dic
         if parameter.moved and (of_other if key in square else columns[key] != parameter.columns):
             raise ValueError(
                 f"{file}: {parameter.name}: lora_A {list(parts['lora_A'].shape)} and lora_B are exchanged, as PEFT "
-                f"{'before 0.19' if _exchanges(peft.__version__) else 'from 0.19 on'} saves them; expected those of "
+                f"{'from 0.19 on' if _EXCHANGES else 'before 0.19'} saves them; expected those of "
                 f"PEFT {peft.__version__}, which would load these without a word if the parameter were square"
             )
 

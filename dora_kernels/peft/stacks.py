@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dora_kernels.core.patterns import unmatched
+from dora_kernels.core.patterns import is_named, unmatched
 from dora_kernels.core.shown import listed
 from dora_kernels.engine.dispatch import UnsupportedError, warn_once
 from dora_kernels.modules.dequantize import bnb_4bit_elements
@@ -164,7 +164,7 @@ def check_targets(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__
         for key in {*module._parameters, *getattr(module, "parametrizations", {})}:
             full = f"{plain}.{key}".removeprefix(".")
             known.append(full)
-            if any(full == one or full.endswith(f".{one}") for one in targets):
+            if is_named(full, targets):
                 check(full, module, key, vars(config))
                 if _names(excluded, full) or _names(excluded, plain):
                     kept.append(full)
@@ -181,7 +181,7 @@ def _names(pattern: Any, name: str) -> bool:
     """True if an ``exclude_modules`` names it, as PEFT reads that for modules."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in pattern)
+    return is_named(name, pattern)
 
 
 _OF_LAYERS = {"lora_dropout": 0, "velora_config": None, "kasa_config": None}

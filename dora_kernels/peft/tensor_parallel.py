@@ -19,6 +19,7 @@ from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, distributed, nn
 
+from dora_kernels.core.patterns import is_named
 from dora_kernels.core.precision import cast, compute_dtype
 from dora_kernels.core.problem import Form, Weights
 from dora_kernels.core.scale import quotient
@@ -102,7 +103,7 @@ def _check_parameters(name: str, module: nn.Module, config: Any) -> None:
         full = f"{name}.{key}"
         if parameter is None or parameter.dim() == 3 or not shards.is_parallel(vars(module).get("forward")):
             continue
-        if any(f".{full}".endswith(f".{end}") for end in getattr(config, "target_parameters", None) or ()):
+        if is_named(full, getattr(config, "target_parameters", None) or ()):
             raise ValueError(f"target_parameters: {full} is tensor-parallel; target its layer by target_modules")
 
 

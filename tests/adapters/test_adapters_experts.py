@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from experts_models import Mixture, experts, qwen3_moe
+from experts_models import Mixture, experts, logits, qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,6 @@ from dora_kernels.adapters.experts import split
 QWEN = "transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts"
 LLAMA4 = "transformers.models.llama4.modeling_llama4", "Llama4TextExperts"
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
-IDS = torch.arange(18).view(2, 9) * 7 % 64
 
 
 def adapted(use_dora=True):
@@ -32,11 +31,6 @@ def adapted(use_dora=True):
         for parameter in layer.adapter_parameters().values():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from experts_models import IDS, Mixture, experts, qwen3_moe
+from experts_models import Mixture, experts, logits, moved, qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -27,20 +27,6 @@ def adapted(use_dora=True, **options):
     options = {"rank": 2, "alpha": 3, "target_parameters": STACKS, **options}
     dora_kernels.apply_dora(model, ["q_proj"], use_dora=use_dora, **options)
     return moved(model)
-
-
-def moved(model):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from experts_models import IDS
+from experts_models import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
@@ -92,11 +92,6 @@ def trained(model, use_dora, targets):
             elif "lora_" in name:
                 parameter += 0.1 * torch.randn_like(parameter)
     return adapted
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])

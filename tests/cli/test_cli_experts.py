@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-from experts_models import IDS, qwen3_moe
+from experts_models import IDS, moved, qwen3_moe
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,26 +35,7 @@ def adapted(model, use_dora, modules=(), **options):
     dora_kernels.apply_dora(
         model, list(modules), rank=2, alpha=3, use_dora=use_dora, target_parameters=STACKS, **options
     )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-@pytest.fixture
-def call():
-    """Runs a command and returns its status, its output and its errors."""
-    from typer.testing import CliRunner
-
-    from dora_kernels.cli.app import build_app
-
-    def run(*arguments):
-        found = CliRunner().invoke(build_app(), list(map(str, arguments)))
-        return found.exit_code, found.stdout, found.stderr
-
-    return run
+    return moved(model)
 
 
 @pytest.fixture(scope="module")

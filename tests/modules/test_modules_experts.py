@@ -242,6 +242,13 @@ def test_what_a_second_call_says_of_adapted_stacks():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dora_kernels.apply_dora(model, rank=2)
+    for one in STACKS:  # whichever of them nests in the other
+        other = next(each for each in STACKS if each != one)
+        model = qwen3_moe()
+        dora_kernels.apply_dora(model, [], rank=2, target_parameters=[other])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dora_kernels.apply_dora(model, rank=2, target_parameters=[one])
 
 
 def test_a_call_that_fails_thaws_all_of_the_module():

@@ -166,6 +166,23 @@ def qwen3_moe(implementation: str = "grouped_mm", dtype: torch.dtype = torch.flo
     return model
 
 
+def moved(model: nn.Module) -> nn.Module:
+    """The model with adapters as in the middle of training."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """Of `IDS`."""
+    result: Tensor = model(IDS).logits
+    return result
+
+
 _ROUTED = {"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _ROUTED | {

@@ -24,7 +24,7 @@ from dora_kernels.adapters.formats.reader import Reading
 from dora_kernels.adapters.formats.writer import Writing
 from dora_kernels.adapters.names import respelled
 from dora_kernels.core.expressions import Steps
-from dora_kernels.core.patterns import bounded
+from dora_kernels.core.patterns import bounded, is_named
 from dora_kernels.core.shown import listed, quoted
 from dora_kernels.files.pairs import before_exchange
 from dora_kernels.model.expert_names import LINEAR, is_expert_name, takes_expert_names
@@ -162,7 +162,7 @@ def _layers(reading: Reading) -> Callable[[str], bool]:
         pattern = bounded(targets, Steps(f"{reading.config_file}: target_modules"))
         return lambda name: bool(pattern.fullmatch(name))
     ends = [one for one in targets if isinstance(one, str)] if isinstance(targets, list) else []
-    return lambda name: any(name == one or name.endswith(f".{one}") for one in ends)
+    return lambda name: is_named(name, ends)
 
 
 _Sizes = tuple[int, int] | None
